@@ -1,0 +1,171 @@
+"""The contract of an attention: a frozen config that builds a TokenMixer, and their registry.
+
+Shape legend: B batch, H heads, L length, Dh head dimension, T real tokens, n groups, l real tokens
+of a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dmx.errors import ConfigError
+from dmx.packing import Grouping
+from dmx.registry import Registry
+from dmx.schema import from_dict, to_dict
+
+ATTENTIONS: Registry[type[AttentionConfig]] = Registry("attention", "dmx.attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerContext:
+    """Where a mixer sits.
+
+    Attributes:
+        length: positions it mixes (the sequence length, or a butterfly group's block_size).
+        num_heads: H.
+        head_dim: Dh.
+        layer_index: 0 for the first layer.
+        shared: one dict per model, for parameters that layers share (linformer).
+    """
+
+    length: int
+    num_heads: int
+    head_dim: int
+    layer_index: int = 0
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Base of every attention's config; subclasses add their sizes and implement `build`.
+
+    Attributes:
+        dropout: dropout of the attention weights, where the attention has such weights.
+    """
+
+    name: ClassVar[str] = ""
+    size_field: ClassVar[str | None] = None
+    """The size that a curriculum doubles with the image side, and `NAME-SIZE` sets."""
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+
+    def check(self, context: MixerContext) -> None:
+        """Raise ConfigError where the sizes do not fit the context; called before any training."""
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer for one layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, value: object, path: str) -> AttentionConfig:
+        """Config from `name`, `name-size` or a mapping with `name`.
+
+        Raises:
+            ConfigError: unknown attention or setting.
+        """
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{path} must be an attention's name or a mapping with `name`.")
+        settings = dict(value)
+        try:
+            config_class, size = split_name(settings.pop("name"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        if size is not None:
+            assert config_class.size_field is not None
+            settings.setdefault(config_class.size_field, size)
+        return from_dict(config_class, settings, path)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The YAML-ready mapping that `parse` reads back."""
+        fields = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"name": self.name, **fields}
+
+    @property
+    def size(self) -> int | None:
+        """The value of `size_field`."""
+        return None if self.size_field is None else int(getattr(self, self.size_field))
+
+
+def split_name(name: str) -> tuple[type[AttentionConfig], int | None]:
+    """`butterfly-64` -> (ButterflyConfig, 64); `butterfly` -> (ButterflyConfig, None).
+
+    Raises:
+        ConfigError: no such attention, or a size where the attention has none.
+    """
+    base, dash, size = name.rpartition("-")
+    if name in ATTENTIONS or not (dash and size.isdecimal()):
+        return ATTENTIONS.get(name), None
+    config_class = ATTENTIONS.get(base)
+    if config_class.size_field is None:
+        raise ConfigError(f"attention {base!r} has no size; write {base!r} instead of {name!r}.")
+    return config_class, int(size)
+
+
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32 at least: the reference's attention leaves mixed precision."""
+    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+class TokenMixer(nn.Module):
+    """Mixes information between tokens, head by head.
+
+    `forward` is the formula over all L positions. A mixer whose result at real tokens can be
+    computed from real tokens alone sets `packs = True` and implements `mix_real`.
+    """
+
+    packs: ClassVar[bool] = False
+    projection_bias: ClassVar[bool] = True
+    """False: the projections' biases do not enter q, k and v (Reformer)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Mix.
+
+        Args:
+            q, k, v: [B, H, L, Dh].
+            mask: [B, L], 1 (or True) = real token.
+
+        Returns:
+            [B, H, L, Dh]; rows of masked tokens are finite and otherwise undefined.
+        """
+        raise NotImplementedError
+
+    def grouping(self, length: int) -> Grouping:
+        """Which positions mix with each other; by default all of a sequence."""
+        return Grouping(size=length)
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """The same result, from real tokens only.
+
+        Args:
+            q, k, v: [n, H, l, Dh], the l real tokens of each of n equally long groups.
+            slot: [n, l], their positions in the group, ascending, in 0..full_length-1.
+            full_length: positions of the group, masked ones included.
+
+        Returns:
+            [n, H, l, Dh], what `forward` gives at these tokens when all others are masked.
+        """
+        raise NotImplementedError
+
+    def mix_buckets(
+        self,
+        buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+        full_length: int,
+    ) -> list[Tensor]:
+        """`mix_real` over all (q, k, v, slot) buckets of a batch.
+
+        A mixer that does something once for the whole batch overrides this (a statistic over it,
+        a draw of hashes); every other one leaves it.
+        """
+        return [self.mix_real(q, k, v, slot, full_length) for q, k, v, slot in buckets]

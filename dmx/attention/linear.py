@@ -1,0 +1,51 @@
+"""Linear attention with the feature map elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+
+
+@ATTENTIONS.register("linear")
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(AttentionConfig):
+    """phi(q) (phi(k)^T v) / sqrt(L) with phi(x) = elu(x) + 1; cost linear in the length.
+
+    The reference divides by sqrt(L), L counting masked positions too, where equation 4 of the
+    paper divides by phi(q) sum_j phi(k_j). It has no attention weights, so dropout does nothing.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer; it has no parameters."""
+        return LinearMixer()
+
+
+class LinearMixer(TokenMixer):
+    """See LinearConfig."""
+
+    packs = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Dense: a masked key has a zero value, so it adds nothing to phi(k)^T v."""
+        v = v.masked_fill(~mask.bool()[:, None, :, None], 0.0)
+        return self._attend(q, k, v, q.shape[2])
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """The sum runs over real tokens; only the scale knows of the others."""
+        return self._attend(q, k, v, full_length)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = widen(q, k, v)
+            # One factor L^-1/4 on each side, as in the reference: neither product grows large.
+            scale = full_length**-0.25
+            context = ((F.elu(k) + 1) * scale).transpose(-1, -2) @ v  # [B, H, Dh, Dh]
+            return ((F.elu(q) + 1) * scale) @ context

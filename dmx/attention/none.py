@@ -1,0 +1,36 @@
+"""No mixing at all: the baseline that shows what embeddings, MLP and pooling do by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
+
+
+@ATTENTIONS.register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoneConfig(AttentionConfig):
+    """Every token keeps its own value. There are no attention weights, so dropout does nothing."""
+
+    name: ClassVar[str] = "none"
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer; it has no parameters."""
+        return NoneMixer()
+
+
+class NoneMixer(TokenMixer):
+    """See NoneConfig."""
+
+    packs = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """[B, H, L, Dh] values, unchanged."""
+        return v
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """[n, H, l, Dh] values, unchanged."""
+        return v

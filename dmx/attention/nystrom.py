@@ -1,0 +1,212 @@
+"""Nystromformer (Xiong et al. 2021, arXiv 2102.03902): attention through segment-mean landmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.errors import ConfigError
+
+_ITERATIONS = 6
+"""Steps of the pseudo-inverse, as in the paper's experiments."""
+
+_BLOCK = 32
+"""Rows of a band of the convolution: wide enough for matrix products, narrow beside the taps."""
+
+
+@ATTENTIONS.register("nystrom")
+@dataclass(frozen=True, kw_only=True)
+class NystromConfig(AttentionConfig):
+    """softmax(q k_m^T) pinv(softmax(q_m k_m^T)) softmax(q_m k^T) v, plus a convolution of v.
+
+    q_m and k_m are means over num_landmarks equal segments of the sequence (equation 9 of the
+    paper), in which masked tokens count as zeros. As many landmarks as positions make it exact
+    softmax. The reference has no dropout here, nor has dmx: `dropout` does nothing.
+
+    Attributes:
+        num_landmarks: m; divides the length.
+        conv_kernel_size: taps of the depthwise convolution residual, odd; None leaves it out.
+        inverse_init: what scales the first guess of the pseudo-inverse: the largest column sum
+            of the whole batch (`original`: the paper's code, and what the reference always
+            runs), or of each matrix (`per_matrix`: an example does not depend on its batch).
+    """
+
+    name: ClassVar[str] = "nystrom"
+    size_field: ClassVar[str | None] = "num_landmarks"
+
+    num_landmarks: int = 64
+    conv_kernel_size: int | None = 35
+    inverse_init: Literal["original", "per_matrix"] = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_landmarks < 1:
+            raise ConfigError(f"num_landmarks is {self.num_landmarks}; it must be at least 1.")
+        taps = self.conv_kernel_size
+        if taps is not None and (taps < 1 or taps % 2 == 0):
+            raise ConfigError(f"conv_kernel_size is {taps}; it must be odd and positive, or null.")
+        if self.inverse_init not in ("original", "per_matrix"):
+            raise ConfigError(
+                f"inverse_init is {self.inverse_init!r}; allowed: original, per_matrix."
+            )
+
+    def check(self, context: MixerContext) -> None:
+        """Segments are equally long."""
+        if context.length % self.num_landmarks:
+            raise ConfigError(
+                f"num_landmarks is {self.num_landmarks}; it must divide the length "
+                f"{context.length}."
+            )
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer of one layer."""
+        return NystromMixer(self, context.num_heads)
+
+
+class NystromMixer(TokenMixer):
+    """See NystromConfig. Legend: m landmarks, s = L / m positions of a segment."""
+
+    packs = True
+
+    def __init__(self, config: NystromConfig, num_heads: int) -> None:
+        super().__init__()
+        self.num_landmarks = config.num_landmarks
+        self.inverse_init = config.inverse_init
+        self.conv: nn.Conv2d | None = None
+        if config.conv_kernel_size is not None:
+            taps, heads = config.conv_kernel_size, num_heads
+            self.conv = nn.Conv2d(
+                heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False
+            )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Dense; a row without any real key attends to all, so that it stays finite."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = widen(q, k, v)
+            length = q.shape[2]
+            keep = mask.bool()
+            hidden = ~keep[:, None, :, None]
+            keep = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None, :]
+            q, k = q.masked_fill(hidden, 0.0), k.masked_fill(hidden, 0.0)
+            if self.num_landmarks == length:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+            else:
+                segments = (self.num_landmarks, length // self.num_landmarks)
+                q_m = q.unflatten(2, segments).mean(dim=3)  # [B, H, m, Dh]
+                k_m = k.unflatten(2, segments).mean(dim=3)
+                summary = F.scaled_dot_product_attention(q_m, k, v, attn_mask=keep)
+                out = F.scaled_dot_product_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
+            if self.conv is None:
+                return out
+            return out + self._convolve(v.masked_fill(hidden, 0.0), None)
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """One bucket; see mix_buckets."""
+        return self.mix_buckets([(q, k, v, slot)], full_length)[0]
+
+    def mix_buckets(
+        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
+    ) -> list[Tensor]:
+        """Landmarks and inverses of all groups at once, the rest bucket by bucket.
+
+        The original initialisation takes a maximum over the batch. A group without real tokens
+        is missing here, and cannot be the maximum: its kernel is uniform, with column sums of 1,
+        and the column sums of any m x m matrix whose rows sum to 1 have mean 1.
+        """
+        if not buckets:
+            return []
+        with torch.autocast(buckets[0][0].device.type, enabled=False):
+            wide = []
+            for q, k, v, slot in buckets:
+                q, k, v = widen(q, k, v)
+                wide.append((q, k, v, slot))
+            if self.num_landmarks == full_length:
+                outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v, _ in wide]
+            else:
+                outs = self._through_landmarks(wide, full_length)
+            if self.conv is not None:
+                outs = [
+                    out + self._convolve(v, slot)
+                    for out, (_, _, v, slot) in zip(outs, wide, strict=True)
+                ]
+            return outs
+
+    def _through_landmarks(
+        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
+    ) -> list[Tensor]:
+        q_ms = [self._landmarks(q, slot, full_length) for q, _, _, slot in buckets]
+        k_ms = [self._landmarks(k, slot, full_length) for _, k, _, slot in buckets]
+        inverses = self._inverse(torch.cat(q_ms), torch.cat(k_ms)).split([len(x) for x in q_ms])
+        outs = []
+        for (q, k, v, _), q_m, k_m, inverse in zip(buckets, q_ms, k_ms, inverses, strict=True):
+            summary = F.scaled_dot_product_attention(q_m, k, v)
+            outs.append(F.scaled_dot_product_attention(q, k_m, inverse @ summary))
+        return outs
+
+    def _landmarks(self, x: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """[n, H, l, Dh] real tokens -> [n, H, m, Dh] means over full segments."""
+        count, num_heads, length, head_dim = x.shape
+        m = self.num_landmarks
+        segment = full_length // m
+        first = torch.arange(count, device=x.device)[:, None] * m
+        rows = x.transpose(1, 2).reshape(count * length, num_heads * head_dim)
+        sums = rows.new_zeros(count * m, rows.shape[1])
+        sums = sums.index_add(0, (first + slot // segment).flatten(), rows)
+        return (sums / segment).view(count, m, num_heads, head_dim).transpose(1, 2)
+
+    def _inverse(self, q_m: Tensor, k_m: Tensor) -> Tensor:
+        """Pseudo-inverse of softmax(q_m k_m^T / sqrt(Dh)), [n, H, m, m], by equation 11.
+
+        It is applied to the landmarks' summary from the left, where the reference multiplies it
+        into the [L, m] kernel: the same product, in m x m x Dh instead of L x m x m operations.
+        """
+        kernel = (q_m @ k_m.transpose(-1, -2) * q_m.shape[-1] ** -0.5).softmax(dim=-1)
+        sums = kernel.sum(dim=-2)
+        top = sums.max() if self.inverse_init == "original" else sums.amax(-1)[..., None, None]
+        inverse = kernel.transpose(-1, -2) / top
+        eye = torch.eye(kernel.shape[-1], device=kernel.device, dtype=kernel.dtype)
+        for _ in range(_ITERATIONS):
+            product = kernel @ inverse
+            inner = 15 * eye - product @ (7 * eye - product)
+            inverse = 0.25 * inverse @ (13 * eye - product @ inner)
+        return inverse
+
+    def _convolve(self, v: Tensor, slot: Tensor | None) -> Tensor:
+        """self.conv over positions, [n, H, l, Dh] -> same, as banded matrix products.
+
+        Row i of a band holds the taps at the distances slot_j - slot_i of its neighbours j, so
+        that masked positions cost nothing. slot None: all positions are there, one band serves.
+        Not F.conv2d: on CPU oneDNN gets its weight gradient wrong by some 10 % (torch 2.13,
+        float32, depthwise, batch above 1), and it is several times slower.
+        """
+        assert self.conv is not None
+        num_heads, length = v.shape[1:3]
+        taps = self.conv.kernel_size[0]
+        reach = taps // 2
+        whole = length <= _BLOCK + 2 * reach
+        block, border = (length, 0) if whole else (_BLOCK, reach)
+        fill = -length % block
+        if slot is None:
+            row = torch.arange(block, device=v.device)[None, None]
+            column = torch.arange(-border, block + border, device=v.device)[None, None]
+        else:
+            far = 1 << 30  # beyond the reach of any tap, for rows and columns that pad
+            row = F.pad(slot, (0, fill), value=far).unflatten(1, (-1, block))  # [n, N, b]
+            column = F.pad(slot, (border, border + fill), value=-far)
+            column = column.unfold(1, block + 2 * border, block)  # [n, N, w]
+        tap = column[:, :, None, :] - row[..., None] + reach
+        tap = tap.where((tap >= 0) & (tap < taps), taps)  # beyond reach: the zero in the last row
+        table = F.pad(self.conv.weight.view(num_heads, taps), (0, 1)).T
+        band = F.embedding(tap, table).permute(0, 4, 1, 2, 3)  # [n, H, N, b, w]
+        near = F.pad(v, (0, 0, border, border + fill)).unfold(2, block + 2 * border, block)
+        return (band @ near.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"num_landmarks={self.num_landmarks}, inverse_init={self.inverse_init}"

@@ -1,0 +1,159 @@
+"""Performer, FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): attention by random features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.errors import ConfigError
+
+_EPSILON = {"softmax": 1e-4, "relu": 1e-3, "exp": 1e-4}
+"""Added to every feature, so that no normaliser vanishes."""
+
+
+@ATTENTIONS.register("performer")
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig(AttentionConfig):
+    """phi(q) (phi(k)^T v) / (phi(q) sum_j phi(k_j)), with random features phi; linear cost.
+
+    The reference asks performer_pytorch for a `relu` or `exp` kernel without the switch
+    (`generalized_attention`) that would turn it on, so it always computes `softmax`, the default
+    here. It also scales q and k by Dh^-1/4 before a library that does so again: it approximates
+    softmax(q k^T / Dh), not / sqrt(Dh), and so does dmx. Masked keys are zero vectors; their
+    features are constants that count in the normaliser, as in the reference.
+    There are no attention weights, so dropout does nothing.
+
+    Attributes:
+        num_features: M, the number of random directions.
+        kernel: `softmax`: phi(x) = exp(w x - |x|^2 / 2) (lemma 1 of the paper; what the reference
+            runs); `relu`: max(w x, 0) (section 4.3); `exp`: exp(w x), with the stabiliser of
+            `softmax`, where performer_pytorch's has none and overflows.
+        redraw_every_steps: draw new directions after that many training forward passes (a pair
+            of texts counts two); 0 keeps the first ones, as the reference does.
+    """
+
+    name: ClassVar[str] = "performer"
+    size_field: ClassVar[str | None] = "num_features"
+
+    num_features: int = 256
+    kernel: Literal["softmax", "relu", "exp"] = "softmax"
+    redraw_every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_features < 1:
+            raise ConfigError(f"num_features is {self.num_features}; it must be at least 1.")
+        if self.kernel not in _EPSILON:
+            raise ConfigError(f"kernel is {self.kernel!r}; allowed: {', '.join(_EPSILON)}.")
+        if self.redraw_every_steps < 0:
+            raise ConfigError(
+                f"redraw_every_steps is {self.redraw_every_steps}; it must be at least 0."
+            )
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer of one layer, with directions of its own."""
+        return PerformerMixer(self, context.head_dim)
+
+
+def orthogonal_directions(count: int, dim: int) -> Tensor:
+    """[count, dim] Gaussian rows, orthogonal within each block of `dim` rows (section 3.3).
+
+    A row has the length of an independent Gaussian vector, so that each by itself is Gaussian.
+    The signs that QR leaves to convention are drawn evenly by making R's diagonal positive
+    (Mezzadri 2007); the reference keeps LAPACK's.
+    """
+    blocks = []
+    for _ in range(-(-count // dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim))
+        blocks.append((q * r.diagonal().sign()).T)
+    lengths = torch.randn(count, dim).norm(dim=1, keepdim=True)
+    return torch.cat(blocks)[:count] * lengths
+
+
+class PerformerMixer(TokenMixer):
+    """See PerformerConfig."""
+
+    packs = True
+
+    projection: Tensor
+    passes: Tensor
+
+    def __init__(self, config: PerformerConfig, head_dim: int) -> None:
+        super().__init__()
+        self.kernel = config.kernel
+        self.redraw_every_steps = config.redraw_every_steps
+        self.register_buffer("projection", orthogonal_directions(config.num_features, head_dim))
+        # Saved only where it matters: a resumed run redraws when the uninterrupted one does.
+        redraws = config.redraw_every_steps > 0
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long), persistent=redraws)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Dense: masked keys and values are zero vectors."""
+        self._count_pass()
+        hidden = ~mask.bool()[:, None, :, None]
+        return self._attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), 0)
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """All masked keys have the same features, so their number is enough."""
+        return self._attend(q, k, v, full_length - q.shape[2])
+
+    def mix_buckets(
+        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
+    ) -> list[Tensor]:
+        """Bucket by bucket; all of them are one pass."""
+        self._count_pass()
+        return super().mix_buckets(buckets, full_length)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_masked: int) -> Tensor:
+        """[n, H, l, Dh] with num_masked more keys that are zero vectors, and their values too."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = widen(q, k, v)
+            q_phi, _ = self._features(q, -1, False)
+            k_phi, zero_phi = self._features(k, (-1, -2), num_masked > 0)
+            total = k_phi.sum(dim=-2, keepdim=True)  # [n, H, 1, M]
+            if num_masked:
+                total = total + num_masked * zero_phi
+            context = k_phi.transpose(-1, -2) @ v  # [n, H, M, Dh]
+            return (q_phi @ context) / (q_phi @ total.transpose(-1, -2))
+
+    def _features(
+        self, x: Tensor, over: int | tuple[int, int], with_zero: bool
+    ) -> tuple[Tensor, Tensor | float]:
+        """phi(x) [n, H, l, M] up to a factor that cancels, and phi(0) by the same factor.
+
+        Args:
+            x: [n, H, l, Dh].
+            over: the dimensions that share a stabiliser: exponents are at most 0.
+            with_zero: zero vectors belong to the set, so their exponent 0 counts in the maximum.
+        """
+        x = x * x.shape[-1] ** -0.5
+        dots = x @ self.projection.to(x.dtype).T
+        epsilon = _EPSILON[self.kernel]
+        if self.kernel == "relu":
+            return dots.relu() + epsilon, epsilon
+        # The stabiliser is no function of x to the gradient, as in the reference.
+        top = dots.detach().amax(dim=over, keepdim=True)
+        if with_zero:
+            top = top.clamp(min=0.0)
+        exponents = dots - top
+        if self.kernel == "softmax":
+            exponents = exponents - x.square().sum(dim=-1, keepdim=True) / 2
+        return exponents.exp() + epsilon, (-top).exp() + epsilon
+
+    def _count_pass(self) -> None:
+        """Redraw when it is time. A new tensor: an older graph may still need the old one."""
+        if not (self.training and self.redraw_every_steps):
+            return
+        if int(self.passes) >= self.redraw_every_steps:
+            self.projection = orthogonal_directions(*self.projection.shape).to(self.projection)
+            self.passes = torch.zeros_like(self.passes)
+        self.passes = self.passes + 1
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"num_features={self.projection.shape[0]}, kernel={self.kernel}"

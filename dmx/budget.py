@@ -1,0 +1,110 @@
+"""How much to train: the task's full budget on GPUs, one that fits the machine on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dmx.cluster import Resources
+from dmx.errors import ConfigError
+from dmx.tasks import Task
+
+_CPU_STEPS = {"text": 160, "listops": 160, "retrieval": 80, "image": 200, "pathfinder": 200}
+"""Optimizer steps of a full trial where there is no GPU: minutes, not days."""
+_CPU_BATCH = {"text": 16, "listops": 16, "retrieval": 8, "image": 32, "pathfinder": 32}
+_CPU_TRIALS = 10
+_GPU_TRIALS = 32
+_EVALUATIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one study spends.
+
+    Attributes:
+        num_trials: trials in all. settings: dotted RunConfig values that hold for every trial.
+        max_steps: steps of a full trial. grace_steps: steps before ASHA may stop one.
+        cpus, gpus: of one trial. reason: one sentence for the user.
+    """
+
+    num_trials: int
+    max_steps: int
+    grace_steps: int
+    settings: Mapping[str, Any]
+    cpus: float
+    gpus: float
+    reason: str
+
+
+def fit_budget(
+    task: Task,
+    resources: Resources,
+    overrides: Mapping[str, Any],
+    *,
+    num_trials: int | None,
+    max_steps: int | None,
+    trials_per_gpu: int | None,
+    cpus_per_trial: float | None,
+) -> Budget:
+    """Choose what the user left open; say so.
+
+    The warmup keeps its share of the schedule (text: 40 %, as in the reference), and there are
+    eight evaluations where the schedule is shortened.
+
+    Raises:
+        ConfigError: a number is out of range, or GPUs are asked for where there are none.
+    """
+    for name, value in (("--num-trials", num_trials), ("--max-steps", max_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.")
+    if trials_per_gpu is not None and trials_per_gpu < 1:
+        raise ConfigError(f"--trials-per-gpu is {trials_per_gpu}; it must be at least 1.")
+    if cpus_per_trial is not None and not cpus_per_trial > 0:
+        raise ConfigError(f"--cpus-per-trial is {cpus_per_trial}; it must be positive.")
+    if trials_per_gpu is not None and not resources.num_gpus:
+        raise ConfigError("--trials-per-gpu is given, but the cluster has no GPU; leave it out.")
+    on_gpu = resources.num_gpus > 0
+    full = int(str(task.preset["train.num_steps"]))
+    steps = max_steps or int(overrides.get("train.num_steps", 0))
+    if not steps:
+        steps = full if on_gpu else min(full, _CPU_STEPS[task.family])
+    settings: dict[str, Any] = {"train.num_steps": steps}
+    if steps != full:
+        every = max(steps // _EVALUATIONS, 1)
+        settings["train.eval_every_steps"] = every
+        share = int(str(task.preset["optim.warmup_steps"])) / full
+        settings["optim.warmup_steps"] = min(max(round(share * steps), 2), max(steps - 1, 2))
+    if not on_gpu:
+        settings["train.batch_size"] = _CPU_BATCH[task.family]
+    settings = {k: v for k, v in settings.items() if k not in overrides}
+    settings["train.num_steps"] = steps
+    evaluation = overrides.get(
+        "train.eval_every_steps",
+        settings.get("train.eval_every_steps", task.preset["train.eval_every_steps"]),
+    )
+    trials = num_trials or (_GPU_TRIALS if on_gpu else _CPU_TRIALS)
+    gpus = 1.0 / (trials_per_gpu or 1) if on_gpu else 0.0
+    cpus = cpus_per_trial or 1.0
+    if on_gpu:
+        cpus = cpus_per_trial or max(
+            1.0, resources.num_cpus // (resources.num_gpus * (trials_per_gpu or 1))
+        )
+    if on_gpu:
+        reason = f"{resources.num_gpus} GPUs: {trials} trials of up to {steps:,} steps"
+    else:
+        batch = overrides.get("train.batch_size", settings.get("train.batch_size"))
+        reason = (
+            f"no GPU, {resources.num_cpus} CPU cores: {trials} trials of up to {steps:,} steps, "
+            f"batch {batch} (the task's full budget is {full:,} steps, batch "
+            f"{task.preset['train.batch_size']})"
+        )
+    return Budget(
+        num_trials=trials,
+        max_steps=steps,
+        grace_steps=max(int(str(evaluation)), steps // 9),
+        settings=settings,
+        cpus=cpus,
+        gpus=gpus,
+        reason=reason,
+    )

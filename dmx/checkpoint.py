@@ -1,0 +1,228 @@
+"""Checkpoints: a self-describing directory, written atomically; transfer to another size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dmx.config import RunConfig, parse_run_config
+from dmx.errors import CheckpointError, ConfigError
+from dmx.records import CONFIG_FILE, METRICS_FILE, MODEL_FILE, TRAINING_STATE_FILE
+from dmx.reference import adopt, read_output_model
+
+POSITION_KEY = "encoder.embeddings.position.weight"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model_state: Mapping[str, Tensor],
+    training_state: Mapping[str, Any],
+    config: RunConfig,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint directory; at every moment the old one or the new one is whole on disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.parent / f".{folder.name}.new-{os.getpid()}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        write_files(new, model_state, training_state, config, metrics)
+        old = folder.parent / f".{folder.name}.old"
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_files(
+    folder: Path,
+    model_state: Mapping[str, Tensor],
+    training_state: Mapping[str, Any],
+    config: RunConfig,
+    metrics: Mapping[str, Any],
+) -> None:
+    """The files of a checkpoint, flushed to disk; metrics.json comes last and marks a whole one."""
+    for name, value in ((MODEL_FILE, model_state), (TRAINING_STATE_FILE, training_state)):
+        torch.save(dict(value), folder / name)
+    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
+    for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
+        fsync(folder / name)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory that was read: its config and metrics; weights on demand."""
+
+    folder: Path
+    config: RunConfig
+    metrics: Mapping[str, Any]
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The weights, on the CPU."""
+        return _load(self.folder / MODEL_FILE)
+
+    def training_state(self) -> dict[str, Any]:
+        """Optimizer, schedule, random generators and data cursor."""
+        return _load(self.folder / TRAINING_STATE_FILE)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint directory; one whose replacement was cut short by a crash is put back.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one; names the file.
+    """
+    old = folder.parent / f".{folder.name}.old"
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+    for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is missing.")
+    try:
+        raw = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ConfigError("it holds no mapping.")
+        config = parse_run_config(raw)
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    except (ConfigError, yaml.YAMLError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} is damaged: {first_line(error)}") from None
+    return Checkpoint(folder, config, metrics)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type's name."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on damaged files
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a transfer moved: names taken as they are, tiled, and left at their new values."""
+
+    moved: tuple[str, ...]
+    tiled: tuple[str, ...]
+    reinitialised: tuple[str, ...]
+
+    def __str__(self) -> str:
+        tiled = f", tiled {', '.join(self.tiled)}" if self.tiled else ""
+        fresh = f", reinitialised {', '.join(self.reinitialised)}" if self.reinitialised else ""
+        return f"moved {len(self.moved)} tensors{tiled}{fresh}"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights from a checkpoint directory or a reference `*_output.model` file.
+
+    Raises:
+        CheckpointError: neither, or damaged.
+    """
+    if path.is_file():
+        return read_output_model(path)
+    if not path.exists() and not (path.parent / f".{path.name}.old").exists():
+        raise CheckpointError(
+            f"{path} does not exist; expected a checkpoint folder or a .model file."
+        )
+    return open_checkpoint(path).model_state()
+
+
+def plan_transfer(
+    source: Mapping[str, torch.Size], target: Mapping[str, torch.Size], reinit: Iterable[str] = ()
+) -> TransferReport:
+    """Decide from shapes alone what a transfer would do; used before any training, too.
+
+    Args:
+        source, target: shapes by parameter name. reinit: names (or prefixes that end in a dot)
+            that keep the target's fresh values where shapes differ or the source has none.
+
+    Raises:
+        CheckpointError: names or shapes that differ and are not named in reinit; lists them.
+    """
+    moved, tiled, fresh, wrong = [], [], [], []
+    allowed = tuple(reinit)
+    for name, shape in target.items():
+        if name in source and source[name] == shape:
+            moved.append(name)
+        elif name == POSITION_KEY and name in source and _tiles(source[name], shape):
+            tiled.append(name)
+        elif any(name == r or (r.endswith(".") and name.startswith(r)) for r in allowed):
+            fresh.append(name)
+        elif name not in source:
+            wrong.append(f"{name} {tuple(shape)} is not in the source")
+        else:
+            wrong.append(f"{name} is {tuple(source[name])} in the source, {tuple(shape)} here")
+    dropped = [n for n in source if n not in target and not n.startswith(allowed or ("\0",))]
+    wrong += [f"{n} {tuple(source[n])} has no place here" for n in dropped]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(
+            f"weights cannot be transferred: {'; '.join(wrong[:4])}{more}; "
+            "name what may start afresh in `reinit`."
+        )
+    return TransferReport(tuple(moved), tuple(tiled), tuple(fresh))
+
+
+def transfer(
+    model: nn.Module, source: Mapping[str, Tensor], reinit: Iterable[str] = ()
+) -> TransferReport:
+    """Start `model` from other weights; the position embedding of an image grows by tiling.
+
+    Each source entry at (r, c) of an h x h image serves the targets (r + a*h, c + b*h) of the
+    k*h x k*h image, as the reference's get_resized_pos_emb does.
+
+    Raises:
+        CheckpointError: see plan_transfer.
+    """
+    own = model.state_dict()
+    report = plan_transfer(
+        {k: v.shape for k, v in source.items()}, {k: v.shape for k, v in own.items()}, reinit
+    )
+    state = {name: source[name] for name in report.moved}
+    state.update({name: own[name] for name in report.reinitialised})
+    for name in report.tiled:
+        state[name] = tile_positions(source[name], own[name].shape[0])
+    adopt(model, state, "the transferred state")
+    return report
+
+
+def _tiles(source: torch.Size, target: torch.Size) -> bool:
+    side, target_side = math.isqrt(source[0]), math.isqrt(target[0])
+    square = side * side == source[0] and target_side * target_side == target[0]
+    return square and target_side % side == 0 and source[1:] == target[1:]
+
+
+def tile_positions(position: Tensor, length: int) -> Tensor:
+    """[h*h, D] position embedding, repeated over a larger square image, -> [length, D]."""
+    side, target_side = math.isqrt(position.shape[0]), math.isqrt(length)
+    repeats = target_side // side
+    grid = position.view(side, side, -1).repeat(repeats, repeats, 1)
+    return grid.reshape(length, -1)

@@ -1,0 +1,125 @@
+"""The connection to Ray: a private local cluster or a running one, and what it can offer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dmx.errors import ConfigError
+
+# Read by Ray at import. The trial's files are ours, so Ray must not move the working directory,
+# and must not write its own TensorBoard, CSV and JSON files beside them (ray-notes.md, 3 and 7).
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+# Our journal is what a study is rebuilt from; Ray's snapshots would only cost time.
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+logger = logging.getLogger("dmx.cluster")
+# Ray speaks of trials by names that mean nothing to a user; what matters we say ourselves.
+for _name in ("ray.tune", "ray.train", "ray.air"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPU cores and GPUs, of the whole cluster."""
+
+    num_cpus: int
+    num_gpus: int
+
+
+def local_resources() -> Resources:
+    """Cores (of this process's affinity) and GPUs of this machine, without starting Ray."""
+    import torch
+
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cpus = os.cpu_count() or 1
+    return Resources(cpus, torch.cuda.device_count())
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[Resources]:
+    """Within the block Ray is connected: to a private local cluster, or to `address`.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
+    if ray.is_initialized():  # a caller (tests, a notebook) brought its own cluster
+        yield _resources()
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is None:
+            here = local_resources()
+            # "local" and not the default: a stale file of an older cluster must not be joined.
+            ray.init(
+                address="local",
+                num_cpus=here.num_cpus,
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                **options,
+            )
+        else:
+            ray.init(address=address, **options)
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]}"
+        ) from None
+    try:
+        yield _resources()
+    finally:
+        ray.shutdown()
+
+
+def _resources() -> Resources:
+    total = ray.cluster_resources()
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+
+
+def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:
+    """How many trials of this size run at once.
+
+    Raises:
+        ConfigError: not even one fits; Ray would wait for ever.
+    """
+    if gpus > resources.num_gpus:
+        raise ConfigError(
+            f"a trial asks for {gpus:g} GPUs, but the cluster has {resources.num_gpus}; "
+            "lower --gpus-per-trial or raise --trials-per-gpu."
+        )
+    if cpus > resources.num_cpus:
+        raise ConfigError(
+            f"a trial asks for {cpus:g} CPUs, but the cluster has {resources.num_cpus}; "
+            "lower --cpus-per-trial."
+        )
+    slots = int(resources.num_cpus / cpus) if cpus else 10**6
+    if gpus:
+        slots = min(slots, int(resources.num_gpus / gpus + 1e-9))
+    return max(slots, 1)
+
+
+@contextmanager
+def terminate_like_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C."""
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    except ValueError:  # not the main thread: signals are someone else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

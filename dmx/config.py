@@ -1,0 +1,194 @@
+"""RunConfig: one whole experiment as a frozen value, built from presets, YAML and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from dmx.attention import AttentionConfig, MixerContext
+from dmx.attention.butterfly import ButterflyConfig
+from dmx.errors import ConfigError
+from dmx.model import ModelConfig
+from dmx.optim import OptimConfig
+from dmx.overrides import flatten, lay, merge
+from dmx.schema import from_dict, to_dict
+from dmx.tasks import Task, task_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data come from and in which order.
+
+    Attributes:
+        root: the data root; None lets the caller decide (the default root, or sample data).
+        seed: of the training order (`seed_data` of the reference).
+        order: `shuffled`: a seeded permutation an epoch; `bucketed`: the same, but batches hold
+            sequences of similar length; `reference`: the reference's own chain of shuffles.
+    """
+
+    root: str | None = None
+    seed: int = 123
+    order: Literal["shuffled", "bucketed", "reference"] = "shuffled"
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+        batch_size: sequences per optimizer step. micro_batch_size: sequences per forward pass,
+            a divisor of batch_size (gradient accumulation); None takes batch_size.
+        num_steps: optimizer steps of the whole schedule. eval_every_steps: steps between
+            evaluations of the whole dev split.
+        seed: of weights and dropout (`seed_model` of the reference).
+        precision: `auto` is bf16 autocast on CUDA and fp32 elsewhere.
+        clip_gradient_norm: None does not clip, as the reference.
+        patience: stop after so many evaluations without a better dev accuracy; None never does.
+        eval_batch_size: None takes the micro batch's size.
+        compile: torch.compile the model (CUDA).
+    """
+
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    eval_batch_size: int | None = None
+    num_steps: int = 5000
+    eval_every_steps: int = 500
+    seed: int = 2023
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    clip_gradient_norm: float | None = None
+    patience: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_steps", "eval_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("micro_batch_size", "eval_batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"micro_batch_size is {self.micro_batch_size}; it must divide batch_size "
+                f"{self.batch_size}."
+            )
+        if self.clip_gradient_norm is not None and not self.clip_gradient_norm > 0:
+            raise ConfigError(
+                f"clip_gradient_norm is {self.clip_gradient_norm}; it must be positive."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a result; `config.yaml` beside each checkpoint holds one."""
+
+    task: str
+    attention: AttentionConfig = field(default_factory=ButterflyConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        task = task_for(self.task)
+        if self.optim.warmup_steps >= self.train.num_steps:
+            raise ConfigError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}; it must be below "
+                f"train.num_steps {self.train.num_steps}."
+            )
+        length = self.model.max_length or task.max_length
+        if length < task.max_length:
+            raise ConfigError(
+                f"model.max_length is {length}, below the {task.max_length} of task {task.name}."
+            )
+        for layer_index in range(self.model.num_layers):
+            context = MixerContext(
+                length=length,
+                num_heads=self.model.num_heads,
+                head_dim=self.model.head_dim,
+                layer_index=layer_index,
+            )
+            try:
+                self.attention.check(context)
+            except ConfigError as error:
+                raise ConfigError(f"attention.{error}") from None
+
+    @property
+    def task_info(self) -> Task:
+        """The task this run trains on."""
+        return task_for(self.task)
+
+    def resolved(self, *, vocab_size: int, num_classes: int) -> RunConfig:
+        """The same run with the model's open sizes filled in from the data."""
+        model = dataclasses.replace(
+            self.model,
+            vocab_size=self.model.vocab_size or vocab_size,
+            max_length=self.model.max_length or self.task_info.max_length,
+            num_classes=self.model.num_classes or num_classes,
+        )
+        assert model.vocab_size and model.num_classes
+        if model.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {model.vocab_size}; the data of task {self.task} "
+                f"need at least {vocab_size}."
+            )
+        if model.num_classes < num_classes:
+            raise ConfigError(
+                f"model.num_classes is {model.num_classes}; the data of task {self.task} "
+                f"have {num_classes}."
+            )
+        return dataclasses.replace(self, model=model)
+
+    def to_yaml(self) -> str:
+        """YAML that `parse_run_config` reads back to an equal value."""
+        return yaml.safe_dump(to_dict(self), sort_keys=False)
+
+
+def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from mappings (nested or dotted), later ones winning over earlier ones.
+
+    The task's preset (the reference's values) lies under all of them. When a layer names another
+    attention than the one below it, the lower one's sizes are dropped.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible combination, with the dotted path.
+    """
+    tree: dict[str, Any] = {}
+    for layer in (_DEFAULTS, *layers):
+        layer = {("attention.name" if _names_attention(k, v) else k): v for k, v in layer.items()}
+        _drop_replaced_attention(tree, layer)
+        for path, value in flatten(layer).items():
+            lay(tree, path, value)
+    if "task" not in tree:
+        raise ConfigError("task is required and has no value.")
+    if not isinstance(tree["task"], str):
+        raise ConfigError(f"task must be text, not {tree['task']!r}.")
+    preset = task_for(tree["task"]).preset
+    return from_dict(RunConfig, merge(preset, tree))
+
+
+_DEFAULTS = {"attention.name": "butterfly"}
+
+
+def _names_attention(key: str, value: object) -> bool:
+    return key == "attention" and isinstance(value, str)
+
+
+def _drop_replaced_attention(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Another attention than before has other sizes; only its dropout means the same."""
+    given = layer.get("attention")
+    name = given.get("name") if isinstance(given, Mapping) else layer.get("attention.name")
+    old = tree.get("attention")
+    if isinstance(name, str) and isinstance(old, dict) and old.get("name") != name:
+        tree["attention"] = {k: v for k, v in old.items() if k == "dropout"}

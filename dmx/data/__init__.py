@@ -1,0 +1,1 @@
+"""Data: readers, generators and the memory-mapped store they write."""

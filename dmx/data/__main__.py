@@ -1,0 +1,132 @@
+"""`python -m dmx.data`: prepare, list and show data sets. Parses, calls, sets the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from rich.text import Text
+
+from dmx import log
+from dmx.data import listing, show
+from dmx.data.locate import default_data_root, locate
+from dmx.data.prepare import prepare, prepare_all
+from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, DmxError
+from dmx.tasks import task_for, task_names
+
+logger = logging.getLogger("dmx.data")
+_OPTIONS = ("num_images", "seed", "render", "num_train", "num_dev", "num_test")
+
+USAGE = """\
+python -m dmx.data TASK [--source PATH]      prepare a task; without a source it is generated or
+                                             downloaded
+       python -m dmx.data all --source PATH  prepare every task that PATH holds
+       python -m dmx.data list [--verify]    what is prepared, its size, checksum and origin
+       python -m dmx.data show TASK          sample images, or lengths, classes and snippets"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options of all four commands."""
+    p = argparse.ArgumentParser(
+        prog="python -m dmx.data",
+        usage=USAGE,
+        epilog=f"tasks: {', '.join(task_names())}",
+        allow_abbrev=False,
+    )
+    p.add_argument("what", metavar="TASK|all|list|show", help="a task, or one of the three words")
+    p.add_argument("task", nargs="?", help="after `show`: the task")
+    p.add_argument("--data-root", type=Path, help="default: $DMX_DATA_ROOT, else ./data")
+    p.add_argument("--source", type=Path, help="folder or tar archive to read")
+    p.add_argument("--force", action="store_true", help="replace what is prepared already")
+    p.add_argument("--workers", type=int, help="processes that generate; default: all CPUs")
+    p.add_argument("--address", help="Ray cluster that generates instead, e.g. auto")
+    p.add_argument("--num-images", type=int, help="images of a generated Pathfinder set")
+    p.add_argument("--seed", type=int, help="of a generated set")
+    p.add_argument("--render", choices=("original", "lra"), help="look of generated images")
+    p.add_argument("--num-train", type=int, help="expressions of generated ListOps")
+    p.add_argument("--num-dev", type=int)
+    p.add_argument("--num-test", type=int)
+    p.add_argument("--verify", action="store_true", help="list: check every whole file")
+    p.add_argument("--split", default="train", choices=("train", "dev", "test"), help="show")
+    p.add_argument("--num", type=int, default=10, help="show: how many examples")
+    p.add_argument("--out", type=Path, help="show: write the strip or histogram to this PNG")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked; the exit code."""
+    root = args.data_root.absolute() if args.data_root else None
+    if args.what == "list":
+        table, damaged = listing.stores_table(root or default_data_root(), verify=args.verify)
+        log.console().print(table)
+        return EXIT_BAD_INPUT if damaged else EXIT_OK
+    if args.what == "show":
+        return run_show(args, root)
+    if args.what == "all":
+        _, failed = prepare_all(args.source, root, force=args.force)
+        return EXIT_BAD_INPUT if failed else EXIT_OK
+    options = {name: getattr(args, name) for name in _OPTIONS}
+    prepare(
+        args.what,
+        root,
+        source=args.source,
+        workers=args.workers,
+        address=args.address,
+        options={name: value for name, value in options.items() if value is not None},
+        force=args.force,
+    )
+    return EXIT_OK
+
+
+def run_show(args: argparse.Namespace, root: Path | None) -> int:
+    """Print what the data look like, and write the picture if one is asked for."""
+    store = locate(args.task, root, allow_sample=True)
+    split = store.split(args.split)
+    out = log.console()
+    out.print(show.headline(store, args.split), markup=False)
+    out.print(show.classes(store, args.split))
+    if task_for(args.task).image_side is not None:
+        dark = (split.gather(range(min(len(split), 1000)), store.manifest.max_length) == 0).mean()
+        out.print(f"black pixels (masked by the reference): {dark:.1%}")
+        path = args.out or Path(f"{store.manifest.task}-{args.split}.png")
+        picture = show.strip(store, args.split, args.num)
+    else:
+        out.print(show.histogram(split.lengths, store.manifest.max_length))
+        for line in show.snippets(store, args.split, args.num):
+            out.print(Text(line))  # a text, not markup: snippets hold brackets
+        path, picture = args.out, show.length_picture(split, store.manifest)
+    if path is not None:
+        show.save(picture, path)
+        out.print(f"wrote {path}")
+    return EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; user errors are one sentence on stderr and exit code 2."""
+    p = parser()
+    args = p.parse_args(argv)
+    if (args.what == "show") != (args.task is not None):
+        p.error("show needs a task" if args.what == "show" else f"unexpected {args.task!r}")
+    if args.what == "all" and args.source is None:
+        p.error("all needs --source PATH")
+    log.setup()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stop as tidily as on Ctrl-C
+    try:
+        return run(args)
+    except DmxError as error:
+        logger.error("%s", error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        command = shlex.join(sys.argv[1:] if argv is None else argv)
+        logger.error(
+            "interrupted; finished parts are kept, continue with: python -m dmx.data %s", command
+        )
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Durable files: fsync, atomic writes, checksums, a lock between processes, and plain OS errors."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dmx.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SMALL_BYTES = 4 << 20
+"""Files up to this size are checksummed whole by `quick_checksum`: a few milliseconds."""
+_BLOCK_BYTES = 4096
+_NUM_BLOCKS = 64
+_READ_BYTES = 1 << 20
+
+
+def os_error(error: OSError, path: Path, doing: str) -> DataError:
+    """The error as one sentence with the remedy: disk full, no permission, read-only, other."""
+    remedy = {
+        errno.ENOSPC: "the disk is full; free space or choose another --data-root",
+        errno.EDQUOT: "the disk quota is used up; free space or choose another --data-root",
+        errno.EROFS: "the file system is read-only; choose another --data-root",
+        errno.EACCES: "permission denied; choose another --data-root or fix its permissions",
+        errno.EPERM: "operation not permitted; choose another --data-root or fix its permissions",
+        errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+        errno.EISDIR: "it is a folder where a file is needed",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return DataError(f"Cannot {doing} {path}: {remedy}.")
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Within the block an OSError becomes a DataError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if error.filename else path
+        raise os_error(error, named, doing) from error
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems refuse to fsync a folder
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `path` so that even after a crash it holds its old content or all of the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the whole file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def quick_checksum(path: Path) -> str:
+    """SHA-256 over a sample of the file: all of a small one, else 64 evenly spaced 4 KiB blocks.
+
+    It costs milliseconds whatever the size, and sees truncation, zero-filled tails after a crash
+    and overwritten stretches; a change of single bytes between blocks needs `sha256_file`.
+    """
+    size = path.stat().st_size
+    if size <= SMALL_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for block in range(_NUM_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * block // (_NUM_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+@contextmanager
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`; a second process waits until the first is done or dead.
+
+    The kernel drops the lock when its holder dies, so a kill -9 leaves nothing to clean up. On a
+    file system without locks a warning is logged; the atomic rename still keeps results whole.
+    """
+    with explained(path, "create"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is preparing %s; waiting for it", what)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("no file locks under %s (%s); do not prepare twice", path.parent, error)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""The manifest of a prepared data set: what it holds, where it came from, and its checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dmx.errors import DataError
+from dmx.tasks.base import SPLITS
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+"""Version of the store's layout; a reader refuses any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        task: the task's name, e.g. "text".
+        data_name: which data, e.g. "lra-text", "generated-listops", "sample-bbc".
+        origin: where the data came from, in words.
+        is_sample: True for a stand-in that is not the published data set.
+        num_classes: classes in the data; it wins over the task's own number.
+        class_names: a name per class, or empty.
+        max_length: tokens per sequence once padded.
+        vocab_size: ids lie in 0..vocab_size-2; vocab_size-1 is the model's CLS.
+        dtype: "uint8" or "uint16", the stored token type (little endian).
+        paired: each example has a second sequence.
+        splits: examples per split, for train, dev and test.
+        aliases: split -> the split whose files it shares (text: dev -> test).
+        parameters: what the preparation was told (seed, limits, skipped examples, ...).
+        note: a short remark for the label, e.g. "1,000 images"; empty for the usual data.
+        licence: the licence of the data, in words.
+        dmx_version: of the program that prepared it.
+        created: UTC time, ISO 8601.
+        files: file name -> {"bytes", "sha256", "quick" (sampled checksum), "mtime_ns"}.
+    """
+
+    task: str
+    data_name: str
+    origin: str
+    is_sample: bool = False
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    max_length: int
+    vocab_size: int
+    dtype: str
+    paired: bool = False
+    splits: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    licence: str = ""
+    dmx_version: str = ""
+    created: str = ""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How banners, result files and tables name the data: "text" or "sample-bbc, not LRA"."""
+        if self.is_sample:
+            return f"{self.data_name}, not LRA"
+        return f"{self.task} ({self.note})" if self.note else self.task
+
+    @property
+    def stored_splits(self) -> tuple[str, ...]:
+        """The splits that have files of their own."""
+        return tuple(split for split in SPLITS if split not in self.aliases)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on disk."""
+        return sum(int(entry["bytes"]) for entry in self.files.values())
+
+    @property
+    def checksum(self) -> str:
+        """One SHA-256 over the files' names and checksums: equal data have equal checksums."""
+        lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json, with a checksum of itself."""
+        body = {"format": FORMAT, **asdict(self)}
+        body["manifest_sha256"] = _digest(body)
+        return json.dumps(body, indent=1, ensure_ascii=False).encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json.
+
+    Raises:
+        DataError: it is missing, torn, edited, or of another format version.
+    """
+    path = folder / MANIFEST_FILE
+    again = f"delete {folder} and prepare the data again"
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist, so {folder} is not a prepared data set."
+        ) from error
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not readable JSON ({error}); {again}.") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path} is not a manifest (no JSON object); {again}.")
+    version = body.get("format")
+    if version != FORMAT:
+        raise DataError(
+            f"{path} has store format {version!r}, but this dmx reads format {FORMAT}; {again}."
+        )
+    if body.pop("manifest_sha256", None) != _digest(body):
+        raise DataError(f"{path} was edited after it was written; {again}.")
+    body.pop("format")
+    names = {f.name for f in fields(Manifest)}
+    if unknown := sorted(set(body) - names):
+        raise DataError(f"{path} has unknown entries {', '.join(unknown)}; {again}.")
+    body["class_names"] = tuple(body.get("class_names", ()))
+    try:
+        return Manifest(**body)
+    except TypeError as error:
+        raise DataError(f"{path} lacks entries ({error}); {again}.") from error

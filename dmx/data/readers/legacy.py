@@ -1,0 +1,96 @@
+"""The reference's own splits, <task>.{train,dev,test}.pickle, read without running the pickles."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmx.data.build import write_store
+from dmx.data.progress import bytes_text
+from dmx.data.readers.base import READERS, Reader, Request, manifest_for
+from dmx.data.source import Source
+from dmx.data.store_writer import StoreWriter
+from dmx.data.unpickle import PickledArray, load_pickle
+from dmx.errors import DataError
+from dmx.tasks import Task
+from dmx.tasks.base import SPLITS
+
+log = logging.getLogger(__name__)
+_LARGE_BYTES = 1_000_000_000
+
+
+def _ids(example: Any, key: str, task: Task, where: str) -> npt.NDArray[Any]:
+    value = example.get(key) if isinstance(example, dict) else None
+    if not isinstance(value, PickledArray) or value.value.ndim != 1:
+        raise DataError(f"{where} has no list of numbers {key!r}.")
+    ids = value.value
+    if ids.dtype.kind not in "iu" or len(ids) != task.max_length:
+        raise DataError(
+            f"{where} has {len(ids)} values of {ids.dtype} instead of {task.max_length} integers."
+        )
+    if task.image_side is None:  # texts are stored without padding; a black pixel is no padding
+        ids = ids[: int(np.flatnonzero(ids)[-1]) + 1] if ids.any() else ids[:0]
+    return ids
+
+
+def _label(example: Any, where: str) -> int:
+    value = example.get("label")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DataError(f"{where} has no whole number as its label.")
+    return int(value)
+
+
+def fits(task: Task, source: Source | None) -> bool:
+    """Whether the source has the task's train pickle."""
+    return source is not None and source.locate(("",), f"{task.name}.train.pickle") is not None
+
+
+def prepare(request: Request) -> None:
+    """Write the store with exactly the pickles' examples in their order, dev and test apart."""
+    source, task = request.source, request.task
+    assert source is not None
+    root = source.locate(("",), f"{task.name}.train.pickle")
+    assert root is not None
+    names = {posixpath.join(root, f"{task.name}.{split}.pickle"): split for split in SPLITS}
+
+    def fill(writer: StoreWriter) -> None:
+        for name, stream in source.open(names):
+            where = source.describe(name)
+            size = source.size(name)
+            if size > _LARGE_BYTES:
+                log.info("reading %s needs about %s of memory", where, bytes_text(size))
+            examples = load_pickle(stream, where)
+            if not isinstance(examples, list):
+                raise DataError(f"{where} is no list of examples.")
+            examples.reverse()
+            for number in range(len(examples)):
+                example = examples.pop()  # freed as it is stored
+                at = f"{where}, example {number},"
+                first = _ids(example, "input_ids_0", task, at)
+                second = _ids(example, "input_ids_1", task, at) if task.paired else None
+                writer.add(names[name], first, _label(example, at), second)
+
+    manifest = manifest_for(
+        request,
+        data_name=f"reference-{task.name}",
+        origin=f"pickles of Solving-LRA-PathX / Nystromformer, {source.describe(root)}",
+        dtype="uint16" if task.family in ("text", "retrieval") else "uint8",
+        licence="as the data they were made from",
+    )
+    write_store(request.folder, manifest, fill, replace_existing=request.force)
+
+
+READERS.register("reference-pickles")(
+    Reader(
+        name="reference-pickles",
+        families=(),
+        fits=fits,
+        expects="<task>.{train,dev,test}.pickle of the reference",
+        prepare=prepare,
+        rank=1,
+    )
+)

@@ -1,0 +1,171 @@
+"""Pathfinder without a source: generates the set in shards, bit for bit as the original does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmx.data.build import write_store
+from dmx.data.files import explained
+from dmx.data.pathfinder import Generator, parameters_for
+from dmx.data.pathfinder_split import LEAST_IMAGES, SPLIT_SEED, SplitPlacer
+from dmx.data.progress import bytes_text, seconds_text
+from dmx.data.readers.base import READERS, Reader, Request, manifest_for
+from dmx.data.shards import ShardPlan, make_shards, read_shards, remove_shards
+from dmx.data.source import Source
+from dmx.data.store_writer import StoreWriter
+from dmx.errors import ConfigError, DataError
+from dmx.tasks import Task
+
+log = logging.getLogger(__name__)
+NUM_IMAGES = 200_000
+SEED = 123
+"""Number and seed of all published sets."""
+SHARD_SIZE = 250
+_PROBE_SECONDS = 2.0
+_PROBE_IMAGES = 40
+_SHARD_SHARE = 0.25
+"""Compressed shards need at most about this share of the images' bytes."""
+
+
+@lru_cache(maxsize=4)
+def _generator(dataset: str, seed: int, render: str) -> Generator:
+    return Generator(dataset, seed, render=render)  # type: ignore[arg-type]
+
+
+def make_shard(
+    start: int, stop: int, *, dataset: str, seed: int, render: str
+) -> dict[str, npt.NDArray[Any]]:
+    """Images start..stop-1: "images" uint8 [N, H * W], "labels" uint8 [N]."""
+    generator = _generator(dataset, seed, render)
+    made = [generator.image(index) for index in range(start, stop)]
+    return {
+        "images": np.stack([image.reshape(-1) for image, _ in made]),
+        "labels": np.array([label for _, label in made], np.uint8),
+    }
+
+
+def estimate(plan: ShardPlan, pixels: int, workers: int, address: str | None) -> None:
+    """Log how long generating takes and what disk it needs.
+
+    Raises:
+        DataError: the disk has too little room.
+    """
+    missing = [shard for shard in range(len(plan)) if not plan.path(shard).exists()]
+    todo = sum(stop - start for start, stop in map(plan.bounds, missing))
+    size = plan.total * pixels
+    need = size + int(_SHARD_SHARE * pixels * todo)
+    with explained(plan.store.parent, "read"):
+        free = shutil.disk_usage(plan.store.parent).free
+    if need > free:
+        raise DataError(
+            f"{plan.store.name} needs {bytes_text(need)} in {plan.store.parent}, but only "
+            f"{bytes_text(free)} are free; choose another --data-root or fewer --num-images."
+        )
+    rate = _images_per_second(plan) if todo else math.inf
+    if address is None:
+        how = f"about {seconds_text(todo / rate / workers)} with {workers} worker(s)"
+    else:
+        how = f"on the Ray cluster at {address}"
+    log.info(
+        "%s: generating %s images, %s (%.3g images/s a core); %s on disk, %s free",
+        plan.store.name,
+        f"{todo:,}",
+        how,
+        rate,
+        bytes_text(size),
+        bytes_text(free),
+    )
+
+
+def _images_per_second(plan: ShardPlan) -> float:
+    make_shard(0, 1, **plan.arguments)  # compiles what has to be compiled
+    start, count = time.monotonic(), 0
+    while True:
+        make_shard(count, count + 1, **plan.arguments)
+        count += 1
+        seconds = time.monotonic() - start
+        if count >= _PROBE_IMAGES or seconds > _PROBE_SECONDS:
+            return count / seconds
+
+
+def fits(task: Task, source: Source | None) -> bool:
+    """Only when no source is given."""
+    return source is None
+
+
+def prepare(request: Request) -> None:
+    """Generate what is missing, then write the store, split as the reference splits."""
+    task, options = request.task, request.options
+    count = int(options.get("num_images", NUM_IMAGES))
+    seed = int(options.get("seed", SEED))
+    render = str(options.get("render", "original"))
+    if count < LEAST_IMAGES:
+        raise ConfigError(f"--num-images {count} is too small; the least is {LEAST_IMAGES}.")
+    Generator(task.name, seed, render=render)  # type: ignore[arg-type]  # refuses bad settings
+    pixels = task.max_length
+    plan = ShardPlan(
+        store=request.folder,
+        maker=f"{__name__}:make_shard",
+        arguments={"dataset": task.name, "seed": seed, "render": render},
+        total=count,
+        size=SHARD_SIZE,
+        unit="images",
+    )
+
+    def fill(writer: StoreWriter) -> None:
+        estimate(plan, pixels, request.workers, request.address)
+        make_shards(plan, workers=request.workers, address=request.address)
+        placer = SplitPlacer(writer, count, pixels)
+        for start, arrays in read_shards(plan):
+            numbers = np.arange(start, start + len(arrays["labels"]))
+            placer.put(numbers, arrays["images"], arrays["labels"])
+
+    manifest = manifest_for(
+        request,
+        data_name="generated-pathfinder",
+        origin="generated by dmx, bit for bit as bhattarailab/pathfinder-generator",
+        class_names=("apart", "connected"),
+        dtype="uint8",
+        parameters={
+            "seed": seed,
+            "render": render,
+            "num_images": count,
+            "split_seed": SPLIT_SEED,
+            "generator": asdict(parameters_for(task.name)),
+        },
+        note=_note(task, count, seed, render),
+        licence="none needed (generated)",
+    )
+    write_store(request.folder, manifest, fill, replace_existing=request.force)
+    remove_shards(plan)
+
+
+def _note(task: Task, count: int, seed: int, render: str) -> str:
+    """What sets the data apart from the published set of that name; pathX sets are generated."""
+    parts = [] if task.name.startswith("pathX-") else ["generated"]
+    parts += [f"{count:,} images"] if count != NUM_IMAGES else []
+    parts += [f"seed {seed}"] if seed != SEED else []
+    parts += [f"render {render}"] if render != "original" else []
+    return ", ".join(parts)
+
+
+READERS.register("generated-pathfinder")(
+    Reader(
+        name="generated-pathfinder",
+        families=("pathfinder",),
+        fits=fits,
+        expects="nothing: without --source the set is generated",
+        prepare=prepare,
+        options=("num_images", "seed", "render"),
+        rank=20,
+    )
+)

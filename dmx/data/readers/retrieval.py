@@ -1,0 +1,106 @@
+"""Retrieval from lra_release: tsv_data/new_aan_pairs.{train,eval,test}.tsv, pairs of papers."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from dmx.data.build import write_store
+from dmx.data.bytetext import encode
+from dmx.data.progress import progress
+from dmx.data.readers.base import READERS, Reader, Request, manifest_for
+from dmx.data.source import Source
+from dmx.data.store_writer import StoreWriter
+from dmx.errors import DataError
+from dmx.tasks import Task
+
+FILES = {
+    "new_aan_pairs.train.tsv": "train",
+    "new_aan_pairs.eval.tsv": "dev",
+    "new_aan_pairs.test.tsv": "test",
+}
+FOLDERS = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", "")
+NUM_COLUMNS = 5
+_MAX_LINE_BYTES = 64 << 20
+_LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
+
+Pair = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], int]
+
+
+def parse(stream: IO[bytes], where: str) -> Iterator[Pair]:
+    """(ids of the first text [L], of the second [M], label) per line.
+
+    The text columns hold the Python repr of bytes (`b'...'` with escapes), and the reference feeds
+    the characters of that repr to the model; so does this. No quoting is processed.
+
+    Raises:
+        DataError: a line has other columns, an unknown label, an empty text, or is not UTF-8.
+    """
+    number = 0
+    while line := stream.readline(_MAX_LINE_BYTES):
+        number += 1
+        at = f"{where}, line {number}"
+        if len(line) == _MAX_LINE_BYTES:
+            raise DataError(f"{at}: longer than {_MAX_LINE_BYTES >> 20} MiB.")
+        columns = line.rstrip(b"\r\n").split(b"\t")
+        if len(columns) != NUM_COLUMNS:
+            raise DataError(f"{at}: {len(columns)} columns instead of {NUM_COLUMNS}.")
+        label = _LABELS.get(columns[0])
+        if label is None:
+            raise DataError(f"{at}: label {columns[0][:20]!r} is neither 0.0 nor 1.0.")
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{at}: not UTF-8 ({error.reason}).") from error
+        first, second = encode(columns[3]), encode(columns[4])
+        if not (len(first) and len(second)):
+            raise DataError(f"{at}: an empty text.")
+        yield first, second, label
+
+
+def fits(task: Task, source: Source | None) -> bool:
+    """Whether the source has the three files."""
+    return source is not None and source.locate(FOLDERS, next(iter(FILES))) is not None
+
+
+def prepare(request: Request) -> None:
+    """Write the store from the tsv files, in their order."""
+    source = request.source
+    assert source is not None
+    root = source.locate(FOLDERS, next(iter(FILES)))
+    assert root is not None
+
+    def fill(writer: StoreWriter) -> None:
+        names = [posixpath.join(root, name) for name in FILES]
+        with progress("retrieval", 0, "pairs") as advance:
+            for name, stream in source.open(names):
+                split = FILES[posixpath.basename(name)]
+                for first, second, label in parse(stream, source.describe(name)):
+                    writer.add(split, first, label, second)
+                    advance(1)
+
+    manifest = manifest_for(
+        request,
+        data_name="lra-retrieval",
+        origin=f"ACL Anthology Network pairs of the LRA release, {source.describe(root)}",
+        class_names=("unrelated", "linked"),
+        dtype="uint16",
+        licence="ACL Anthology Network, research use; LRA release Apache 2.0",
+    )
+    write_store(request.folder, manifest, fill, replace_existing=request.force)
+
+
+READERS.register("lra-retrieval")(
+    Reader(
+        name="lra-retrieval",
+        families=("retrieval",),
+        fits=fits,
+        expects="tsv_data/new_aan_pairs.{train,eval,test}.tsv",
+        prepare=prepare,
+        address="https://storage.googleapis.com/long-range-arena/lra_release.gz",
+    )
+)

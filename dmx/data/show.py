@@ -1,0 +1,134 @@
+"""`python -m dmx.data show`: a strip of sample images, or what the texts of a split are like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+from rich.table import Table
+
+from dmx.data import bytetext, listops
+from dmx.data.files import explained
+from dmx.data.manifest import Manifest
+from dmx.data.store import Split, Store
+from dmx.errors import ConfigError
+from dmx.tasks import task_for
+
+_LEAST_TILE = 128
+"""Small images are enlarged to at least so many pixels, by a whole factor."""
+_GAP = 4
+_CAPTION = 14
+_BINS = 16
+_BAR = 40
+_SNIPPET = 160
+
+
+def strip(store: Store, split_name: str, count: int) -> Image.Image:
+    """The first `count` images of a split side by side, each with its label below.
+
+    Raises:
+        ConfigError: the task has no images, or fewer.
+    """
+    side = task_for(store.manifest.task).image_side
+    split = store.split(split_name)
+    _check_count(count, split)
+    assert side is not None
+    tile = side * max(1, -(-_LEAST_TILE // side))
+    width = count * (tile + _GAP) + _GAP
+    picture = Image.new("L", (width, tile + 2 * _GAP + _CAPTION), 255)
+    draw = ImageDraw.Draw(picture)
+    for number in range(count):
+        image = Image.fromarray(np.array(split.tokens(number)).reshape(side, side))
+        left = _GAP + number * (tile + _GAP)
+        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, _GAP))
+        draw.text((left, tile + 2 * _GAP), _class(store.manifest, split, number), fill=0)
+    return picture
+
+
+def histogram(lengths: npt.NDArray[np.int64], max_length: int) -> Table:
+    """How many examples have how many tokens, as bars."""
+    counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max_length))
+    table = Table(box=None)
+    table.add_column("tokens", justify="right")
+    table.add_column("examples", justify="right")
+    table.add_column("")
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(_BAR * count / max(1, counts.max()))
+        table.add_row(f"{low:.0f}-{high:.0f}", f"{count:,}", bar)
+    return table
+
+
+def headline(store: Store, split_name: str) -> str:
+    """Name of the data, examples, and the accuracy of always guessing the majority class."""
+    split = store.split(split_name)
+    majority = np.bincount(split.labels).max() / len(split)
+    return (
+        f"{store.manifest.label}, {split_name}: {len(split):,} examples; majority baseline "
+        f"{majority:.1%}"
+    )
+
+
+def classes(store: Store, split_name: str) -> Table:
+    """Examples per class."""
+    manifest, split = store.manifest, store.split(split_name)
+    counts = np.bincount(split.labels, minlength=manifest.num_classes)
+    table = Table(box=None)
+    table.add_column("class")
+    table.add_column("examples", justify="right")
+    table.add_column("share", justify="right")
+    for label, count in enumerate(counts):
+        name = manifest.class_names[label] if manifest.class_names else str(label)
+        table.add_row(name, f"{count:,}", f"{count / len(split):.1%}")
+    return table
+
+
+def snippets(store: Store, split_name: str, count: int) -> Iterator[str]:
+    """The beginnings of the first `count` texts of a split, decoded, with their labels."""
+    manifest, split = store.manifest, store.split(split_name)
+    _check_count(count, split)
+    decode = listops.decode if manifest.task == "listops" else bytetext.decode
+    for number in range(count):
+        texts = [split.tokens(number)] + ([split.tokens_1(number)] if manifest.paired else [])
+        shown = " || ".join(decode(ids)[:_SNIPPET].replace("\n", " ") for ids in texts)
+        yield f"[{_class(manifest, split, number)}] {shown}"
+
+
+def length_picture(split: Split, manifest: Manifest) -> Image.Image:
+    """The length histogram as a picture, for `--out`."""
+    counts, edges = np.histogram(split.lengths, bins=64, range=(0, manifest.max_length))
+    width, height = 640, 240
+    picture = Image.new("L", (width, height + 2 * _CAPTION), 255)
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, 0), f"{manifest.label}, {split.name}: tokens per example", fill=0)
+    for place, count in enumerate(counts):
+        left, top = place * 10, _CAPTION + height - round(height * count / max(1, counts.max()))
+        draw.rectangle((left, top, left + 8, _CAPTION + height), fill=80)
+    draw.text((4, height + _CAPTION), "0", fill=0)
+    draw.text((width - 40, height + _CAPTION), f"{edges[-1]:.0f}", fill=0)
+    return picture
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        ConfigError: the name is no .png. DataError: the folder does not exist or is read-only.
+    """
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--out {path} must end with .png.")
+    with explained(path, "write"):
+        picture.save(path, format="PNG")
+
+
+def _check_count(count: int, split: Split) -> None:
+    if not 1 <= count <= len(split):
+        raise ConfigError(f"--num {count} must lie in 1..{len(split)}, the size of {split.name}.")
+
+
+def _class(manifest: Manifest, split: Split, number: int) -> str:
+    label = int(split.labels[number])
+    name = manifest.class_names[label] if manifest.class_names else ""
+    return str(label) if name in ("", str(label)) else f"{label} {name}"

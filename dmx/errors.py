@@ -1,0 +1,30 @@
+"""The errors a user can cause: single sentences that say what, where, and the remedy."""
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+"""Exit code of a command that refused its input and changed nothing."""
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM: work is kept, the last line says how to continue."""
+EXIT_PARTIAL = 75
+"""Exit code of a run that its time budget stopped and that can be continued (EX_TEMPFAIL)."""
+
+
+class DmxError(Exception):
+    """Base of every error that a user can cause or must act on."""
+
+
+class ConfigError(DmxError):
+    """A setting is unknown, of the wrong type, out of range, or impossible in combination."""
+
+
+class DataError(DmxError):
+    """Data are missing, damaged, or not what their name says."""
+
+
+class CheckpointError(DmxError):
+    """A checkpoint is missing, damaged, or does not fit the model it should start."""
+
+
+class StageError(DmxError):
+    """A curriculum stage cannot be launched, or its journal contradicts its configuration."""

@@ -1,0 +1,258 @@
+"""Fast equivalents of a few torch operations, with gradients written out; exact up to rounding.
+
+On a CPU a training step of these small models is bound by memory traffic, page faults and a serial
+random generator more than by arithmetic. So rows are worked on in pieces that stay in cache, what
+is cheap to compute again is not kept, and one 64-bit random number serves four elements. Under
+autocast, on other devices and for other types each function is its plain torch formula.
+
+Legend: T rows (tokens), D and N features of input and output, V rows of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ROWS_AT_ONCE = 4096
+"""Rows of a piece: its largest temporary, 128 floats wide, then has 2 MB."""
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether the handwritten versions run for x."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not _autocast(x)
+
+
+def random_int16(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """[count] uniform int16, four from each draw: `bernoulli_` takes seven times as long."""
+    words = torch.empty((count + 3) // 4, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:count]
+
+
+def int16_threshold(probability: float) -> int:
+    """A uniform int16 is below it with this probability, to within 1 / 65536."""
+    return min(round(probability * 65536) - 32768, 32767)
+
+
+def keep_mask(shape: torch.Size, probability: float) -> Tensor:
+    """int16, 0 with this probability and else 1, independently."""
+    threshold = int16_threshold(probability)
+    if threshold <= -32768:  # below 1 / 131072
+        return torch.ones(shape, dtype=torch.int16)
+    bits = random_int16(shape.numel()).view(shape)
+    # 1 where bits >= threshold, by clamping: far cheaper than a comparison and a cast of bool.
+    return bits.clamp_(threshold - 1, threshold).sub_(threshold - 1)
+
+
+def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
+    """F.dropout: zero with this probability, else x / (1 - probability)."""
+    if not training or probability == 0.0:
+        return x
+    if not is_fast(x):
+        return F.dropout(x, probability)
+    return _Dropout.apply(x, probability)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by `dropout`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape."""
+        return dropout(input, self.p, self.training)
+
+
+def add_residual(out: Tensor, x: Tensor) -> Tensor:
+    """Out + x, in out's memory where that changes no type; out is a fresh result that is not saved."""
+    return out.add_(x) if is_fast(out) and is_fast(x) else out + x
+
+
+def norm_linear(
+    x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[T, D] -> [T, N], linear(norm(x)), and x for the residual sum; keeps but x for the gradient.
+
+    The two gradients of x meet in one pass when the residual branch takes the returned x.
+    """
+    if not is_fast(x):
+        return F.linear(norm(x), weight, bias), x
+    return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
+
+
+def gelu_linear(x: Tensor, probability: float, linear: nn.Linear, training: bool) -> Tensor:
+    """[T, D] -> [T, N], linear(dropout(gelu(x))).
+
+    The gradient overwrites x, so that nothing else may save x for its own: autograd raises if it
+    does, and on a second backward through the same graph.
+    """
+    probability = probability if training else 0.0
+    if not is_fast(x):
+        return linear(F.dropout(F.gelu(x), probability))
+    return _GeluLinear.apply(x, linear.weight, linear.bias, probability)
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """[V, D], [T] -> [T, D], table[index]; the gradient is a sum over sorted rows."""
+    if not is_fast(table):
+        return F.embedding(index, table)
+    return _Lookup.apply(table, index)
+
+
+def segment_sum(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
+    """[T, D] -> [count, D], the sum of x[order[i]] over all i of a segment.
+
+    Args:
+        x: rows; order: [T], a permutation of them.
+        segment: [T], ascending; the segment of x[order[i]].
+        count: how many segments there are; an empty one sums to zero.
+    """
+    if not is_fast(x):
+        return x.new_zeros(count, x.shape[1]).index_add_(0, segment, x[order])
+    return _SegmentSum.apply(x, order, segment, count)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _pieces(rows: int) -> Iterator[slice]:
+    return (slice(a, min(a + ROWS_AT_ONCE, rows)) for a in range(0, rows, ROWS_AT_ONCE))
+
+
+def _sum_segments(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
+    # embedding_bag's forward is torch's fastest gather-and-sum: 6 times index_add_, and parallel.
+    sizes = torch.bincount(segment, minlength=count)
+    offsets = sizes.cumsum(0) - sizes
+    return F.embedding_bag(order, x, offsets, mode="sum")
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        keep = keep_mask(x.shape, probability).to(torch.int8)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1.0 / (1.0 - probability)
+        return keep.to(x.dtype).mul_(x).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        for rows in _pieces(x.shape[0]):
+            normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
+            if bias is None:
+                torch.mm(normed, weight.t(), out=out[rows])
+            else:
+                torch.addmm(bias, normed, weight.t(), out=out[rows])
+        ctx.save_for_backward(x, scale, shift, weight)
+        ctx.eps, ctx.has_bias = eps, bias is not None
+        return out, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_same: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = weight.new_zeros(weight.shape[0])
+        for rows in _pieces(x.shape[0]):
+            normed, mean, deviation = torch.native_layer_norm(
+                x[rows], x.shape[1:], scale, shift, ctx.eps
+            )
+            grad_weight.addmm_(grad[rows].t(), normed)
+            if ctx.has_bias:
+                grad_bias += grad[rows].sum(0)
+            grad_normed = torch.mm(grad[rows], weight)
+            dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
+                grad_normed, x[rows], x.shape[1:], mean, deviation, scale, shift, [True] * 3
+            )
+            torch.add(dx, grad_same[rows], out=grad_x[rows])
+            grad_scale += dscale
+            grad_shift += dshift
+        return (
+            grad_x, grad_scale, grad_shift, grad_weight, grad_bias if ctx.has_bias else None, None
+        )  # fmt: skip
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, probability: float
+    ) -> Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        keeps = torch.empty_like(x, dtype=torch.int8) if probability else None
+        ctx.scale = 1.0 / (1.0 - probability)
+        for rows in _pieces(x.shape[0]):
+            hidden = F.gelu(x[rows])
+            if keeps is not None:
+                keep = keep_mask(hidden.shape, probability)
+                keeps[rows] = keep
+                hidden.mul_(keep.to(x.dtype)).mul_(ctx.scale)
+            torch.addmm(bias, hidden, weight.t(), out=out[rows])
+        ctx.save_for_backward(x, weight, keeps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, keeps = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_weight = torch.zeros_like(weight)
+        for rows in _pieces(x.shape[0]):
+            hidden = F.gelu(x[rows])
+            grad_hidden = torch.mm(grad[rows], weight)
+            if keeps is not None:
+                keep = keeps[rows].to(x.dtype).mul_(ctx.scale)
+                hidden.mul_(keep)
+                grad_hidden.mul_(keep)
+            grad_weight.addmm_(grad[rows].t(), hidden)
+            torch.ops.aten.gelu_backward.grad_input(grad_hidden, x[rows], grad_input=x[rows])
+        return x, grad_weight, grad.sum(0), None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = table.shape[0]
+        return table.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        # A stable sort keeps the summands in one order, and int16 sorts three times faster.
+        narrow = index.to(torch.int16) if ctx.count <= 1 << 15 else index
+        order = torch.argsort(narrow, stable=True)
+        return _sum_segments(grad.contiguous(), order, index, ctx.count), None
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(order, segment)
+        return _sum_segments(x, order, segment, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        order, segment = ctx.saved_tensors
+        rows = torch.empty_like(segment)
+        rows[order] = segment
+        return grad.index_select(0, rows), None, None, None

@@ -1,0 +1,125 @@
+"""An append-only, human-readable journal: JSON lines with a checksum, durable before they count.
+
+A crash can tear only the last line; it is dropped at the next open. A damaged line before the last
+was edited or rotted, and is an error: nothing may be decided from half a history.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dmx.errors import StageError
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One line: the event as JSON, with `crc`, the checksum of all that stands before it."""
+    body = json.dumps(dict(event), ensure_ascii=False)[:-1]
+    return f'{body}, "crc": "{_checksum(body)}"}}\n'.encode()
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, or None where the line is damaged."""
+    try:
+        text = line.decode()
+        body, marker, _ = text.rpartition(', "crc": "')
+        event = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not marker or not isinstance(event, dict) or event.pop("crc", None) != _checksum(body):
+        return None
+    return event
+
+
+def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a journal, and the length in bytes of its sound part.
+
+    Raises:
+        StageError: a line before the last is damaged, or the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise StageError(f"{path} cannot be read: {error.strerror}.") from None
+    events: list[dict[str, Any]] = []
+    sound = 0
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        event = decode(line) if line.endswith(b"\n") else None
+        if event is None:
+            if number < len(lines):
+                raise StageError(
+                    f"{path} line {number} is damaged; restore the file from a backup, or start "
+                    "the run under a new name."
+                )
+            break
+        events.append(event)
+        sound += len(line)
+    return events, sound
+
+
+class Journal:
+    """A journal open for appending, locked against a second process.
+
+    Raises:
+        StageError: another process holds it, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = (path.parent / f".{path.name}.lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise StageError(
+                f"{path.parent} is in use by another dmx process; wait or stop it."
+            ) from None
+        try:
+            self.events, sound = read_journal(path)
+        except StageError:
+            self._lock.close()
+            raise
+        fresh = not path.exists()
+        self._file = path.open("ab")
+        self._file.truncate(sound)
+        if fresh:
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def append(self, **event: Any) -> None:
+        """Write one event; when this returns, it survives a power cut."""
+        self._file.write(encode(event))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._file.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

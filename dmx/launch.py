@@ -1,0 +1,107 @@
+"""Single runs and evaluations as Ray actors and tasks, restarted when their process dies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
+from dmx import records as keys
+from dmx.runner import Job, Runner, evaluate_checkpoint
+
+import ray  # isort: skip
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError  # isort: skip
+
+logger = logging.getLogger("dmx.launch")
+__all__ = ["Running", "cluster", "evaluate", "start", "stop", "wait_any"]
+
+
+class _Actor:
+    """A Runner in its own process."""
+
+    def __init__(self, job: Job) -> None:
+        log.setup()
+        self._runner = Runner(job)
+
+    def step(self) -> dict[str, Any]:
+        return self._runner.step()
+
+
+@dataclass
+class Running:
+    """A run under way. `restarts` counts the processes it has lost."""
+
+    job: Job
+    cpus: float
+    gpus: float
+    restarts: int = 0
+    actor: Any = None
+    future: Any = None
+
+
+def start(job: Job, *, cpus: float, gpus: float) -> Running:
+    """Launch a run; it starts as soon as the cluster has room."""
+    running = Running(job, cpus, gpus)
+    _launch(running)
+    return running
+
+
+def _launch(running: Running) -> None:
+    remote = ray.remote(num_cpus=running.cpus, num_gpus=running.gpus, max_restarts=0)(_Actor)
+    running.actor = remote.remote(running.job)
+    running.future = running.actor.step.remote()
+
+
+def wait_any(
+    runs: list[Running], *, timeout_seconds: float, max_restarts: int = 5
+) -> list[tuple[Running, dict[str, Any]]]:
+    """Reports that came in; empty after the timeout. A dead process is started again by itself.
+
+    A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
+    its last report carries `failure`.
+    """
+    ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=timeout_seconds)
+    reports = []
+    for running in runs:
+        if running.future not in ready:
+            continue
+        try:
+            report = ray.get(running.future)
+        except (RayActorError, WorkerCrashedError, RayTaskError) as error:
+            running.restarts += 1
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if running.restarts > max_restarts:
+                failure = f"its process died {running.restarts} times, last: {reason}"
+                reports.append((running, {keys.FAILURE: failure, "done": True}))
+                continue
+            logger.warning(
+                "the worker of %s died (%s); it continues from its last checkpoint.",
+                running.job.folder,
+                reason,
+            )
+            _launch(running)
+            continue
+        if report.get("done"):
+            stop(running)
+        else:
+            running.future = running.actor.step.remote()
+        reports.append((running, report))
+    return reports
+
+
+def stop(running: Running) -> None:
+    """End a run's process at once; its last checkpoint stays."""
+    ray.kill(running.actor, no_restart=True)
+
+
+def evaluate(
+    checkpoint_folder: str, data_folder: str, split: str, *, cpus: float, gpus: float
+) -> dict[str, float]:
+    """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
+    threads = max(int(cpus), 1)
+    result: dict[str, float] = ray.get(
+        remote.remote(checkpoint_folder, data_folder, split, threads)
+    )
+    return result

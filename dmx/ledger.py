@@ -1,0 +1,308 @@
+"""The study's memory: Optuna's storage and a journal of every report, from which all is rebuilt.
+
+Ray's own experiment snapshots are not used: they lag, lose trials and forget ASHA's rungs
+(ray-notes.md, 1a and 7). Here a trial is what the Optuna storage says it is, each report is in
+the journal before anything is decided from it, and a decision is a function of that history. So a
+study that was killed continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from dmx import records as keys
+from dmx.errors import DmxError, StageError
+from dmx.journal import Journal
+from dmx.space import SearchSpace
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+logger = logging.getLogger("dmx.ledger")
+
+_STATUS: dict[TrialState, keys.TrialStatus] = {
+    TrialState.COMPLETE: "COMPLETE",
+    TrialState.PRUNED: "PRUNED",
+    TrialState.FAIL: "FAILED",
+    TrialState.RUNNING: "RUNNING",
+    TrialState.WAITING: "RUNNING",
+}
+
+
+def make_sampler(kind: str, seed: int, num_trials: int) -> BaseSampler:
+    """An Optuna sampler, seeded.
+
+    `tpe` (Bergstra et al. 2011) starts with a quarter of the trials at random, three to ten.
+    """
+    if kind == "tpe":
+        return TPESampler(
+            seed=seed,
+            n_startup_trials=max(3, min(10, num_trials // 4)),
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+        )
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    raise DmxError(f"sampler {kind!r} is unknown; choices: random, tpe.")
+
+
+@dataclass
+class _Live:
+    """A running trial: Optuna's handle and the reports so far."""
+
+    trial: Trial
+    point: dict[str, Any]
+    started: float = field(default_factory=time.time)
+
+
+class Ledger:
+    """Asks Optuna for points, records reports, and tells outcomes; survives kill -9 at any line.
+
+    Args:
+        folder: the study's folder. name: of the Optuna study. space: what is searched.
+        num_trials: trials of the whole study. seed: of the sampler.
+        sampler: see make_sampler.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        space: SearchSpace,
+        num_trials: int,
+        seed: int,
+        sampler: str = "tpe",
+    ) -> None:
+        self.folder = folder
+        self.space = space
+        self.num_trials = num_trials
+        self._seed, self._sampler = seed, sampler
+        self.journal = Journal(folder / keys.JOURNAL_FILE)
+        path = str(folder / keys.OPTUNA_FILE)
+        # An open-file lock of a killed process must not block the next one for ever: the
+        # journal's own lock above already keeps a second process out.
+        Path(path + ".lock").unlink(missing_ok=True)
+        _drop_torn_line(Path(path))
+        try:
+            storage = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
+            self.study = optuna.create_study(
+                study_name=name, storage=storage, direction="maximize", load_if_exists=True
+            )
+        except Exception as error:  # a damaged storage raises whatever its parser meets
+            self.journal.close()
+            raise StageError(
+                f"{path} is damaged ({type(error).__name__}); start the study under a new name."
+            ) from None
+        if not self.journal.events:  # a kill may have come between two of these
+            for point in space.start[len(self.study.trials) : num_trials]:
+                self.study.enqueue_trial(dict(point))
+        self._live: dict[int, _Live] = {}
+        self.reports: dict[int, dict[int, dict[str, Any]]] = {}
+        self.outcomes: dict[int, dict[str, Any]] = {}
+        for event in self.journal.events:
+            if event.get("event") == "report":
+                self.reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
+            elif event.get("event") == "outcome":
+                self.outcomes[event["trial"]] = event
+        self._orphans = self._recover()
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def _recover(self) -> list[int]:
+        """Bring the storage up to the journal, and list the trials that were cut off."""
+        orphans = []
+        for frozen in self.study.get_trials(deepcopy=False):
+            if frozen.state != TrialState.RUNNING:
+                continue
+            outcome = self.outcomes.get(frozen.number)
+            if outcome is None:
+                orphans.append(frozen.number)
+            else:
+                self._tell(self._handle(frozen.number), outcome)
+        return orphans
+
+    @property
+    def num_interrupted(self) -> int:
+        """Trials of an earlier session that will be continued first."""
+        return len(self._orphans)
+
+    def forget_ended(self) -> None:
+        """Drop interrupted trials whose end was found out after the journal was read."""
+        self._orphans = [n for n in self._orphans if n not in self.outcomes]
+
+    def remaining(self) -> int:
+        """Trials still to run, interrupted ones included."""
+        done = sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))
+        return max(self.num_trials - done, 0)
+
+    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
+        """(number, point) of the next trial to run: first interrupted ones, then new ones.
+
+        The sampler is seeded by the study's seed and the trial's number, so that a proposal is a
+        function of the history alone and a restart changes nothing.
+        """
+        if self._orphans:
+            number = self._orphans.pop(0)
+            self._seed_sampler(number)
+            trial = self._handle(number)
+        else:
+            trials = self.study.get_trials(deepcopy=False)
+            waiting = [t.number for t in trials if t.state == TrialState.WAITING]
+            if len(trials) - len(waiting) >= self.num_trials:
+                return None
+            self._seed_sampler(min(waiting, default=len(trials)))
+            trial = self.study.ask()
+        point = self.space.suggest(trial)
+        self._live[trial.number] = _Live(trial, point)
+        return trial.number, point
+
+    def _seed_sampler(self, number: int) -> None:
+        seed = (self._seed * 1_000_003 + number) % 2**32
+        self.study.sampler = make_sampler(self._sampler, seed, self.num_trials)
+
+    # -- telling ----------------------------------------------------------------------------
+
+    def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Record one report; False when this step of this trial is already known."""
+        known = self.reports.setdefault(number, {})
+        if step in known:
+            return False
+        flat = {k: metrics[k] for k in keys.REPORT_KEYS if k in metrics}
+        self.journal.append(event="report", trial=number, step=step, metrics=flat, time=time.time())
+        known[step] = flat
+        live = self._live.get(number)
+        value = flat.get(keys.DEV_ACCURACY)
+        if live is not None and isinstance(value, float) and math.isfinite(value):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                live.trial.report(value, step)
+        return True
+
+    def finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
+        """Record how a trial ended. A second ending of the same trial is ignored."""
+        if number in self.outcomes:
+            return
+        live = self._live.pop(number, None)
+        best = max(
+            (
+                m.get(keys.BEST_DEV_ACCURACY, math.nan)
+                for m in self.reports.get(number, {}).values()
+            ),
+            default=math.nan,
+        )
+        if not math.isfinite(best) and status in ("COMPLETE", "PRUNED"):
+            status, error = "FAILED", error or "it reported no dev accuracy"
+        self.journal.append(
+            event="outcome",
+            trial=number,
+            status=status,
+            value=best if math.isfinite(best) else None,
+            error=error,
+            time=time.time(),
+        )
+        self.outcomes[number] = self.journal.events[-1]
+        trial = live.trial if live else self._handle(number)
+        self._tell(trial, self.outcomes[number])
+
+    def _handle(self, number: int) -> Trial:
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        return Trial(self.study, frozen._trial_id)
+
+    def _tell(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        """COMPLETE with the best value; PRUNED and FAIL as what they are (ray-notes.md, 1b, 1c)."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            for step, metrics in sorted(self.reports.get(trial.number, {}).items()):
+                value = metrics.get(keys.DEV_ACCURACY)
+                if step not in reported and isinstance(value, float) and math.isfinite(value):
+                    trial.report(value, step)
+            status = outcome["status"]
+            if outcome.get("error"):
+                trial.set_user_attr("error", outcome["error"])
+            if status == "COMPLETE":
+                self.study.tell(trial, outcome["value"], skip_if_finished=True)
+            else:
+                state = TrialState.PRUNED if status == "PRUNED" else TrialState.FAIL
+                self.study.tell(trial, state=state, skip_if_finished=True)
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def history(self) -> list[tuple[int, int, Mapping[str, Any]]]:
+        """(trial, step, metrics) of every report, in the order it was recorded."""
+        return [
+            (event["trial"], event["step"], event["metrics"])
+            for event in self.journal.events
+            if event.get("event") == "report"
+        ]
+
+    def results(self) -> tuple[keys.TrialResult, ...]:
+        """Every trial that was started, by number."""
+        return tuple(
+            self._result(t)
+            for t in self.study.get_trials(deepcopy=False)
+            if t.state != TrialState.WAITING
+        )
+
+    def _result(self, frozen: FrozenTrial) -> keys.TrialResult:
+        number = frozen.number
+        reports = self.reports.get(number, {})
+        last = reports[max(reports)] if reports else {}
+        best = max(
+            (m.get(keys.BEST_DEV_ACCURACY, math.nan) for m in reports.values()), default=math.nan
+        )
+        folder = trial_folder(self.folder, number) / keys.BEST_DIR
+        checkpoint = None
+        if folder.is_dir():
+            checkpoint = keys.CheckpointRef(
+                path=folder, step=int(last.get(keys.BEST_STEP, 0)), dev_accuracy=best
+            )
+        params = self._live[number].point if number in self._live else dict(frozen.params)
+        return keys.TrialResult(
+            trial_id=f"{number:04d}",
+            number=number,
+            status=_STATUS[frozen.state],
+            params=params,
+            metrics=last,
+            best_dev_accuracy=best,
+            steps=int(last.get(keys.STEPS, 0)),
+            seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
+            checkpoint=checkpoint,
+            error=self.outcomes.get(number, {}).get("error", ""),
+        )
+
+    def close(self) -> None:
+        """Release the study's folder."""
+        self.journal.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ray pickles all it is given into a snapshot that nobody reads: leave nothing there."""
+        return (type(None), ())
+
+
+def trial_folder(study_folder: Path, number: int) -> Path:
+    """Where a trial keeps its checkpoints and its TensorBoard events."""
+    return study_folder / "trials" / f"{number:04d}"
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a last line that a crash left without its end; Optuna would append to it."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,148 @@
+"""The typed values that travel between layers, and every metric key and file name, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# Metric keys. Flat on purpose: a nested key silently breaks Ray's keep-best (ray-notes.md, 5).
+DEV_ACCURACY = "dev_accuracy"
+DEV_LOSS = "dev_loss"
+BEST_DEV_ACCURACY = "best_dev_accuracy"
+BEST_STEP = "best_step"
+TRAIN_LOSS = "train_loss"
+TRAIN_ACCURACY = "train_accuracy"
+TEST_ACCURACY = "test_accuracy"
+TEST_LOSS = "test_loss"
+LEARNING_RATE = "learning_rate"
+GRADIENT_NORM = "gradient_norm"
+STEPS = "steps"
+SAMPLES = "samples"
+SAMPLES_PER_SECOND = "samples_per_second"
+TOKENS_PER_SECOND = "tokens_per_second"
+STEP_SECONDS = "step_seconds"
+TRAIN_SECONDS = "train_seconds"
+PEAK_MEMORY_MB = "peak_memory_mb"
+PARAMETERS = "parameters"
+FAILURE = "failure"
+"""One line of why the trial cannot go on; a trial that reports it has FAILED."""
+
+REPORT_KEYS = (
+    *(STEPS, SAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, DEV_LOSS, DEV_ACCURACY, BEST_DEV_ACCURACY),
+    *(BEST_STEP, LEARNING_RATE, GRADIENT_NORM, TRAIN_SECONDS, STEP_SECONDS, SAMPLES_PER_SECOND),
+    *(TOKENS_PER_SECOND, PEAK_MEMORY_MB, PARAMETERS),
+)
+"""What a run reports at each evaluation."""
+
+# Files of a checkpoint directory.
+MODEL_FILE = "model.pt"
+TRAINING_STATE_FILE = "training_state.pt"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+BEST_DIR = "best"
+LAST_DIR = "last"
+
+# Files of a run directory.
+STUDY_FILE = "study.json"
+TRIALS_FILE = "trials.csv"
+OPTUNA_FILE = "optuna.journal"
+JOURNAL_FILE = "journal.jsonl"
+LINEAGE_FILE = "lineage.json"
+
+TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRef:
+    """A checkpoint on disk, with what is needed to choose among several.
+
+    Attributes:
+        path: the checkpoint directory.
+        step: optimizer steps taken when it was written.
+        dev_accuracy: accuracy on the whole dev split at that step, in 0..1, or None.
+    """
+
+    path: Path
+    step: int
+    dev_accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One finished or stopped trial.
+
+    Attributes:
+        trial_id: unique in its study.
+        number: the trial's number in the order of proposal, from 0.
+        status: COMPLETE (full budget), PRUNED (stopped by the scheduler), FAILED, or RUNNING.
+        params: the searched values, by dotted RunConfig path.
+        metrics: the last reported metrics, flat.
+        best_dev_accuracy: highest dev accuracy of the trial; NaN when it never reported one.
+        steps: optimizer steps taken.
+        seconds: wall time the trial used.
+        checkpoint: its best checkpoint, if one exists on disk.
+        error: one line of what failed, or "".
+    """
+
+    trial_id: str
+    number: int
+    status: TrialStatus
+    params: Mapping[str, Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    best_dev_accuracy: float = math.nan
+    steps: int = 0
+    seconds: float = 0.0
+    checkpoint: CheckpointRef | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """What a study ended with.
+
+    Attributes:
+        name: the study's name, its folder under the run root.
+        folder: where everything lies.
+        trials: all trials by number.
+        best: the trial with the highest dev accuracy (the earlier one on a tie), or None.
+        complete: False when the study was stopped before its last trial ended.
+    """
+
+    name: str
+    folder: Path
+    trials: tuple[TrialResult, ...]
+    best: TrialResult | None
+    complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """What a gate sees of a curriculum stage.
+
+    Attributes:
+        name: the stage.
+        attempt: 0 for the first try, counting up with on_fail retries.
+        dev_accuracies: dev accuracy at every evaluation, in order.
+        steps: optimizer steps taken.
+        seconds: wall time of the attempt.
+        num_classes: classes of the stage's data; chance is 1 / num_classes.
+        checkpoint: the best checkpoint.
+    """
+
+    name: str
+    attempt: int
+    dev_accuracies: tuple[float, ...]
+    steps: int
+    seconds: float
+    num_classes: int
+    checkpoint: CheckpointRef | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def best_trial(trials: tuple[TrialResult, ...]) -> TrialResult | None:
+    """The trial with the highest finite best dev accuracy; the earliest on a tie; or None."""
+    scored = [t for t in trials if math.isfinite(t.best_dev_accuracy)]
+    return max(scored, key=lambda t: (t.best_dev_accuracy, -t.number)) if scored else None

@@ -1,0 +1,190 @@
+"""Strict conversion between plain dicts (YAML) and frozen dataclasses; errors name the path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dmx.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 1e-4 as a number, as YAML 1.2 does."""
+
+
+def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        try:
+            twice = key in seen
+        except TypeError:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"line {line}: a key must be a plain value.") from None
+        if twice:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+_FLOAT = r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    typing.cast(Any, __import__("re").compile(_FLOAT)),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text safely.
+
+    Raises:
+        ConfigError: not YAML, or a key given twice; names `where` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from None
+    except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {type(error).__name__}.") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: unreadable, malformed, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path} cannot be read: {reason}.") from None
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{path} must hold a mapping of names to values.")
+    return value
+
+
+def from_dict(cls: type[T], data: object, path: str = "") -> T:
+    """Build dataclass `cls` from a mapping; unknown keys and wrong types are errors.
+
+    Raises:
+        ConfigError: with the dotted path of the offending value, the value, and what is allowed.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or cls.__name__} must be a mapping, not {data!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"did you mean {join(path, close[0])}? " if close else ""
+            raise ConfigError(
+                f"{join(path, str(key))} is not a setting; {hint}"
+                f"allowed: {', '.join(sorted(fields))}."
+            )
+    values = {k: convert(hints[k], v, join(path, str(k))) for k, v in data.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{join(path, missing[0])} is required and has no value.")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        prefix = f"{path}." if path and not str(error).startswith(path) else ""
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def convert(hint: Any, value: object, path: str) -> Any:
+    """`value` as type `hint`; ints pass for floats, nothing else is coerced.
+
+    Raises:
+        ConfigError: the value has another type.
+    """
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        errors = []
+        for option in options:
+            if option is type(None):
+                continue
+            try:
+                return convert(option, value, path)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is typing.Literal:
+        if value in typing.get_args(hint) and type(value) is not bool:
+            return value
+        allowed = ", ".join(str(a) for a in typing.get_args(hint))
+        raise ConfigError(f"{path} is {value!r}; allowed: {allowed}.")
+    if origin in (tuple, list):
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path} must be a list, not {value!r}.")
+        items = [convert(item, v, f"{path}[{i}]") for i, v in enumerate(value)]
+        return tuple(items) if origin is tuple else items
+    if origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a mapping, not {value!r}.")
+        item = typing.get_args(hint)[1]
+        return {str(k): convert(item, v, join(path, str(k))) for k, v in value.items()}
+    if hint is Any or hint is object:
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        parse = getattr(hint, "parse", None)  # polymorphic configs choose their own class
+        return parse(value, path) if parse else from_dict(typing.cast(Any, hint), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise ConfigError(f"{path} must be {names.get(hint, hint)}, not {value!r}.")
+    return value
+
+
+def to_dict(value: Any) -> Any:
+    """Plain YAML-ready data of a dataclass tree; the inverse of `from_dict`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        custom = getattr(value, "to_plain", None)
+        if custom is not None:
+            return custom()
+        return {
+            f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
+    if isinstance(value, Mapping):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def join(path: str, key: str) -> str:
+    """The dotted path of `key` below `path`."""
+    return f"{path}.{key}" if path else key

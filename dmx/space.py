@@ -1,0 +1,293 @@
+"""Search spaces: YAML -> typed distributions over RunConfig paths, conditional ones included."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dmx.config import RunConfig, parse_run_config
+from dmx.errors import ConfigError
+from dmx.overrides import flatten, lay
+from dmx.resources import find_yaml
+from dmx.schema import read_yaml
+
+Scalar = str | int | float | bool
+
+
+class Suggests(Protocol):
+    """The part of optuna.Trial that a space needs."""
+
+    def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...  # noqa: D102
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...  # noqa: D102
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One searched value: `choice` among options, or a number between two bounds, both included."""
+
+    kind: str
+    values: tuple[Scalar, ...]
+
+    def suggest(self, trial: Suggests, name: str) -> Scalar:
+        """Draw through Optuna."""
+        if self.kind == "choice":
+            return trial.suggest_categorical(name, self.values)
+        low, high = self.values
+        log = self.kind.startswith("log")
+        if self.kind.endswith("int"):
+            assert isinstance(low, int) and isinstance(high, int)
+            return trial.suggest_int(name, low, high, log=log)
+        return trial.suggest_float(name, float(low), float(high), log=log)
+
+    def holds(self, value: object) -> bool:
+        """Whether the distribution can yield the value."""
+        if self.kind == "choice":
+            return any(
+                value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values
+            )
+        low, high = self.values
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        whole = not self.kind.endswith("int") or isinstance(value, int)
+        return whole and float(low) <= value <= float(high)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Further distributions that exist only where `key` has the value `value`."""
+
+    key: str
+    value: Scalar
+    then: Mapping[str, Distribution]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A search space for one attention and one task.
+
+    Attributes:
+        name: of the file, or its path.
+        attention: what it is for.
+        defaults: fixed RunConfig values, dotted.
+        space: searched values, dotted.
+        conditions: the `when` part.
+        start: points that are tried first, dotted; they may leave values open.
+    """
+
+    name: str
+    attention: str
+    defaults: Mapping[str, Any]
+    space: Mapping[str, Distribution]
+    conditions: tuple[Condition, ...] = ()
+    start: tuple[Mapping[str, Scalar], ...] = field(default=())
+
+    def suggest(self, trial: Suggests) -> dict[str, Scalar]:
+        """Draw one point: dotted path -> value."""
+        point = {name: dist.suggest(trial, name) for name, dist in self.space.items()}
+        for condition in self.conditions:
+            if point.get(condition.key, self.defaults.get(condition.key)) == condition.value:
+                for name, dist in condition.then.items():
+                    point[name] = dist.suggest(trial, name)
+        return point
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Every searched value, conditional ones included."""
+        found = dict(self.space)
+        for condition in self.conditions:
+            found.update(condition.then)
+        return found
+
+    def run_config(
+        self, task: str, overrides: Mapping[str, Any], point: Mapping[str, Any]
+    ) -> RunConfig:
+        """The experiment at one point. Overrides win over the space."""
+        return parse_run_config(
+            {"task": task, "attention": self.attention}, self.defaults, point, overrides
+        )
+
+    def without(self, overrides: Mapping[str, Any]) -> SearchSpace:
+        """The space with overridden values no longer searched."""
+        fixed = set(flatten(overrides))
+        conditions = []
+        for c in self.conditions:
+            then = {k: v for k, v in c.then.items() if k not in fixed}
+            active = c.key not in fixed or flatten(overrides)[c.key] == c.value
+            if then and active:
+                conditions.append(Condition(c.key, c.value, then))
+        return SearchSpace(
+            name=self.name,
+            attention=self.attention,
+            defaults={
+                **self.defaults,
+                **{k: v for k, v in flatten(overrides).items() if k in fixed},
+            },
+            space={k: v for k, v in self.space.items() if k not in fixed},
+            conditions=tuple(conditions),
+            start=tuple({k: v for k, v in s.items() if k not in fixed} for s in self.start),
+        )
+
+    def check(self, task: str, overrides: Mapping[str, Any]) -> None:
+        """Build the experiment at the defaults, at the start points and at every corner.
+
+        Raises:
+            ConfigError: a corner is impossible; names the corner.
+        """
+        for corner in itertools.chain([dict(s) for s in self.start], self.corners()):
+            try:
+                self.run_config(task, overrides, corner)
+            except ConfigError as error:
+                at = ", ".join(f"{k}={v}" for k, v in corner.items())
+                raise ConfigError(
+                    f"search space {self.name} at {at or 'its defaults'}: {error}"
+                ) from None
+
+    def corners(self, limit: int = 256) -> Iterator[dict[str, Scalar]]:
+        """All combinations of options and bounds; a seeded sample of them where there are more."""
+        for scope in [self.space, *({**self.space, **c.then} for c in self.conditions)]:
+            pinned = next((c for c in self.conditions if set(c.then) <= set(scope)), None)
+            options = {name: dist.values for name, dist in scope.items()}
+            if pinned is not None and scope is not self.space and pinned.key in options:
+                options[pinned.key] = (pinned.value,)
+            total = 1
+            for values in options.values():
+                total *= len(values)
+            if total <= limit:
+                for combination in itertools.product(*options.values()):
+                    yield dict(zip(options, combination, strict=True))
+            else:
+                draw = random.Random(0)
+                for _ in range(limit):
+                    yield {name: draw.choice(values) for name, values in options.items()}
+
+
+def load_space(name: str, task: str, family: str) -> SearchSpace:
+    """The space called `name` (in search_spaces/) or at that path, with the task's part laid on.
+
+    Raises:
+        ConfigError: no such file, unknown keys, malformed distributions.
+    """
+    path = find_yaml(name, "search_spaces")
+    raw = read_yaml(path)
+    where = path.name
+    allowed = {"attention", "defaults", "space", "when", "start", "tasks"}
+    _only(raw, allowed, where)
+    attention = raw.get("attention")
+    if not isinstance(attention, str):
+        raise ConfigError(f"{where}: attention must name an attention, not {attention!r}.")
+    tasks = _mapping(raw.get("tasks"), f"{where}: tasks")
+    own: dict[str, Any] = {}
+    for key in (family, task):
+        own = {**own, **_mapping(tasks.get(key), f"{where}: tasks.{key}")}
+    _only(own, {"defaults", "space", "start", "when"}, f"{where}: tasks.{task}")
+    defaults: dict[str, Any] = {}
+    for part in (raw.get("defaults"), own.get("defaults")):
+        for key, value in flatten(_mapping(part, f"{where}: defaults")).items():
+            defaults[key] = value
+    space = {
+        **_distributions(raw.get("space"), f"{where}: space"),
+        **_distributions(own.get("space"), f"{where}: tasks.{task}.space"),
+    }
+    conditions = tuple(
+        itertools.chain(
+            _conditions(raw.get("when"), f"{where}: when"),
+            _conditions(own.get("when"), f"{where}: tasks.{task}.when"),
+        )
+    )
+    start = _starts(own.get("start", raw.get("start")), f"{where}: start")
+    found = SearchSpace(name, attention, defaults, space, conditions, start)
+    every = found.distributions()
+    for point in start:
+        for key, value in point.items():
+            if key not in every or not every[key].holds(value):
+                raise ConfigError(
+                    f"{where}: start gives {key}={value!r}, which the space cannot yield."
+                )
+    return found
+
+
+def _only(raw: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in raw:
+        if key not in allowed:
+            raise ConfigError(
+                f"{where}: {key!r} is not a key here; allowed: {', '.join(sorted(allowed))}."
+            )
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+        raise ConfigError(f"{where} must be a mapping, not {value!r}.")
+    return value
+
+
+_KINDS = {"choice", "uniform", "loguniform", "int", "logint"}
+
+
+def _distributions(value: object, where: str) -> dict[str, Distribution]:
+    return {k: _distribution(v, f"{where}.{k}") for k, v in _mapping(value, where).items()}
+
+
+def _distribution(value: object, where: str) -> Distribution:
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _KINDS:
+        raise ConfigError(
+            f"{where} must be one of {{choice: [...]}}, {{uniform: [low, high]}}, "
+            f"{{loguniform: [low, high]}}, {{int: [low, high]}}, {{logint: [low, high]}}, "
+            f"not {value!r}."
+        )
+    kind, values = next(iter(value.items()))
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{where}.{kind} must be a list of values, not {values!r}.")
+    if kind == "choice":
+        if not all(isinstance(v, str | int | float) for v in values):
+            raise ConfigError(f"{where}.choice may hold texts, numbers and true/false only.")
+        if len(set(map(repr, values))) != len(values):
+            raise ConfigError(f"{where}.choice holds a value twice.")
+        return Distribution(kind, tuple(values))
+    whole = kind.endswith("int")
+    number: tuple[type, ...] = (int,) if whole else (int, float)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, number) for v in values):
+        what = "two whole numbers" if whole else "two numbers"
+        raise ConfigError(f"{where}.{kind} must be [low, high], {what}, not {values!r}.")
+    low, high = values
+    if not low < high or not abs(float(high)) < float("inf"):
+        raise ConfigError(f"{where}.{kind} is [{low}, {high}]; low must be below high.")
+    if kind.startswith("log") and low <= 0:
+        raise ConfigError(f"{where}.{kind} starts at {low}; a logarithmic range must be positive.")
+    return Distribution(kind, (low, high))
+
+
+def _conditions(value: object, where: str) -> Iterator[Condition]:
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} must be a list of {{if: ..., then: ...}}.")
+    for i, item in enumerate(value):
+        place = f"{where}[{i}]"
+        item = _mapping(item, place)
+        _only(item, {"if", "then"}, place)
+        test = _mapping(item.get("if"), f"{place}.if")
+        if len(test) != 1:
+            raise ConfigError(f"{place}.if must name one setting and one value.")
+        key, wanted = next(iter(test.items()))
+        yield Condition(key, wanted, _distributions(item.get("then"), f"{place}.then"))
+
+
+def _starts(value: object, where: str) -> tuple[Mapping[str, Scalar], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} must be a list of mappings.")
+    return tuple(flatten(_mapping(v, f"{where}[{i}]")) for i, v in enumerate(value))
+
+
+def nested(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A dotted point as a nested mapping, for printing as YAML."""
+    tree: dict[str, Any] = {}
+    for key, value in point.items():
+        lay(tree, key, value)
+    return tree

@@ -1,0 +1,168 @@
+"""The files a study leaves: its settings, study.json, trials.csv and the best checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx import __version__
+from dmx import records as keys
+from dmx.errors import ConfigError, StageError
+
+SETTINGS_FILE = "settings.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content at once: a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool, command: str) -> None:
+    """Create the study's folder, or check that `resume` continues the same study.
+
+    Args:
+        settings: what must stay the same for the trials to belong together.
+        command: how the user may continue, for messages.
+
+    Raises:
+        ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,
+            or holds a study with other settings.
+    """
+    file = folder / SETTINGS_FILE
+    if resume and not file.exists():
+        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    if resume:
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise StageError(f"{file} is damaged; start the study under a new --name.") from None
+        changed = sorted(k for k in {*old, *settings} if old.get(k) != json.loads(text).get(k))
+        if changed:
+            was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
+            raise ConfigError(
+                f"{folder} holds another study ({was}); repeat its settings or give --name."
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another --storage."
+        ) from None
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with."""
+    import optuna
+    import ray
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "dmx": __version__,
+        "code": code_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "optuna": optuna.__version__,
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "argv": sys.argv,
+    }
+
+
+def code_version() -> str:
+    """The git commit of the checkout dmx runs from (with + when changed), or its version."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return __version__
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return done.stdout.strip()
+
+
+def trial_row(trial: keys.TrialResult, data: str) -> dict[str, Any]:
+    """One row of trials.csv."""
+    return {
+        "trial": trial.number,
+        "status": trial.status,
+        keys.BEST_DEV_ACCURACY: _number(trial.best_dev_accuracy),
+        **{k: trial.metrics.get(k, "") for k in keys.REPORT_KEYS if k != keys.BEST_DEV_ACCURACY},
+        **{k: trial.params[k] for k in sorted(trial.params)},
+        "data": data,
+        "error": trial.error,
+    }
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else ""
+
+
+def write_trials(folder: Path, trials: tuple[keys.TrialResult, ...], data: str) -> None:
+    """trials.csv: one row a trial, one column for every value that any trial had."""
+    rows = [trial_row(trial, data) for trial in trials]
+    columns: list[str] = []
+    for row in rows:
+        columns.extend(key for key in row if key not in columns)
+    for last in ("data", "error"):
+        if last in columns:
+            columns.remove(last)
+            columns.append(last)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / keys.TRIALS_FILE, buffer.getvalue())
+
+
+def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
+    """Copy the best trial's checkpoint to best/; None when there is none."""
+    if best is None or best.checkpoint is None:
+        return None
+    target = folder / keys.BEST_DIR
+    new = folder / f".{keys.BEST_DIR}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(best.checkpoint.path, new)
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)
+    return target
+
+
+def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
+    """study.json, the study's result for machines."""
+    write_text(folder / keys.STUDY_FILE, json.dumps(_finite(summary), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

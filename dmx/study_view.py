@@ -1,0 +1,142 @@
+"""What a study shows while it runs and at its end: log lines, TensorBoard, the table of trials."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dmx import records as keys
+from dmx.ledger import trial_folder
+from dmx.overrides import flatten
+from dmx.tensorboard import RunWriter
+
+logger = logging.getLogger("dmx.study")
+
+
+def short(value: Any) -> str:
+    """A value for a table cell."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+class LogView:
+    """One log line per event."""
+
+    def __init__(self, num_trials: int) -> None:
+        self._num_trials = num_trials
+        self._best = -math.inf
+        self._ended = 0
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """A trial was launched."""
+        values = ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items())
+        logger.info("trial %d starts: %s", number, values)
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """A trial reported."""
+        accuracy = metrics[keys.DEV_ACCURACY]
+        mark = ""
+        if accuracy > self._best:
+            self._best, mark = accuracy, "  <- best so far"
+        logger.info(
+            "trial %d step %d: dev accuracy %.4f, train loss %.4f%s",
+            number,
+            metrics[keys.STEPS],
+            accuracy,
+            metrics[keys.TRAIN_LOSS],
+            mark,
+        )
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """A trial ended."""
+        self._ended += 1
+        what = {"COMPLETE": "ran its full budget", "PRUNED": "was stopped early by ASHA"}
+        reason = what.get(result.status, f"failed: {result.error}")
+        logger.info(
+            "trial %d %s (best dev accuracy %s, %d steps)",
+            result.number,
+            reason,
+            f"{result.best_dev_accuracy:.4f}"
+            if math.isfinite(result.best_dev_accuracy)
+            else "none",
+            result.steps,
+        )
+
+
+class TensorBoardView:
+    """Scalars and HParams of each trial, in the trial's folder."""
+
+    def __init__(
+        self, folder: Path, constants: Mapping[str, Any], searched: tuple[str, ...]
+    ) -> None:
+        self._folder, self._constants, self._searched = folder, constants, searched
+        self._writers: dict[int, RunWriter] = {}
+
+    def _writer(self, number: int) -> RunWriter:
+        if number not in self._writers:
+            self._writers[number] = RunWriter(trial_folder(self._folder, number))
+        return self._writers[number]
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """The row appears in HParams at once, with a cell for every searched value."""
+        flat = flatten(config)
+        values = {k: point.get(k, flat.get(k, "-")) for k in self._searched}
+        self._writer(number).start({**values, **self._constants})
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Scalars against optimizer steps."""
+        self._writer(number).scalars(metrics, int(metrics[keys.STEPS]))
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """The status appears in HParams."""
+        writer = self._writers.pop(result.number, None)
+        if writer is not None:
+            writer.end(result.status)
+
+    def test(self, number: int, accuracy: float, step: int) -> None:
+        """The test accuracy of the best trial."""
+        writer = RunWriter(trial_folder(self._folder, number))
+        writer.scalars({keys.TEST_ACCURACY: accuracy}, step)
+        writer.close()
+
+    def close(self) -> None:
+        """Close what interrupted trials left open."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def trials_table(trials: tuple[keys.TrialResult, ...], title: str, best: int | None) -> Table:
+    """The table of trials, best first; parameters that never varied are left out."""
+    table = Table(title=title, title_justify="left")
+    params = sorted({key for trial in trials for key in trial.params})
+    varied = [p for p in params if len({repr(t.params.get(p)) for t in trials}) > 1] or params
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    table.add_column("best dev acc", justify="right")
+    table.add_column("steps", justify="right")
+    table.add_column("train s", justify="right")
+    for name in varied:
+        table.add_column(name.split(".")[-1], justify="right")
+
+    def key(trial: keys.TrialResult) -> tuple[float, int]:
+        finite = math.isfinite(trial.best_dev_accuracy)
+        return (-trial.best_dev_accuracy if finite else math.inf, trial.number)
+
+    for trial in sorted(trials, key=key):
+        accuracy = trial.best_dev_accuracy
+        table.add_row(
+            f"{trial.number}{' *' if trial.number == best else ''}",
+            trial.status if not trial.error else f"FAILED: {trial.error[:40]}",
+            f"{accuracy:.4f}" if math.isfinite(accuracy) else "-",
+            str(trial.steps),
+            f"{trial.seconds:.1f}",
+            *(short(trial.params.get(name, "-")) for name in varied),
+            style="bold" if trial.number == best else None,
+        )
+    return table

@@ -1,0 +1,26 @@
+"""Retrieval: does one ACL Anthology paper cite the other? Two byte-level texts, two classes."""
+
+from dmx.tasks.base import TASKS, Task
+
+TASKS.register("retrieval")(
+    Task(
+        name="retrieval",
+        family="retrieval",
+        max_length=4096,
+        vocab_size=512,
+        num_classes=2,
+        paired=True,
+        image_side=None,
+        generated=False,
+        preset={
+            "train.batch_size": 32,
+            "train.num_steps": 30000,
+            "train.eval_every_steps": 300,
+            "optim.warmup_steps": 800,
+            "optim.learning_rate": 1.0e-4,
+            "optim.weight_decay": 0.0,
+            "optim.anneal": "linear",
+            "attention.dropout": 0.1,
+        },
+    )
+)

@@ -1,0 +1,147 @@
+"""TensorBoard files: scalars per trial, and HParams with every column of every study.
+
+TensorBoard shows the columns of the first experiment record it meets below its log folder, whatever
+it is. So each study writes exactly one, in its root, and all studies of a run root keep theirs the
+same: the union of all columns. Trials write only their start (values) and end (status).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import summary_v2 as hp
+from torch.utils.tensorboard import FileWriter
+
+from dmx import records as keys
+
+COLUMNS_FILE = "hparams.json"
+_METRICS = (
+    keys.BEST_DEV_ACCURACY,
+    keys.DEV_ACCURACY,
+    keys.DEV_LOSS,
+    keys.TRAIN_LOSS,
+    keys.STEPS,
+    keys.SAMPLES_PER_SECOND,
+    keys.PEAK_MEMORY_MB,
+    keys.TEST_ACCURACY,
+)
+_STATUS = {
+    "COMPLETE": api_pb2.STATUS_SUCCESS,
+    "PRUNED": api_pb2.STATUS_SUCCESS,
+    "FAILED": api_pb2.STATUS_FAILURE,
+    "RUNNING": api_pb2.STATUS_RUNNING,
+}
+
+
+class RunWriter:
+    """Event files of one trial or run.
+
+    Args:
+        folder: where the event file goes; the run's name in TensorBoard is its path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = FileWriter(str(folder), flush_secs=2)
+
+    def start(self, values: Mapping[str, Any], group: str = "") -> None:
+        """Announce the run's hyperparameters: the row appears in HParams now."""
+        shown = {k: _cell(v) for k, v in values.items()}
+        self._writer.add_summary(hp.hparams_pb(shown, trial_id=group or None))
+        self.flush()
+
+    def scalars(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write all numbers of `metrics` at an optimizer step."""
+        numbers = {
+            k: float(v)
+            for k, v in metrics.items()
+            if isinstance(v, int | float) and not isinstance(v, bool)
+        }
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
+        self._writer.add_summary(summary, step)
+        self.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        """Write a markdown text."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        self._writer.add_summary(text_summary(tag, text))
+        self.flush()
+
+    def end(self, status: str) -> None:
+        """Announce how the run ended, and close the file."""
+        info = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
+        data = metadata.create_summary_metadata(
+            plugin_data_pb2.HParamsPluginData(session_end_info=info)
+        )
+        tag = metadata.SESSION_END_INFO_TAG
+        value = Summary.Value(tag=tag, metadata=data, tensor=metadata.NULL_TENSOR)
+        self._writer.add_summary(Summary(value=[value]))
+        self.close()
+
+    def flush(self) -> None:
+        """Make what was written visible."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def _cell(value: Any) -> str | bool | float:
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    return str(value)
+
+
+def announce_study(folder: Path, columns: Mapping[str, list[Any] | None]) -> None:
+    """Write the study's columns, and bring every study of the run root up to the union of all.
+
+    Args:
+        folder: the study's folder; its parent is the run root.
+        columns: hyperparameter -> its discrete options, or None for a number or a free text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COLUMNS_FILE).write_text(json.dumps(dict(columns), indent=1), encoding="utf-8")
+    studies = sorted(p.parent for p in folder.parent.glob(f"*/{COLUMNS_FILE}"))
+    union: dict[str, list[Any] | None] = {}
+    for study in studies:
+        try:
+            own = json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # another study is being written or deleted right now
+        for key, options in own.items():
+            known = union.get(key, options)
+            if known is None or options is None:
+                union[key] = None
+            else:
+                union[key] = known + [o for o in options if o not in known]
+    for study in studies:
+        _write_experiment(study, union)
+
+
+def _write_experiment(study: Path, columns: Mapping[str, list[Any] | None]) -> None:
+    infos = []
+    for key, options in sorted(columns.items()):
+        domain = None
+        if options is not None and options:
+            cells = [_cell(o) for o in options]
+            same = len({type(c) for c in cells}) == 1
+            domain = hp.Discrete(cells if same else [str(c) for c in cells])
+        infos.append((key, domain))
+    hparams = [hp.HParam(key, domain) for key, domain in infos]
+    metrics = [hp.Metric(m, display_name=m) for m in _METRICS]
+    old = list((study / "hparams").glob("events.*")) if (study / "hparams").is_dir() else []
+    writer = FileWriter(str(study / "hparams"))
+    writer.add_summary(hp.hparams_config_pb(hparams=hparams, metrics=metrics))
+    writer.close()
+    for path in old:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""`python -m dmx.train`: one run of one configuration, continued where it stopped; no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dmx import cli
+from dmx import records as keys
+from dmx.checkpoint import open_checkpoint, read_weights
+from dmx.config import RunConfig, parse_run_config
+from dmx.data.locate import locate
+from dmx.data.store import Store
+from dmx.errors import EXIT_FAILED, EXIT_OK, CheckpointError, ConfigError
+from dmx.log import console
+from dmx.overrides import flatten, parse_assignments
+from dmx.runner import Job, Runner, evaluate_checkpoint
+from dmx.schema import read_yaml, to_dict
+from dmx.tensorboard import RunWriter
+from dmx.trainer import pick_device
+
+logger = logging.getLogger("dmx.train")
+
+EXAMPLES = """\
+  python -m dmx.train --attention butterfly-64 --task listops
+      the reference's preset for the task, in runs/butterfly-64-listops
+  python -m dmx.train --attention softmax --task text train.num_steps=2000 optim.warmup_steps=200
+      any setting can be given as a.b=value; --show lists them all
+  python -m dmx.train --config runs/butterfly-text/best/config.yaml --name again train.seed=7
+      train the best setting of a search again
+  python -m dmx.train --attention butterfly-64 --task listops --resume
+      continue where it stopped
+  python -m dmx.train --evaluate runs/butterfly-text/best
+      test accuracy of a checkpoint
+"""
+
+
+def parser() -> cli.Parser:
+    """The command's options."""
+    p = cli.Parser(
+        prog="dmx.train",
+        description="Train one configuration, or evaluate a checkpoint.",
+        examples=EXAMPLES,
+    )
+    p.add_argument("--attention", help="butterfly, butterfly-64, softmax, ...")
+    p.add_argument("--task", help="text, listops, pathfinder32-curv_baseline, ...")
+    p.add_argument("--config", help="a config.yaml to start from")
+    p.add_argument("--name", help="folder below the storage (default: ATTENTION-TASK)")
+    p.add_argument("--storage", default="runs", help="where runs are kept (default: runs)")
+    p.add_argument(
+        "--data-root", help="prepared data; given, missing data are an error, not a sample"
+    )
+    p.add_argument(
+        "--init-from", help="start from these weights: a checkpoint folder or *_output.model"
+    )
+    p.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this checkpoint")
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    p.add_argument("--resume", action="store_true", help="continue an existing run")
+    p.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    p.add_argument("settings", nargs="*", metavar="a.b=value", help="settings of the run")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parser().parse_intermixed_args(argv)
+    if args.evaluate is not None:
+        return _evaluate(args)
+    config = _config(args)
+    if args.show:
+        console().print(config.to_yaml(), highlight=False, end="")
+        return EXIT_OK
+    pick_device(config.train.device)
+    folder = _folder(args, config)
+    if args.init_from is not None:
+        read_weights(Path(args.init_from))  # a wrong path is found before anything is written
+    store = locate(config.task, _data_root(args, config), allow_sample=True)
+    resolved = config.resolved(
+        vocab_size=max(config.task_info.vocab_size, store.manifest.vocab_size),
+        num_classes=store.manifest.num_classes,
+    )
+    again = cli.command_line("dmx.train", argv, add="--resume")
+    if args.resume:
+        _check_same(folder, resolved, again)
+    return _train(args, config, store, folder, again)
+
+
+def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:
+    root = args.data_root or config.data.root
+    return None if root is None else Path(root)
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    layers: list[dict[str, Any]] = []
+    if args.config is not None:
+        layers.append(read_yaml(Path(args.config)))
+    for key in ("task", "attention"):
+        if getattr(args, key) is not None:
+            layers.append({key: getattr(args, key)})
+    layers.append(flatten(parse_assignments(args.settings)))
+    if args.config is None and (args.task is None or args.attention is None):
+        raise ConfigError("give --attention and --task, or --config FILE.")
+    return parse_run_config(*layers)
+
+
+def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
+    attention = args.attention or config.attention.name
+    name = args.name or f"{attention}-{config.task}"
+    if not name or "/" in name or "\\" in name or name.startswith("."):
+        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder = Path(args.storage).absolute() / name
+    if folder.exists() and any(folder.iterdir()) and not args.resume:
+        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    if args.resume and not folder.exists():
+        raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another --storage."
+        ) from None
+    if free < 2**26:
+        raise ConfigError(f"{folder} has {free >> 20} MB free; give a --storage with room.")
+    return folder
+
+
+def _check_same(folder: Path, config: RunConfig, again: str) -> None:
+    try:
+        old = flatten(to_dict(open_checkpoint(folder / keys.LAST_DIR).config))
+    except CheckpointError:
+        return  # it was stopped before its first evaluation: it starts again
+    new = flatten(to_dict(config))
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k != "data.root"]
+    if changed:
+        was = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:3])
+        raise ConfigError(
+            f"{folder} holds another run ({was}); repeat its settings or give --name."
+        )
+
+
+def _train(
+    args: argparse.Namespace, config: RunConfig, store: Store, folder: Path, again: str
+) -> int:
+    import os
+
+    job = Job(
+        run_config=to_dict(config),
+        data_folder=str(store.folder),
+        folder=str(folder),
+        threads=args.threads or len(os.sched_getaffinity(0)),
+        init_from=args.init_from,
+    )
+    events = RunWriter(folder)
+    shown = flatten(to_dict(config))
+    events.start(
+        {**{k: "-" if v is None else v for k, v in shown.items()}, "data": store.manifest.label}
+    )
+    logger.info("run %s on data: %s", folder, store.manifest.label)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+    )
+    out = console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
+        row = bar.add_task("training", total=config.train.num_steps)
+        runner = Runner(job, on_step=lambda step, _: bar.update(row, completed=step))
+        try:
+            while True:
+                report = runner.step()
+                if report.get(keys.FAILURE):
+                    logger.error("the run failed: %s", report[keys.FAILURE])
+                    events.end("FAILED")
+                    return EXIT_FAILED
+                events.scalars(report, int(report[keys.STEPS]))
+                logger.info(
+                    "step %d: train loss %.4f, dev loss %.4f, dev accuracy %.4f (best %.4f)",
+                    *(report[k] for k in (keys.STEPS, keys.TRAIN_LOSS, keys.DEV_LOSS)),
+                    *(report[k] for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY)),
+                )
+                if report["done"]:
+                    break
+        except KeyboardInterrupt:
+            logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
+            raise
+        finally:
+            runner.close()
+    result = evaluate_checkpoint(
+        str(folder / keys.BEST_DIR), str(store.folder), "test", job.threads
+    )
+    events.scalars({keys.TEST_ACCURACY: result["accuracy"]}, int(report[keys.STEPS]))
+    events.end("COMPLETE")
+    summary = {
+        "data": store.manifest.label,
+        "is_sample": store.manifest.is_sample,
+        keys.TEST_ACCURACY: result["accuracy"],
+        keys.TEST_LOSS: result["loss"] if math.isfinite(result["loss"]) else None,
+        **{k: report[k] for k in keys.REPORT_KEYS if k in report},
+    }
+    (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console().print(
+        f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
+        f"(best dev accuracy {report[keys.BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"
+        f"files: {folder}  (best/, last/, result.json)"
+    )
+    return EXIT_OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import os
+
+    checkpoint = open_checkpoint(Path(args.evaluate))
+    task = args.task or checkpoint.config.task
+    store = locate(task, _data_root(args, checkpoint.config), allow_sample=True)
+    threads = args.threads or len(os.sched_getaffinity(0))
+    result = evaluate_checkpoint(args.evaluate, str(store.folder), args.split, threads)
+    out = {
+        "checkpoint": args.evaluate,
+        "task": task,
+        "data": store.manifest.label,
+        "split": args.split,
+    }
+    console().print(yaml.safe_dump({**out, **result}, sort_keys=False), highlight=False, end="")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run("dmx.train", main)

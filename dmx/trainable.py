@@ -1,0 +1,50 @@
+"""The thin Ray Tune Trainable around the Ray-free Runner: one step = train, evaluate, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from dmx import log
+from dmx.checkpoint import open_checkpoint
+from dmx.runner import Job, Runner
+
+JOB_KEY = "job"
+
+
+class TrialTrainable(tune.Trainable):
+    """Runs one trial in a Ray actor.
+
+    The runner writes its checkpoints straight into the trial's folder on the shared storage, so a
+    trial continues wherever Ray starts it again: after a dead worker, a lost node, or in a new
+    session of the study. Ray's own checkpoints serve only schedulers that pause or copy trials.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Build the run, or continue it from its last checkpoint."""
+        log.setup()
+        self._runner = Runner(Job(**config[JOB_KEY]))
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next evaluation and report."""
+        return self._runner.step()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For schedulers that pause or copy trials (PBT)."""
+        self._runner.trainer.save_into(Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """For schedulers that pause or copy trials (PBT)."""
+        self._runner.trainer.load(open_checkpoint(Path(checkpoint)))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Reuse the process for another trial; everything of the old one is dropped."""
+        self._runner.close()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Free what the run holds."""
+        self._runner.close()

@@ -1,0 +1,366 @@
+"""`python -m dmx.tune`: search an attention's hyperparameters on a task."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmx import cli, cluster, finals, study_files
+from dmx import records as keys
+from dmx.attention.base import split_name
+from dmx.budget import Budget, fit_budget
+from dmx.data.locate import locate
+from dmx.data.store import Store
+from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
+from dmx.log import console
+from dmx.overrides import flatten, parse_assignments
+from dmx.resources import shipped_names
+from dmx.space import SearchSpace, load_space
+from dmx.study import StudyConfig, run_study
+from dmx.study_view import LogView, TensorBoardView, trials_table
+from dmx.tasks import Task, task_for
+from dmx.tensorboard import announce_study
+
+logger = logging.getLogger("dmx.tune")
+MODULE = "dmx.tune"
+
+EXAMPLES = """\
+  python -m dmx.tune --attention butterfly --task text
+      search on this machine; without prepared LRA data it runs on a small labelled sample
+  python -m dmx.tune --attention butterfly-64 --task listops --num-trials 32 --max-steps 2000
+      block_size is fixed to 64, the rest is searched
+  python -m dmx.tune --attention softmax --task text --set model.num_layers=4
+      any setting can be fixed; python -m dmx.train --help lists them
+  python -m dmx.tune --attention butterfly --task text --resume
+      continue after Ctrl-C, a crash or a time budget
+  python -m dmx.tune --attention butterfly --task listops --address auto --data-root /shared/data \\
+      --storage /shared/runs --trials-per-gpu 2 --final-seeds 3
+      on a running Ray cluster, two trials a GPU; the best setting is retrained with 3 seeds
+"""
+
+
+def parser() -> cli.Parser:
+    """The command's options."""
+    p = cli.Parser(
+        prog="dmx.tune",
+        description="Search an attention's hyperparameters with Optuna and ASHA on Ray.",
+        examples=EXAMPLES,
+    )
+    p.add_argument(
+        "--attention", required=True, help="butterfly, softmax, ...; NAME-SIZE fixes its size"
+    )
+    p.add_argument("--task", required=True, help="text, listops, pathfinder32-curv_baseline, ...")
+    p.add_argument("--space", help="search space: a name or a YAML path (default: the attention's)")
+    p.add_argument("--set", action="append", default=[], metavar="A.B=V", help="fix a setting")
+    p.add_argument("--name", help="the study's folder below the storage (default: ATTENTION-TASK)")
+    p.add_argument("--storage", default="runs", help="where studies are kept (default: runs)")
+    p.add_argument(
+        "--data-root", help="prepared data; given, missing data are an error, not a sample"
+    )
+    p.add_argument("--num-trials", type=int, help="trials in all")
+    p.add_argument("--max-steps", type=int, help="optimizer steps of a full trial")
+    p.add_argument("--scheduler", choices=("asha", "none"), default="asha", help="early stopping")
+    p.add_argument(
+        "--sampler", choices=("tpe", "random"), default="tpe", help="how points are proposed"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    p.add_argument(
+        "--final-seeds", type=int, default=0, metavar="N", help="retrain the best N times"
+    )
+    p.add_argument(
+        "--time-budget", type=float, metavar="SECONDS", help="stop then; continue with --resume"
+    )
+    p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
+    p.add_argument("--trials-per-gpu", type=int, help="trials that share a GPU (default: 1)")
+    p.add_argument(
+        "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
+    )
+    p.add_argument("--resume", action="store_true", help="continue an existing study")
+    p.add_argument("--dry-run", action="store_true", help="check everything and show the plan only")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit code says whether the study is complete."""
+    started = time.time()
+    args = parser().parse_args(argv)
+    task, space, overrides = _plan(args)
+    folder = _folder(args, task)
+    data_root = None if args.data_root is None else Path(args.data_root)
+    if args.final_seeds < 0:
+        raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
+    if args.time_budget is not None and not args.time_budget > 0:
+        raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
+    if args.address is None:
+        budget = _budget(args, task, cluster.local_resources(), overrides)
+        _check_space(space, task, budget, overrides)
+    store = locate(task.name, data_root, allow_sample=args.address is None)
+    if args.dry_run:
+        return _dry_run(args, task, space, overrides, store)
+    with cluster.connect(args.address) as resources:
+        budget = _budget(args, task, resources, overrides)
+        slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+        _check_space(space, task, budget, overrides)
+        config = _study_config(args, task, space, budget, overrides, folder.name)
+        again = cli.command_line(MODULE, argv, add="--resume")
+        study_files.open_folder(folder, _settings(config, store), resume=args.resume, command=again)
+        logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
+        tensorboard = _announce(folder, config, store)
+        result = run_study(
+            config, store, folder, slots=slots, observers=(LogView(config.num_trials), tensorboard)
+        )
+        tensorboard.close()
+        summary = _finish(args, config, store, result, tensorboard, slots)
+    summary["seconds"] = time.time() - started
+    study_files.write_study(folder, summary)
+    _show(summary, result, store)
+    if not result.complete:
+        out_of_time = args.time_budget is not None and time.time() - started >= args.time_budget
+        logger.warning(
+            "the study is not complete (%d of %d trials ended). Continue with:\n%s",
+            sum(t.status != "RUNNING" for t in result.trials),
+            config.num_trials,
+            again,
+        )
+        return EXIT_PARTIAL if out_of_time else EXIT_INTERRUPTED
+    return EXIT_OK if result.best is not None else EXIT_FAILED
+
+
+def _plan(args: argparse.Namespace) -> tuple[Task, SearchSpace, dict[str, Any]]:
+    """Task, space and overrides; everything that needs no data and no cluster is checked here."""
+    task = task_for(args.task)
+    config_class, size = split_name(args.attention)
+    overrides = flatten(parse_assignments(args.set))
+    if size is not None:
+        overrides[f"attention.{config_class.size_field}"] = size
+    name = args.space or config_class.name
+    if args.space is None and name not in shipped_names("search_spaces"):
+        raise ConfigError(
+            f"attention {name!r} has no search space in search_spaces/; give --space."
+        )
+    space = load_space(name, task.name, task.family)
+    if space.attention != config_class.name:
+        raise ConfigError(
+            f"search space {name} is for attention {space.attention!r}, not {config_class.name!r}."
+        )
+    for key in ("task", "attention", "attention.name"):
+        if key in overrides:
+            raise ConfigError(f"--set {key} is not possible; use --attention and --task.")
+    return task, space.without(overrides), overrides
+
+
+def _folder(args: argparse.Namespace, task: Task) -> Path:
+    name = args.name or f"{args.attention}-{task.name}"
+    if not name or name in (".", "..") or "/" in name or "\\" in name or name.startswith("."):
+        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder = Path(args.storage).absolute() / name
+    if not args.resume and not args.dry_run and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    return folder
+
+
+def _budget(
+    args: argparse.Namespace, task: Task, resources: cluster.Resources, overrides: Mapping[str, Any]
+) -> Budget:
+    return fit_budget(
+        task,
+        resources,
+        overrides,
+        num_trials=args.num_trials,
+        max_steps=args.max_steps,
+        trials_per_gpu=args.trials_per_gpu,
+        cpus_per_trial=args.cpus_per_trial,
+    )
+
+
+def _fixed(budget: Budget, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {**overrides, **budget.settings}
+
+
+def _check_space(
+    space: SearchSpace, task: Task, budget: Budget, overrides: Mapping[str, Any]
+) -> None:
+    space.check(task.name, _fixed(budget, overrides))
+
+
+def _study_config(
+    args: argparse.Namespace,
+    task: Task,
+    space: SearchSpace,
+    budget: Budget,
+    overrides: Mapping[str, Any],
+    name: str,
+) -> StudyConfig:
+    return StudyConfig(
+        name=name,
+        task=task.name,
+        space=space,
+        overrides=_fixed(budget, overrides),
+        num_trials=budget.num_trials,
+        max_steps=budget.max_steps,
+        grace_steps=budget.grace_steps,
+        scheduler=args.scheduler,
+        sampler=args.sampler,
+        seed=args.seed,
+        cpus_per_trial=budget.cpus,
+        gpus_per_trial=budget.gpus,
+        time_budget_seconds=args.time_budget,
+    )
+
+
+def _settings(config: StudyConfig, store: Store) -> dict[str, Any]:
+    """What must be equal for a later session to continue the study."""
+    return {
+        "task": config.task,
+        "attention": config.space.attention,
+        "overrides": dict(config.overrides),
+        "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
+        "max_steps": config.max_steps,
+        "scheduler": config.scheduler,
+        "sampler": config.sampler,
+        "seed": config.seed,
+        "data": store.manifest.label,
+        "data_checksum": store.manifest.checksum,
+    }
+
+
+def _announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
+    constants = {
+        "attention": config.space.attention,
+        "task": config.task,
+        "data": store.manifest.label,
+    }
+    searched = config.space.distributions()
+    columns: dict[str, list[Any] | None] = {
+        k: list(d.values) if d.kind == "choice" else None for k, d in searched.items()
+    }
+    announce_study(folder, {**columns, **{k: [v] for k, v in constants.items()}})
+    return TensorBoardView(folder, constants, tuple(searched))
+
+
+def _finish(
+    args: argparse.Namespace,
+    config: StudyConfig,
+    store: Store,
+    result: keys.StudyResult,
+    tensorboard: TensorBoardView,
+    slots: int,
+) -> dict[str, Any]:
+    """Test the best checkpoint, retrain it where asked, and write the files."""
+    folder = result.folder
+    label = store.manifest.label
+    study_files.write_trials(folder, result.trials, label)
+    best_folder = study_files.copy_best(folder, result.best)
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "data": label,
+        "is_sample": store.manifest.is_sample,
+        "data_checksum": store.manifest.checksum,
+        "task": config.task,
+        "attention": config.space.attention,
+        "complete": result.complete,
+        "num_trials": config.num_trials,
+        "max_steps": config.max_steps,
+        "trials": {
+            s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
+        },
+        "best": None,
+        "environment": study_files.environment(),
+    }
+    if best_folder is None or result.best is None:
+        return summary
+    best = result.best
+    assert best.checkpoint is not None
+    summary["best"] = {
+        "trial": best.number,
+        "params": dict(best.params),
+        keys.DEV_ACCURACY: best.best_dev_accuracy,
+        "step": best.checkpoint.step,
+        "checkpoint": keys.BEST_DIR,
+    }
+    if result.complete:
+        test = finals.evaluate_test(
+            best_folder, store, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial
+        )
+        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
+        summary["best"][keys.TEST_LOSS] = test["loss"]
+        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
+        if args.final_seeds:
+            summary["final_seeds"] = finals.retrain(
+                best_folder,
+                store,
+                folder,
+                args.final_seeds,
+                cpus=config.cpus_per_trial,
+                gpus=config.gpus_per_trial,
+                slots=slots,
+            )
+    return summary
+
+
+def _show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> None:
+    out = console()
+    best = summary["best"]
+    title = (
+        f"{summary['name']}: {summary['attention']} on {summary['task']} (data: {summary['data']})"
+    )
+    out.print(trials_table(result.trials, title, best["trial"] if best else None))
+    if best is None:
+        out.print("No trial reported a dev accuracy.")
+        return
+    labels = store.split("test").labels
+    majority = max((labels == c).mean() for c in set(labels.tolist()))
+    out.print(f"best: trial {best['trial']}, dev accuracy {best[keys.DEV_ACCURACY]:.4f}")
+    for key, value in best["params"].items():
+        out.print(f"  {key}: {value}", highlight=False)
+    if keys.TEST_ACCURACY in best:
+        out.print(
+            f"test accuracy {best[keys.TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
+            f"data: {summary['data']})"
+        )
+    if "final_seeds" in summary:
+        out.print(finals.describe(summary["final_seeds"]))
+    out.print(f"files: {result.folder}  ({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)")
+    out.print(f"curves: tensorboard --logdir {result.folder.parent}")
+
+
+def _dry_run(
+    args: argparse.Namespace,
+    task: Task,
+    space: SearchSpace,
+    overrides: Mapping[str, Any],
+    store: Store,
+) -> int:
+    with cluster.connect(args.address) if args.address else _local() as resources:
+        budget = _budget(args, task, resources, overrides)
+        slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+    fixed = _fixed(budget, overrides)
+    space.check(task.name, fixed)
+    out = console()
+    start = dict(space.start[0]) if space.start else next(space.corners())
+    out.print(f"data: {store.manifest.label}; {dict(store.manifest.splits)}")
+    out.print(f"budget: {budget.reason}; {slots} at once")
+    for name, dist in space.distributions().items():
+        out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
+    out.print("first trial:")
+    out.print(space.run_config(task.name, fixed, start).to_yaml(), highlight=False)
+    out.print("Nothing was started (--dry-run).")
+    return EXIT_OK
+
+
+class _local:
+    """The local resources as a context, where no cluster is asked."""
+
+    def __enter__(self) -> cluster.Resources:
+        return cluster.local_resources()
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+if __name__ == "__main__":
+    cli.run("dmx.tune", main)

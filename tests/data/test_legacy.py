@@ -1,0 +1,149 @@
+"""The reference's pickles keep their splits; a pickle that wants to run something is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmx.data.prepare import prepare
+from dmx.data.unpickle import PickledArray, load_pickle
+from dmx.errors import DataError
+from dmx.tasks.base import SPLITS
+
+
+def write(folder: Path, task: str, splits: dict[str, list[dict[str, Any]]], protocol: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, examples in splits.items():
+        content = pickle.dumps(examples, protocol=protocol)
+        (folder / f"{task}.{split}.pickle").write_bytes(content)
+    return folder
+
+
+def text_example(ids: list[int], label: int, length: int = 4096) -> dict[str, Any]:
+    padded = np.array(ids + [0] * (length - len(ids)), np.int32)
+    return {"input_ids_0": padded, "label": label}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_text_pickles_keep_order_and_lose_padding(tmp_path: Path, protocol: int) -> None:
+    splits = {
+        "train": [text_example([5, 6, 7], 1), text_example([256], 0), text_example([9] * 4000, 1)],
+        "dev": [text_example([1, 2], 0)],
+        "test": [text_example([3], 1)],
+    }
+    source = write(tmp_path / "old", "text", splits, protocol)
+    store = prepare("text", tmp_path / "data", source=source)
+    train = store.split("train")
+    assert [train.tokens(k).tolist() for k in range(2)] == [[5, 6, 7], [256]]
+    assert train.lengths.tolist() == [3, 1, 4000]
+    assert train.labels.tolist() == [1, 0, 1]
+    assert store.split("dev").tokens(0).tolist() == [1, 2]
+    assert store.manifest.data_name == "reference-text"
+    for k, example in enumerate(splits["train"]):
+        assert (train.gather([k], 4096)[0] == example["input_ids_0"]).all()
+
+
+def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
+    pixels = np.zeros(1024, np.int32)
+    pixels[3] = 255
+    example = {"input_ids_0": pixels, "label": np.int64(7)}
+    source = write(tmp_path / "old", "image", {split: [example] for split in SPLITS}, 4)
+    store = prepare("image", tmp_path / "data", source=source)
+    assert store.split("test").tokens(0).tolist() == pixels.tolist()
+    assert store.split("test").labels.tolist() == [7]
+    assert store.manifest.dtype == "uint8"
+
+
+def test_paired_pickles(tmp_path: Path) -> None:
+    example = text_example([4], 1) | {"input_ids_1": np.array([8, 9] + [0] * 4094, np.int32)}
+    source = write(tmp_path / "old", "retrieval", {split: [example] for split in SPLITS}, 4)
+    split = prepare("retrieval", tmp_path / "data", source=source).split("dev")
+    assert (split.tokens(0).tolist(), split.tokens_1(0).tolist()) == ([4], [8, 9])
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input_ids_0": np.zeros(4095, np.int32), "label": 1}, "4095 values of int32"),
+        ({"input_ids_0": np.zeros(4096, np.float32), "label": 1}, "float32"),
+        ({"input_ids_0": [1, 2], "label": 1}, "no list of numbers"),
+        ({"label": 1}, "no list of numbers"),
+        ({"input_ids_0": np.ones(4096, np.int32), "label": 0.5}, "whole number"),
+        ({"input_ids_0": np.ones(4096, np.int32), "label": 2}, "label 2"),
+        ({"input_ids_0": np.full(4096, 600, np.int32), "label": 0}, "600"),
+        (3, "no list of numbers"),
+    ],
+)
+def test_bad_examples_are_named(tmp_path: Path, example: Any, message: str) -> None:
+    good = text_example([1], 0)
+    splits = {"train": [good, example], "dev": [good], "test": [good]}
+    with pytest.raises(DataError, match=message) as caught:
+        prepare("text", tmp_path / "data", source=write(tmp_path / "old", "text", splits, 4))
+    assert "example 1" in str(caught.value)
+    assert not (tmp_path / "data" / "text").exists()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch PWNED",)
+
+
+class EvilBuild:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (np.ndarray, "tofile")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("evil", [Evil(), EvilBuild(), {"label": Evil()}, np.array([Evil()], "O")])
+def test_nothing_in_a_pickle_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: object, protocol: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="not allowed"):
+        load_pickle(io.BytesIO(pickle.dumps(evil, protocol=protocol)), "evil.pickle")
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        pickle.dumps([1, 2, 3])[:-3],
+        b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR.",  # ends as a bare dtype: harmless, but not asked for
+        b"(lp0\nI1\naI2\na",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+    ],
+)
+def test_torn_pickles_are_one_sentence(content: bytes) -> None:
+    try:
+        value = load_pickle(io.BytesIO(content), "torn.pickle")
+    except DataError as error:
+        assert "torn.pickle" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert not isinstance(value, list | dict | PickledArray)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i4", ">i4", "<f8", "S3", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_come_through_exactly(dtype: str, order: Any, protocol: int) -> None:
+    array = np.asarray(np.arange(6).reshape(2, 3).astype(dtype), order=order)
+    value = load_pickle(io.BytesIO(pickle.dumps(array, protocol=protocol)), "x")
+    assert isinstance(value, PickledArray)
+    assert value.value.shape == (2, 3)
+    assert (value.value == array).all()
+
+
+def test_lying_shape_is_refused() -> None:
+    content = pickle.dumps(np.arange(6, dtype=np.uint8), protocol=2)
+    assert content.count(b"K\x06\x85") == 1
+    with pytest.raises(DataError, match="6 values for the shape"):
+        load_pickle(io.BytesIO(content.replace(b"K\x06\x85", b"K\x07\x85")), "x")
