@@ -13,6 +13,7 @@ import torch
 
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint, read_weights, transfer
+from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError
@@ -54,6 +55,7 @@ class Runner:
         self._on_step = on_step
         self._folder = Path(job.folder)
         self._trainer: Trainer | None = None
+        self._claim: Claim | None = None
         self._failure: str | None = None
         self._resumed = False
         torch.set_num_threads(job.threads)
@@ -64,6 +66,7 @@ class Runner:
 
     def _build(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self._folder)
         last = self._folder / keys.LAST_DIR
         resume = last.exists() or (last.parent / f".{last.name}.old").exists()
         config = parse_run_config(self.job.run_config)
@@ -121,6 +124,9 @@ class Runner:
 
     def close(self) -> None:
         """Free the trainer's thread and the device's memory, for the next run in this process."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None

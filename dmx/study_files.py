@@ -29,12 +29,11 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool, command: str) -> None:
+def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     """Create the study's folder, or check that `resume` continues the same study.
 
     Args:
         settings: what must stay the same for the trials to belong together.
-        command: how the user may continue, for messages.
 
     Raises:
         ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,

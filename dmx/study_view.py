@@ -87,7 +87,8 @@ class TensorBoardView:
         """The row appears in HParams at once, with a cell for every searched value."""
         flat = flatten(config)
         values = {k: point.get(k, flat.get(k, "-")) for k in self._searched}
-        self._writer(number).start({**values, **self._constants})
+        group = f"{self._folder.name}/{number:04d}"
+        self._writer(number).start({**values, **self._constants}, group)
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Scalars against optimizer steps."""

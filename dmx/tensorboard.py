@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,45 +103,63 @@ def _cell(value: Any) -> str | bool | float:
     return str(value)
 
 
-def announce_study(folder: Path, columns: Mapping[str, list[Any] | None]) -> None:
+@dataclass(frozen=True)
+class Column:
+    """A hyperparameter column: its discrete options, or the bounds of a number."""
+
+    options: tuple[str | bool | float | int, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+    def united(self, other: Column) -> Column:
+        """The column that holds both studies' values."""
+        if self.options and other.options:
+            return Column((*self.options, *(o for o in other.options if o not in self.options)))
+        every = [self.low, self.high, other.low, other.high, *self.options, *other.options]
+        numbers = [float(v) for v in every if isinstance(v, int | float)]
+        if any(isinstance(v, str) for v in every) or not numbers:
+            return Column(tuple(str(v) for v in every if v is not None))
+        return Column((), min(numbers), max(numbers))
+
+    def domain(self) -> hp.Domain:
+        """What TensorBoard filters by."""
+        if self.options:
+            cells = [_cell(o) for o in self.options]
+            same = len({type(c) for c in cells}) == 1
+            return hp.Discrete(cells if same else [str(c) for c in cells])
+        assert self.low is not None and self.high is not None
+        return hp.RealInterval(float(self.low), float(self.high))
+
+
+def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
     """Write the study's columns, and bring every study of the run root up to the union of all.
 
     Args:
         folder: the study's folder; its parent is the run root.
-        columns: hyperparameter -> its discrete options, or None for a number or a free text.
+        columns: every hyperparameter, conditional ones included.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COLUMNS_FILE).write_text(json.dumps(dict(columns), indent=1), encoding="utf-8")
+    own = {key: asdict(column) for key, column in columns.items()}
+    (folder / COLUMNS_FILE).write_text(json.dumps(own, indent=1), encoding="utf-8")
     studies = sorted(p.parent for p in folder.parent.glob(f"*/{COLUMNS_FILE}"))
-    union: dict[str, list[Any] | None] = {}
+    union: dict[str, Column] = {}
     for study in studies:
         try:
-            own = json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            for key, raw in json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8")).items():
+                column = Column(tuple(raw["options"]), raw["low"], raw["high"])
+                union[key] = union[key].united(column) if key in union else column
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another study is being written or deleted right now
-        for key, options in own.items():
-            known = union.get(key, options)
-            if known is None or options is None:
-                union[key] = None
-            else:
-                union[key] = known + [o for o in options if o not in known]
     for study in studies:
         _write_experiment(study, union)
 
 
-def _write_experiment(study: Path, columns: Mapping[str, list[Any] | None]) -> None:
-    infos = []
-    for key, options in sorted(columns.items()):
-        domain = None
-        if options is not None and options:
-            cells = [_cell(o) for o in options]
-            same = len({type(c) for c in cells}) == 1
-            domain = hp.Discrete(cells if same else [str(c) for c in cells])
-        infos.append((key, domain))
-    hparams = [hp.HParam(key, domain) for key, domain in infos]
+def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:
+    hparams = [hp.HParam(key, column.domain()) for key, column in sorted(columns.items())]
     metrics = [hp.Metric(m, display_name=m) for m in _METRICS]
-    old = list((study / "hparams").glob("events.*")) if (study / "hparams").is_dir() else []
-    writer = FileWriter(str(study / "hparams"))
+    folder = study / "hparams"
+    old = list(folder.glob("events.*"))
+    writer = FileWriter(str(folder))
     writer.add_summary(hp.hparams_config_pb(hparams=hparams, metrics=metrics))
     writer.close()
     for path in old:

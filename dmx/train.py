@@ -18,15 +18,15 @@ from dmx import cli
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint, read_weights
 from dmx.config import RunConfig, parse_run_config
-from dmx.data.locate import locate
+from dmx.data.obtain import obtain
 from dmx.data.store import Store
+from dmx.device import pick_device
 from dmx.errors import EXIT_FAILED, EXIT_OK, CheckpointError, ConfigError
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
 from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
-from dmx.trainer import pick_device
 
 logger = logging.getLogger("dmx.train")
 
@@ -60,6 +60,12 @@ def parser() -> cli.Parser:
         "--data-root", help="prepared data; given, missing data are an error, not a sample"
     )
     p.add_argument(
+        "--prepare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="generate missing data that dmx can generate (default: yes)",
+    )
+    p.add_argument(
         "--init-from", help="start from these weights: a checkpoint folder or *_output.model"
     )
     p.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this checkpoint")
@@ -84,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     folder = _folder(args, config)
     if args.init_from is not None:
         read_weights(Path(args.init_from))  # a wrong path is found before anything is written
-    store = locate(config.task, _data_root(args, config), allow_sample=True)
+    store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
     resolved = config.resolved(
         vocab_size=max(config.task_info.vocab_size, store.manifest.vocab_size),
         num_classes=store.manifest.num_classes,
@@ -222,7 +228,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(Path(args.evaluate))
     task = args.task or checkpoint.config.task
-    store = locate(task, _data_root(args, checkpoint.config), allow_sample=True)
+    root = _data_root(args, checkpoint.config)
+    store = obtain(task, root, allow_sample=True, generate=args.prepare)
     threads = args.threads or len(os.sched_getaffinity(0))
     result = evaluate_checkpoint(args.evaluate, str(store.folder), args.split, threads)
     out = {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +17,8 @@ from dmx.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder, eval_batches
 from dmx.data.store import Store
-from dmx.errors import CheckpointError, ConfigError
+from dmx.device import autocast, peak_memory_mb, pick_device
+from dmx.errors import CheckpointError
 from dmx.model import Classifier
 from dmx.optim import build_optimizer
 
@@ -43,20 +41,6 @@ class Evaluation:
     loss: float
     accuracy: float
     num_examples: int
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for `train.device`; `auto` is CUDA, else MPS, else CPU.
-
-    Raises:
-        ConfigError: the named device is not there.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise ConfigError(f"train.device is {name}, which this machine does not have; use auto.")
-    return torch.device(name)
 
 
 def build_model(config: RunConfig) -> Classifier:
@@ -209,15 +193,9 @@ class Trainer:
         return loss_sum, correct, norm.detach()
 
     def _logits(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
+        with autocast(self.device, self.config.train.precision):
             logits = self._run(batch.input_ids, batch.input_ids_1)
         return logits.float()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        wanted = self.config.train.precision
-        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -316,11 +294,3 @@ class Trainer:
 
 def _metrics_only(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in ("data", "is_sample", "task")}
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the device since the last evaluation on CUDA, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

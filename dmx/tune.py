@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, finals, study_files
-from dmx import records as keys
+from dmx import cli, cluster, study_end, study_files, study_identity
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
-from dmx.data.locate import locate
+from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
 from dmx.log import console
@@ -21,9 +20,8 @@ from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
-from dmx.study_view import LogView, TensorBoardView, trials_table
+from dmx.study_view import LogView
 from dmx.tasks import Task, task_for
-from dmx.tensorboard import announce_study
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -60,6 +58,12 @@ def parser() -> cli.Parser:
     p.add_argument("--storage", default="runs", help="where studies are kept (default: runs)")
     p.add_argument(
         "--data-root", help="prepared data; given, missing data are an error, not a sample"
+    )
+    p.add_argument(
+        "--prepare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="generate missing data that dmx can generate (default: yes)",
     )
     p.add_argument("--num-trials", type=int, help="trials in all")
     p.add_argument("--max-steps", type=int, help="optimizer steps of a full trial")
@@ -98,7 +102,13 @@ def main(argv: Sequence[str]) -> int:
     if args.address is None:
         budget = _budget(args, task, cluster.local_resources(), overrides)
         _check_space(space, task, budget, overrides)
-    store = locate(task.name, data_root, allow_sample=args.address is None)
+    store = obtain(
+        task.name,
+        data_root,
+        allow_sample=args.address is None,
+        generate=args.prepare and not args.dry_run,
+        address=args.address,
+    )
     if args.dry_run:
         return _dry_run(args, task, space, overrides, store)
     with cluster.connect(args.address) as resources:
@@ -107,17 +117,19 @@ def main(argv: Sequence[str]) -> int:
         _check_space(space, task, budget, overrides)
         config = _study_config(args, task, space, budget, overrides, folder.name)
         again = cli.command_line(MODULE, argv, add="--resume")
-        study_files.open_folder(folder, _settings(config, store), resume=args.resume, command=again)
+        study_files.open_folder(folder, study_identity.settings(config, store), resume=args.resume)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
-        tensorboard = _announce(folder, config, store)
+        tensorboard = study_identity.announce(folder, config, store)
         result = run_study(
             config, store, folder, slots=slots, observers=(LogView(config.num_trials), tensorboard)
         )
         tensorboard.close()
-        summary = _finish(args, config, store, result, tensorboard, slots)
+        summary = study_end.finish(
+            config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
+        )
     summary["seconds"] = time.time() - started
     study_files.write_study(folder, summary)
-    _show(summary, result, store)
+    study_end.show(summary, result, store)
     if not result.complete:
         out_of_time = args.time_budget is not None and time.time() - started >= args.time_budget
         logger.warning(
@@ -212,122 +224,6 @@ def _study_config(
     )
 
 
-def _settings(config: StudyConfig, store: Store) -> dict[str, Any]:
-    """What must be equal for a later session to continue the study."""
-    return {
-        "task": config.task,
-        "attention": config.space.attention,
-        "overrides": dict(config.overrides),
-        "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
-        "max_steps": config.max_steps,
-        "scheduler": config.scheduler,
-        "sampler": config.sampler,
-        "seed": config.seed,
-        "data": store.manifest.label,
-        "data_checksum": store.manifest.checksum,
-    }
-
-
-def _announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
-    constants = {
-        "attention": config.space.attention,
-        "task": config.task,
-        "data": store.manifest.label,
-    }
-    searched = config.space.distributions()
-    columns: dict[str, list[Any] | None] = {
-        k: list(d.values) if d.kind == "choice" else None for k, d in searched.items()
-    }
-    announce_study(folder, {**columns, **{k: [v] for k, v in constants.items()}})
-    return TensorBoardView(folder, constants, tuple(searched))
-
-
-def _finish(
-    args: argparse.Namespace,
-    config: StudyConfig,
-    store: Store,
-    result: keys.StudyResult,
-    tensorboard: TensorBoardView,
-    slots: int,
-) -> dict[str, Any]:
-    """Test the best checkpoint, retrain it where asked, and write the files."""
-    folder = result.folder
-    label = store.manifest.label
-    study_files.write_trials(folder, result.trials, label)
-    best_folder = study_files.copy_best(folder, result.best)
-    summary: dict[str, Any] = {
-        "name": config.name,
-        "data": label,
-        "is_sample": store.manifest.is_sample,
-        "data_checksum": store.manifest.checksum,
-        "task": config.task,
-        "attention": config.space.attention,
-        "complete": result.complete,
-        "num_trials": config.num_trials,
-        "max_steps": config.max_steps,
-        "trials": {
-            s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
-        },
-        "best": None,
-        "environment": study_files.environment(),
-    }
-    if best_folder is None or result.best is None:
-        return summary
-    best = result.best
-    assert best.checkpoint is not None
-    summary["best"] = {
-        "trial": best.number,
-        "params": dict(best.params),
-        keys.DEV_ACCURACY: best.best_dev_accuracy,
-        "step": best.checkpoint.step,
-        "checkpoint": keys.BEST_DIR,
-    }
-    if result.complete:
-        test = finals.evaluate_test(
-            best_folder, store, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial
-        )
-        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
-        summary["best"][keys.TEST_LOSS] = test["loss"]
-        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
-        if args.final_seeds:
-            summary["final_seeds"] = finals.retrain(
-                best_folder,
-                store,
-                folder,
-                args.final_seeds,
-                cpus=config.cpus_per_trial,
-                gpus=config.gpus_per_trial,
-                slots=slots,
-            )
-    return summary
-
-
-def _show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> None:
-    out = console()
-    best = summary["best"]
-    title = (
-        f"{summary['name']}: {summary['attention']} on {summary['task']} (data: {summary['data']})"
-    )
-    out.print(trials_table(result.trials, title, best["trial"] if best else None))
-    if best is None:
-        out.print("No trial reported a dev accuracy.")
-        return
-    labels = store.split("test").labels
-    majority = max((labels == c).mean() for c in set(labels.tolist()))
-    out.print(f"best: trial {best['trial']}, dev accuracy {best[keys.DEV_ACCURACY]:.4f}")
-    for key, value in best["params"].items():
-        out.print(f"  {key}: {value}", highlight=False)
-    if keys.TEST_ACCURACY in best:
-        out.print(
-            f"test accuracy {best[keys.TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
-            f"data: {summary['data']})"
-        )
-    if "final_seeds" in summary:
-        out.print(finals.describe(summary["final_seeds"]))
-    out.print(f"files: {result.folder}  ({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)")
-    out.print(f"curves: tensorboard --logdir {result.folder.parent}")
-
-
 def _dry_run(
     args: argparse.Namespace,
     task: Task,
@@ -335,7 +231,7 @@ def _dry_run(
     overrides: Mapping[str, Any],
     store: Store,
 ) -> int:
-    with cluster.connect(args.address) if args.address else _local() as resources:
+    with cluster.connect(args.address) if args.address else _Local() as resources:
         budget = _budget(args, task, resources, overrides)
         slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
     fixed = _fixed(budget, overrides)
@@ -352,7 +248,7 @@ def _dry_run(
     return EXIT_OK
 
 
-class _local:
+class _Local:
     """The local resources as a context, where no cluster is asked."""
 
     def __enter__(self) -> cluster.Resources:

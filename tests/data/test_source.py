@@ -117,8 +117,6 @@ def test_huge_small_file_is_refused(
 ) -> None:
     monkeypatch.setattr(source_module, "MAX_SMALL_BYTES", 1 << 20)
     write = write_tar if archive else write_folder
-    source = open_source(
-        write(tmp_path / "x", {"a": b"1" * (1 << 20), "b": b"2" * 1_048_577})
-    )
+    source = open_source(write(tmp_path / "x", {"a": b"1" * (1 << 20), "b": b"2" * 1_048_577}))
     with pytest.raises(DataError, match="b is larger than 1 MiB"):
         dict(source.read_small(["a", "b"]))

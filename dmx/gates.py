@@ -1,0 +1,241 @@
+"""Gates: pure decisions whether a curriculum stage is good enough to be promoted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dmx import records as keys
+from dmx.errors import ConfigError
+from dmx.records import StageRecord
+from dmx.registry import Registry, choices_message
+from dmx.schema import from_dict, to_dict
+
+GATES: Registry[type[Gate]] = Registry("gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a gate says, and which rule fired with which numbers."""
+
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Base of every gate: a frozen config whose `decide` depends on the record alone."""
+
+    name: ClassVar[str] = ""
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Whether the stage passes. A metric that is missing or NaN never passes."""
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, value: object, path: str) -> Gate:
+        """Gate from its name, or from a mapping with `name` and the gate's settings.
+
+        Raises:
+            ConfigError: unknown gate or setting, with the dotted path.
+        """
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{path} must be a gate's name or a mapping with `name`.")
+        settings = dict(value)
+        try:
+            gate = GATES.get(settings.pop("name"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return from_dict(gate, settings, path)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The YAML-ready mapping that `parse` reads back."""
+        fields = {key: to_dict(value) for key, value in vars(self).items()}
+        return {"name": self.name, **fields}
+
+
+@GATES.register("always")
+@dataclass(frozen=True, kw_only=True)
+class AlwaysGate(Gate):
+    """Passes whatever has a checkpoint: the seeds' recipe, which looks at no number."""
+
+    name: ClassVar[str] = "always"
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Pass if there is something to promote."""
+        if record.checkpoint is None:
+            return Decision(passed=False, reason="always: there is no checkpoint to promote")
+        return Decision(passed=True, reason=f"always: best dev accuracy {_best(record):.4f}")
+
+
+@GATES.register("threshold")
+@dataclass(frozen=True, kw_only=True)
+class ThresholdGate(Gate):
+    """Passes when a metric reaches a bound.
+
+    Attributes:
+        metric: a key of the stage's reports; the default is the promoted checkpoint's accuracy.
+        at_least, at_most: the bounds, both included; one of them or both.
+    """
+
+    name: ClassVar[str] = "threshold"
+
+    metric: str = keys.BEST_DEV_ACCURACY
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric not in keys.REPORT_KEYS:
+            raise ConfigError(f"metric {choices_message(self.metric, keys.REPORT_KEYS)}.")
+        if self.at_least is None and self.at_most is None:
+            raise ConfigError("at_least is required (or at_most) and has no value.")
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Compare the last report's metric with the bounds."""
+        value = record.metrics.get(self.metric, math.nan)
+        if not math.isfinite(value):
+            return Decision(passed=False, reason=f"threshold: {self.metric} was not reported")
+        if self.at_least is not None and value < self.at_least:
+            return _no(f"threshold: {self.metric} {value:.4f} is below {self.at_least:g}")
+        if self.at_most is not None and value > self.at_most:
+            return _no(f"threshold: {self.metric} {value:.4f} is above {self.at_most:g}")
+        return Decision(
+            passed=True, reason=f"threshold: {self.metric} {value:.4f} is within bounds"
+        )
+
+
+@GATES.register("above_chance")
+@dataclass(frozen=True, kw_only=True)
+class AboveChanceGate(Gate):
+    """Passes when the best dev accuracy is `margin` above 1 / num_classes, whatever the task."""
+
+    name: ClassVar[str] = "above_chance"
+
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.margin < 1.0:
+            raise ConfigError(f"margin is {self.margin}; it must lie between 0 and 1.")
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Compare the distance from chance with the margin."""
+        chance, best = 1.0 / record.num_classes, _best(record)
+        text = f"above_chance: {best:.4f} against chance {chance:.4f} + {self.margin:g}"
+        return Decision(passed=best >= chance + self.margin, reason=text)
+
+
+@GATES.register("plateau")
+@dataclass(frozen=True, kw_only=True)
+class PlateauGate(Gate):
+    """Passes when training has run its course: the last evaluations brought no real gain.
+
+    A stage that was still improving when its steps ran out does not pass; `on_fail: longer`
+    then gives it more.
+
+    Attributes:
+        evaluations: how many of the last evaluations are looked at.
+        min_gain: dev accuracy that counts as a gain.
+    """
+
+    name: ClassVar[str] = "plateau"
+
+    evaluations: int = 5
+    min_gain: float = 0.002
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise ConfigError(f"evaluations is {self.evaluations}; it must be at least 1.")
+        if not self.min_gain >= 0.0:
+            raise ConfigError(f"min_gain is {self.min_gain}; it must not be negative.")
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Compare the best of the last evaluations with the best before them."""
+        curve = record.dev_accuracies
+        if len(curve) <= self.evaluations:
+            return _no(
+                f"plateau: {len(curve)} evaluations, more than {self.evaluations} are needed"
+            )
+        before, recent = max(curve[: -self.evaluations]), max(curve[-self.evaluations :])
+        text = f"plateau: the last {self.evaluations} evaluations gained {recent - before:+.4f}"
+        return Decision(passed=recent - before <= self.min_gain, reason=text)
+
+
+@GATES.register("budget")
+@dataclass(frozen=True, kw_only=True)
+class BudgetGate(Gate):
+    """Passes when the attempt stayed within its means.
+
+    Attributes:
+        max_steps: optimizer steps. max_seconds: wall seconds of the attempt's training.
+    """
+
+    name: ClassVar[str] = "budget"
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_seconds is None:
+            raise ConfigError("max_steps is required (or max_seconds) and has no value.")
+
+    def decide(self, record: StageRecord) -> Decision:
+        """Compare steps and time with the limits."""
+        if self.max_steps is not None and record.steps > self.max_steps:
+            return _no(f"budget: {record.steps} steps, more than {self.max_steps}")
+        if self.max_seconds is not None and record.seconds > self.max_seconds:
+            return _no(f"budget: {record.seconds:.0f} s, more than {self.max_seconds:g}")
+        text = f"budget: {record.steps} steps and {record.seconds:.0f} s are within limits"
+        return Decision(passed=True, reason=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Combination(Gate):
+    gates: tuple[Gate, ...]
+
+    def __post_init__(self) -> None:
+        if not self.gates:
+            raise ConfigError("gates is empty; it must list at least one gate.")
+
+
+@GATES.register("all")
+@dataclass(frozen=True, kw_only=True)
+class AllGate(_Combination):
+    """Passes when every one of `gates` passes."""
+
+    name: ClassVar[str] = "all"
+
+    def decide(self, record: StageRecord) -> Decision:
+        """The first refusal, or all reasons."""
+        decisions = [gate.decide(record) for gate in self.gates]
+        refused = [d for d in decisions if not d.passed]
+        return Decision(passed=not refused, reason=_reasons(refused or decisions))
+
+
+@GATES.register("any")
+@dataclass(frozen=True, kw_only=True)
+class AnyGate(_Combination):
+    """Passes when at least one of `gates` passes."""
+
+    name: ClassVar[str] = "any"
+
+    def decide(self, record: StageRecord) -> Decision:
+        """The reasons of those that passed, or all reasons."""
+        decisions = [gate.decide(record) for gate in self.gates]
+        passed = [d for d in decisions if d.passed]
+        return Decision(passed=bool(passed), reason=_reasons(passed or decisions))
+
+
+def _best(record: StageRecord) -> float:
+    return max((a for a in record.dev_accuracies if math.isfinite(a)), default=-math.inf)
+
+
+def _no(reason: str) -> Decision:
+    return Decision(passed=False, reason=reason)
+
+
+def _reasons(decisions: list[Decision]) -> str:
+    return "; ".join(d.reason for d in decisions)

@@ -1,0 +1,179 @@
+"""What a report knows of a run: typed, frozen, independent of how it is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dmx import records as keys
+
+Kind = Literal["study", "run", "curriculum"]
+
+
+def number(values: Mapping[str, Any], key: str) -> float:
+    """A metric as a float; NaN where it is missing or no number."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial of a study, or the only one of a single run, with all that it reported.
+
+    Attributes:
+        reports: flat metrics at each evaluation, by rising step.
+        error: one line of what failed, or "".
+    """
+
+    number: int
+    status: keys.TrialStatus
+    params: Mapping[str, Any] = field(default_factory=dict)
+    reports: tuple[Mapping[str, Any], ...] = ()
+    error: str = ""
+
+    @property
+    def best(self) -> float:
+        """The highest dev accuracy, or NaN."""
+        found = [number(r, keys.DEV_ACCURACY) for r in self.reports]
+        found += [number(r, keys.BEST_DEV_ACCURACY) for r in self.reports]
+        return max((v for v in found if math.isfinite(v)), default=math.nan)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        value = self.last(keys.STEPS)
+        return int(value) if math.isfinite(value) else 0
+
+    def last(self, key: str) -> float:
+        """A metric of the last report, or NaN."""
+        return number(self.reports[-1], key) if self.reports else math.nan
+
+    def median(self, key: str) -> float:
+        """The median of a metric over all reports, or NaN; steadier than the last."""
+        found = sorted(v for r in self.reports if math.isfinite(v := number(r, key)))
+        if not found:
+            return math.nan
+        middle = len(found) // 2
+        return found[middle] if len(found) % 2 else (found[middle - 1] + found[middle]) / 2
+
+    def highest(self, key: str) -> float:
+        """The highest value of a metric over all reports, or NaN."""
+        found = [v for r in self.reports if math.isfinite(v := number(r, key))]
+        return max(found, default=math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalSeeds:
+    """The best setting, trained again from other seeds. Accuracies lie in 0..1."""
+
+    seeds: tuple[int, ...]
+    dev_accuracies: tuple[float, ...]
+    test_accuracies: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a study searched.
+
+    Attributes:
+        searched: dotted path -> (kind, *values), as in the search space.
+        grace_steps, reduction_factor: of ASHA.
+        derived: they stand in no file and were worked out from the study's other settings.
+    """
+
+    searched: Mapping[str, tuple[Any, ...]]
+    scheduler: str
+    sampler: str
+    seed: int | None
+    max_steps: int
+    num_trials: int
+    grace_steps: int
+    reduction_factor: float
+    derived: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a curriculum's stage; `passed` is None while its gate has not decided."""
+
+    number: int
+    reports: tuple[Mapping[str, Any], ...] = ()
+    passed: bool | None = None
+    reason: str = ""
+    seconds: float = math.nan
+
+    @property
+    def best(self) -> float:
+        """The highest dev accuracy, or NaN."""
+        return Trial(number=0, status="RUNNING", reports=self.reports).best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a curriculum. Accuracies lie in 0..1, NaN where unknown."""
+
+    name: str
+    task: str
+    data: str = ""
+    status: str = ""
+    parent: str | None = None
+    steps: int = 0
+    dev_accuracy: float = math.nan
+    test_accuracy: float = math.nan
+    checkpoint: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything a report shows.
+
+    Attributes:
+        attention: as the run is called, with its size where that is fixed (`butterfly-64`).
+        data: the data's label. is_sample: it stands in for the published data.
+        config: the plain RunConfig of the best checkpoint (of the last stage), or None.
+        best: number of the best trial, or None.
+        test_accuracy, test_loss: of the best checkpoint; NaN where it was not tested.
+        seconds: wall time of the whole run, or NaN.
+    """
+
+    kind: Kind
+    name: str
+    folder: Path
+    task: str
+    attention: str
+    data: str
+    is_sample: bool
+    data_checksum: str = ""
+    complete: bool = False
+    config: Mapping[str, Any] | None = None
+    trials: tuple[Trial, ...] = ()
+    best: int | None = None
+    best_step: int | None = None
+    test_accuracy: float = math.nan
+    test_loss: float = math.nan
+    finals: FinalSeeds | None = None
+    search: Search | None = None
+    stages: tuple[Stage, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = math.nan
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """The best trial, or None."""
+        return next((t for t in self.trials if t.number == self.best), None)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run had a GPU, as far as its files say."""
+        return bool(self.environment.get("gpus"))
+
+    def count(self, status: str) -> int:
+        """Trials with this status."""
+        return sum(t.status == status for t in self.trials)

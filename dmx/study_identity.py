@@ -1,0 +1,47 @@
+"""What makes two sessions one study, and the columns that TensorBoard shows of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dmx.data.store import Store
+from dmx.space import Distribution
+from dmx.study import StudyConfig
+from dmx.study_view import TensorBoardView
+from dmx.tensorboard import Column, announce_study
+
+
+def settings(config: StudyConfig, store: Store) -> dict[str, Any]:
+    """What must be equal for a later session to continue the study."""
+    return {
+        "task": config.task,
+        "attention": config.space.attention,
+        "overrides": dict(config.overrides),
+        "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
+        "max_steps": config.max_steps,
+        "scheduler": config.scheduler,
+        "sampler": config.sampler,
+        "seed": config.seed,
+        "data": store.manifest.label,
+        "data_checksum": store.manifest.checksum,
+    }
+
+
+def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
+    """Write the HParams columns, and return the view that writes the rows."""
+    constants = {
+        "attention": config.space.attention,
+        "task": config.task,
+        "data": store.manifest.label,
+    }
+    searched = config.space.distributions()
+    columns = {name: _column(dist) for name, dist in searched.items()}
+    announce_study(folder, {**columns, **{k: Column((v,)) for k, v in constants.items()}})
+    return TensorBoardView(folder, constants, tuple(searched))
+
+
+def _column(dist: Distribution) -> Column:
+    if dist.kind == "choice":
+        return Column(dist.values)
+    return Column((), float(dist.values[0]), float(dist.values[1]))
