@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import CheckpointError, ConfigError
 from dmx.records import CONFIG_FILE, METRICS_FILE, MODEL_FILE, TRAINING_STATE_FILE
 from dmx.reference import adopt, read_output_model
+from dmx.schema import read_yaml
 
 POSITION_KEY = "encoder.embeddings.position.weight"
 
@@ -34,7 +34,8 @@ def save_checkpoint(
     """Write a checkpoint directory; at every moment the old one or the new one is whole on disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.parent / f".{folder.name}.new-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
+    for stale in folder.parent.glob(f".{folder.name}.new-*"):  # of a killed process
+        shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     try:
         write_files(new, model_state, training_state, config, metrics)
@@ -63,6 +64,7 @@ def write_files(
     (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
     for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
         fsync(folder / name)
+    fsync(folder)
 
 
 def fsync(path: Path) -> None:
@@ -84,7 +86,10 @@ class Checkpoint:
 
     def model_state(self) -> dict[str, Tensor]:
         """The weights, on the CPU."""
-        return _load(self.folder / MODEL_FILE)
+        state = _load(self.folder / MODEL_FILE)
+        if not all(isinstance(v, Tensor) for v in state.values()):
+            raise CheckpointError(f"{self.folder / MODEL_FILE} is damaged: it holds no weights.")
+        return state
 
     def training_state(self) -> dict[str, Any]:
         """Optimizer, schedule, random generators and data cursor."""
@@ -97,21 +102,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: no checkpoint there, or a damaged one; names the file.
     """
-    old = folder.parent / f".{folder.name}.old"
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+    put_back(folder)
     for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is missing.")
     try:
-        raw = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ConfigError("it holds no mapping.")
-        config = parse_run_config(raw)
+        config = parse_run_config(read_yaml(folder / CONFIG_FILE))
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-    except (ConfigError, yaml.YAMLError, ValueError, OSError) as error:
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{METRICS_FILE} holds no mapping.")
+    except (ConfigError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged: {first_line(error)}") from None
     return Checkpoint(folder, config, metrics)
+
+
+def put_back(folder: Path) -> None:
+    """Finish what a crash between the two renames of `save_checkpoint` left undone."""
+    old = folder.parent / f".{folder.name}.old"
+    if not folder.exists() and old.exists():
+        old.rename(folder)
 
 
 def first_line(error: BaseException) -> str:
@@ -121,9 +130,12 @@ def first_line(error: BaseException) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on damaged files
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no mapping.")
+    return content
 
 
 @dataclass(frozen=True)
@@ -174,13 +186,13 @@ def plan_transfer(
             moved.append(name)
         elif name == POSITION_KEY and name in source and _tiles(source[name], shape):
             tiled.append(name)
-        elif any(name == r or (r.endswith(".") and name.startswith(r)) for r in allowed):
+        elif _named(name, allowed):
             fresh.append(name)
         elif name not in source:
             wrong.append(f"{name} {tuple(shape)} is not in the source")
         else:
             wrong.append(f"{name} is {tuple(source[name])} in the source, {tuple(shape)} here")
-    dropped = [n for n in source if n not in target and not n.startswith(allowed or ("\0",))]
+    dropped = [n for n in source if n not in target and not _named(n, allowed)]
     wrong += [f"{n} {tuple(source[n])} has no place here" for n in dropped]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -214,7 +226,13 @@ def transfer(
     return report
 
 
+def _named(name: str, reinit: tuple[str, ...]) -> bool:
+    return any(name == r or (r.endswith(".") and name.startswith(r)) for r in reinit)
+
+
 def _tiles(source: torch.Size, target: torch.Size) -> bool:
+    if len(source) != 2 or len(target) != 2 or source[0] < 1:
+        return False
     side, target_side = math.isqrt(source[0]), math.isqrt(target[0])
     square = side * side == source[0] and target_side * target_side == target[0]
     return square and target_side % side == 0 and source[1:] == target[1:]

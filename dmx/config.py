@@ -85,8 +85,8 @@ class TrainConfig:
             raise ConfigError(
                 f"clip_gradient_norm is {self.clip_gradient_norm}; it must be positive."
             )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative.")
+        if not 0 <= self.seed < 2**63:  # torch's generators take no larger one
+            raise ConfigError(f"seed is {self.seed}; it must lie in 0..2^63-1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +107,17 @@ class RunConfig:
                 f"optim.warmup_steps is {self.optim.warmup_steps}; it must be below "
                 f"train.num_steps {self.train.num_steps}."
             )
+        if self.model.num_layers > _MAX_LAYERS:
+            raise ConfigError(
+                f"model.num_layers is {self.model.num_layers}; it must be at most {_MAX_LAYERS}."
+            )
         length = self.model.max_length or task.max_length
         if length < task.max_length:
             raise ConfigError(
                 f"model.max_length is {length}, below the {task.max_length} of task {task.name}."
             )
-        for layer_index in range(self.model.num_layers):
+        # Strides repeat after log2(length) layers at the latest.
+        for layer_index in range(min(self.model.num_layers, length.bit_length())):
             context = MixerContext(
                 length=length,
                 num_heads=self.model.num_heads,
@@ -179,6 +184,7 @@ def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
 
 
 _DEFAULTS = {"attention.name": "butterfly"}
+_MAX_LAYERS = 1024
 
 
 def _names_attention(key: str, value: object) -> bool:

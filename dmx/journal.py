@@ -6,6 +6,7 @@ was edited or rotted, and is an error: nothing may be decided from half a histor
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -94,18 +95,34 @@ class Journal:
             self._lock.close()
             raise
         fresh = not path.exists()
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # no second try of a failed write at close
         self._file.truncate(sound)
+        self._size = sound
         if fresh:
             descriptor = os.open(path.parent, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
 
     def append(self, **event: Any) -> None:
-        """Write one event; when this returns, it survives a power cut."""
-        self._file.write(encode(event))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write one event; when this returns, it survives a power cut.
+
+        Raises:
+            StageError: the disk is full or gone; the journal is as it was before.
+        """
+        line = encode(event)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise StageError(
+                f"{self.path} cannot be written ({error.strerror}); make room and continue with "
+                "--resume."
+            ) from None
+        self._size += len(line)
         self.events.append(event)
 
     def close(self) -> None:

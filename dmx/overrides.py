@@ -51,6 +51,9 @@ def lay(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the dotted `path` in `tree` to `value`, in place, making the mappings on the way.
 
     A text on the way is a shorthand for a mapping with that `name` (`attention: butterfly`).
+
+    Raises:
+        ConfigError: something else on the way is no mapping.
     """
     *parents, last = path.split(".")
     node = tree
@@ -58,8 +61,10 @@ def lay(tree: dict[str, Any], path: str, value: Any) -> None:
         child = node.get(parent)
         if isinstance(child, str):
             child = {"name": child}
-        elif not isinstance(child, dict):
+        elif child is None:
             child = {}
+        elif not isinstance(child, dict):
+            raise ConfigError(f"{parent} is {child!r}, so {path} cannot be set; it has settings.")
         node[parent] = child
         node = child
     existing = node.get(last)

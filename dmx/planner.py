@@ -191,7 +191,7 @@ def check_unchanged(curriculum: CurriculumConfig, history: History) -> None:
                 "back, or start another run with --name."
             )
         stage = curriculum.stage(name)
-        changed = _differences(state.attempts[0].spec, stage.training(), _JUDGING)
+        changed = _differences(state.attempts[0].spec, stage.training(), _NOT_TRAINING)
         if state.status == "passed":
             changed += _differences(judging_of(state.attempts[-1]), stage.judging(), ())
         if changed:
@@ -202,7 +202,7 @@ def check_unchanged(curriculum: CurriculumConfig, history: History) -> None:
             )
 
 
-_JUDGING = ("name", "gate", "on_fail")
+_NOT_TRAINING = ("name", "gate", "on_fail", "code")
 
 
 def judging_of(attempt: Attempt) -> Mapping[str, Any]:

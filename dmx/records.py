@@ -24,6 +24,8 @@ SAMPLES = "samples"
 SAMPLES_PER_SECOND = "samples_per_second"
 TOKENS_PER_SECOND = "tokens_per_second"
 STEP_SECONDS = "step_seconds"
+PROCESS_SECONDS = "process_seconds"
+"""Seconds the run's process was busy with it: building, training, evaluating, saving."""
 TRAIN_SECONDS = "train_seconds"
 PEAK_MEMORY_MB = "peak_memory_mb"
 PARAMETERS = "parameters"
@@ -33,7 +35,7 @@ FAILURE = "failure"
 REPORT_KEYS = (
     *(STEPS, SAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, DEV_LOSS, DEV_ACCURACY, BEST_DEV_ACCURACY),
     *(BEST_STEP, LEARNING_RATE, GRADIENT_NORM, TRAIN_SECONDS, STEP_SECONDS, SAMPLES_PER_SECOND),
-    *(TOKENS_PER_SECOND, PEAK_MEMORY_MB, PARAMETERS),
+    *(TOKENS_PER_SECOND, PEAK_MEMORY_MB, PARAMETERS, PROCESS_SECONDS),
 )
 """What a run reports at each evaluation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,11 +59,14 @@ class Runner:
         self._claim: Claim | None = None
         self._failure: str | None = None
         self._resumed = False
+        self._busy_seconds = 0.0
         torch.set_num_threads(job.threads)
+        started = time.perf_counter()
         try:
             self._build()
         except Exception as error:
             self._fail(error)
+        self._busy_seconds = time.perf_counter() - started
 
     def _build(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +103,7 @@ class Runner:
         if self._resumed and trainer.metrics:
             self._resumed = False
             return {**trainer.metrics, "done": trainer.finished}
+        started = time.perf_counter()
         try:
             metrics = trainer.advance()
             if trainer.best_step == trainer.step:
@@ -107,7 +112,8 @@ class Runner:
         except Exception as error:
             self._fail(error)
             return self._failed()
-        return {**metrics, "done": trainer.finished}
+        self._busy_seconds += time.perf_counter() - started
+        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""

@@ -45,6 +45,22 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+_MAX_NODES = 100_000
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values of a document once its aliases are written out; a few lines can stand for 10^9."""
+    if id(node) not in known:
+        known[id(node)] = 1  # of itself: a recursive node is refused by the constructor
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(node)]
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text safely.
 
@@ -52,7 +68,16 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: not YAML, or a key given twice; names `where` and the line.
     """
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        loader = _StrictLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _expanded(node, {}) > _MAX_NODES:
+                raise ConfigError(f"its aliases stand for more than {_MAX_NODES:,} values.")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -160,7 +185,10 @@ def convert(hint: Any, value: object, path: str) -> Any:
         parse = getattr(hint, "parse", None)  # polymorphic configs choose their own class
         return parse(value, path) if parse else from_dict(typing.cast(Any, hint), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path} is too large a number.") from None
     if hint is Path and isinstance(value, str):
         return Path(value)
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):

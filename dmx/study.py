@@ -38,6 +38,7 @@ class StudyConfig:
         cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
         time_budget_seconds: stop then, continuable; None has no limit.
         max_failures: restarts of one trial after a dead worker or node.
+        reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         init_from, reinit: weights that every trial starts from (see runner.Job).
     """
 
@@ -56,6 +57,7 @@ class StudyConfig:
     gpus_per_trial: float = 0.0
     time_budget_seconds: float | None = None
     max_failures: int = 3
+    reuse_actors: bool = True
     init_from: str | None = None
     reinit: tuple[str, ...] = ()
 
@@ -255,7 +257,7 @@ def _fit(
             num_samples=ledger.remaining(),
             max_concurrent_trials=slots,
             time_budget_s=config.time_budget_seconds,
-            reuse_actors=True,
+            reuse_actors=config.reuse_actors,
         ),
         run_config=tune.RunConfig(
             name=session,

@@ -68,11 +68,11 @@ class RunWriter:
         self._writer.add_summary(summary, step)
         self.flush()
 
-    def text(self, tag: str, text: str) -> None:
-        """Write a markdown text."""
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Write a markdown text at an optimizer step."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        self._writer.add_summary(text_summary(tag, text))
+        self._writer.add_summary(text_summary(tag, text), step)
         self.flush()
 
     def end(self, status: str) -> None:

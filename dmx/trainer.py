@@ -122,6 +122,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.train_seconds += seconds
         dev = self.evaluate("dev")
+        if not math.isfinite(dev.loss):  # the last step of all can still break the weights
+            raise Diverged(self.step)
         improved = dev.accuracy > self.best_accuracy
         if improved:
             self.best_accuracy, self.best_step = dev.accuracy, self.step
@@ -275,7 +277,7 @@ class Trainer:
             torch.set_rng_state(state["rng_cpu"])
             if self.device.type == "cuda" and state["rng_cuda"]:
                 torch.cuda.set_rng_state_all(state["rng_cuda"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder} does not continue this run: {type(error).__name__} {error}."
             ) from None

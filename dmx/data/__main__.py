@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
     root = args.data_root.absolute() if args.data_root else None
     if args.what == "list":
         table, damaged = listing.stores_table(root or default_data_root(), verify=args.verify)
-        log.console().print(table)
+        if table.row_count:
+            log.console().print(table)
+        else:
+            log.console().print(f"nothing is {table.title}", markup=False)
         return EXIT_BAD_INPUT if damaged else EXIT_OK
     if args.what == "show":
         return run_show(args, root)
@@ -101,7 +104,7 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
         path, picture = args.out, show.length_picture(split, store.manifest)
     if path is not None:
         show.save(picture, path)
-        out.print(f"wrote {path}")
+        out.print(f"wrote {path}", markup=False)
     return EXIT_OK
 
 

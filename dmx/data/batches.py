@@ -154,7 +154,8 @@ class TrainBatches:
         if self._ahead is not None and self._ahead[0] == step:
             batch = self._ahead[1].result()  # type: ignore[attr-defined]
         else:
-            batch = self._read(step)
+            # In the thread as well: the order's state is not made for two at once.
+            batch = self._pool.submit(self._read, step).result()
         self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
         return batch.to(self._device)
 

@@ -122,6 +122,11 @@ def test_bad_input_is_one_sentence_on_stderr(
     assert len(err.strip().splitlines()) == 1
 
 
+def test_empty_list_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert f"nothing is prepared in {tmp_path / 'data'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,7 +123,20 @@ def test_ray_makes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert content(plan(tmp_path / "ray")) == content(plan(tmp_path / "here"))
 
 
-def test_absent_cluster_is_one_sentence(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(DataError, match="No Ray cluster answers"):
+def test_absent_cluster_and_absent_ray_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
+
+    # A stand-in: the real one would join any cluster that happens to run on this machine.
+    fake = SimpleNamespace(is_initialized=lambda: False, init=refuse)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(
+        DataError, match=r"No Ray cluster answers at 'auto': Could not find"
+    ) as caught:
+        make_shards(plan(tmp_path), workers=1, address="auto")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match="--address needs Ray"):
         make_shards(plan(tmp_path), workers=1, address="auto")

@@ -151,6 +151,12 @@ def test_damage_is_detected_at_open(folder: Path, name: str, damage: object) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_torn_file_says_how_many_bytes_there_are(folder: Path) -> None:
+    torn(folder / "train.tokens.bin")
+    with pytest.raises(DataError, match="has 19 bytes instead of 20"):
+        open_store(folder)
+
+
 def test_edit_of_one_byte_of_a_large_file_is_detected_whenever_its_time_moved(
     tmp_path: Path,
 ) -> None:

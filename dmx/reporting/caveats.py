@@ -1,0 +1,119 @@
+"""What a reader must know before believing a number: samples, budgets, seeds; said plainly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dmx.errors import ConfigError
+from dmx.overrides import flatten
+from dmx.reporting.records import RunReport
+from dmx.tasks import Task, task_for
+
+_BUDGET = {
+    "train.num_steps": "optimizer steps",
+    "train.batch_size": "sequences per step",
+}
+"""Preset values that decide how much a run has seen."""
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """`severe`: the numbers cannot stand beside published ones. `note`: good to know."""
+
+    level: Literal["severe", "note"]
+    text: str
+
+
+def find_task(name: str) -> Task | None:
+    """The task, or None for a name that this version of dmx does not know."""
+    try:
+        return task_for(name)
+    except ConfigError:
+        return None
+
+
+def budget_differences(
+    task_name: str, config: Mapping[str, Any] | None
+) -> dict[str, tuple[Any, Any]]:
+    """{setting: (ours, the task preset's)} where a run saw more or less than the preset."""
+    task = find_task(task_name)
+    if task is None or config is None:
+        return {}
+    ours = flatten(config)
+    found = {}
+    for key in _BUDGET:
+        preset = task.preset.get(key)
+        if preset is not None and ours.get(key) != preset:
+            found[key] = (ours.get(key), preset)
+    return found
+
+
+def budget_sentence(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """`16 of 20,000 optimizer steps (0.08 %), 4 instead of 32 sequences per step`."""
+    parts = []
+    for key, (ours, preset) in differences.items():
+        what = _BUDGET[key]
+        if not isinstance(ours, int) or not isinstance(preset, int):
+            parts.append(f"{ours!r} instead of {preset!r} {what}")
+        elif key == "train.num_steps" and ours < preset:
+            parts.append(f"{ours:,} of {preset:,} {what} ({100 * ours / preset:.2g} %)")
+        else:
+            parts.append(f"{ours:,} instead of {preset:,} {what}")
+    return ", ".join(parts)
+
+
+def comparable(run: RunReport) -> bool:
+    """Whether a run's accuracy may stand beside published numbers: LRA data, the preset's budget."""
+    return not any(c.level == "severe" for c in caveats(run))
+
+
+def caveats(run: RunReport) -> tuple[Caveat, ...]:
+    """All of them, the severe ones first."""
+    severe, notes = [], []
+    task = find_task(run.task)
+    if run.is_sample:
+        severe.append(
+            f"The data are {run.data}: a stand-in for {run.task}. The accuracies say nothing about "
+            "LRA and must not stand beside published numbers."
+        )
+    elif run.data not in (run.task, "unknown"):
+        severe.append(f"The data are {run.data}, not the whole published set of {run.task}.")
+    differences = budget_differences(run.task, run.config)
+    if differences:
+        severe.append(
+            f"The budget differs from the preset of {run.task}: {budget_sentence(differences)}."
+        )
+    if not run.complete:
+        severe.append(_incomplete(run))
+    if task is not None and task.family == "text" and not run.is_sample:
+        notes.append(
+            "Text has no validation set of its own: dev is test, as in the reference, so the best "
+            "checkpoint was chosen on the test data."
+        )
+    if run.kind == "study" and run.finals is None and math.isfinite(run.test_accuracy):
+        notes.append(
+            "The test accuracy is that of one seed, the best of a search; --final-seeds N tells "
+            "how much of it is luck."
+        )
+    if not run.on_gpu and run.trials:
+        notes.append(
+            "Memory is the peak of the worker's process (no GPU): libraries count, and a worker "
+            "that ran several trials keeps the highest of them."
+        )
+    return (*(Caveat("severe", t) for t in severe), *(Caveat("note", t) for t in notes))
+
+
+def _incomplete(run: RunReport) -> str:
+    if run.kind == "study" and run.search is not None:
+        ended = sum(t.status != "RUNNING" for t in run.trials)
+        total = run.search.num_trials
+        of = f" of {total}" if total else ""
+        return f"The study has not ended: {ended}{of} trials have. What follows may still change."
+    if run.kind == "curriculum":
+        passed = sum(s.status == "passed" for s in run.stages)
+        return f"The curriculum has not ended: {passed} of {len(run.stages)} stages have passed."
+    error = run.trials[0].error if run.trials else ""
+    return f"The run has not ended{': ' + error if error else ''}."

@@ -1,0 +1,130 @@
+"""Find out what a folder is (a study, a single run, a curriculum), and read it into a RunReport."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx import records as keys
+from dmx.errors import ConfigError, DataError
+from dmx.reporting.curriculum import read_curriculum
+from dmx.reporting.labels import UNKNOWN, attention_label
+from dmx.reporting.reading import read_document, read_scalars
+from dmx.reporting.records import Kind, RunReport, Trial
+from dmx.reporting.studies import read_study
+from dmx.schema import read_yaml
+
+RESULT_FILE = "result.json"
+SETTINGS_FILE = "settings.json"
+_CURRICULUM = (keys.LINEAGE_FILE, "curriculum.yaml", "stages")
+_STUDY = (SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
+_RUN = (RESULT_FILE, keys.BEST_DIR, keys.LAST_DIR, "error.txt")
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """What the folder holds, by the files that only that kind leaves; None for anything else."""
+    kinds: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+        ("curriculum", _CURRICULUM),
+        ("study", _STUDY),
+        ("run", _RUN),
+    )
+    for kind, files in kinds:
+        if any((folder / name).exists() for name in files):
+            return kind
+    return None
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The run folders directly in a folder, sorted by name."""
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in found if kind_of(p) is not None)
+
+
+def collect(folder: Path) -> RunReport:
+    """Read a run.
+
+    Raises:
+        ConfigError: there is no run in the folder; says what is there.
+        DataError, StageError: one of its files is damaged; names it.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        what = "is a file, not a run's folder" if folder.exists() else "does not exist"
+        near = [p.name for p in runs_below(folder.parent)][:8]
+        hint = f"; runs there: {', '.join(near)}" if near else "; give a folder such as runs/NAME"
+        raise ConfigError(f"{folder} {what}{hint}.")
+    kind = kind_of(folder)
+    if kind == "curriculum":
+        return read_curriculum(folder)
+    if kind == "study":
+        return read_study(folder)
+    if kind == "run":
+        return read_run(folder)
+    if (folder / keys.CONFIG_FILE).exists():
+        raise ConfigError(f"{folder} is a checkpoint; give the run it belongs to: {folder.parent}.")
+    inside = [p.name for p in runs_below(folder)]
+    if inside:
+        raise ConfigError(f"{folder} holds several runs; give one: {', '.join(inside)}.")
+    raise ConfigError(
+        f"{folder} holds no run; a run's folder has {keys.STUDY_FILE}, {RESULT_FILE} or "
+        f"{keys.LINEAGE_FILE}."
+    )
+
+
+def read_config(folder: Path) -> Mapping[str, Any] | None:
+    """The plain RunConfig beside a checkpoint; None where there is none."""
+    path = folder / keys.CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        raise DataError(f"{folder} is damaged: {error}") from None
+
+
+def read_run(folder: Path) -> RunReport:
+    """A single run of `dmx.train`, finished or not."""
+    config = read_config(folder / keys.BEST_DIR) or read_config(folder / keys.LAST_DIR)
+    result = read_document(folder / RESULT_FILE)
+    metrics = None
+    for name in (keys.LAST_DIR, keys.BEST_DIR):
+        metrics = metrics or read_document(folder / name / keys.METRICS_FILE)
+    reports: list[dict[str, Any]] = [r for r in read_scalars(folder) if keys.DEV_ACCURACY in r]
+    if not reports and metrics is not None:
+        reports = [{k: v for k, v in metrics.values.items() if k in keys.REPORT_KEYS}]
+    source = result or metrics
+    error = _first_line(folder / "error.txt")
+    status: keys.TrialStatus = "COMPLETE" if result else ("FAILED" if error else "RUNNING")
+    environment = {} if result is None else result.mapping("environment").values
+    best_step = None if source is None else source.whole(keys.BEST_STEP)
+    return RunReport(
+        kind="run",
+        name=folder.name,
+        folder=folder,
+        task=str((config or {}).get("task", UNKNOWN)),
+        attention=attention_label(config),
+        data=source.text("data", UNKNOWN) if source else UNKNOWN,
+        is_sample=source.flag("is_sample") if source else False,
+        data_checksum=source.text("data_checksum") if source else "",
+        complete=result is not None,
+        config=config,
+        trials=(Trial(number=0, status=status, reports=tuple(reports), error=error),),
+        best=0 if reports else None,
+        best_step=best_step,
+        test_accuracy=result.number(keys.TEST_ACCURACY) if result else math.nan,
+        test_loss=result.number(keys.TEST_LOSS) if result else math.nan,
+        environment=environment,
+    )
+
+
+def _first_line(path: Path) -> str:
+    """The last line of a traceback: the error itself."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""

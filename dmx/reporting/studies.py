@@ -1,0 +1,180 @@
+"""Read a study's folder: settings, Optuna's points, the journal's reports and outcomes, results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from dmx import records as keys
+from dmx.errors import DataError
+from dmx.journal import read_journal
+from dmx.overrides import flatten
+from dmx.reporting.labels import UNKNOWN, sized
+from dmx.reporting.reading import Document, read_document, read_points
+from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
+from dmx.schema import read_yaml
+
+_STATES: dict[str, keys.TrialStatus] = {
+    "COMPLETE": "COMPLETE",
+    "PRUNED": "PRUNED",
+    "FAIL": "FAILED",
+    "RUNNING": "RUNNING",
+}
+
+
+def read_study(folder: Path) -> RunReport:
+    """A study of `dmx.tune`, finished, interrupted or running.
+
+    Raises:
+        DataError, StageError: a file is damaged; names it.
+    """
+    settings = read_document(folder / "settings.json") or Document(folder / "settings.json", {})
+    result = read_document(folder / keys.STUDY_FILE)
+    source = result or settings
+    trials = _trials(folder)
+    best = None
+    test_accuracy = test_loss = math.nan
+    best_step = None
+    finals = None
+    if result is not None:
+        summary = result.mapping("best")
+        best, best_step = summary.whole("trial"), summary.whole("step")
+        test_accuracy = summary.number(keys.TEST_ACCURACY)
+        test_loss = summary.number(keys.TEST_LOSS)
+        finals = _finals(result)
+    if best is None:  # still running: the best so far
+        scored = [t for t in trials if math.isfinite(t.best)]
+        best = max(scored, key=lambda t: (t.best, -t.number)).number if scored else None
+    config_file = folder / keys.BEST_DIR / keys.CONFIG_FILE
+    config = read_yaml(config_file) if config_file.is_file() else _trial_config(folder, best)
+    search = _search(settings, source)
+    attention = source.text("attention", UNKNOWN)
+    fixed = flatten(settings.mapping("overrides").values)
+    label = source.text("data", UNKNOWN)
+    return RunReport(
+        kind="study",
+        name=folder.name,
+        folder=folder,
+        task=source.text("task", UNKNOWN),
+        attention=sized(attention, fixed),
+        data=label,
+        is_sample=source.flag("is_sample") if result else label.endswith(", not LRA"),
+        data_checksum=source.text("data_checksum"),
+        complete=result.flag("complete") if result else False,
+        config=config,
+        trials=trials,
+        best=best,
+        best_step=best_step,
+        test_accuracy=test_accuracy,
+        test_loss=test_loss,
+        finals=finals,
+        search=search,
+        environment=result.mapping("environment").values if result else {},
+        seconds=result.number("seconds") if result else math.nan,
+    )
+
+
+def _trials(folder: Path) -> tuple[Trial, ...]:
+    """Points from Optuna's storage; reports and outcomes from the journal, which knows better."""
+    points = read_points(folder / keys.OPTUNA_FILE)
+    reports: dict[int, dict[int, Mapping[str, Any]]] = {}
+    outcomes: dict[int, Mapping[str, Any]] = {}
+    path = folder / keys.JOURNAL_FILE
+    try:
+        for event in read_journal(path)[0]:
+            if event.get("event") == "report":
+                metrics = event["metrics"]
+                assert isinstance(metrics, dict)
+                reports.setdefault(int(event["trial"]), {})[int(event["step"])] = metrics
+            elif event.get("event") == "outcome":
+                outcomes[int(event["trial"])] = event
+    except (KeyError, TypeError, ValueError, AssertionError):
+        raise DataError(f"{path} is damaged: an event lacks a value.") from None
+    trials = []
+    for number in sorted({*points, *reports}):
+        state, params = points.get(number, ("RUNNING", {}))
+        outcome = outcomes.get(number, {})
+        status = outcome.get("status", _STATES.get(state, "RUNNING"))
+        if status not in get_args(keys.TrialStatus):
+            raise DataError(f"{path} is damaged: a trial ended as {status!r}.")
+        steps = reports.get(number, {})
+        trials.append(
+            Trial(
+                number=number,
+                status=cast(keys.TrialStatus, status),
+                params=params,
+                reports=tuple(steps[s] for s in sorted(steps)),
+                error=str(outcome.get("error") or ""),
+            )
+        )
+    return tuple(trials)
+
+
+def history(folder: Path) -> list[tuple[int, float, float, float]]:
+    """(trial, step, dev accuracy, time) of each report of a study, in the order of recording."""
+    found = []
+    for event in read_journal(folder / keys.JOURNAL_FILE)[0]:
+        if event.get("event") == "report":
+            value = event["metrics"].get(keys.DEV_ACCURACY)
+            accuracy = float(value) if isinstance(value, int | float) else math.nan
+            found.append(
+                (int(event["trial"]), float(event["step"]), accuracy, float(event.get("time", 0)))
+            )
+    return found
+
+
+def _trial_config(folder: Path, best: int | None) -> Mapping[str, Any] | None:
+    """The config of the best trial so far, while the study has not ended."""
+    if best is None:
+        return None
+    path = folder / "trials" / f"{best:04d}" / keys.BEST_DIR / keys.CONFIG_FILE
+    return read_yaml(path) if path.is_file() else None
+
+
+def _finals(result: Document) -> FinalSeeds | None:
+    found = result.mapping("final_seeds")
+    if not found.values:
+        return None
+    return FinalSeeds(
+        seeds=tuple(int(s) for s in found.numbers("seeds")),
+        dev_accuracies=found.numbers("dev_accuracies"),
+        test_accuracies=found.numbers("test_accuracies"),
+    )
+
+
+def _search(settings: Document, source: Document) -> Search:
+    """How the study searched; ASHA's numbers as dmx.tune chooses them, where no file has them."""
+    searched = {}
+    for key in settings.mapping("searched").values:
+        found = settings.mapping("searched").items(key)
+        if len(found) < 2 or not isinstance(found[0], str):
+            raise DataError(f"{settings.path} is damaged: searched.{key} is no distribution.")
+        searched[key] = tuple(found)
+    max_steps = settings.whole("max_steps") or source.whole("max_steps") or 1
+    overrides = flatten(settings.mapping("overrides").values)
+    grace, factor = _either(settings, source, "grace_steps"), 3.0
+    stored = _either(settings, source, "reduction_factor")
+    if math.isfinite(stored) and stored > 1:
+        factor = stored
+    derived = not math.isfinite(grace)
+    if derived:
+        every = overrides.get("train.eval_every_steps", 1)
+        grace = max(every if isinstance(every, int) else 1, max_steps // 9)
+    return Search(
+        searched=searched,
+        scheduler=settings.text("scheduler", "none"),
+        sampler=settings.text("sampler", UNKNOWN),
+        seed=settings.whole("seed"),
+        max_steps=max_steps,
+        num_trials=source.whole("num_trials") or 0,
+        grace_steps=int(min(max(grace, 1), max_steps)),
+        reduction_factor=factor,
+        derived=derived,
+    )
+
+
+def _either(settings: Document, source: Document, key: str) -> float:
+    value = settings.number(key)
+    return value if math.isfinite(value) else source.number(key)

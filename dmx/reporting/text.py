@@ -1,0 +1,133 @@
+"""Numbers and commands as texts, the same in every format."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from typing import Any
+
+from dmx.overrides import flatten
+from dmx.reporting.caveats import find_task
+from dmx.reporting.labels import attention_label
+from dmx.reporting.records import RunReport
+
+MISSING = "–"
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """An accuracy in 0..1 as per cent, without the sign."""
+    return f"{100 * value:.{digits}f}" if math.isfinite(value) else MISSING
+
+
+def mean_and_deviation(values: tuple[float, ...]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return math.nan, math.nan
+    mean = math.fsum(finite) / len(finite)
+    if len(finite) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (len(finite) - 1))
+
+
+def with_spread(values: tuple[float, ...]) -> str:
+    """`64.20 ± 0.31`, or the mean alone where there is one value."""
+    mean, deviation = mean_and_deviation(values)
+    return percent(mean) + (f" ± {percent(deviation)}" if math.isfinite(deviation) else "")
+
+
+def short(value: Any) -> str:
+    """Any value, in few characters."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return MISSING
+        if value == 0:
+            return "0"
+        if abs(value) < 1e-3:
+            return f"{value:.2e}".replace("e-0", "e-")
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """`3 h 12 min`, `4 min 5 s`, `41 s`, `210 ms`."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def scaled(value: float, unit: str = "", base: int = 1000) -> str:
+    """`1.23 G` and the like; base 1024 for memory."""
+    if not math.isfinite(value):
+        return MISSING
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    power = 0
+    while abs(value) >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    prefix = prefixes[power]
+    if base == 1024 and prefix:
+        prefix = prefix.upper() + "i"
+    digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{digits} {prefix}{unit}".strip()
+
+
+def train_command(run: RunReport, name: str | None = None) -> str:
+    """The command that trains the best configuration again, with all that is not a default.
+
+    It names only what differs from the task's preset and the defaults, so that it stays readable.
+    """
+    config = run.config
+    if config is None:
+        return ""
+    label = attention_label(config)
+    words = ["python", "-m", "dmx.train", "--attention", label, "--task", str(config["task"])]
+    words += ["--name", name or f"{run.name}-again"]
+    words += [f"{key}={_plain(value)}" for key, value in _differences(run, label).items()]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _differences(run: RunReport, label: str) -> dict[str, Any]:
+    """Dotted settings that `--attention LABEL --task TASK` alone would not give."""
+    from dmx.config import parse_run_config
+    from dmx.errors import ConfigError
+    from dmx.schema import to_dict
+
+    assert run.config is not None
+    ours = flatten(run.config)
+    found: dict[str, Any] = {}
+    sizes = ("model.vocab_size", "model.max_length", "model.num_classes", "data.root")
+    skipped = ("task", "attention.name", *sizes)
+    task = find_task(run.task)
+    for _ in range(2):  # a setting may change the default of another (inner.dropout)
+        try:
+            layers = {"task": run.config["task"], "attention": label}
+            default = flatten(to_dict(parse_run_config(layers, found)))
+        except ConfigError:
+            default = dict(task.preset) if task else {}
+        for key, value in ours.items():
+            if key not in skipped and key in default and default[key] != value:
+                found[key] = value
+        if not found:
+            break
+    return found
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
