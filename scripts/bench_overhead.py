@@ -66,7 +66,8 @@ def main() -> None:
             per = (wall * slots - own) / args.num_trials
             out.print(
                 f"actor reuse {reuse}: {args.num_trials} trials, {slots} at once, "
-                f"wall {wall:.1f} s; own {own / args.num_trials:.3f} s a trial, overhead {per:.3f} core-s a trial, "
+                f"wall {wall:.1f} s; own {own / args.num_trials:.3f} s a trial, "
+                f"overhead {per:.3f} core-s a trial, "
                 f"{wall / args.num_trials:.3f} wall-s a trial"
             )
     shutil.rmtree(root)

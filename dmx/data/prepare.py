@@ -144,19 +144,21 @@ def prepare_missing(
     """Open the task's store; a missing set that dmx can generate is generated first.
 
     An estimate of time and disk is logged before it starts. A second process that asks for the
-    same set waits for the first.
+    same set waits for the first. Without `options` any prepared set of that name will do.
 
     Raises:
-        DataError: the set is missing and cannot be generated; it gives the command to prepare it.
+        DataError: the set is missing and cannot be generated (the sentence gives the command to
+            prepare it), or it is prepared with other `options`.
     """
     task = task_for(task_name)
     root = (data_root or default_data_root()).absolute()
-    if is_prepared(task.name, root):
+    if is_prepared(task.name, root) and not options:
         return open_store(root / task.name)
     if not task.generated:
         raise DataError(
             f"Task {task.name} has no prepared data in {root / task.name}; run: "
             f"{prepare_command(task.name, root)}"
         )
-    log.info("%s is not prepared in %s; generating it", task.name, root)
+    if not is_prepared(task.name, root):
+        log.info("%s is not prepared in %s; generating it", task.name, root)
     return prepare(task.name, root, workers=workers, address=address, options=options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from dmx.errors import DataError
 
 log = logging.getLogger(__name__)
 _TASKS_PER_CPU = 2
+_CONNECT_SECONDS = 10.0
 
 
 def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes:
@@ -34,6 +36,7 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
         raise DataError("--address needs Ray; run: pip install dmx") from error
     started = not ray.is_initialized()
     if started:
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -65,3 +68,14 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise DataError at once when nothing listens at host:port; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise DataError(f"No Ray cluster answers at {address!r}: {error}") from error

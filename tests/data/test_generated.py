@@ -114,6 +114,8 @@ def test_estimate_comes_before_the_work(
     first = next(m for m in caplog.messages if "generating 20 images" in m)
     assert re.search(r"about \d+ s with 1 worker\(s\) .* 5\.1 kB on disk, .* free", first)
     assert prepare_missing("pathfinder16-cl3-d1", tmp_path).manifest.num_bytes > 5000
+    with pytest.raises(DataError, match="num_images=20 instead of num_images=30"):
+        prepare_missing("pathfinder16-cl3-d1", tmp_path, options={"num_images": 30})
 
 
 def test_missing_set_that_cannot_be_generated_gives_the_command(tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ def test_absent_cluster_and_absent_ray_are_one_sentence(
     # A stand-in: the real one would join any cluster that happens to run on this machine.
     fake = SimpleNamespace(is_initialized=lambda: False, init=refuse)
     monkeypatch.setitem(sys.modules, "ray", fake)
-    with pytest.raises(
-        DataError, match=r"No Ray cluster answers at 'auto': Could not find"
-    ) as caught:
+    with pytest.raises(DataError, match=r"answers at '127\.0\.0\.1:1': .*refused"):
+        make_shards(plan(tmp_path), workers=1, address="127.0.0.1:1")
+    with pytest.raises(DataError, match=r"answers at 'auto': Could not find") as caught:
         make_shards(plan(tmp_path), workers=1, address="auto")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "ray", None)
