@@ -21,7 +21,7 @@ from dmx.runner import Job
 from dmx.study import StudyConfig, run_study
 from dmx.study_files import copy_best
 from dmx.study_view import TensorBoardView
-from dmx.work import Key, Message
+from dmx.work import ClusterLost, Key, Message
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip
@@ -58,7 +58,18 @@ class RayBackend:
         self._tasks[remote.remote(wanted, max(int(cpus), 1))] = key
 
     def poll(self, timeout_seconds: float) -> list[Message]:
-        """Whatever is there; waits only when nothing is."""
+        """Whatever is there; waits only when nothing is.
+
+        Raises:
+            ClusterLost: Ray does not answer any more.
+        """
+        try:
+            return self._poll(timeout_seconds)
+        except (RayError, ConnectionError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ClusterLost(reason) from None
+
+    def _poll(self, timeout_seconds: float) -> list[Message]:
         messages = self._poll_tasks(0.0)
         if messages or not self._runs:
             return messages or self._poll_tasks(timeout_seconds)
@@ -151,3 +162,8 @@ def _search(
         if e.get("event") == "report" and e["trial"] == result.best.number
     ]
     return sorted(reports, key=lambda m: m[keys.STEPS]), None
+
+
+def largest_node() -> int:
+    """CPU cores of the connected cluster's largest node."""
+    return max(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dmx.cluster import Resources
 from dmx.errors import ConfigError
+from dmx.schema import convert
 from dmx.tasks import Task
 
-_CPU_STEPS = {"text": 160, "listops": 160, "retrieval": 80, "image": 200, "pathfinder": 200}
+_CPU_STEPS = {"text": 320, "listops": 160, "retrieval": 80, "image": 200, "pathfinder": 200}
 """Optimizer steps of a full trial where there is no GPU: minutes, not days."""
 _CPU_BATCH = {"text": 16, "listops": 16, "retrieval": 8, "image": 32, "pathfinder": 32}
 _CPU_TRIALS = 10
@@ -42,6 +43,7 @@ def fit_budget(
     resources: Resources,
     overrides: Mapping[str, Any],
     *,
+    searched: Collection[str] = (),
     num_trials: int | None,
     max_steps: int | None,
     trials_per_gpu: int | None,
@@ -50,11 +52,14 @@ def fit_budget(
     """Choose what the user left open; say so.
 
     The warmup keeps its share of the schedule (text: 40 %, as in the reference), and there are
-    eight evaluations where the schedule is shortened.
+    eight evaluations where the schedule is shortened. What is fixed (`overrides`) or searched is
+    left alone.
 
     Raises:
         ConfigError: a number is out of range, or GPUs are asked for where there are none.
     """
+    if "train.num_steps" in searched:
+        raise ConfigError("train.num_steps cannot be searched: all trials have the same schedule.")
     for name, value in (("--num-trials", num_trials), ("--max-steps", max_steps)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
@@ -65,6 +70,16 @@ def fit_budget(
     if trials_per_gpu is not None and not resources.num_gpus:
         raise ConfigError("--trials-per-gpu is given, but the cluster has no GPU; leave it out.")
     on_gpu = resources.num_gpus > 0
+    if overrides.get("train.device") == "cuda" and not on_gpu:
+        raise ConfigError("train.device is cuda, but the cluster has no GPU; leave it out.")
+    for name in ("train.num_steps", "train.eval_every_steps"):
+        if name in overrides:
+            convert(int, overrides[name], name)
+    wanted = overrides.get("train.num_steps")
+    if None not in (max_steps, wanted) and max_steps != wanted:
+        raise ConfigError(
+            f"--max-steps is {max_steps}, but train.num_steps is {wanted}; give one of them."
+        )
     full = int(str(task.preset["train.num_steps"]))
     steps = max_steps or int(overrides.get("train.num_steps", 0))
     if not steps:
@@ -77,12 +92,12 @@ def fit_budget(
         settings["optim.warmup_steps"] = min(max(round(share * steps), 2), max(steps - 1, 2))
     if not on_gpu:
         settings["train.batch_size"] = _CPU_BATCH[task.family]
-    settings = {k: v for k, v in settings.items() if k not in overrides}
-    settings["train.num_steps"] = steps
     evaluation = overrides.get(
         "train.eval_every_steps",
         settings.get("train.eval_every_steps", task.preset["train.eval_every_steps"]),
     )
+    settings = {k: v for k, v in settings.items() if k not in overrides and k not in searched}
+    settings["train.num_steps"] = steps
     trials = num_trials or (_GPU_TRIALS if on_gpu else _CPU_TRIALS)
     gpus = 1.0 / (trials_per_gpu or 1) if on_gpu else 0.0
     cpus = cpus_per_trial or 1.0
@@ -93,7 +108,7 @@ def fit_budget(
     if on_gpu:
         reason = f"{resources.num_gpus} GPUs: {trials} trials of up to {steps:,} steps"
     else:
-        batch = overrides.get("train.batch_size", settings.get("train.batch_size"))
+        batch = {**settings, **overrides}.get("train.batch_size", "as searched")
         reason = (
             f"no GPU, {resources.num_cpus} CPU cores: {trials} trials of up to {steps:,} steps, "
             f"batch {batch} (the task's full budget is {full:,} steps, batch "

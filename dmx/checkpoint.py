@@ -112,7 +112,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not isinstance(metrics, dict):
             raise ValueError(f"{METRICS_FILE} holds no mapping.")
     except (ConfigError, ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is damaged: {first_line(error)}") from None
+        reason = first_line(error).rstrip(".")
+        raise CheckpointError(f"{folder} is damaged: {reason}.") from None
     return Checkpoint(folder, config, metrics)
 
 
@@ -132,7 +133,8 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on damaged files
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
+        reason = first_line(error).rstrip(".")
+        raise CheckpointError(f"{path} is damaged: {reason}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no mapping.")
     return content
@@ -206,10 +208,10 @@ def plan_transfer(
 def transfer(
     model: nn.Module, source: Mapping[str, Tensor], reinit: Iterable[str] = ()
 ) -> TransferReport:
-    """Start `model` from other weights; the position embedding of an image grows by tiling.
+    """Start `model` from other weights; the position embedding of an image grows with its side.
 
-    Each source entry at (r, c) of an h x h image serves the targets (r + a*h, c + b*h) of the
-    k*h x k*h image, as the reference's get_resized_pos_emb does.
+    Each source entry at (r, c) of an h x h image serves the k x k targets (k*r + a, k*c + b) of the
+    k*h x k*h image, as the reference's get_resized_pos_emb does: the picture, enlarged.
 
     Raises:
         CheckpointError: see plan_transfer.
@@ -239,8 +241,8 @@ def _tiles(source: torch.Size, target: torch.Size) -> bool:
 
 
 def tile_positions(position: Tensor, length: int) -> Tensor:
-    """[h*h, D] position embedding, repeated over a larger square image, -> [length, D]."""
+    """[h*h, D] position embedding, each entry a square tile of a larger image, -> [length, D]."""
     side, target_side = math.isqrt(position.shape[0]), math.isqrt(length)
     repeats = target_side // side
-    grid = position.view(side, side, -1).repeat(repeats, repeats, 1)
-    return grid.reshape(length, -1)
+    grid = position.view(side, side, -1)
+    return grid.repeat_interleave(repeats, 0).repeat_interleave(repeats, 1).reshape(length, -1)

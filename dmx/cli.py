@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dmx import log
-from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, DmxError
+from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, DmxError
 
 logger = logging.getLogger("dmx")
 
@@ -48,8 +53,48 @@ def run(
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe went away
         code = 0
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more
     raise SystemExit(code)
+
+
+def run_folder(storage: str, name: str | None, default: str) -> Path:
+    """The absolute folder of a run or study, below its storage; nothing is created.
+
+    Raises:
+        ConfigError: `name` is not a plain folder name, or the storage cannot be written.
+    """
+    name = default if name is None else name
+    if not name or "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder = Path(storage).absolute() / name
+    try:
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):  # a file with no name
+            pass
+        if place == folder:
+            next(folder.iterdir(), None)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another --storage."
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def terminate_like_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C."""
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    except ValueError:  # not the main thread: signals are someone else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dmx.cli import terminate_like_interrupt
 from dmx.errors import ConfigError
 
 # Read by Ray at import. The trial's files are ours, so Ray must not move the working directory,
@@ -26,6 +26,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 
 logger = logging.getLogger("dmx.cluster")
+__all__ = ["Resources", "check_request", "connect", "local_resources", "terminate_like_interrupt"]
 # Ray speaks of trials by names that mean nothing to a user; what matters we say ourselves.
 for _name in ("ray.tune", "ray.train", "ray.air"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -109,17 +110,3 @@ def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:
     if gpus:
         slots = min(slots, int(resources.num_gpus / gpus + 1e-9))
     return max(slots, 1)
-
-
-@contextmanager
-def terminate_like_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C."""
-    try:
-        old = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    except ValueError:  # not the main thread: signals are someone else's business
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)

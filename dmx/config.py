@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from dmx.attention import AttentionConfig, MixerContext
@@ -128,6 +129,14 @@ class RunConfig:
                 self.attention.check(context)
             except ConfigError as error:
                 raise ConfigError(f"attention.{error}") from None
+        if self.model.execution == "packed":
+            with torch.random.fork_rng(devices=[]):
+                packs = self.attention.build(context).packs
+            if not packs:
+                raise ConfigError(
+                    f"model.execution is packed, but attention {self.attention.name!r} needs "
+                    "every position; use auto or dense."
+                )
 
     @property
     def task_info(self) -> Task:

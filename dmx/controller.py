@@ -15,42 +15,34 @@ from typing import Any, Protocol
 
 from dmx import log
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
 from dmx.claim import read_claim
-from dmx.data.files import sha256_file
-from dmx.data.locate import is_prepared
-from dmx.data.store import Store, open_store
+from dmx.cluster_size import Means
 from dmx.errors import CheckpointError, DmxError
 from dmx.evaluation import Measurement
 from dmx.history import History, advance, attempt_folder, fold
 from dmx.journal import Journal
-from dmx.planner import Launch, Verdict, attempt_config, judge, judging_of, next_launches
-from dmx.precheck import StageData, check_promoted, check_settings, resolve
-from dmx.records import CheckpointRef
+from dmx.planner import (
+    Launch,
+    Verdict,
+    all_passed,
+    judge,
+    next_launches,
+    to_rejudge,
+    wanted_tests,
+)
+from dmx.precheck import StageData, check_promoted, resolve
+from dmx.promotion import best_checkpoints, checkpoint_facts, data_facts
 from dmx.runner import Job
 from dmx.schema import to_dict
-from dmx.stages import CurriculumConfig, StageConfig
+from dmx.stage_data import Stores
 from dmx.stage_study import stage_study
+from dmx.stages import CurriculumConfig, StageConfig
 from dmx.work import Backend, Key, Message
 
 logger = logging.getLogger("dmx.curriculum")
 _POLL_SECONDS = 1.0
 _NICE = 19
-
-
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """CPU cores and GPUs: of the whole cluster, and of one worker."""
-
-    num_cpus: float
-    num_gpus: float
-    cpus: float
-    gpus: float
-
-    def of(self, stage: StageConfig) -> tuple[float, float]:
-        """(CPUs, GPUs) of one of the stage's workers."""
-        cpus = self.cpus if stage.cpus is None else stage.cpus
-        return cpus, self.gpus if stage.gpus is None else stage.gpus
+"""Priority of data preparation beside training: only what is idle."""
 
 
 class Observer(Protocol):
@@ -62,10 +54,10 @@ class Observer(Protocol):
 
 @dataclass
 class _Busy:
-    """Work under way."""
+    """Work under way, and what it occupies."""
 
-    cpus: float
-    gpus: float
+    cpus: float = 0.0
+    gpus: float = 0.0
     launch: Launch | None = None
     begun: float = field(default_factory=time.time)
 
@@ -94,17 +86,14 @@ class Controller:
         observers: tuple[Observer, ...] = (),
     ) -> None:
         self.curriculum, self.folder, self.journal = curriculum, folder, journal
-        self._backend, self._means, self._root = backend, means, data_root
-        self._code = code
-        self._selected, self._observers = tuple(selected), observers
         self.history = fold(journal.events)
+        self.broken: dict[str, str] = {}
+        """Why a stage cannot run in this session: its data, or the checkpoint it starts from."""
+        self._backend, self._means, self._stores = backend, means, Stores(data_root)
+        self._selected, self._code, self._observers = tuple(selected), code, observers
         self._busy: dict[Key, _Busy] = {}
-        self._stores: dict[str, Store] = {}
-        self._broken: dict[str, str] = {}
         self._untested: set[tuple[str, str]] = set()
         self._gate_times: dict[str, float] = {}
-
-    # -- the loop ---------------------------------------------------------------------------
 
     def run(self) -> bool:
         """Work until nothing is left that could be done; True if every selected stage passed."""
@@ -114,15 +103,14 @@ class Controller:
             self._start_preparation()
             self._start_tests()
             if not self._busy:
-                break
+                return all_passed(self.history, self._selected)
             for message in self._backend.poll(_POLL_SECONDS):
-                self._receive(message)
-        return all(self.history.stage(n).status == "passed" for n in self._selected)
+                with log.context(message.key.stage):
+                    self._receive(message)
 
-    @property
-    def broken(self) -> Mapping[str, str]:
-        """Why a stage's data could not be prepared, or its checkpoint not used."""
-        return self._broken
+    def _receive(self, message: Message) -> None:
+        kinds = {"train": self._received_report, "data": self._received_data}
+        kinds.get(message.key.kind, self._received_test)(message)
 
     def _record(self, event: str, **values: Any) -> None:
         self.journal.append(event=event, **values, time=time.time())
@@ -131,14 +119,11 @@ class Controller:
         for observer in self._observers:
             observer.event(self.history, added)
 
-    def _receive(self, message: Message) -> None:
-        with log.context(message.key.stage):
-            if message.key.kind == "train":
-                self._receive_report(message)
-            elif message.key.kind == "data":
-                self._receive_data(message)
-            else:
-                self._receive_test(message)
+    def _break(self, stage: str, reason: str) -> None:
+        """The stage cannot run in this session; others may."""
+        with log.context(stage):
+            logger.error("%s", reason)
+        self.broken[stage] = reason
 
     def _free(self) -> tuple[float, float]:
         cpus = self._means.num_cpus - sum(b.cpus for b in self._busy.values())
@@ -152,50 +137,47 @@ class Controller:
     # -- stages -----------------------------------------------------------------------------
 
     def _ready(self) -> list[Launch]:
+        """What could start now if there is room."""
         busy = [key.stage for key in self._busy if key.kind == "train"]
         found = next_launches(self.curriculum, self.history, self._selected, busy)
-        return [launch for launch in found if launch.stage.name not in self._broken]
+        return [x for x in found if x.stage.name not in self.broken and self._has_data(x.stage)]
 
     def _start_stages(self) -> None:
         for launch in self._ready():
-            stage = launch.stage
-            if not self._fits(stage) or not self._has_data(stage):
-                continue
-            with log.context(stage.name):
-                try:
-                    self._launch(launch)
-                except DmxError as error:
-                    self._break(stage.name, str(error))
+            if self._fits(launch.stage):
+                with log.context(launch.stage.name):
+                    try:
+                        self._launch(launch)
+                    except DmxError as error:
+                        self._break(launch.stage.name, str(error))
 
     def _launch(self, launch: Launch) -> None:
         stage, store = launch.stage, self._stores[launch.stage.task]
-        config = resolve(launch.config, StageData(store=store))
-        source = launch.source
-        init = source.get("path")
-        if init is not None and "stage" in source:
-            init = str(check_promoted(source["stage"], source, self.folder))
+        config = to_dict(resolve(launch.config, StageData(store=store)))
+        init = launch.source.get("path")
+        if init is not None and "stage" in launch.source:
+            init = str(check_promoted(launch.source["stage"], launch.source, self.folder))
         if not launch.resumed:
             self._record(
                 "started",
                 stage=stage.name,
                 attempt=launch.number,
                 retry=launch.retry,
-                config=to_dict(config),
-                source=dict(source),
+                config=config,
+                source=dict(launch.source),
                 spec={**stage.plain(), "code": self._code},
-                data=_data_facts(store),
+                data=data_facts(store),
             )
+        logger.info(
+            "%s (attempt %d, %s steps%s)",
+            "continues" if launch.resumed else "starts",
+            launch.number,
+            f"{launch.config.train.num_steps:,}",
+            f", from {launch.source.get('stage', init)}" if init else "",
+        )
         cpus, gpus = self._means.of(stage)
         folder = attempt_folder(self.folder, stage.name, launch.number)
         key = Key("train", stage.name)
-        what = "continues" if launch.resumed else "starts"
-        logger.info(
-            "%s (attempt %d, %s steps%s)",
-            what,
-            launch.number,
-            f"{config.train.num_steps:,}",
-            f", from {source.get('stage', init)}" if init else "",
-        )
         if stage.search is not None:
             slots = self._slots(cpus, gpus)
             study = stage_study(launch, cpus=cpus, gpus=gpus, init_from=init)
@@ -203,7 +185,7 @@ class Controller:
             self._backend.search(key, study, str(store.folder), folder, slots)
             return
         job = Job(
-            run_config=to_dict(config),
+            run_config=config,
             data_folder=str(store.folder),
             folder=str(folder),
             threads=max(int(cpus), 1),
@@ -214,40 +196,38 @@ class Controller:
         self._backend.train(key, job, cpus=cpus, gpus=gpus)
 
     def _slots(self, cpus: float, gpus: float) -> int:
+        """Trials at once of a search."""
         free_cpus, free_gpus = self._free()
-        slots = int(free_cpus / cpus + 1e-9) if cpus else 1
-        return max(min(slots, int(free_gpus / gpus + 1e-9)) if gpus else slots, 1)
+        rooms = [free_cpus / cpus] if cpus else []
+        rooms += [free_gpus / gpus] if gpus else []
+        return max(int(min(rooms, default=1.0) + 1e-9), 1)
 
-    def _receive_report(self, message: Message) -> None:
-        launch = self._busy[message.key].launch
-        assert launch is not None
-        state = self.history.stage(message.key.stage)
-        attempt = state.current
-        assert attempt is not None
-        report = message.report
+    def _received_report(self, message: Message) -> None:
+        launch, report = self._busy[message.key].launch, message.report
+        attempt = self.history.stage(message.key.stage).current
+        assert launch is not None and attempt is not None
         if report and int(report[keys.STEPS]) not in attempt.reports:
-            flat = {k: report[k] for k in keys.REPORT_KEYS if k in report}
-            first = not attempt.reports
             self._record(
                 "report",
                 stage=message.key.stage,
                 attempt=launch.number,
                 step=int(report[keys.STEPS]),
-                metrics=flat,
+                metrics={k: report[k] for k in keys.REPORT_KEYS if k in report},
             )
-            if first:
+            if not attempt.reports and not launch.resumed and launch.retry == 0:
                 self._note_latency(launch)
         if message.done:
             del self._busy[message.key]
             self._decide(launch.stage, message.failure)
 
     def _note_latency(self, launch: Launch) -> None:
-        """How soon after the parent's gate the worker had the folder and began to train."""
-        gate = self._gate_times.get(launch.stage.parent or "")
+        """How soon after the parent's gate the worker held the folder and began to train."""
+        parent = launch.stage.parent
+        gate = self._gate_times.get(parent or "")
         claimed = read_claim(attempt_folder(self.folder, launch.stage.name, launch.number))
-        if gate is not None and "time" in claimed and not launch.resumed and launch.retry == 0:
+        if gate is not None and "time" in claimed:
             seconds = float(claimed["time"]) - gate
-            logger.info("its worker began %.1f s after the gate of %s", seconds, launch.stage.parent)
+            logger.info("its worker began %.1f s after the gate of %s", seconds, parent)
             self._record("latency", stage=launch.stage.name, seconds=seconds)
 
     # -- gates ------------------------------------------------------------------------------
@@ -256,13 +236,11 @@ class Controller:
         state = self.history.stage(stage.name)
         attempt = state.current
         assert attempt is not None
-        references = self._checkpoints(stage.name)
-        config = attempt.config["model"]
-        record = attempt.record(
-            stage.name, int(config["num_classes"]), references.get(attempt.number)
-        )
-        verdict = judge(stage, state, record, references, failure)
-        chosen = verdict.attempt if verdict.attempt is not None else attempt.number
+        best = best_checkpoints(self.folder, stage.name, state)
+        num_classes = int(attempt.config["model"]["num_classes"])
+        record = attempt.record(stage.name, num_classes, best.get(attempt.number))
+        verdict = judge(stage, state, record, best, failure)
+        chosen = attempt.number if verdict.attempt is None else verdict.attempt
         self._record(
             "decided",
             stage=stage.name,
@@ -271,75 +249,30 @@ class Controller:
             reason=verdict.reason,
             next=verdict.next,
             failure=failure,
-            checkpoint=self._facts(stage.name, chosen, references.get(chosen)),
+            checkpoint=checkpoint_facts(self.folder, stage.name, chosen, best.get(chosen)),
             judging=stage.judging(),
         )
         self._gate_times[stage.name] = time.time()
         _say(verdict)
 
-    def _checkpoints(self, stage: str) -> dict[int, CheckpointRef]:
-        """The best checkpoint of each attempt that has one."""
-        found = {}
-        for attempt in self.history.stage(stage).attempts:
-            folder = attempt_folder(self.folder, stage, attempt.number) / keys.BEST_DIR
-            try:
-                metrics = open_checkpoint(folder).metrics
-            except CheckpointError:
-                continue
-            found[attempt.number] = CheckpointRef(
-                path=folder,
-                step=int(metrics.get(keys.STEPS, 0)),
-                dev_accuracy=metrics.get(keys.DEV_ACCURACY),
-            )
-        return found
-
-    def _facts(
-        self, stage: str, attempt: int, reference: CheckpointRef | None
-    ) -> dict[str, Any] | None:
-        """What the journal says of a promoted checkpoint; its path is relative to the run."""
-        if reference is None:
-            return None
-        return {
-            "stage": stage,
-            "attempt": attempt,
-            "path": str(reference.path.relative_to(self.folder)),
-            "step": reference.step,
-            keys.DEV_ACCURACY: reference.dev_accuracy,
-            "sha256": sha256_file(reference.path / keys.MODEL_FILE),
-        }
-
     def _rejudge(self) -> None:
-        """A stage that was refused by a gate that has been changed since is judged again."""
-        for name in self._selected:
-            state = self.history.stage(name)
-            stage = self.curriculum.stage(name)
-            if state.status != "failed" or state.current is None:
-                continue
-            if judging_of(state.current) != stage.judging():
-                decision = state.current.decision or {}
-                with log.context(name):
-                    logger.info("gate or on_fail was changed; judging again")
-                    self._decide(stage, decision.get("failure"))
+        for stage in to_rejudge(self.curriculum, self.history, self._selected):
+            attempt = self.history.stage(stage.name).current
+            assert attempt is not None
+            with log.context(stage.name):
+                logger.info("gate or on_fail was changed; judging again")
+                self._decide(stage, (attempt.decision or {}).get("failure"))
 
     # -- data -------------------------------------------------------------------------------
 
     def _has_data(self, stage: StageConfig) -> bool:
-        """Whether the stage's data are open; opens them when they are there."""
-        if stage.task in self._stores:
-            return True
-        if not is_prepared(stage.task, self._root) or self._preparing(stage.task):
+        if any(key.kind == "data" and key.detail == stage.task for key in self._busy):
             return False
         try:
-            store = open_store(self._root / stage.task)
-            check_settings(stage, store)
+            return self._stores.open(stage)
         except DmxError as error:
             self._break(stage.name, str(error))
             return False
-        self._stores[stage.task] = store
-        return True
-
-    def _preparing(self, task: str) -> bool:
-        return any(key.kind == "data" and key.detail == task for key in self._busy)
 
     def _start_preparation(self) -> None:
         """One set at a time, the one needed first; beside training only with what is idle."""
@@ -347,49 +280,40 @@ class Controller:
             return
         for stage in self.curriculum.stages:
             settled = self.history.stage(stage.name).status in ("passed", "failed")
-            if stage.name not in self._selected or settled or stage.name in self._broken:
+            if stage.name not in self._selected or settled or stage.name in self.broken:
                 continue
-            if is_prepared(stage.task, self._root):
+            if self._stores.is_prepared(stage):
                 continue
             training = any(key.kind == "train" for key in self._busy)
             workers = max(int(self._free()[0]), 1)
             key = Key("data", stage.name, stage.task)
             with log.context(stage.name):
                 logger.info("preparing data: %s (%d workers)", stage.task, workers)
-            self._busy[key] = _Busy(0.0, 0.0)
-            self._backend.prepare(
-                key,
-                stage.task,
-                self._root,
-                stage.generate.options(),
-                workers,
-                _NICE if training else 0,
-            )
+            nice, options = _NICE if training else 0, stage.generate.options()
+            self._busy[key] = _Busy()
+            self._backend.prepare(key, stage.task, self._stores.root, options, workers, nice)
             return
 
-    def _receive_data(self, message: Message) -> None:
-        began = self._busy.pop(message.key).begun
+    def _received_data(self, message: Message) -> None:
+        seconds = time.time() - self._busy.pop(message.key).begun
         if message.failure is not None:
             self._break(message.key.stage, message.failure)
             return
-        seconds = time.time() - began
         logger.info("data ready: %s, after %.1f s", message.key.detail, seconds)
         self._record("data", stage=message.key.stage, task=message.key.detail, seconds=seconds)
-
-    def _break(self, stage: str, reason: str) -> None:
-        """The stage cannot run in this session; others may."""
-        with log.context(stage):
-            logger.error("%s", reason)
-        self._broken[stage] = reason
 
     # -- tests ------------------------------------------------------------------------------
 
     def _start_tests(self) -> None:
         """Test accuracies, when nothing that trains wants the room."""
-        if any(self._fits(launch.stage) and self._has_data(launch.stage) for launch in self._ready()):
+        if self._ready():
             return
-        for stage, on in self._wanted_tests():
-            if not self._fits(stage):
+        for stage, on in wanted_tests(self.curriculum, self.history):
+            key = Key("test", stage.name, on.name)
+            known = key in self._busy or (stage.name, on.name) in self._untested
+            if known or stage.name in self.broken or not self._fits(stage):
+                continue
+            if not self._has_data(on):
                 continue
             promoted = self.history.stage(stage.name).promoted
             assert promoted is not None
@@ -398,42 +322,24 @@ class Controller:
             except CheckpointError as error:
                 self._break(stage.name, str(error))
                 continue
-            config = None
-            if on is not stage:
-                config = to_dict(resolve(attempt_config(on, 0), StageData(store=self._stores[on.task])))
-            cpus, gpus = self._means.of(stage)
-            key = Key("test", stage.name, on.name)
-            self._busy[key] = _Busy(cpus, gpus)
             store = self._stores[on.task]
+            other = None if on is stage else to_dict(resolve(on.config, StageData(store=store)))
             wanted = Measurement(
-                checkpoint=str(folder), data_folder=str(store.folder), config=config
+                checkpoint=str(folder), data_folder=str(store.folder), config=other
             )
+            cpus, gpus = self._means.of(stage)
+            self._busy[key] = _Busy(cpus, gpus)
             self._backend.test(key, wanted, cpus=cpus, gpus=gpus)
 
-    def _wanted_tests(self) -> list[tuple[StageConfig, StageConfig]]:
-        """(stage, stage whose test split) of passed stages, where not measured yet."""
-        last = self.curriculum.stages[-1]
-        found = []
-        for stage in self.curriculum.stages:
-            state = self.history.stage(stage.name)
-            if state.promoted is None or stage.name in self._broken:
-                continue
-            for on in (stage,) if stage is last else (stage, last):
-                pair = (stage.name, on.name)
-                known = on.name in state.tests or pair in self._untested
-                if not known and Key("test", *pair) not in self._busy and self._has_data(on):
-                    found.append((stage, on))
-        return found
-
-    def _receive_test(self, message: Message) -> None:
+    def _received_test(self, message: Message) -> None:
         del self._busy[message.key]
         stage, on = message.key.stage, message.key.detail
-        if message.failure is not None or message.value is None:
+        if message.failure is not None:
             self._untested.add((stage, on))
-            if message.failure is not None:
-                logger.warning("no test accuracy on %s: %s", on, message.failure)
+            logger.warning("no test accuracy on %s: %s", on, message.failure)
             return
-        logger.info("test accuracy on %s: %.4f", on, message.value)
+        if message.value is not None:
+            logger.info("test accuracy on %s: %.4f", on, message.value)
         self._record("tested", stage=stage, on=on, accuracy=message.value)
 
 
@@ -446,15 +352,3 @@ def _say(verdict: Verdict) -> None:
     }
     level = logging.INFO if verdict.passed else logging.WARNING
     logger.log(level, "gate: %s -> %s", verdict.reason, words[verdict.next])
-
-
-def _data_facts(store: Store) -> dict[str, Any]:
-    manifest = store.manifest
-    return {
-        "label": manifest.label,
-        "folder": str(store.folder),
-        "checksum": manifest.checksum,
-        "origin": manifest.origin,
-        "splits": dict(manifest.splits),
-        "is_sample": manifest.is_sample,
-    }

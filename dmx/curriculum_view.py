@@ -13,7 +13,6 @@ from rich.table import Table
 from dmx import log
 from dmx import records as keys
 from dmx.history import History, StageState, advance, fold
-from dmx.overrides import flatten
 from dmx.planner import attempt_config
 from dmx.stages import CurriculumConfig, StageConfig
 from dmx.tensorboard import RunWriter
@@ -93,9 +92,10 @@ class TensorBoardView:
                 writer.end("COMPLETE" if event["failure"] is None else "FAILED")
 
     def _started(self, history: History, event: Mapping[str, Any]) -> None:
-        shown = {k: "-" if v is None else v for k, v in flatten(event["config"]).items()}
+        config = event["config"]
+        shown = {"task": config["task"], "attention": config["attention"]["name"]}
         writer = self._writer(self._run_name(event["stage"], event["attempt"]))
-        writer.start({**shown, "stage": event["stage"], "data": event["data"]["label"]})
+        writer.start({**shown, "stage": event["stage"]})
         for curve, chain in self._chains(event["stage"]):
             number = 1 + [s.name for s in chain].index(event["stage"])
             step = self._offset(history, chain, event["stage"])
@@ -116,7 +116,7 @@ class TensorBoardView:
 
     def _tested(self, history: History, event: Mapping[str, Any]) -> None:
         state = history.stage(event["stage"])
-        if state.current is None:
+        if state.current is None or event["accuracy"] is None:
             return
         own = event["on"] == event["stage"]
         tag = keys.TEST_ACCURACY if own else "test_accuracy_on_last_stage"
@@ -188,7 +188,7 @@ def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
     if state.promoted is not None:
         best = state.promoted[keys.DEV_ACCURACY]
     left = attempt.last.get(keys.STEP_SECONDS, 0.0) * (total - attempt.steps)
-    word = state.status
+    word: str = state.status
     if attempt.decision is not None and not attempt.decision["passed"]:
         word += " (gate said no)"
     return [

@@ -1,16 +1,16 @@
 """Fast equivalents of a few torch operations, with gradients written out; exact up to rounding.
 
-On a CPU a training step of these small models is bound by memory traffic, page faults and a serial
-random generator more than by arithmetic. So rows are worked on in pieces that stay in cache, what
-is cheap to compute again is not kept, and one 64-bit random number serves four elements. Under
-autocast, on other devices and for other types each function is its plain torch formula.
+On a CPU a training step of these small models is bound by memory traffic, page faults and waiting
+threads more than by arithmetic. So rows are worked on in pieces that stay in cache, each thread on
+its own pieces, and what is cheap to compute again is not kept. Under autocast, on other devices and
+for other types each function is its plain torch formula.
 
 Legend: T rows (tokens), D and N features of input and output, V rows of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,56 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ROWS_AT_ONCE = 4096
-"""Rows of a piece: its largest temporary, 128 floats wide, then has 2 MB."""
-
-
-def is_fast(x: Tensor) -> bool:
-    """Whether the handwritten versions run for x."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not _autocast(x)
-
-
-def random_int16(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """[count] uniform int16, four from each draw: `bernoulli_` takes seven times as long."""
-    words = torch.empty((count + 3) // 4, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:count]
-
-
-def int16_threshold(probability: float) -> int:
-    """A uniform int16 is below it with this probability, to within 1 / 65536."""
-    return min(round(probability * 65536) - 32768, 32767)
-
-
-def keep_mask(shape: torch.Size, probability: float) -> Tensor:
-    """int16, 0 with this probability and else 1, independently."""
-    threshold = int16_threshold(probability)
-    if threshold <= -32768:  # below 1 / 131072
-        return torch.ones(shape, dtype=torch.int16)
-    bits = random_int16(shape.numel()).view(shape)
-    # 1 where bits >= threshold, by clamping: far cheaper than a comparison and a cast of bool.
-    return bits.clamp_(threshold - 1, threshold).sub_(threshold - 1)
-
-
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """F.dropout: zero with this probability, else x / (1 - probability)."""
-    if not training or probability == 0.0:
-        return x
-    if not is_fast(x):
-        return F.dropout(x, probability)
-    return _Dropout.apply(x, probability)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout by `dropout`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape."""
-        return dropout(input, self.p, self.training)
+from dmx.dropout import draw_seed, keep_mask
+from dmx.parallel import is_fast, row_pieces, run_shares
 
 
 def add_residual(out: Tensor, x: Tensor) -> Tensor:
-    """Out + x, in out's memory where that changes no type; out is a fresh result that is not saved."""
+    """The sum, in the memory of out (a fresh result that nothing saves) if that keeps the type."""
     return out.add_(x) if is_fast(out) and is_fast(x) else out + x
 
 
@@ -115,12 +71,9 @@ def segment_sum(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor
     return _SegmentSum.apply(x, order, segment, count)
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def _pieces(rows: int) -> Iterator[slice]:
-    return (slice(a, min(a + ROWS_AT_ONCE, rows)) for a in range(0, rows, ROWS_AT_ONCE))
+def _total(results: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The sums over all shares, in their order."""
+    return [torch.stack(parts).sum(0) for parts in zip(*results, strict=True)]
 
 
 def _sum_segments(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
@@ -130,21 +83,6 @@ def _sum_segments(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tens
     return F.embedding_bag(order, x, offsets, mode="sum")
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        keep = keep_mask(x.shape, probability).to(torch.int8)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1.0 / (1.0 - probability)
-        return keep.to(x.dtype).mul_(x).mul_(ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
-
-
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -152,12 +90,16 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out = x.new_empty(x.shape[0], weight.shape[0])
-        for rows in _pieces(x.shape[0]):
-            normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
-            if bias is None:
-                torch.mm(normed, weight.t(), out=out[rows])
-            else:
-                torch.addmm(bias, normed, weight.t(), out=out[rows])
+
+        def work(share: Sequence[slice]) -> None:
+            for rows in share:
+                normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
+                if bias is None:
+                    torch.mm(normed, weight.t(), out=out[rows])
+                else:
+                    torch.addmm(bias, normed, weight.t(), out=out[rows])
+
+        run_shares(work, row_pieces(x.shape[0]))
         ctx.save_for_backward(x, scale, shift, weight)
         ctx.eps, ctx.has_bias = eps, bias is not None
         return out, x
@@ -166,45 +108,48 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_same: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = torch.empty_like(x)
-        grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-        grad_weight = torch.zeros_like(weight)
-        grad_bias = weight.new_zeros(weight.shape[0])
-        for rows in _pieces(x.shape[0]):
-            normed, mean, deviation = torch.native_layer_norm(
-                x[rows], x.shape[1:], scale, shift, ctx.eps
-            )
-            grad_weight.addmm_(grad[rows].t(), normed)
-            if ctx.has_bias:
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+
+        def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
+            grad_weight, grad_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+            grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+            for rows in share:
+                normed, mean, deviation = torch.native_layer_norm(
+                    x[rows], x.shape[1:], scale, shift, ctx.eps
+                )
+                grad_weight.addmm_(grad[rows].t(), normed)
                 grad_bias += grad[rows].sum(0)
-            grad_normed = torch.mm(grad[rows], weight)
-            dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
-                grad_normed, x[rows], x.shape[1:], mean, deviation, scale, shift, [True] * 3
-            )
-            torch.add(dx, grad_same[rows], out=grad_x[rows])
-            grad_scale += dscale
-            grad_shift += dshift
-        return (
-            grad_x, grad_scale, grad_shift, grad_weight, grad_bias if ctx.has_bias else None, None
-        )  # fmt: skip
+                grad_normed = torch.mm(grad[rows], weight)
+                dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
+                    grad_normed, x[rows], x.shape[1:], mean, deviation, scale, shift, [True] * 3
+                )
+                torch.add(dx, grad_same[rows], out=grad_x[rows])
+                grad_scale += dscale
+                grad_shift += dshift
+            return grad_scale, grad_shift, grad_weight, grad_bias
+
+        *sums, grad_bias = _total(run_shares(work, row_pieces(x.shape[0])))
+        return grad_x, *sums, grad_bias if ctx.has_bias else None, None
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, probability: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, probability: float) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
         keeps = torch.empty_like(x, dtype=torch.int8) if probability else None
-        ctx.scale = 1.0 / (1.0 - probability)
-        for rows in _pieces(x.shape[0]):
-            hidden = F.gelu(x[rows])
-            if keeps is not None:
-                keep = keep_mask(hidden.shape, probability)
-                keeps[rows] = keep
-                hidden.mul_(keep.to(x.dtype)).mul_(ctx.scale)
-            torch.addmm(bias, hidden, weight.t(), out=out[rows])
+        seed = draw_seed() if probability else 0
+        scale = ctx.scale = 1.0 / (1.0 - probability)
+
+        def work(share: Sequence[slice]) -> None:
+            for rows in share:
+                hidden = F.gelu(x[rows])
+                if keeps is not None:
+                    keep = keep_mask(hidden.shape, probability, seed + rows.start)
+                    keeps[rows] = keep
+                    hidden.mul_(keep.to(x.dtype).mul_(scale))
+                torch.addmm(bias, hidden, weight.t(), out=out[rows])
+
+        run_shares(work, row_pieces(x.shape[0]))
         ctx.save_for_backward(x, weight, keeps)
         return out
 
@@ -213,17 +158,23 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, keeps = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_weight = torch.zeros_like(weight)
-        for rows in _pieces(x.shape[0]):
-            hidden = F.gelu(x[rows])
-            grad_hidden = torch.mm(grad[rows], weight)
-            if keeps is not None:
-                keep = keeps[rows].to(x.dtype).mul_(ctx.scale)
-                hidden.mul_(keep)
-                grad_hidden.mul_(keep)
-            grad_weight.addmm_(grad[rows].t(), hidden)
-            torch.ops.aten.gelu_backward.grad_input(grad_hidden, x[rows], grad_input=x[rows])
-        return x, grad_weight, grad.sum(0), None
+
+        def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
+            grad_weight, grad_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+            for rows in share:
+                hidden = F.gelu(x[rows])
+                grad_hidden = torch.mm(grad[rows], weight)
+                if keeps is not None:
+                    keep = keeps[rows].to(x.dtype).mul_(ctx.scale)
+                    hidden.mul_(keep)
+                    grad_hidden.mul_(keep)
+                grad_weight.addmm_(grad[rows].t(), hidden)
+                grad_bias += grad[rows].sum(0)
+                gelu_backward = torch.ops.aten.gelu_backward.grad_input
+                gelu_backward(grad_hidden, x[rows], grad_input=x[rows])
+            return grad_weight, grad_bias
+
+        return x, *_total(run_shares(work, row_pieces(x.shape[0]))), None
 
 
 class _Lookup(torch.autograd.Function):

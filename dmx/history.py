@@ -72,12 +72,13 @@ class StageState:
 
     Attributes:
         attempts: since the stage was last begun. num_attempts: ever.
-        tests: test accuracy by the name of the stage whose test split it was.
+        tests: test accuracy by the name of the stage whose test split it was; None where the
+            weights do not fit that stage's model.
     """
 
     attempts: tuple[Attempt, ...] = ()
     num_attempts: int = 0
-    tests: Mapping[str, float] = field(default_factory=dict)
+    tests: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def current(self) -> Attempt | None:

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
+from dmx.checkpoint import put_back
 from dmx.errors import DmxError, StageError
 from dmx.journal import Journal
 from dmx.space import SearchSpace
@@ -57,6 +59,37 @@ def make_sampler(kind: str, seed: int, num_trials: int) -> BaseSampler:
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     raise DmxError(f"sampler {kind!r} is unknown; choices: random, tpe.")
+
+
+class _Proposer(BaseSampler):
+    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
+
+    So what is drawn for a trial does not depend on how many of its values a crash had already
+    left in the storage, nor on the session that draws.
+    """
+
+    def __init__(self, kind: str, seed: int, number: int, num_trials: int) -> None:
+        self._make = lambda name: make_sampler(
+            kind, zlib.crc32(f"{seed}/{number}/{name}".encode()), num_trials
+        )
+        self._together = self._make("")
+
+    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
+        """What is drawn together."""
+        return self._together.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Draw it."""
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """Draw one value by itself."""
+        sampler = self._make(param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 @dataclass
@@ -171,8 +204,7 @@ class Ledger:
         return trial.number, point
 
     def _seed_sampler(self, number: int) -> None:
-        seed = (self._seed * 1_000_003 + number) % 2**32
-        self.study.sampler = make_sampler(self._sampler, seed, self.num_trials)
+        self.study.sampler = _Proposer(self._sampler, self._seed, number, self.num_trials)
 
     # -- telling ----------------------------------------------------------------------------
 
@@ -266,6 +298,8 @@ class Ledger:
             (m.get(keys.BEST_DEV_ACCURACY, math.nan) for m in reports.values()), default=math.nan
         )
         folder = trial_folder(self.folder, number) / keys.BEST_DIR
+        if frozen.state.is_finished():  # else its process may be at work there
+            put_back(folder)
         checkpoint = None
         if folder.is_dir():
             checkpoint = keys.CheckpointRef(

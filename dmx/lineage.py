@@ -1,4 +1,4 @@
-"""Lineage: which checkpoint, config, data and code every stage came from; as JSON and as a picture."""
+"""Lineage: which checkpoint, config, data and code every stage came from; as JSON and picture."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def picture(lineage: Mapping[str, Any]) -> str:
     names = {stage["name"]: f"s{number}" for number, stage in enumerate(lineage["stages"])}
     for stage in lineage["stages"]:
         node = names[stage["name"]]
-        text = f"<b>{stage['name']}</b><br/>{stage['task']}<br/>dev {_percent(stage['dev_accuracy'])}"
+        text = (
+            f"<b>{stage['name']}</b><br/>{stage['task']}<br/>dev {_percent(stage['dev_accuracy'])}"
+        )
         text += f", test {_percent(stage['test_accuracy'])}"
         lines.append(f'  {node}["{text}"]')
         lines.append(f"  style {node} fill:{_COLOURS[stage['status']]}")
@@ -120,7 +122,9 @@ def picture(lineage: Mapping[str, Any]) -> str:
         elif "path" in source:
             lines.append(f'  {node}_init(["{source["path"]}"]) --> {node}')
     lines += ["```", ""]
-    lines.append(f"Code: {lineage['code']}. The last column is the test split of {lineage['last_stage']}.")
+    lines.append(
+        f"Code: {lineage['code']}. The last column is the test split of {lineage['last_stage']}."
+    )
     lines += ["", "| stage | status | from | data | steps | dev | test | test on last |"]
     lines.append("|---|---|---|---|---:|---:|---:|---:|")
     for stage in lineage["stages"]:

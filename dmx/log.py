@@ -32,6 +32,16 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, soft_wrap=False)
 
 
+_terminal: list[Console] = []
+
+
+def terminal() -> Console:
+    """The one console on standard error that log lines and live displays share."""
+    if not _terminal:
+        _terminal.append(console(stderr=True))
+    return _terminal[0]
+
+
 def setup(level: int = logging.INFO) -> None:
     """Install dmx's only log handler on the `dmx` logger. Calling it again replaces the handler."""
     logger = logging.getLogger("dmx")
@@ -39,7 +49,7 @@ def setup(level: int = logging.INFO) -> None:
         logger.removeHandler(old)
     handler: logging.Handler
     if sys.stderr.isatty():
-        handler = RichHandler(console=console(stderr=True), show_path=False, markup=False)
+        handler = RichHandler(console=terminal(), show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(context)s%(message)s", datefmt="[%X]"))
     else:
         handler = logging.StreamHandler(sys.stderr)

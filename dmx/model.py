@@ -13,15 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.attention import AttentionConfig, MixerContext, TokenMixer
+from dmx.dropout import Dropout
 from dmx.errors import ConfigError
-from dmx.functional import (
-    Dropout,
-    add_residual,
-    gelu_linear,
-    lookup,
-    norm_linear,
-    segment_sum,
-)
+from dmx.functional import add_residual, gelu_linear, lookup, norm_linear, segment_sum
 from dmx.packing import Layout, Packing, pack, reorder
 
 
@@ -120,9 +114,7 @@ class MultiHead(nn.Module):
         out = self.mixer(q, k, v, mask)  # [B, H, L, Dh]
         return self.output(out.transpose(1, 2).flatten(2))
 
-    def packed(
-        self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout
-    ) -> Tensor:
+    def packed(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout) -> Tensor:
         """[T, D] in the layout's order -> [T, D], x + dropout(self(norm(x)))."""
         qkv, x = norm_linear(x, norm, *self._weights())  # [T, 3 * H * Dh]
         mix_rows = getattr(self.mixer, "mix_rows", None)

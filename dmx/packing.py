@@ -1,4 +1,4 @@
-"""Token packing: which tokens are real, and how they lie in memory so that nothing else is computed.
+"""Token packing: which tokens are real, and how they lie in memory so that only they are computed.
 
 A token whose mask is 0 is no attention key, its output is zeroed, and mean pooling divides by the
 full length. It cannot influence the result, so a model may run on the real tokens only. Real
@@ -137,13 +137,17 @@ class _Permute(torch.autograd.Function):
     """Rows of x in another order; the gradient is the inverse permutation, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor
+    ) -> Tensor:
         ctx.inverse = inverse  # type: ignore[attr-defined]
         ctx.order = order  # type: ignore[attr-defined]
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
         (grad,) = grads
         return _Permute.apply(grad, ctx.inverse, ctx.order), None, None  # type: ignore[attr-defined]
 

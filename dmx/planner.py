@@ -225,3 +225,45 @@ def _differences(
         for key in keys
         if before.get(key) != after.get(key)
     ]
+
+
+def wanted_tests(
+    curriculum: CurriculumConfig, history: History
+) -> list[tuple[StageConfig, StageConfig]]:
+    """(stage, stage whose test split) that are not measured yet: its own, and the last one's."""
+    last = curriculum.stages[-1]
+    found = []
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        if state.promoted is not None:
+            places = (stage,) if stage is last else (stage, last)
+            found += [(stage, on) for on in places if on.name not in state.tests]
+    return found
+
+
+def to_rejudge(
+    curriculum: CurriculumConfig, history: History, selected: Collection[str]
+) -> list[StageConfig]:
+    """Stages that were refused by a gate, or an on_fail, that has been changed since."""
+    found = []
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        if stage.name not in selected or state.status != "failed" or state.current is None:
+            continue
+        if judging_of(state.current) != stage.judging():
+            found.append(stage)
+    return found
+
+
+def all_passed(history: History, selected: Collection[str]) -> bool:
+    """Whether every selected stage was promoted."""
+    return all(history.stage(name).status == "passed" for name in selected)
+
+
+def has_work(curriculum: CurriculumConfig, history: History, selected: Collection[str]) -> bool:
+    """Whether a session would find anything to do."""
+    return bool(
+        next_launches(curriculum, history, selected, ())
+        or wanted_tests(curriculum, history)
+        or to_rejudge(curriculum, history, selected)
+    )

@@ -73,7 +73,7 @@ def check_settings(stage: StageConfig, store: Store) -> None:
 
 
 def resolve(config: RunConfig, data: StageData) -> RunConfig:
-    """The config with the model's open sizes from the data, or from the task while there are none."""
+    """The config with the model's open sizes from the data, or from the task without data."""
     task = config.task_info
     vocab, classes = task.vocab_size, task.num_classes
     if data.store is not None:
@@ -116,7 +116,7 @@ def check_transfers(
     for stage in curriculum.stages:
         if stage.init_path is not None:
             state = read_weights(Path(stage.init_path))
-            sources = [{name: value.shape for name, value in state.items()}]
+            sources: list[Shapes] = [{name: value.shape for name, value in state.items()}]
         elif stage.parent is not None:
             sources = known[stage.parent]
         else:
@@ -165,7 +165,8 @@ def check_promoted(stage: str, promoted: Mapping[str, Any], run_folder: Path) ->
         raise CheckpointError(f"{str(error).rstrip('.')}; {remedy}.") from None
     if sha256_file(folder / keys.MODEL_FILE) != promoted["sha256"]:
         raise CheckpointError(
-            f"{folder / keys.MODEL_FILE} is damaged or was edited after stage {stage} ended; {remedy}."
+            f"{folder / keys.MODEL_FILE} is damaged or was edited after stage {stage} ended; "
+            f"{remedy}."
         )
     return folder
 

@@ -1,16 +1,18 @@
-"""A short measurement on the device at hand: what one stage costs in time, memory and operations."""
+"""A short measurement on the device at hand: what a stage costs in time, memory and operations."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.config import RunConfig
@@ -20,11 +22,35 @@ from dmx.errors import DmxError
 from dmx.model import Classifier
 from dmx.trainer import build_model, pick_device
 
-_CPU_SEQUENCES = 2
-_BUDGET_SECONDS = 6.0
-_MAX_REPEATS = 5
+_CPU_POSITIONS = 16384
+"""Positions, masked ones included, of the sequences that are measured on a CPU."""
+_BUDGET_SECONDS = 1.0
+_MAX_REPEATS = 3
 _OPTIMIZER_COPIES = 4
 """Weights, gradients, and AdamW's two moments."""
+
+
+def _same_as(known: Any) -> Callable[..., int]:
+    """The formula of an operation in PyTorch's own table."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return int(flop_counter.flop_registry[known](*args, **kwargs))
+
+    count._get_raw = True  # type: ignore[attr-defined]  # it takes tensors, not their shapes
+    return count
+
+
+_ATEN = torch.ops.aten
+_FORMULAS = {  # PyTorch's own table lacks the in-place products and the CPU's attention
+    _ATEN.addmm_: _same_as(_ATEN.addmm),
+    _ATEN.baddbmm_: _same_as(_ATEN.baddbmm),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _same_as(
+        _ATEN._scaled_dot_product_flash_attention
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _same_as(
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +85,30 @@ def probe(config: RunConfig, store: Store | None, num_dev: int, *, threads: int)
         config: resolved. store: its data; without them, generated or random input stands in.
         num_dev: examples of the dev split. threads: CPU threads of a worker.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # operations in other threads than this one cannot be counted
     device = pick_device(config.train.device)
+    assert config.model.max_length
     micro = config.train.micro_batch_size or config.train.batch_size
-    count = micro if device.type == "cuda" else min(micro, _CPU_SEQUENCES)
+    count = (
+        micro
+        if device.type == "cuda"
+        else min(micro, max(_CPU_POSITIONS // config.model.max_length, 2))
+    )
     ids, other, labels, name = _input(config, store, count)
     tokens = float((ids != 0).sum()) / count
     model = build_model(config).to(device)
     pair = None if other is None else other.to(device)
     run = _Step(model, ids.to(device), pair, labels.to(device), _bf16(config, device))
-    with _sizes_of_saved_tensors() as saved, FlopCounterMode(display=False) as counter:
+    with _sizes_of_saved_tensors() as saved, _counter() as counter:
         run.train()
+    torch.set_num_threads(threads)
     flops = float(counter.get_total_flops()) / count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     train = _time(run.train, device) / count
     parameters = sum(p.numel() for p in model.parameters())
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) + 2 * 4 * parameters
+        memory = 1.0 * torch.cuda.max_memory_allocated(device) + 2 * 4 * parameters
     else:
         memory = _OPTIMIZER_COPIES * 4 * parameters + sum(saved.values()) * micro / count
     evaluate = _time(run.evaluate, device) / count
@@ -120,15 +152,17 @@ class _Step:
         self._logits()
 
 
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
 def _bf16(config: RunConfig, device: torch.device) -> bool:
     wanted = config.train.precision
     return wanted == "bf16" or (wanted == "auto" and device.type == "cuda")
 
 
-def _time(action: object, device: torch.device) -> float:
-    """Seconds of the fastest call, after one to warm up."""
-    assert callable(action)
-    action()
+def _time(action: Callable[[], None], device: torch.device) -> float:
+    """Seconds of the fastest call, after one to warm up where it is not the only one."""
     best, begun = float("inf"), time.perf_counter()
     for _ in range(_MAX_REPEATS):
         _wait(device)
@@ -149,7 +183,7 @@ def _wait(device: torch.device) -> None:
 def _input(
     config: RunConfig, store: Store | None, count: int
 ) -> tuple[Tensor, Tensor | None, Tensor, str]:
-    """ids [B, L], the second text [B, L] or None, labels [B], and where they come from."""
+    """Ids [B, L], the second text [B, L] or None, labels [B], and where they come from."""
     assert config.model.max_length and config.model.vocab_size
     length, task = config.model.max_length, config.task_info
     if store is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dmx.errors import ConfigError
 from dmx.overrides import flatten, lay
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml
+from dmx.tasks import TASKS, task_for
 
 Scalar = str | int | float | bool
 
@@ -147,21 +149,28 @@ class SearchSpace:
 
     def corners(self, limit: int = 256) -> Iterator[dict[str, Scalar]]:
         """All combinations of options and bounds; a seeded sample of them where there are more."""
-        for scope in [self.space, *({**self.space, **c.then} for c in self.conditions)]:
-            pinned = next((c for c in self.conditions if set(c.then) <= set(scope)), None)
-            options = {name: dist.values for name, dist in scope.items()}
-            if pinned is not None and scope is not self.space and pinned.key in options:
-                options[pinned.key] = (pinned.value,)
-            total = 1
-            for values in options.values():
-                total *= len(values)
-            if total <= limit:
-                for combination in itertools.product(*options.values()):
-                    yield dict(zip(options, combination, strict=True))
-            else:
-                draw = random.Random(0)
-                for _ in range(limit):
-                    yield {name: draw.choice(values) for name, values in options.items()}
+        corners = list(_combinations(self.space, limit))
+        for condition in self.conditions:  # in the order in which `suggest` meets them
+            grown: list[dict[str, Scalar]] = []
+            for corner in corners:
+                if corner.get(condition.key, self.defaults.get(condition.key)) == condition.value:
+                    room = max(limit // len(corners), 4)
+                    grown.extend({**corner, **m} for m in _combinations(condition.then, room))
+                else:
+                    grown.append(corner)
+            corners = grown
+        yield from corners
+
+
+def _combinations(space: Mapping[str, Distribution], limit: int) -> Iterator[dict[str, Scalar]]:
+    options = {name: dist.values for name, dist in space.items()}
+    if math.prod(len(values) for values in options.values()) <= limit:
+        for combination in itertools.product(*options.values()):
+            yield dict(zip(options, combination, strict=True))
+        return
+    draw = random.Random(0)
+    for _ in range(limit):
+        yield {name: draw.choice(values) for name, values in options.items()}
 
 
 def load_space(name: str, task: str, family: str) -> SearchSpace:
@@ -179,6 +188,12 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     if not isinstance(attention, str):
         raise ConfigError(f"{where}: attention must name an attention, not {attention!r}.")
     tasks = _mapping(raw.get("tasks"), f"{where}: tasks")
+    for key in tasks:
+        if key not in TASKS:
+            try:
+                task_for(key)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: tasks: {error}") from None
     own: dict[str, Any] = {}
     for key in (family, task):
         own = {**own, **_mapping(tasks.get(key), f"{where}: tasks.{key}")}
@@ -200,6 +215,10 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     start = _starts(own.get("start", raw.get("start")), f"{where}: start")
     found = SearchSpace(name, attention, defaults, space, conditions, start)
     every = found.distributions()
+    for key in (*defaults, *every):
+        if key in ("task", "attention", "attention.name"):
+            raise ConfigError(f"{where}: {key} is not to be set here; a space is for one of each.")
+    _check_conditions(found, where)
     for point in start:
         for key, value in point.items():
             if key not in every or not every[key].holds(value):
@@ -207,6 +226,21 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
                     f"{where}: start gives {key}={value!r}, which the space cannot yield."
                 )
     return found
+
+
+def _check_conditions(space: SearchSpace, where: str) -> None:
+    known = dict(space.space)
+    for condition in space.conditions:
+        key, value = condition.key, condition.value
+        if key not in known and key not in space.defaults:
+            raise ConfigError(
+                f"{where}: `when` asks for {key}, which is neither searched above nor a default."
+            )
+        if key in known and not known[key].holds(value):
+            raise ConfigError(
+                f"{where}: `when` asks for {key}={value!r}, which the space cannot yield."
+            )
+        known.update(condition.then)
 
 
 def _only(raw: Mapping[str, Any], allowed: set[str], where: str) -> None:
@@ -225,6 +259,7 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
     return value
 
 
+_LARGEST = 2**53  # exact as a float, which Optuna computes with
 _KINDS = {"choice", "uniform", "loguniform", "int", "logint"}
 
 
@@ -254,7 +289,7 @@ def _distribution(value: object, where: str) -> Distribution:
         what = "two whole numbers" if whole else "two numbers"
         raise ConfigError(f"{where}.{kind} must be [low, high], {what}, not {values!r}.")
     low, high = values
-    if not low < high or not abs(float(high)) < float("inf"):
+    if not -_LARGEST < low < high < _LARGEST:
         raise ConfigError(f"{where}.{kind} is [{low}, {high}]; low must be below high.")
     if kind.startswith("log") and low <= 0:
         raise ConfigError(f"{where}.{kind} starts at {low}; a logarithmic range must be positive.")
@@ -274,7 +309,10 @@ def _conditions(value: object, where: str) -> Iterator[Condition]:
         if len(test) != 1:
             raise ConfigError(f"{place}.if must name one setting and one value.")
         key, wanted = next(iter(test.items()))
-        yield Condition(key, wanted, _distributions(item.get("then"), f"{place}.then"))
+        then = _distributions(item.get("then"), f"{place}.then")
+        if not then:
+            raise ConfigError(f"{place}.then must search something.")
+        yield Condition(key, wanted, then)
 
 
 def _starts(value: object, where: str) -> tuple[Mapping[str, Scalar], ...]:

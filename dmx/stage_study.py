@@ -8,9 +8,7 @@ from dmx.study import StudyConfig
 _GRACE_SHARE = 8
 
 
-def stage_study(
-    launch: Launch, *, cpus: float, gpus: float, init_from: str | None
-) -> StudyConfig:
+def stage_study(launch: Launch, *, cpus: float, gpus: float, init_from: str | None) -> StudyConfig:
     """The study of one attempt; a retry draws other points, a longer one trains them longer."""
     stage, config = launch.stage, launch.config
     assert stage.search is not None and stage.space is not None

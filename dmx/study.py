@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
+from dmx.errors import ConfigError
 from dmx.ledger import Ledger, trial_folder
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.schema import to_dict
@@ -90,14 +91,20 @@ class _LedgerSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The config of the next trial; None-like FINISHED when the study has no more."""
-        found = self._ledger.next_trial()
-        if found is None:
-            return Searcher.FINISHED
-        number, point = found
+        while (found := self._ledger.next_trial()) is not None:
+            number, point = found
+            try:
+                return self._trial(number, self._config.trial_config(point))
+            except ConfigError as error:  # only corners were checked before
+                logger.warning("trial %d cannot be built: %s", number, error)
+                self._ledger.finish(number, "FAILED", str(error))
+        return Searcher.FINISHED
+
+    def _trial(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
         return {
             NUMBER_KEY: number,
             JOB_KEY: {
-                "run_config": self._config.trial_config(point),
+                "run_config": run_config,
                 "data_folder": str(self._store.folder),
                 "folder": str(trial_folder(self._folder, number)),
                 "threads": max(int(self._config.cpus_per_trial), 1),
@@ -208,9 +215,7 @@ def run_study(
     )
     try:
         scheduler = _scheduler(config, ledger)
-        for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
-            ledger.finish(number, "PRUNED")  # decided before the crash, not yet carried out
-        ledger.forget_ended()
+        _catch_up(ledger, scheduler, observers)
         if ledger.remaining():
             _fit(config, store, folder, slots, ledger, scheduler, observers)
         trials = ledger.results()
@@ -223,6 +228,26 @@ def run_study(
         )
     finally:
         ledger.close()
+
+
+def _catch_up(
+    ledger: Ledger,
+    scheduler: DurableAsha | RecordingFifo,
+    observers: tuple[StudyObserver, ...],
+) -> None:
+    """Carry out what was decided, and show what was recorded, when a crash came in between."""
+    last = ledger.journal.events[-1] if ledger.journal.events else {}
+    ended = [last["trial"]] if last.get("event") == "outcome" else []
+    for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
+        ledger.finish(number, "PRUNED")
+        ended.append(number)
+    ledger.forget_ended()
+    for observer in observers:
+        if last.get("event") == "report":
+            observer.reported(last["trial"], last["metrics"])
+        for result in ledger.results():
+            if result.number in ended:
+                observer.ended(result)
 
 
 def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:

@@ -96,9 +96,8 @@ class TensorBoardView:
 
     def ended(self, result: keys.TrialResult) -> None:
         """The status appears in HParams."""
-        writer = self._writers.pop(result.number, None)
-        if writer is not None:
-            writer.end(result.status)
+        self._writer(result.number).end(result.status)
+        del self._writers[result.number]
 
     def test(self, number: int, accuracy: float, step: int) -> None:
         """The test accuracy of the best trial."""

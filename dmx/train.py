@@ -21,7 +21,13 @@ from dmx.config import RunConfig, parse_run_config
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.device import pick_device
-from dmx.errors import EXIT_FAILED, EXIT_OK, CheckpointError, ConfigError
+from dmx.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    CheckpointError,
+    ConfigError,
+)
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
 from dmx.runner import Job, Runner, evaluate_checkpoint
@@ -87,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
         console().print(config.to_yaml(), highlight=False, end="")
         return EXIT_OK
     pick_device(config.train.device)
+    if args.threads < 0:
+        raise ConfigError(f"--threads is {args.threads}; it must not be negative.")
     folder = _folder(args, config)
     if args.init_from is not None:
         read_weights(Path(args.init_from))  # a wrong path is found before anything is written
@@ -98,7 +106,12 @@ def main(argv: Sequence[str]) -> int:
     again = cli.command_line("dmx.train", argv, add="--resume")
     if args.resume:
         _check_same(folder, resolved, again)
-    return _train(args, config, store, folder, again)
+    try:
+        with cli.terminate_like_interrupt():
+            return _train(args, config, store, folder)
+    except KeyboardInterrupt:
+        logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
+        return EXIT_INTERRUPTED
 
 
 def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:
@@ -121,21 +134,13 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
     attention = args.attention or config.attention.name
-    name = args.name or f"{attention}-{config.task}"
-    if not name or "/" in name or "\\" in name or name.startswith("."):
-        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
-    folder = Path(args.storage).absolute() / name
+    folder = cli.run_folder(args.storage, args.name, f"{attention}-{config.task}")
     if folder.exists() and any(folder.iterdir()) and not args.resume:
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
     if args.resume and not folder.exists():
         raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); give another --storage."
-        ) from None
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(place).free
     if free < 2**26:
         raise ConfigError(f"{folder} has {free >> 20} MB free; give a --storage with room.")
     return folder
@@ -155,9 +160,7 @@ def _check_same(folder: Path, config: RunConfig, again: str) -> None:
         )
 
 
-def _train(
-    args: argparse.Namespace, config: RunConfig, store: Store, folder: Path, again: str
-) -> int:
+def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Path) -> int:
     import os
 
     job = Job(
@@ -197,9 +200,6 @@ def _train(
                 )
                 if report["done"]:
                     break
-        except KeyboardInterrupt:
-            logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
-            raise
         finally:
             runner.close()
     result = evaluate_checkpoint(

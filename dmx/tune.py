@@ -100,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
     if args.time_budget is not None and not args.time_budget > 0:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     if args.address is None:
-        budget = _budget(args, task, cluster.local_resources(), overrides)
+        budget = _budget(args, task, space, cluster.local_resources())
+        cluster.check_request(cluster.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
         _check_space(space, task, budget, overrides)
     store = obtain(
         task.name,
@@ -111,14 +112,41 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.dry_run:
         return _dry_run(args, task, space, overrides, store)
-    with cluster.connect(args.address) as resources:
-        budget = _budget(args, task, resources, overrides)
-        slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+    again = cli.command_line(MODULE, argv, add="--resume")
+    try:
+        with cli.terminate_like_interrupt():
+            return _search(args, task, space, overrides, store, folder, again, started)
+    except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
+        logger.warning("interrupted. Continue with:\n%s", again)
+        return EXIT_INTERRUPTED
+
+
+def _search(
+    args: argparse.Namespace,
+    task: Task,
+    space: SearchSpace,
+    overrides: Mapping[str, Any],
+    store: Store,
+    folder: Path,
+    again: str,
+    started: float,
+) -> int:
+    """Run the study, and what follows it."""
+
+    def open_study(resources: cluster.Resources) -> StudyConfig:
+        budget = _budget(args, task, space, resources)
         _check_space(space, task, budget, overrides)
         config = _study_config(args, task, space, budget, overrides, folder.name)
-        again = cli.command_line(MODULE, argv, add="--resume")
         study_files.open_folder(folder, study_identity.settings(config, store), resume=args.resume)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
+        return config
+
+    # Here all is known before Ray starts; of a cluster nothing before it is connected.
+    here = None if args.address else open_study(cluster.local_resources())
+    with cluster.connect(args.address) as resources:
+        config = here or open_study(resources)
+        cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
+        slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
         tensorboard = study_identity.announce(folder, config, store)
         result = run_study(
             config, store, folder, slots=slots, observers=(LogView(config.num_trials), tensorboard)
@@ -148,7 +176,9 @@ def _plan(args: argparse.Namespace) -> tuple[Task, SearchSpace, dict[str, Any]]:
     config_class, size = split_name(args.attention)
     overrides = flatten(parse_assignments(args.set))
     if size is not None:
-        overrides[f"attention.{config_class.size_field}"] = size
+        key = f"attention.{config_class.size_field}"
+        if overrides.setdefault(key, size) != size:
+            raise ConfigError(f"--attention {args.attention} and --set {key} contradict.")
     name = args.space or config_class.name
     if args.space is None and name not in shipped_names("search_spaces"):
         raise ConfigError(
@@ -166,22 +196,20 @@ def _plan(args: argparse.Namespace) -> tuple[Task, SearchSpace, dict[str, Any]]:
 
 
 def _folder(args: argparse.Namespace, task: Task) -> Path:
-    name = args.name or f"{args.attention}-{task.name}"
-    if not name or name in (".", "..") or "/" in name or "\\" in name or name.startswith("."):
-        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
-    folder = Path(args.storage).absolute() / name
+    folder = cli.run_folder(args.storage, args.name, f"{args.attention}-{task.name}")
     if not args.resume and not args.dry_run and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
     return folder
 
 
 def _budget(
-    args: argparse.Namespace, task: Task, resources: cluster.Resources, overrides: Mapping[str, Any]
+    args: argparse.Namespace, task: Task, space: SearchSpace, resources: cluster.Resources
 ) -> Budget:
     return fit_budget(
         task,
         resources,
-        overrides,
+        space.defaults,
+        searched=space.distributions(),
         num_trials=args.num_trials,
         max_steps=args.max_steps,
         trials_per_gpu=args.trials_per_gpu,
@@ -232,7 +260,7 @@ def _dry_run(
     store: Store,
 ) -> int:
     with cluster.connect(args.address) if args.address else _Local() as resources:
-        budget = _budget(args, task, resources, overrides)
+        budget = _budget(args, task, space, resources)
         slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
     fixed = _fixed(budget, overrides)
     space.check(task.name, fixed)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # dmx.study imports Ray, which --status and --dry-run do with
     from dmx.study import StudyConfig
 
 
+class ClusterLost(Exception):
+    """The cluster does not answer any more; what is on disk can be continued elsewhere."""
+
+
 class Key(NamedTuple):
     """Names a piece of work: what it is, for which stage, and what else tells it apart."""
 

@@ -1,4 +1,4 @@
-"""Butterfly attention (Dimension Mixer, arXiv 2311.18735): groups with a stride that grows by layer."""
+"""Butterfly attention (Dimension Mixer, arXiv 2311.18735): groups whose stride grows by layer."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ class ButterflyConfig(AttentionConfig):
         if isinstance(self.inner, ButterflyConfig):
             raise ConfigError("inner is butterfly; a butterfly cannot run inside a butterfly.")
         if self.inner.dropout != self.dropout:
-            object.__setattr__(
-                self, "inner", dataclasses.replace(self.inner, dropout=self.dropout)
-            )
+            object.__setattr__(self, "inner", dataclasses.replace(self.inner, dropout=self.dropout))
 
     def check(self, context: MixerContext) -> None:
         """The block divides the length, every layer's groups tile it, and the inner mixer fits."""

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
-from dmx.functional import int16_threshold, is_fast, random_int16
+from dmx.dropout import draw_seed, int16_threshold, random_int16
 from dmx.packing import Bucket, Layout
+from dmx.parallel import is_fast, run_shares
 
-SCORES_AT_ONCE = 1 << 19
-"""Attention weights of a piece (2 MB), so that the passes over them stay in cache."""
+SCORES_AT_ONCE = 1 << 17
+"""Attention weights of a piece (512 KB), so that the passes over them stay in cache."""
 
 LONGEST_KEPT = 256
 """Up to this group length the weights are kept for the gradient, else they are computed again."""
@@ -96,8 +97,13 @@ class _Piece:
         return slice(self.start, self.start + self.count * self.length)
 
     @property
-    def kept(self) -> bool:
+    def keeps(self) -> bool:
         return self.length <= LONGEST_KEPT
+
+    @property
+    def cost(self) -> int:
+        # Each of some 20 operations has a fixed cost, about that of 2000 elements.
+        return 40_000 + self.count * self.length * (self.length + 64)
 
     def blocks(self) -> Iterator[slice]:
         for first in range(0, self.length, self.queries):
@@ -115,17 +121,19 @@ class _Piece:
         target.copy_(x.view(target.shape))
 
 
-def _pieces(buckets: Sequence[Bucket], num_heads: int) -> Iterator[_Piece]:
+def _pieces(buckets: Sequence[Bucket], num_heads: int) -> list[_Piece]:
+    pieces = []
     for bucket in buckets:
         n = bucket.length
-        queries = max(1, min(n, SCORES_AT_ONCE // (num_heads * n)))
+        queries = n if n <= LONGEST_KEPT else max(1, min(n, SCORES_AT_ONCE // (num_heads * n)))
         at_once = max(1, SCORES_AT_ONCE // (num_heads * n * n))
         for first in range(0, bucket.count, at_once):
             count = min(at_once, bucket.count - first)
-            yield _Piece(bucket.start + first * n, count, n, queries)
+            pieces.append(_Piece(bucket.start + first * n, count, n, queries))
+    return pieces
 
 
-def _signed_weights(q: Tensor, k: Tensor, dropout: float, seed: int | None) -> Tensor:
+def _signed_weights(q: Tensor, k: Tensor, dropout: float, seed: int) -> Tensor:
     """softmax(q k^T / sqrt(Dh)), negative where dropout takes the weight away.
 
     One tensor so holds both the weights (its absolute value) and the kept ones (its positive
@@ -135,9 +143,8 @@ def _signed_weights(q: Tensor, k: Tensor, dropout: float, seed: int | None) -> T
     scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
     torch._softmax(scores, -1, False, out=scores)
     if dropout:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        bits = random_int16(scores.numel(), generator).view(scores.shape)
-        scores.copysign_(bits.to(scores.dtype).sub_(int16_threshold(dropout) - 0.5))
+        bits = random_int16(scores.shape, seed).to(scores.dtype)
+        scores.copysign_(bits.sub_(int16_threshold(dropout) - 0.5))
     return scores
 
 
@@ -149,57 +156,65 @@ class _Attend(torch.autograd.Function):
         ctx: Any, qkv: Tensor, buckets: Sequence[Bucket], num_heads: int, dropout: float
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        kept: list[Tensor] = []
-        seeds: list[int] = []
-        for piece in _pieces(buckets, num_heads):
-            q, k, v = piece.heads(qkv[piece.rows], num_heads, 3)
-            mixed = torch.empty_like(q)
-            for block in piece.blocks():
-                seed = None
-                if dropout and not piece.kept:
-                    seed = int(torch.randint(1 << 62, ()))
-                    seeds.append(seed)
-                weights = _signed_weights(q[:, block], k, dropout, seed)
-                if piece.kept:
-                    kept.append(weights)
-                used = weights.relu() if dropout else weights
-                torch.bmm(used, v, out=mixed[:, block])
-            if dropout:
-                mixed.mul_(1.0 / (1.0 - dropout))
-            piece.store(mixed[None], out[piece.rows], num_heads)
-        ctx.save_for_backward(qkv, *kept)
-        ctx.seeds, ctx.buckets, ctx.num_heads, ctx.dropout = seeds, buckets, num_heads, dropout
+        seed = draw_seed() if dropout else 0
+
+        def work(share: Sequence[_Piece]) -> list[Tensor]:
+            kept = []
+            for piece in share:
+                q, k, v = piece.heads(qkv[piece.rows], num_heads, 3)
+                mixed = torch.empty_like(q)
+                for block in piece.blocks():
+                    # No two blocks start at the same row, so that their seeds differ.
+                    block_seed = seed + piece.start + block.start
+                    weights = _signed_weights(q[:, block], k, dropout, block_seed)
+                    if piece.keeps:
+                        kept.append(weights)
+                    used = weights.relu() if dropout else weights
+                    mixed[:, block].baddbmm_(used, v, beta=0, alpha=1 / (1 - dropout))
+                piece.store(mixed[None], out[piece.rows], num_heads)
+            return kept
+
+        pieces = _pieces(buckets, num_heads)
+        results = run_shares(work, pieces, [piece.cost for piece in pieces])
+        ctx.save_for_backward(qkv, *(weights for kept in results for weights in kept))
+        ctx.pieces, ctx.seed, ctx.num_heads, ctx.dropout = pieces, seed, num_heads, dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, *all_kept = ctx.saved_tensors
-        kept, seeds = iter(all_kept), iter(ctx.seeds)
-        grad = grad.contiguous()
-        dropout = ctx.dropout
-        for piece in _pieces(ctx.buckets, ctx.num_heads):
-            rows = qkv[piece.rows]
-            q, k, v = piece.heads(rows, ctx.num_heads, 3)
-            (grad_out,) = piece.heads(grad[piece.rows], ctx.num_heads, 1)
-            if dropout:
-                grad_out = grad_out * (1.0 / (1.0 - dropout))
-            grads = q.new_zeros(3, *q.shape)
-            for block in piece.blocks():
-                if piece.kept:
-                    weights = next(kept)
-                else:
-                    seed = next(seeds) if dropout else None
-                    weights = _signed_weights(q[:, block], k, dropout, seed)
-                grad_q, grad_k, grad_v = grads[0][:, block], grads[1], grads[2]
-                used = weights.relu() if dropout else weights
-                grad_v.baddbmm_(used.transpose(1, 2), grad_out[:, block])
-                # d softmax = w' g - w sum(w' g), with w' the kept weights and g their gradient.
-                scores = torch.bmm(grad_out[:, block], v.transpose(1, 2)).mul_(used)
-                total = scores.sum(-1, keepdim=True)
-                scores.addcmul_(weights.abs() if dropout else weights, total, value=-1)
-                scale = q.shape[2] ** -0.5
-                grad_q.baddbmm_(scores, k, alpha=scale)
-                grad_k.baddbmm_(scores.transpose(1, 2), q[:, block], alpha=scale)
-            piece.store(grads, rows, ctx.num_heads)
+        qkv, *kept = ctx.saved_tensors
+        weights_of: dict[int, Tensor] = {}
+        all_kept = iter(kept)
+        for piece in ctx.pieces:
+            if piece.keeps:  # such a piece is one block
+                weights_of[piece.start] = next(all_kept)
+        grad, dropout, num_heads = grad.contiguous(), ctx.dropout, ctx.num_heads
+
+        def work(share: Sequence[_Piece]) -> None:
+            for piece in share:
+                rows = qkv[piece.rows]
+                q, k, v = piece.heads(rows, num_heads, 3)
+                (grad_out,) = piece.heads(grad[piece.rows], num_heads, 1)
+                if dropout:
+                    grad_out = grad_out * (1 / (1 - dropout))
+                grads = torch.empty((3, *q.shape))
+                scale, first = q.shape[2] ** -0.5, 0
+                for block in piece.blocks():
+                    weights = weights_of.get(piece.start)
+                    if weights is None:
+                        block_seed = ctx.seed + piece.start + block.start
+                        weights = _signed_weights(q[:, block], k, dropout, block_seed)
+                    used = weights.relu() if dropout else weights
+                    grads[2].baddbmm_(used.transpose(1, 2), grad_out[:, block], beta=first)
+                    # d softmax = w' g - w sum(w' g), with w' the kept weights, g their gradient.
+                    scores = torch.bmm(grad_out[:, block], v.transpose(1, 2)).mul_(used)
+                    total = scores.sum(-1, keepdim=True)
+                    scores.addcmul_(weights.abs() if dropout else weights, total, value=-1)
+                    grads[0][:, block].baddbmm_(scores, k, beta=0, alpha=scale)
+                    grads[1].baddbmm_(scores.transpose(1, 2), q[:, block], beta=first, alpha=scale)
+                    first = 1
+                piece.store(grads, rows, num_heads)
+
+        run_shares(work, ctx.pieces, [piece.cost for piece in ctx.pieces])
         return qkv, None, None, None

@@ -66,7 +66,7 @@ def budget_sentence(differences: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def comparable(run: RunReport) -> bool:
-    """Whether a run's accuracy may stand beside published numbers: LRA data, the preset's budget."""
+    """Whether a run's accuracy may stand beside published numbers: LRA data, preset budget."""
     return not any(c.level == "severe" for c in caveats(run))
 
 
@@ -80,7 +80,7 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             "LRA and must not stand beside published numbers."
         )
     elif run.data not in (run.task, "unknown"):
-        severe.append(f"The data are {run.data}, not the whole published set of {run.task}.")
+        severe.append(f"The data are {run.data}, not the whole set of {run.task}.")
     differences = budget_differences(run.task, run.config)
     if differences:
         severe.append(
@@ -98,7 +98,7 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             "The test accuracy is that of one seed, the best of a search; --final-seeds N tells "
             "how much of it is luck."
         )
-    if not run.on_gpu and run.trials:
+    if run.memory_of == "process" and run.trials:
         notes.append(
             "Memory is the peak of the worker's process (no GPU): libraries count, and a worker "
             "that ran several trials keeps the highest of them."

@@ -32,7 +32,7 @@ def read_curriculum(folder: Path) -> RunReport:
     label = last.data if last else UNKNOWN
     config = last.config if last else None
     trials = tuple(_trial(i, s) for i, s in enumerate(stages) if s.attempts)
-    environment = lineage.mapping("environment").values if lineage else {}
+    environment = _environment(lineage)
     return RunReport(
         kind="curriculum",
         name=folder.name,
@@ -52,6 +52,13 @@ def read_curriculum(folder: Path) -> RunReport:
         ),
         stages=tuple(stages),
     )
+
+
+def _environment(lineage: Document | None) -> Mapping[str, Any]:
+    if lineage is None:
+        return {}
+    code = lineage.text("code")
+    return {**({"code": code} if code else {}), **lineage.mapping("environment").values}
 
 
 def _trial(number: int, stage: Stage) -> Trial:
@@ -144,9 +151,10 @@ def _laid_over(known: dict[str, Stage], lineage: list[Document]) -> list[Stage]:
             task=document.text("task", old.task if old else name),
             data=_label(document, old),
             status=document.text("status", old.status if old else "passed"),
-            parent=document.text("parent") or (old.parent if old else None),
+            parent=_parent(document, old),
             steps=document.whole("steps") or (old.steps if old else 0),
             dev_accuracy=dev if math.isfinite(dev) else (old.dev_accuracy if old else math.nan),
+            test_on_last=document.number("test_accuracy_on_last_stage"),
             test_accuracy=test if math.isfinite(test) else (old.test_accuracy if old else math.nan),
             checkpoint=_checkpoint(document, old),
             attempts=old.attempts if old else (),
@@ -155,6 +163,14 @@ def _laid_over(known: dict[str, Stage], lineage: list[Document]) -> list[Stage]:
         if name not in order:
             order.append(name)
     return [stages[name] for name in order]
+
+
+def _parent(document: Document, old: Stage | None) -> str | None:
+    """The stage it starts from, else the weights on disk, else None."""
+    given = document.values.get("init_from")
+    source = given if isinstance(given, Mapping) else {}
+    found = document.text("parent") or str(source.get("stage") or source.get("path") or "")
+    return found or (old.parent if old else None)
 
 
 def _label(document: Document, old: Stage | None) -> str:

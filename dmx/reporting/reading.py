@@ -108,7 +108,7 @@ def read_document(path: Path) -> Document | None:
     except (ValueError, RecursionError) as error:
         reason = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no JSON"
         raise DataError(
-            f"{path} is damaged ({reason}); repeat the run's command with --resume to write it anew."
+            f"{path} is damaged ({reason}); the run's command with --resume writes it anew."
         ) from None
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: it must hold a mapping.")

@@ -115,7 +115,12 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a curriculum. Accuracies lie in 0..1, NaN where unknown."""
+    """One stage of a curriculum. Accuracies lie in 0..1, NaN where unknown.
+
+    Attributes:
+        parent: the stage it started from, or where else its weights came from, or None.
+        test_on_last: accuracy on the test split of the curriculum's last stage.
+    """
 
     name: str
     task: str
@@ -125,6 +130,7 @@ class Stage:
     steps: int = 0
     dev_accuracy: float = math.nan
     test_accuracy: float = math.nan
+    test_on_last: float = math.nan
     checkpoint: str = ""
     attempts: tuple[Attempt, ...] = ()
     config: Mapping[str, Any] | None = None
@@ -170,9 +176,11 @@ class RunReport:
         return next((t for t in self.trials if t.number == self.best), None)
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the run had a GPU, as far as its files say."""
-        return bool(self.environment.get("gpus"))
+    def memory_of(self) -> str:
+        """What its memory is measured on: "GPU", "process", or "" where no file tells."""
+        if "gpus" not in self.environment:
+            return ""
+        return "GPU" if self.environment["gpus"] else "process"
 
     def count(self, status: str) -> int:
         """Trials with this status."""

@@ -63,6 +63,24 @@ class Bracket:
         return True
 
 
+def best_so_far(history: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:
+    """(optimizer steps of all trials together, best accuracy so far) after each report.
+
+    Args:
+        history: (trial, step, accuracy) in the order of recording; steps count within a trial.
+    """
+    reached: dict[int, float] = {}
+    points: list[tuple[float, float]] = []
+    best, total = -math.inf, 0.0
+    for trial, step, accuracy in history:
+        total += max(step - reached.get(trial, 0.0), 0.0)
+        reached[trial] = max(step, reached.get(trial, 0.0))
+        best = max(best, accuracy) if math.isfinite(accuracy) else best
+        if math.isfinite(best):
+            points.append((total, best))
+    return points
+
+
 def fill(bracket: Bracket, history: Iterable[tuple[int, float, float]]) -> list[Rung]:
     """The rungs after all (trial, step, accuracy) reports, in the order they were recorded."""
     for trial, step, accuracy in history:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from dmx.overrides import flatten
-from dmx.reporting.caveats import find_task
 from dmx.reporting.labels import attention_label
 from dmx.reporting.records import RunReport
 
@@ -83,7 +83,7 @@ def scaled(value: float, unit: str = "", base: int = 1000) -> str:
     return f"{digits} {prefix}{unit}".strip()
 
 
-def train_command(run: RunReport, name: str | None = None) -> str:
+def train_command(run: RunReport) -> str:
     """The command that trains the best configuration again, with all that is not a default.
 
     It names only what differs from the task's preset and the defaults, so that it stays readable.
@@ -93,34 +93,46 @@ def train_command(run: RunReport, name: str | None = None) -> str:
         return ""
     label = attention_label(config)
     words = ["python", "-m", "dmx.train", "--attention", label, "--task", str(config["task"])]
-    words += ["--name", name or f"{run.name}-again"]
-    words += [f"{key}={_plain(value)}" for key, value in _differences(run, label).items()]
+    words += ["--name", f"{run.name}-again"]
+    words += ["--init-from", start] if (start := _start(run)) else []
+    words += [f"{key}={_plain(value)}" for key, value in _differences(config, label).items()]
     return " ".join(shlex.quote(word) for word in words)
 
 
-def _differences(run: RunReport, label: str) -> dict[str, Any]:
-    """Dotted settings that `--attention LABEL --task TASK` alone would not give."""
+def _start(run: RunReport) -> str:
+    """The checkpoint that a curriculum's last stage started from, or ""."""
+    begun = [s for s in run.stages if s.attempts]
+    parents = {s.name: s.checkpoint for s in run.stages}
+    return parents.get(begun[-1].parent or "", "") if begun else ""
+
+
+def _differences(config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Dotted settings that `--attention LABEL --task TASK` alone would not give.
+
+    One at a time, since a setting may bring another along (a butterfly's inner dropout).
+    """
     from dmx.config import parse_run_config
     from dmx.errors import ConfigError
     from dmx.schema import to_dict
 
-    assert run.config is not None
-    ours = flatten(run.config)
-    found: dict[str, Any] = {}
     sizes = ("model.vocab_size", "model.max_length", "model.num_classes", "data.root")
     skipped = ("task", "attention.name", *sizes)
-    task = find_task(run.task)
-    for _ in range(2):  # a setting may change the default of another (inner.dropout)
+    ours = {k: v for k, v in flatten(config).items() if k not in skipped}
+    found: dict[str, Any] = {}
+    for _ in ours:
         try:
-            layers = {"task": run.config["task"], "attention": label}
+            layers = {"task": config["task"], "attention": label}
             default = flatten(to_dict(parse_run_config(layers, found)))
-        except ConfigError:
-            default = dict(task.preset) if task else {}
-        for key, value in ours.items():
-            if key not in skipped and key in default and default[key] != value:
-                found[key] = value
-        if not found:
+        except ConfigError:  # impossible half-way: give every setting
+            return ours
+        open_keys = (k for k, v in ours.items() if k not in found and default.get(k) != v)
+        key = next(open_keys, None)
+        if key is None:
             break
+        parent = key.rpartition(".")[0]
+        if parent.count(".") and f"{parent}.name" in ours:  # a nested choice needs its name
+            found[f"{parent}.name"] = ours[f"{parent}.name"]
+        found[key] = ours[key]
     return found
 
 

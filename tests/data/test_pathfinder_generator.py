@@ -88,15 +88,15 @@ def test_an_image_handed_out_is_not_overwritten() -> None:
     np.testing.assert_array_equal(first, copy)
 
 
-def test_more_random_words_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that runs out of words is made again with more; every start gives the same image."""
+def test_size_of_a_batch_of_random_words_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that runs out of words goes on with more, wherever that happens."""
     name = "pathfinder64-curv_contour_length_9"
     images = []
-    for words in (1 << 6, 1 << 12, 1 << 18):
-        monkeypatch.setattr("dmx.data.pathfinder.generator._FIRST_WORDS", words)
+    for words in (1 << 4, 1 << 8, 1 << 12, 1 << 18):
+        monkeypatch.setattr("dmx.data.pathfinder.generator._WORDS", words)
         images.append(Generator(name, 9).image(2)[0])
-    np.testing.assert_array_equal(images[0], images[1])
-    np.testing.assert_array_equal(images[0], images[2])
+    for image in images[1:]:
+        np.testing.assert_array_equal(image, images[0])
 
 
 def test_global_random_states_are_left_alone() -> None:
@@ -313,7 +313,7 @@ def test_free_starts_against_a_plain_dilation(name: str) -> None:
     g = geometry_for(parameters, margin)
     b = make_board(parameters, g)
 
-    @numba.njit
+    @numba.njit(_nrt=False, no_cfunc_wrapper=True)  # as the core is compiled: seconds less
     def find(g, b, degree, found):  # type: ignore[no-untyped-def]
         count = find_starts(g, b, b.distractor_zone, degree)
         for rank in range(count):

@@ -19,9 +19,10 @@ from dmx.errors import ConfigError
 
 Render = Literal["original", "lra"]
 
-_FIRST_WORDS = 1 << 12
-_MOST_WORDS = 1 << 24
-"""About half a minute of vain attempts; the hardest set, alpha 2.5, takes a fifth of it at most."""
+_WORDS = 1 << 12
+"""Random words drawn at a time, a power of two."""
+_MOST_WORDS = 1 << 26
+"""About a minute of vain attempts: the targets do not fit."""
 
 
 class Sample(NamedTuple):
@@ -78,30 +79,12 @@ class Generator:
         """
         if not 0 <= index < 2**31:
             raise ConfigError(f"Pathfinder image index {index} must lie in 0..2^31-1.")
-        count = _FIRST_WORDS
-        while count <= _MOST_WORDS:
-            sample = self._attempt(index, count)
-            if sample is not None:
-                return sample
-            count *= 4
-        raise ConfigError(
-            f"Pathfinder image {index}: two snakes of {self.parameters.contour_length} paddles "
-            f"find no room in {self.parameters.window} x {self.parameters.window} pixels."
-        )
-
-    def _attempt(self, index: int, count: int) -> Sample | None:
-        """Make the image from `count` random words, or None if they do not suffice."""
         p = self.parameters
         self._random.seed(self._first_seed + index)
         label = int(self._random.randint(0, 2))
         margin = p.margins[self._random.randint(0, len(p.margins))]
-        words = self._random.randint(0, 2**32, size=count, dtype=np.uint32)
         tools = self._tools_for(margin)
-        tools.board.clear()
-        cursor = np.zeros(1, np.int64)
-        used, origin = tools.place(tools.geometry, tools.board, tools.counts, words, cursor)
-        if used < 0:
-            return None
+        used, origin = self._place(tools, index)
         paddles = tools.board.paddles[:used]
         lines = np.zeros((p.window, p.window), np.float32)
         tools.draw(tools.geometry, paddles, tools.targets, tools.distractors, lines)
@@ -114,6 +97,29 @@ class Generator:
             y, x = tools.board.tips[snake, end].tolist()
             add_disc(image, (y, x), p.marker_radius, p.antialias, raw=raw)
         return Sample(stretch_down(image) if raw else stretch(image), label, margin)
+
+    def _place(self, tools: _Tools, index: int) -> tuple[int, int]:
+        """Place the snakes of the image whose stream has begun, see snakes.place."""
+        words = self._draw_words(_WORDS)
+        cursor = np.zeros(1, np.int64)
+        drawn = len(words)
+        while drawn <= _MOST_WORDS:
+            tools.board.clear()
+            cursor[0] = 0
+            used, origin = tools.place(tools.geometry, tools.board, tools.counts, words, cursor)
+            if used >= 0:
+                return used, origin
+            # No word dropped: a single attempt takes them all, so twice as many are needed.
+            fresh = self._draw_words(int(cursor[0]) or len(words))
+            words = np.concatenate([words[cursor[0] :], fresh])
+            drawn += len(fresh)
+        raise ConfigError(
+            f"Pathfinder image {index}: two snakes of {self.parameters.contour_length} paddles "
+            f"find no room in {self.parameters.window} x {self.parameters.window} pixels."
+        )
+
+    def _draw_words(self, count: int) -> NDArray[np.uint32]:
+        return self._random.randint(0, 2**32, size=count, dtype=np.uint32)
 
     def _tools_for(self, margin: int) -> _Tools:
         if margin not in self._tools:

@@ -29,13 +29,16 @@ WORDS_EXHAUSTED = -1
 def place(g: Geometry, b: Board, counts: Counts, words: Words, cursor: Cursor) -> tuple[int, int]:
     """Place both targets, then the distractors; the paddles go to b.paddles, the ends to b.tips.
 
-    The board must be cleared, the cursor 0. Returns the number of paddles (WORDS_EXHAUSTED: call
-    again with more words) and the target whose start gets the disc.
+    The board must be cleared, the cursor 0. Returns the number of paddles and the target whose
+    start gets the disc. Number WORDS_EXHAUSTED: drop the words before the cursor, add others
+    behind, and call again; the attempts that failed on those need not be made again.
     """
-    none = used = int(cursor[0])  # a variable: a literal 0 would compile the calls twice
+    none = used = begin = int(cursor[0])  # a variable: a literal 0 would compile the calls twice
     while used < 2 * counts.contour_length:
         if cursor[0] > words.size:
+            cursor[0] = begin
             return WORDS_EXHAUSTED, 0
+        begin = int(cursor[0])
         restore(g, b, none, used)
         used = _place_targets(g, b, counts, words, cursor)
     keep(g, b, none, used)
@@ -49,6 +52,7 @@ def place(g: Geometry, b: Board, counts: Counts, words: Words, cursor: Cursor) -
             restore(g, b, used, end)
     origin = below(words, cursor, 2)
     if cursor[0] > words.size:
+        cursor[0] = begin
         return WORDS_EXHAUSTED, 0
     return used, origin
 

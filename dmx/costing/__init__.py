@@ -1,0 +1,1 @@
+"""Estimating costs: counting and measuring a step, simulating ASHA, adding up."""

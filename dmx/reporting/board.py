@@ -1,0 +1,182 @@
+"""The leaderboard: runs grouped by what they measured, and their accuracies over seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dmx import records as keys
+from dmx.overrides import flatten
+from dmx.reporting.caveats import budget_differences
+from dmx.reporting.published import column_of
+from dmx.reporting.records import RunReport
+from dmx.reporting.text import mean_and_deviation
+
+_SEEDS = ("train.seed", "data.seed", "data.root", "train.device", "train.compile")
+"""Settings in which runs of one entry may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One configuration on one task, over its seeds. Accuracies lie in 0..1.
+
+    Attributes:
+        runs: names of the folders. how: "fixed", "search" or "curriculum".
+        test: test accuracy of each seed. dev: best dev accuracy of each.
+        reduced: its budget is not the task preset's. incomplete: a run has not ended.
+        step_seconds, memory_mb: the median and the highest over the runs; NaN where unknown.
+        memory_of: see RunReport.
+    """
+
+    attention: str
+    task: str
+    data: str
+    is_sample: bool
+    how: str
+    runs: tuple[str, ...]
+    test: tuple[float, ...]
+    dev: tuple[float, ...]
+    steps: int
+    parameters: float
+    step_seconds: float
+    memory_mb: float
+    memory_of: str
+    reduced: bool
+    incomplete: bool
+
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy, or NaN."""
+        return mean_and_deviation(self.test)[0]
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the seeds; NaN for one seed."""
+        return mean_and_deviation(self.test)[1]
+
+
+@dataclass(frozen=True)
+class Board:
+    """A table of attentions x tasks for one kind of data.
+
+    Attributes:
+        title: says which. columns: tasks, or the data's labels where those say more.
+    """
+
+    title: str
+    is_sample: bool
+    columns: tuple[str, ...]
+    attentions: tuple[str, ...]
+    entries: tuple[Entry, ...]
+
+    def cell(self, attention: str, column: str) -> Entry | None:
+        """The entry to show: of several the one with the best mean dev accuracy, tested ones first.
+
+        The choice never looks at test accuracies.
+        """
+        found = [e for e in self.entries if (e.attention, _column(e)) == (attention, column)]
+
+        def rank(entry: Entry) -> tuple[bool, bool, float]:
+            dev = mean_and_deviation(entry.dev)[0]
+            return (bool(entry.test), not entry.reduced, dev if math.isfinite(dev) else -1.0)
+
+        return max(found, key=rank) if found else None
+
+
+def entries(runs: Iterable[RunReport]) -> list[Entry]:
+    """One entry per configuration and task; runs that differ in seeds alone share one."""
+    groups: dict[str, list[RunReport]] = {}
+    for run in runs:
+        groups.setdefault(_group(run), []).append(run)
+    return [_entry(group) for group in groups.values()]
+
+
+def _group(run: RunReport) -> str:
+    if run.kind != "run" or run.config is None:
+        return f"{run.kind} {run.folder}"
+    settings = {k: v for k, v in flatten(run.config).items() if k not in _SEEDS}
+    text = json.dumps([run.data, run.data_checksum, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _entry(group: Sequence[RunReport]) -> Entry:
+    first = group[0]
+    tests: list[float] = []
+    devs: list[float] = []
+    for run in group:
+        if run.finals is not None and run.finals.test_accuracies:
+            tests.extend(run.finals.test_accuracies)
+            devs.extend(run.finals.dev_accuracies)
+        else:
+            tests.append(run.test_accuracy)
+            devs.append(run.best_trial.best if run.best_trial else math.nan)
+    best = [run.best_trial for run in group if run.best_trial is not None]
+    times = sorted(v for t in best if math.isfinite(v := t.median(keys.STEP_SECONDS)))
+    memory = [v for t in best if math.isfinite(v := t.highest(keys.PEAK_MEMORY_MB))]
+    settings = flatten(first.config or {})
+    steps = settings.get("train.num_steps")
+    how = {"run": "fixed", "study": "search", "curriculum": "curriculum"}[first.kind]
+    return Entry(
+        attention=first.attention,
+        task=first.task,
+        data=first.data,
+        is_sample=first.is_sample,
+        how=how,
+        runs=tuple(run.name for run in group),
+        test=tuple(v for v in tests if math.isfinite(v)),
+        dev=tuple(v for v in devs if math.isfinite(v)),
+        steps=steps if isinstance(steps, int) else max((t.steps for t in best), default=0),
+        parameters=best[0].last(keys.PARAMETERS) if best else math.nan,
+        step_seconds=times[(len(times) - 1) // 2] if times else math.nan,
+        memory_mb=max(memory, default=math.nan),
+        memory_of=first.memory_of,
+        reduced=bool(budget_differences(first.task, first.config)),
+        incomplete=not all(run.complete for run in group),
+    )
+
+
+def boards(found: Sequence[Entry]) -> list[Board]:
+    """LRA data, then data that were generated or are but a part, then each sample; never mixed."""
+    made = []
+    whole = [e for e in found if not e.is_sample and e.data == e.task]
+    other = [e for e in found if not e.is_sample and e.data != e.task]
+    if whole:
+        made.append(_board("LRA data", False, whole))
+    if other:
+        made.append(_board("generated or partial data", False, other))
+    for data in sorted({e.data for e in found if e.is_sample}):
+        some = [e for e in found if e.is_sample and e.data == data]
+        made.append(_board(f"sample data: {data}", True, some))
+    return made
+
+
+def _column(entry: Entry) -> str:
+    """Generated and partial data go by their label, which says how many examples there are."""
+    return entry.task if entry.is_sample else entry.data
+
+
+_ORDER = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
+
+
+def _board(title: str, is_sample: bool, some: Sequence[Entry]) -> Board:
+    return Board(
+        title=title,
+        is_sample=is_sample,
+        columns=tuple(dict.fromkeys(_column(e) for e in sorted(some, key=_by_task))),
+        attentions=tuple(sorted({e.attention for e in some}, key=_natural)),
+        entries=tuple(sorted(some, key=lambda e: (_by_task(e), _natural(e.attention), e.runs))),
+    )
+
+
+def _by_task(entry: Entry) -> tuple[int, str, str]:
+    column = column_of(entry.task)
+    return (_ORDER.index(column) if column else len(_ORDER), entry.task, entry.data)
+
+
+def _natural(label: str) -> tuple[str, int, str]:
+    """butterfly-64 before butterfly-256."""
+    name, _, size = label.rpartition("-")
+    return (name, int(size), label) if size.isdecimal() else (label, 0, label)

@@ -1,0 +1,118 @@
+"""The search-efficiency benchmark's curves: best so far against compute, and what they say."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmx.reporting.axis import Axis
+from dmx.reporting.markup import el
+from dmx.reporting.rungs import best_so_far
+from dmx.reporting.studies import history
+from dmx.reporting.style import sheet
+from dmx.reporting.svg import Chart
+
+METHODS = ("random", "tpe+asha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One study: (optimizer steps of all trials, best dev accuracy so far), and its method."""
+
+    method: str
+    seed: int
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, steps: float) -> float:
+        """The best accuracy known after so many steps; NaN before the first report."""
+        place = bisect.bisect_right([s for s, _ in self.points], steps)
+        return self.points[place - 1][1] if place else math.nan
+
+    def reaches(self, accuracy: float) -> float:
+        """Steps until the accuracy is reached; infinity where it never is."""
+        return next((s for s, a in self.points if a >= accuracy), math.inf)
+
+
+def read_curve(folder: Path, method: str, seed: int, budget: float) -> Curve:
+    """A study's best-so-far, up to the budget."""
+    points = best_so_far([(n, s, a) for n, s, a, _ in history(folder)])
+    return Curve(method=method, seed=seed, points=tuple((s, a) for s, a in points if s <= budget))
+
+
+def summarise(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+    """Means over the seeds, and how soon TPE with ASHA reaches random search's final best."""
+    pairs: list[dict[str, Any]] = []
+    for seed in sorted({c.seed for c in curves}):
+        mine = {c.method: c for c in curves if c.seed == seed}
+        goal = mine["random"].at(budget)
+        steps = mine["tpe+asha"].reaches(goal)
+        pairs.append(
+            {
+                "seed": seed,
+                "random_best": goal,
+                "tpe_asha_best": mine["tpe+asha"].at(budget),
+                "random_steps": mine["random"].reaches(goal),
+                "tpe_asha_steps": steps if math.isfinite(steps) else None,
+                "share_of_budget": steps / budget if math.isfinite(steps) else None,
+            }
+        )
+    shares = [p["share_of_budget"] for p in pairs if p["share_of_budget"] is not None]
+    return {
+        "budget_steps": budget,
+        "seeds": pairs,
+        "random_best_mean": statistics.fmean(p["random_best"] for p in pairs),
+        "tpe_asha_best_mean": statistics.fmean(p["tpe_asha_best"] for p in pairs),
+        "seeds_that_reached": len(shares),
+        "median_share_of_budget": statistics.median(shares) if shares else None,
+    }
+
+
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """The summary in words."""
+    share = summary["median_share_of_budget"]
+    reached = f"{summary['seeds_that_reached']} of {len(summary['seeds'])} seeds"
+    lines = [
+        f"{summary['attention']} on {summary['task']} (data: {summary['data']}), "
+        f"{summary['budget_steps']:,.0f} optimizer steps for each method and seed",
+        f"best dev accuracy, mean: random {100 * summary['random_best_mean']:.2f} %, "
+        f"TPE with ASHA {100 * summary['tpe_asha_best_mean']:.2f} %",
+        f"TPE with ASHA reached random search's final best in {reached}"
+        + ("" if share is None else f", after {100 * share:.0f} % of the compute (median)"),
+    ]
+    if "not LRA" in summary["data"]:
+        lines.append("The data are a sample, not LRA.")
+    return lines
+
+
+def plot(curves: Sequence[Curve], budget: float, label: str) -> str:
+    """Mean of the best so far over the seeds, each seed faint, as an SVG that stands alone."""
+    values = [100 * a for c in curves for _, a in c.points]
+    x = Axis(label="optimizer steps, all trials together", low=0, high=budget, whole=True)
+    y = Axis.around("best dev accuracy so far, %", values)
+    chart = Chart(f"Search efficiency (data: {label})", x, y, width=720, height=400)
+    styles = {"random": "pruned", "tpe+asha": "best"}
+    for curve in curves:
+        points = [(s, 100 * a) for s, a in curve.points]
+        chart.line([*points, (budget, points[-1][1])], "faint " + styles[curve.method], steps=True)
+    for i, method in enumerate(METHODS):
+        mine = [c for c in curves if c.method == method]
+        grid = sorted({s for c in mine for s, _ in c.points} | {budget})
+        means = [(s, [c.at(s) for c in mine]) for s in grid]
+        known = [(s, 100 * statistics.fmean(v)) for s, v in means if all(map(math.isfinite, v))]
+        chart.line(known, styles[method] + " mean", f"{method}, mean", steps=True)
+        text = {"random": "random, full length (dashed)", "tpe+asha": "TPE with ASHA"}[method]
+        chart.text(chart.left + 10, chart.top + 16 + 18 * i, text, style=styles[method])
+    svg = chart.render()
+    style = el("style", sheet(), _ALONE)
+    head, _, rest = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
+
+
+_ALONE = (
+    "svg.chart{background:var(--card)}.label.best{fill:var(--best)}.line.mean{stroke-width:3.2}"
+)

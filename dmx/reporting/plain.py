@@ -1,0 +1,100 @@
+"""A run as JSON (everything) and as CSV (one row a trial, or a stage, or an evaluation)."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmx import records as keys
+from dmx.reporting import tables
+from dmx.reporting.caveats import caveats, comparable
+from dmx.reporting.importance import importances
+from dmx.reporting.pareto import costed, front
+from dmx.reporting.published import column_of, load
+from dmx.reporting.records import RunReport
+from dmx.reporting.text import train_command
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: NaN becomes null, paths and dataclasses become plain."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return finite(fields)
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_json(run: RunReport) -> str:
+    """Everything the report knows, with what it worked out. Accuracies lie in 0..1."""
+    content = finite(run)
+    content["caveats"] = finite(caveats(run))
+    content["comparable_with_published"] = comparable(run)
+    content["command"] = train_command(run)
+    content["importances"] = finite(importances(run))
+    content["pareto"] = {
+        key: finite(front(costed(run.trials, key)))
+        for key in (keys.STEP_SECONDS, keys.PEAK_MEMORY_MB)
+    }
+    content["rungs"] = finite(tables.filled_rungs(run))
+    column = column_of(run.task)
+    content["published"] = finite(load().of(column)) if column else []
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with every column that any of them has; missing cells are empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if _missing(v) else v for k, v in row.items()})
+    return buffer.getvalue()
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def to_csv(run: RunReport) -> str:
+    """Trials of a study, stages of a curriculum, evaluations of a single run."""
+    common = {"run": run.name, "attention": run.attention, "task": run.task, "data": run.data}
+    if run.kind == "run":
+        reports = run.trials[0].reports if run.trials else ()
+        return write_csv([{**common, **r} for r in reports])
+    if run.kind == "curriculum":
+        return write_csv(
+            [
+                {
+                    "run": run.name,
+                    "stage": s.name,
+                    "task": s.task,
+                    "data": s.data,
+                    "status": s.status,
+                    "parent": s.parent,
+                    "attempts": len(s.attempts),
+                    keys.DEV_ACCURACY: s.dev_accuracy,
+                    keys.TEST_ACCURACY: s.test_accuracy,
+                    keys.STEPS: s.steps,
+                }
+                for s in run.stages
+            ]
+        )
+    rows = []
+    for trial in run.trials:
+        last = dict(trial.reports[-1]) if trial.reports else {}
+        last.pop(keys.BEST_DEV_ACCURACY, None)
+        scores = {"trial": trial.number, "status": trial.status, keys.BEST_DEV_ACCURACY: trial.best}
+        rows.append({**common, **scores, **last, **trial.params, "error": trial.error})
+    return write_csv(rows)

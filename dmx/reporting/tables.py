@@ -1,0 +1,215 @@
+"""The tables of a report, as plain texts that every format can lay out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dmx import records as keys
+from dmx.overrides import flatten
+from dmx.reporting.labels import base_name
+from dmx.reporting.published import CHANCE, TITLES, Published, column_of
+from dmx.reporting.records import RunReport, Trial
+from dmx.reporting.rungs import Bracket, Rung, fill
+from dmx.reporting.studies import history
+from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Texts in rows.
+
+    Attributes:
+        columns: titles. numeric: columns that are aligned to the right.
+        styles: of each row: "best", "ours", "same" (the same attention), "group" (a heading) or "".
+    """
+
+    columns: tuple[str, ...]
+    numeric: frozenset[int]
+    rows: tuple[tuple[str, ...], ...]
+    styles: tuple[str, ...]
+
+
+def make(
+    columns: str, rows: Sequence[tuple[str, ...]], styles: Sequence[str] | None = None
+) -> Table:
+    """A table from titles divided by `|`; a title that starts with `>` is numeric."""
+    titles = columns.split("|")
+    return Table(
+        columns=tuple(t.lstrip(">") for t in titles),
+        numeric=frozenset(i for i, t in enumerate(titles) if t.startswith(">")),
+        rows=tuple(rows),
+        styles=tuple(styles or [""] * len(rows)),
+    )
+
+
+def trials_table(run: RunReport) -> Table:
+    """One row a trial, the best first; values that never varied are left out."""
+    names = list(run.search.searched) if run.search else []
+    names += sorted({k for t in run.trials for k in t.params} - set(names))
+    varied = [n for n in names if len({repr(t.params.get(n)) for t in run.trials}) > 1]
+
+    def order(trial: Trial) -> tuple[float, int]:
+        return (-trial.best if math.isfinite(trial.best) else math.inf, trial.number)
+
+    rows, styles = [], []
+    for trial in sorted(run.trials, key=order):
+        rows.append(
+            (
+                str(trial.number),
+                trial.status,
+                percent(trial.best),
+                f"{trial.steps:,}",
+                *(short(trial.params.get(n, MISSING)) for n in varied),
+                duration(trial.median(keys.STEP_SECONDS)),
+                duration(trial.last(keys.TRAIN_SECONDS)),
+                _memory(trial.highest(keys.PEAK_MEMORY_MB)),
+                scaled(trial.last(keys.PARAMETERS)),
+                *([trial.error] if any(t.error for t in run.trials) else []),
+            )
+        )
+        styles.append("best" if trial.number == run.best else "")
+    titles = "trial|status|>best dev acc., %|>steps" + "".join(
+        f"|>{n}" for n in short_names(varied)
+    )
+    titles += "|>per step|>training|>memory|>params"
+    return make(titles + ("|error" if any(t.error for t in run.trials) else ""), rows, styles)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """`block_size` for `attention.block_size`, where no other name ends so."""
+    ends = [n.rpartition(".")[2] for n in names]
+    return [e if ends.count(e) == 1 else n for n, e in zip(names, ends, strict=True)]
+
+
+def _memory(megabytes: float) -> str:
+    return scaled(megabytes * 2**20, "B", 1024)
+
+
+def filled_rungs(run: RunReport) -> list[Rung]:
+    """ASHA's rungs of a study, from its journal; none where it did not stop trials early."""
+    search = run.search
+    if search is None or search.scheduler != "asha" or search.grace_steps >= search.max_steps:
+        return []
+    bracket = Bracket(
+        grace_steps=search.grace_steps,
+        max_steps=search.max_steps,
+        reduction_factor=search.reduction_factor,
+    )
+    rungs = fill(bracket, [(n, s, a) for n, s, a, _ in history(run.folder)])
+    return [rung for rung in rungs if rung.steps < search.max_steps]  # the last ends by itself
+
+
+def rungs_table(rungs: list[Rung], factor: float) -> Table:
+    """One row a rung."""
+    rows = []
+    for rung in rungs:
+        went_on = [str(e.trial) for e in rung.entries if e.promoted]
+        stopped = [str(e.trial) for e in rung.entries if not e.promoted]
+        cutoff = rung.cutoff(factor)
+        rows.append(
+            (
+                f"{rung.steps:,.0f}",
+                str(len(rung.entries)),
+                ", ".join(went_on) or MISSING,
+                ", ".join(stopped) or MISSING,
+                MISSING if cutoff is None else percent(cutoff),
+            )
+        )
+    return make(">steps|>reached by|went on (trials)|stopped (trials)|>next must reach, %", rows)
+
+
+def stages_table(run: RunReport) -> Table:
+    """One row an attempt at a stage of a curriculum."""
+    rows, styles = [], []
+    for stage in run.stages:
+        for attempt in stage.attempts or (None,):
+            first = attempt is None or attempt is stage.attempts[0]
+            verdict = {True: "passed", False: "refused", None: "open"}
+            last = attempt is None or attempt is stage.attempts[-1]
+            rows.append(
+                (
+                    stage.name if first else "",
+                    stage.task if first else "",
+                    stage.data if first else "",
+                    "" if attempt is None else str(attempt.number),
+                    percent(stage.dev_accuracy if attempt is None else attempt.best),
+                    percent(stage.test_accuracy) if last else "",
+                    percent(stage.test_on_last) if last else "",
+                    stage.status if attempt is None else verdict[attempt.passed],
+                    "" if attempt is None else attempt.reason,
+                    (stage.parent or "fresh weights") if first else "",
+                )
+            )
+            styles.append("")
+    titles = "stage|task|data|>attempt|>best dev acc., %|>test acc., %|>test of last stage, %"
+    return make(titles + "|gate|which rule fired|starts from", rows, styles)
+
+
+def ours(run: RunReport) -> str:
+    """Our test accuracy in per cent, with its spread over seeds where there are several."""
+    if run.finals is not None and run.finals.test_accuracies:
+        return with_spread(run.finals.test_accuracies)
+    return percent(run.test_accuracy)
+
+
+def published_table(run: RunReport, published: Published, sources: set[str] | None = None) -> Table:
+    """Published accuracies on the task of a run, ours on top; empty where nobody published."""
+    column = column_of(run.task)
+    rows: list[tuple[str, ...]] = []
+    styles: list[str] = []
+    if column is None:
+        return make("model|>accuracy", rows, styles)
+    seeds = len(run.finals.seeds) if run.finals else 1
+    mark = "" if run.data == run.task else f" on {run.data}"
+    rows.append((f"ours: {run.attention}{mark}", ours(run), f"{seeds} seed{'s' * (seeds > 1)}"))
+    styles.append("ours")
+    group = ""
+    for row in published.of(column):
+        if sources is not None and row.source not in sources:
+            continue
+        if row.source != group:
+            group = row.source
+            rows.append((published.sources[group].title, "", ""))
+            styles.append("group")
+        failed = column in row.chance
+        value = f"{row.accuracies[column]:.2f}" if column in row.accuracies else MISSING
+        remark = f"fails (chance is {CHANCE[column]:.0f} %)" if failed else ""
+        rows.append((row.model, value, remark))
+        styles.append("same" if row.attention == base_name(run.attention) else "")
+    return make(f"model|>{TITLES[column]}, test accuracy %|", rows, styles)
+
+
+def provenance(run: RunReport) -> Table:
+    """Where the numbers come from: data, code, machine, settings of the search."""
+    found: list[tuple[str, str]] = [
+        ("data", run.data + (" (sample)" if run.is_sample else "")),
+        ("data checksum (SHA-256)", run.data_checksum or MISSING),
+        ("folder", str(run.folder)),
+    ]
+    if run.search is not None:
+        s = run.search
+        derived = " (worked out from the study's settings)" if s.derived else ""
+        asha = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}{derived}"
+        found.append(("sampler, scheduler", f"{s.sampler}, {s.scheduler}"))
+        if s.scheduler == "asha":
+            found.append(("ASHA", asha))
+        found.append(("seed of the search", short(s.seed)))
+    env = run.environment
+    names = {"dmx": "dmx", "code": "code (git)", "python": "Python", "torch": "torch"}
+    names |= {"ray": "Ray", "optuna": "Optuna", "machine": "machine", "cpus": "CPU cores"}
+    found += [(title, short(env[key])) for key, title in names.items() if key in env]
+    if "gpus" in env:
+        found.append(("GPUs", ", ".join(map(str, env["gpus"])) or "none"))
+    if isinstance(env.get("argv"), list):
+        found.append(("command", " ".join(map(str, env["argv"]))))
+    if not env:
+        found.append(("environment", "not recorded (the run has not ended, or is a single run)"))
+    return make("what|value", found)
+
+
+def config_table(config: Mapping[str, Any]) -> Table:
+    """Every setting of the best configuration."""
+    return make("setting|value", [(k, short(v)) for k, v in flatten(config).items()])

@@ -1,0 +1,155 @@
+"""Search efficiency: random search at full length against TPE with ASHA, at equal compute.
+
+    python scripts/bench_search.py                             a small comparison on sample text
+    python scripts/bench_search.py --task listops --max-steps 400 --random-trials 12 --seeds 3
+    python scripts/bench_search.py --out runs/bench-search     again: continues, then plots
+
+Both methods get the same number of optimizer steps: that of --random-trials full trials. Random
+search spends them on so many trials; TPE with ASHA on as many as are expected to fit (a simulation
+of ASHA says how many), and its curve is cut where the budget is used up. Every study is a real one
+(dmx.study.run_study) with its own seed. Written to --out: curves.csv (one row per report),
+curves.svg (best so far, mean and range over the seeds), summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmx import cli, cluster
+from dmx.costing.asha import expected_steps
+from dmx.data.locate import locate
+from dmx.data.store import Store
+from dmx.errors import EXIT_OK, ConfigError
+from dmx.overrides import flatten, parse_assignments
+from dmx.report import write_whole
+from dmx.reporting.efficiency import METHODS, Curve, describe, plot, read_curve, summarise
+from dmx.reporting.plain import write_csv
+from dmx.space import load_space
+from dmx.study import StudyConfig, run_study
+from dmx.tasks import task_for
+
+logger = logging.getLogger("dmx.bench_search")
+
+
+def parser() -> cli.Parser:
+    """The options."""
+    p = cli.Parser(
+        prog="bench_search.py",
+        description="Random search at full length against TPE with ASHA, at equal compute.",
+        examples="  python scripts/bench_search.py --task listops --max-steps 400 --seeds 3\n",
+    )
+    p.add_argument("--attention", default="butterfly", help="whose search space (butterfly)")
+    p.add_argument("--task", default="text", help="what is trained (default: text)")
+    p.add_argument("--data-root", help="prepared data; without it a sample may stand in")
+    p.add_argument("--max-steps", type=int, default=54, help="steps of a full trial (54)")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations (max-steps / 18)")
+    p.add_argument("--grace-steps", type=int, help="ASHA's first rung (max-steps / 9)")
+    p.add_argument("--batch-size", type=int, default=8, help="sequences per step (default: 8)")
+    p.add_argument("--random-trials", type=int, default=6, help="full trials = the budget (6)")
+    p.add_argument("--most-trials", type=int, default=64, help="of TPE with ASHA (default: 64)")
+    p.add_argument("--seeds", type=int, default=3, help="repetitions of both methods (default: 3)")
+    p.add_argument("--set", action="append", default=[], metavar="A.B=V", help="fix a setting")
+    p.add_argument("--cpus-per-trial", type=float, default=1.0)
+    p.add_argument("--gpus-per-trial", type=float, default=0.0)
+    p.add_argument("--address", help="a running Ray cluster; default: this machine")
+    p.add_argument("--out", default="runs/bench-search", help="where all files go")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what is missing of the studies, then compare."""
+    args = parser().parse_args(argv)
+    for name in ("max_steps", "random_trials", "seeds", "batch_size", "most_trials"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+    out = Path(args.out).absolute()
+    store = locate(args.task, Path(args.data_root) if args.data_root else None, allow_sample=True)
+    budget = args.random_trials * args.max_steps
+    curves = []
+    with cluster.connect(args.address) as resources:
+        slots = cluster.check_request(resources, cpus=args.cpus_per_trial, gpus=args.gpus_per_trial)
+        for seed in range(args.seeds):
+            for method in METHODS:
+                config = study(args, method, seed, slots)
+                folder = out / config.name
+                folder.mkdir(parents=True, exist_ok=True)
+                logger.info("%s, seed %d: %d trials", method, seed, config.num_trials)
+                run_study(config, store, folder, slots=slots)
+                curves.append(read_curve(folder, method, seed, budget))
+    write_results(out, args, store, curves, budget)
+    return EXIT_OK
+
+
+def study(args: argparse.Namespace, method: str, seed: int, slots: int) -> StudyConfig:
+    """The study of one method and one seed."""
+    task = task_for(args.task)
+    every = args.eval_every or max(args.max_steps // 18, 1)
+    grace = args.grace_steps or max(args.max_steps // 9, every)
+    fixed: dict[str, Any] = {
+        "train.num_steps": args.max_steps,
+        "train.eval_every_steps": every,
+        "train.batch_size": args.batch_size,
+        "optim.warmup_steps": min(max(args.max_steps // 10, 2), args.max_steps - 1),
+        **flatten(parse_assignments(args.set)),
+    }
+    space = load_space(args.attention, task.name, task.family).without(fixed)
+    space = dataclasses.replace(space, start=())  # the paper's setting would help both alike
+    space.check(task.name, fixed)
+    asha = method == "tpe+asha"
+    trials = args.random_trials
+    if asha:
+        options = {"max_steps": args.max_steps, "grace_steps": grace, "eval_every_steps": every}
+        trials = trials_that_fit(
+            args.random_trials * args.max_steps, args.most_trials, slots=slots, **options
+        )
+    return StudyConfig(
+        name=f"{method}-seed{seed}",
+        task=task.name,
+        space=space,
+        overrides=fixed,
+        num_trials=trials,
+        max_steps=args.max_steps,
+        grace_steps=grace,
+        scheduler="asha" if asha else "none",
+        sampler="tpe" if asha else "random",
+        seed=seed,
+        cpus_per_trial=args.cpus_per_trial,
+        gpus_per_trial=args.gpus_per_trial,
+    )
+
+
+def trials_that_fit(budget: int, most: int, *, slots: int, **options: Any) -> int:
+    """The least number of trials that is expected to use the budget up."""
+    for count in range(1, most):
+        steps = expected_steps(num_trials=count, slots=slots, reduction_factor=3.0, **options)
+        if steps.expected >= budget:
+            return count
+    return most
+
+
+def write_results(
+    out: Path, args: argparse.Namespace, store: Store, curves: Sequence[Curve], budget: float
+) -> None:
+    """CSV, SVG and summary, each as a whole."""
+    rows: list[Mapping[str, Any]] = [
+        {"method": c.method, "seed": c.seed, "steps": s, "best_dev_accuracy": a}
+        for c in curves
+        for s, a in c.points
+    ]
+    write_whole(out / "curves.csv", write_csv(rows))
+    write_whole(out / "curves.svg", plot(curves, budget, store.manifest.label))
+    summary = summarise(curves, budget)
+    summary |= {"task": args.task, "attention": args.attention, "data": store.manifest.label}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    sys.stdout.write("\n".join(describe(summary)) + f"\nfiles: {out}\n")
+
+
+if __name__ == "__main__":
+    cli.run("bench_search.py", main)

@@ -1,0 +1,33 @@
+"""Fixtures that several folders of tests use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmx.data.store import Store
+from tests.tiny import write_tiny
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)  # tiny tensors; two threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the tiny data set."""
+    root = tmp_path_factory.mktemp("data")
+    write_tiny(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_root: Path) -> Store:
+    """The tiny data set, open."""
+    from dmx.data.store import open_store
+    from tests.tiny import TASK
+
+    return open_store(tiny_root / TASK)

@@ -1,0 +1,190 @@
+"""A curriculum on the tiny data, and a backend that follows a script instead of training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmx import records as keys
+from dmx.checkpoint import save_checkpoint
+from dmx.cluster_size import Means
+from dmx.config import parse_run_config
+from dmx.controller import Controller
+from dmx.curriculum_file import parse_curriculum
+from dmx.evaluation import Measurement
+from dmx.history import History
+from dmx.journal import Journal
+from dmx.runner import Job
+from dmx.stages import CurriculumConfig
+from dmx.work import Key, Message
+from tests.tiny import SETTINGS, TASK, write_tiny
+
+OTHER_TASK = "pathfinder16-cl2-d0"
+LATE_TASK = "pathfinder16-cl4-d0"
+
+
+def curriculum(*stages: Mapping[str, Any], **defaults: Any) -> CurriculumConfig:
+    """Stages on the tiny task; each mapping lies over the tiny settings."""
+    shared = {"task": TASK, "cpus": 1, **SETTINGS, **defaults}
+    return parse_curriculum({"defaults": shared, "stages": list(stages)}, "test")
+
+
+def chain(**changes: Mapping[str, Any]) -> CurriculumConfig:
+    """Three stages a -> b -> c on three tasks; `b={...}` changes one of them."""
+    tasks = {"a": TASK, "b": OTHER_TASK, "c": LATE_TASK}
+    return curriculum(*({"name": n, "task": t, **changes.get(n, {})} for n, t in tasks.items()))
+
+
+class Crash(Exception):
+    """The power cut."""
+
+
+class CrashingJournal(Journal):
+    """A journal whose process dies right after its n-th line of this session."""
+
+    def __init__(self, path: Path, lines: int) -> None:
+        super().__init__(path)
+        self._left = lines
+
+    def append(self, **event: Any) -> None:
+        super().append(**event)
+        self._left -= 1
+        if self._left == 0:
+            raise Crash
+
+
+class FakeBackend:
+    """Runs whose dev accuracies are scripted by stage and attempt; "best" and "last" are written.
+
+    A run that was reported up to some step on disk goes on from there, as a real one does.
+
+    Args:
+        script: stage -> one list of accuracies per attempt; an exception text ends an attempt.
+        root: where data are "prepared".
+    """
+
+    def __init__(self, script: Mapping[str, list[list[float | str]]], root: Path) -> None:
+        self.script, self.root = script, root
+        self.queue: list[Message] = []
+        self.running: dict[Key, tuple[Job, list[float | str]]] = {}
+        self.trained: list[tuple[str, int]] = []
+        self.steps_trained: dict[str, int] = {}
+        self.at_once = 0
+        self.jobs: dict[str, Job] = {}
+        self.prepared: list[tuple[str, bool, int, int]] = []
+        self.tested: list[tuple[str, str]] = []
+
+    def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
+        number = int(Path(job.folder).name.removeprefix("attempt-"))
+        self.trained.append((key.stage, number))
+        self.jobs[f"{key.stage}-{number}"] = job
+        self.running[key] = (job, list(self.script[key.stage][number]))
+        self.at_once = max(self.at_once, len(self.running))
+
+    def search(self, *args: Any) -> None:
+        raise AssertionError("no search here")
+
+    def prepare(
+        self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
+    ) -> None:
+        self.prepared.append((task, bool(self.running), workers, nice))
+        write_tiny(root, task)
+        self.queue.append(Message(key=key, done=True, value=0.0))
+
+    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+        self.tested.append((key.stage, key.detail))
+        self.queue.append(Message(key=key, done=True, value=0.25))
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        if self.queue:
+            return [self.queue.pop(0)]
+        return [self._step(key) for key in list(self.running)]
+
+    def _step(self, key: Key) -> Message:
+        job, accuracies = self.running[key]
+        done_before = steps_on_disk(Path(job.folder))
+        every = int(job.run_config["train"]["eval_every_steps"])
+        index = done_before // every
+        if index >= len(accuracies):  # only the decision was lost: the last report is repeated
+            del self.running[key]
+            return Message(key=key, report=report(accuracies, index, every), done=True)
+        if isinstance(accuracies[index], str):
+            del self.running[key]
+            return Message(key=key, done=True, failure=str(accuracies[index]))
+        self.steps_trained[key.stage] = self.steps_trained.get(key.stage, 0) + every
+        metrics = report(accuracies, index + 1, every)
+        write_checkpoint(job, accuracies, index, metrics)
+        done = index + 1 == len(accuracies)
+        if done:
+            del self.running[key]
+        return Message(key=key, report=metrics, done=done)
+
+    def stop(self) -> None:
+        self.running.clear()
+
+
+def report(accuracies: Iterable[float | str], count: int, every: int) -> dict[str, Any]:
+    seen = [float(a) for a in list(accuracies)[:count]]
+    return {
+        keys.STEPS: count * every,
+        keys.DEV_ACCURACY: seen[-1],
+        keys.BEST_DEV_ACCURACY: max(seen),
+        keys.BEST_STEP: (seen.index(max(seen)) + 1) * every,
+        keys.TRAIN_LOSS: 1.0,
+        keys.TRAIN_SECONDS: float(count),
+        keys.STEP_SECONDS: 0.5,
+    }
+
+
+def write_checkpoint(job: Job, accuracies: list[Any], index: int, metrics: dict[str, Any]) -> None:
+    """Weights that only depend on the stage's folder and the step, like a deterministic run's."""
+    token = "/".join(Path(job.folder).parts[-2:]) + str(index)
+    seed = int(hashlib.sha256(token.encode()).hexdigest()[:8], 16)
+    weight = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    parts: dict[str, Any] = {
+        "model_state": {"weight": weight},
+        "training_state": {},
+        "config": parse_run_config(job.run_config),
+        "metrics": metrics,
+    }
+    if accuracies[index] > max([0.0, *accuracies[:index]]):
+        save_checkpoint(Path(job.folder) / keys.BEST_DIR, **parts)
+    save_checkpoint(Path(job.folder) / keys.LAST_DIR, **parts)
+
+
+def steps_on_disk(folder: Path) -> int:
+    import json
+
+    file = folder / keys.LAST_DIR / keys.METRICS_FILE
+    return int(json.loads(file.read_text())[keys.STEPS]) if file.exists() else 0
+
+
+def run(
+    config: CurriculumConfig,
+    folder: Path,
+    backend: FakeBackend,
+    *,
+    selected: Iterable[str] | None = None,
+    cpus: float = 2,
+    crash_after: int | None = None,
+    observers: tuple[Any, ...] = (),
+) -> tuple[bool, History]:
+    """One session; with `crash_after` it dies after so many journal lines."""
+    path = folder / keys.JOURNAL_FILE
+    journal = Journal(path) if crash_after is None else CrashingJournal(path, crash_after)
+    with journal:
+        controller = Controller(
+            config,
+            folder,
+            journal,
+            backend,
+            means=Means(num_cpus=cpus, num_gpus=0, cpus=1, gpus=0),
+            data_root=backend.root,
+            selected=[s.name for s in config.stages] if selected is None else list(selected),
+            observers=observers,
+        )
+        return controller.run(), controller.history

@@ -1,0 +1,135 @@
+"""Claims, probes and tests of weights: the small parts that the controller stands on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmx.checkpoint import POSITION_KEY, open_checkpoint, tile_positions
+from dmx.claim import Claim, read_claim
+from dmx.curriculum import continue_command
+from dmx.data.store import Store
+from dmx.errors import StageError
+from dmx.evaluation import Measurement, measure
+from dmx.probe import probe
+from dmx.runner import Job, Runner
+from dmx.schema import to_dict
+from tests import tiny
+from tests.tiny import one_sentence
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dmx.claim import Claim
+claim = Claim(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_until_it_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(StageError) as error:
+        Claim(tmp_path, wait_seconds=0.3)
+    assert str(holder.pid) in one_sentence(error.value)
+    holder.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    claim = Claim(tmp_path, wait_seconds=30)
+    assert time.monotonic() - started < 10
+    assert read_claim(tmp_path)["pid"] != holder.pid
+    holder.wait()
+    claim.release()
+    Claim(tmp_path, wait_seconds=0).release()
+
+
+def test_a_runner_claims_its_folder(tmp_path: Path, tiny_store: Store) -> None:
+    job = Job(
+        run_config=to_dict(tiny.config()),
+        data_folder=str(tiny_store.folder),
+        folder=str(tmp_path / "run"),
+    )
+    runner = Runner(job)
+    with pytest.raises(StageError):
+        Claim(tmp_path / "run", wait_seconds=0)
+    runner.close()
+    Claim(tmp_path / "run", wait_seconds=0).release()
+
+
+def test_the_command_to_continue_starts_nothing_over() -> None:
+    argv = ["x.yaml", "--from-stage", "b c", "--name", "n", "--fresh", "--from-stage=d"]
+    assert continue_command(argv) == "python -m dmx.curriculum x.yaml --name n"
+
+
+def trained(folder: Path, store: Store) -> Path:
+    with tiny.trainer(store, train__num_steps=4) as trainer:
+        trainer.advance()
+        trainer.save(folder)
+    return folder
+
+
+def test_a_checkpoint_is_measured_on_its_own_data(tmp_path: Path, tiny_store: Store) -> None:
+    folder = trained(tmp_path / "best", tiny_store)
+    state = open_checkpoint(folder).model_state()
+    with tiny.trainer(tiny_store) as trainer:
+        trainer.model.load_state_dict(state)
+        trainer.model.eval()
+        split = tiny_store.split("test")
+        hits = 0
+        with torch.no_grad():
+            for i in range(len(split)):
+                ids = torch.from_numpy(split.gather([i], tiny.LENGTH)).long()
+                hits += int(trainer.model(ids).argmax()) == int(split.labels[i])
+    wanted = Measurement(checkpoint=str(folder), data_folder=str(tiny_store.folder))
+    assert measure(wanted, 1) == hits / len(split)
+
+
+def test_weights_are_measured_in_a_larger_model(tmp_path: Path, tiny_store: Store) -> None:
+    """As between stages: the position embedding is tiled, and nothing is trained."""
+    folder = trained(tmp_path / "best", tiny_store)
+    larger = tiny.config(model__max_length=1024)
+    wanted = Measurement(
+        checkpoint=str(folder), data_folder=str(tiny_store.folder), config=to_dict(larger)
+    )
+    found = measure(wanted, 1)
+    state = open_checkpoint(folder).model_state()
+    state[POSITION_KEY] = tile_positions(state[POSITION_KEY], 1024)
+    with tiny.trainer(tiny_store, model__max_length=1024) as trainer:
+        trainer.model.load_state_dict(state)
+        assert trainer.evaluate("test").accuracy == found
+    other = to_dict(tiny.config(model__num_layers=2))
+    wanted = Measurement(
+        checkpoint=str(folder), data_folder=str(tiny_store.folder), config=other
+    )
+    assert measure(wanted, 1) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_flops_are_those_of_the_matrix_products(tiny_store: Store, threads: int) -> None:
+    """No attention, so all products are linear layers: 2 T in out forward, twice that backward."""
+    model = {"model__embedding_dim": 32, "model__hidden_dim": 64, "model__head_dim": 16}
+    config = tiny.config(attention="none", **model).resolved(vocab_size=512, num_classes=2)
+    cost = probe(config, tiny_store, 37, threads=threads)
+    d, inner, hidden, classes = 32, config.model.num_heads * 16, 64, 2
+    tokens = cost.tokens_per_sequence
+    values_only = d * inner + inner * d + d * hidden + hidden * d  # value, output, two of the MLP
+    with_unused = 3 * d * inner + inner * d + d * hidden + hidden * d
+    head = d * hidden + hidden * classes
+    per_step = cost.flops_per_step / config.train.batch_size
+    low = 0.95 * 6 * (tokens * values_only + head)
+    assert low <= per_step <= 1.05 * 6 * (tokens * with_unused + head)
+    assert cost.parameters == sum(
+        p.numel() for p in __import__("dmx.trainer").trainer.build_model(config).parameters()
+    )
+    assert cost.total_seconds == pytest.approx(
+        8 * cost.step_seconds + 4 * cost.evaluation_seconds
+    )
+    assert cost.memory_mb * 2**20 > 16 * cost.parameters

@@ -1,0 +1,97 @@
+"""TensorBoard: every evaluation once, global steps that only rise, boundaries; and the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dmx import records as keys
+from dmx.curriculum_view import STAGE_NUMBER, TENSORBOARD_DIR, TensorBoardView, seconds_text
+from dmx.history import fold
+from dmx.journal import Journal, read_journal
+from dmx.lineage import LineageWriter
+from dmx.stages import CurriculumConfig
+from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
+from tests.tiny import TASK, write_tiny
+
+GOOD = [0.5, 0.7, 0.8, 0.75]
+
+
+def read(folder: Path, name: str) -> EventAccumulator:
+    found = EventAccumulator(str(folder / TENSORBOARD_DIR / name))
+    found.Reload()
+    return found
+
+
+def points(folder: Path, name: str, tag: str) -> list[tuple[int, float]]:
+    return [(e.step, round(e.value, 6)) for e in read(folder, name).Scalars(tag)]
+
+
+def session(config: CurriculumConfig, folder: Path, backend: FakeBackend, **more: Any) -> None:
+    events = read_journal(folder / keys.JOURNAL_FILE)[0]
+    view = TensorBoardView(config, folder, events)
+    run(config, folder, backend, observers=(view, LineageWriter(config, folder, "v1")), **more)
+    view.close()
+
+
+def prepared(root: Path) -> Path:
+    for task in (TASK, OTHER_TASK, LATE_TASK):
+        write_tiny(root, task)
+    return root
+
+
+def test_one_curve_over_all_stages(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    config = chain(b={"gate": {"name": "threshold", "at_least": 0.9}, "on_fail": "retry"})
+    backend = FakeBackend({"a": [GOOD], "b": [GOOD, [0.9] * 4], "c": [GOOD]}, root)
+    session(config, folder, backend, selected=["a", "b"])
+    session(config, folder, backend)  # another session continues the same files
+    curve = points(folder, "curriculum", keys.DEV_ACCURACY)
+    # Four attempts of 8 steps, one of them in vain, evaluated every 2: nothing missing or twice.
+    assert [step for step, _ in curve] == list(range(2, 33, 2))
+    assert [value for _, value in curve] == [*GOOD, *GOOD, *[0.9] * 4, *GOOD]
+    numbers = dict(points(folder, "curriculum", STAGE_NUMBER))
+    assert [numbers[s] for s in (2, 10, 18, 32)] == [1, 2, 2, 3]
+    boundaries = read(folder, "curriculum").Tensors("stage/text_summary")
+    assert [e.step for e in boundaries] == [0, 8, 16, 24]
+    assert points(folder, "stages/b-attempt-1", keys.DEV_ACCURACY)[0] == (2, 0.9)
+    assert points(folder, "curriculum", "test_accuracy_on_last_stage")[-1] == (32, 0.25)
+
+
+def test_a_branch_has_its_own_curve(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    tree = curriculum(
+        {"name": "a"}, {"name": "b", "init_from": "a"}, {"name": "c", "init_from": "a"}
+    )
+    session(tree, folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
+    for name in ("curriculum", "curriculum-b"):
+        assert [s for s, _ in points(folder, name, keys.DEV_ACCURACY)] == list(range(2, 17, 2))
+
+
+def test_what_was_reset_leaves_the_curve(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    session(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
+    with Journal(folder / keys.JOURNAL_FILE) as journal:
+        journal.append(event="reset", stages=["b", "c"], time=0.0)
+    session(chain(), folder, FakeBackend({n: [GOOD, [0.6] * 4] for n in "abc"}, root))
+    curve = points(folder, "curriculum", keys.DEV_ACCURACY)
+    assert [s for s, _ in curve] == list(range(2, 25, 2))
+    assert [v for _, v in curve] == [*GOOD, *[0.6] * 8]
+
+
+def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    stop = {"gate": {"name": "threshold", "at_least": 0.9}}
+    session(chain(b=stop), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
+    text = (folder / "lineage.md").read_text()
+    assert text.count("```") == 2 and "s0 --> s1" in text and "s1 --> s2" in text
+    assert "| b | failed | a |" in text and "| c | waiting |" in text
+    history = fold(read_journal(folder / keys.JOURNAL_FILE)[0])
+    assert history.stage("b").status == "failed"
+
+
+def test_durations_in_words() -> None:
+    cases = {0: "0 s", 119: "119 s", 121: "2 min", 7300: "2 h 1 min", 180000: "2.1 days"}
+    assert {seconds: seconds_text(seconds) for seconds in cases} == cases

@@ -1,0 +1,199 @@
+"""Run folders for the tests, written by hand in the formats that dmx's commands leave."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from dmx.config import parse_run_config
+from dmx.journal import encode
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SEARCHED = {
+    "attention.block_size": ["choice", 32, 64],
+    "optim.learning_rate": ["loguniform", 1e-4, 1e-2],
+}
+DISTRIBUTIONS = {
+    "attention.block_size": optuna.distributions.CategoricalDistribution((32, 64)),
+    "optim.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+}
+# (status, block size, learning rate, {step: dev accuracy})
+TRIALS = (
+    ("COMPLETE", 32, 1e-3, {2: 0.30, 4: 0.35, 8: 0.40}),
+    ("PRUNED", 64, 5e-3, {2: 0.20}),
+    ("COMPLETE", 64, 2e-3, {2: 0.45, 4: 0.50, 8: 0.48}),
+    ("FAILED", 32, 9e-3, {}),
+)
+
+
+def metrics(step: int, accuracy: float, *, seconds: float = 0.1, memory: float = 500) -> dict:
+    return {
+        "steps": step,
+        "train_loss": 1.0 / step,
+        "dev_loss": 1.0,
+        "dev_accuracy": accuracy,
+        "best_dev_accuracy": accuracy,
+        "best_step": step,
+        "learning_rate": 1e-3,
+        "train_seconds": seconds * step,
+        "step_seconds": seconds,
+        "peak_memory_mb": memory,
+        "parameters": 1000,
+    }
+
+
+def config(attention: str = "butterfly-64", task: str = "text", **values: Any) -> dict[str, Any]:
+    import yaml
+
+    layers = {k.replace("__", "."): v for k, v in values.items()}
+    found = parse_run_config({"task": task, "attention": attention}, layers)
+    return yaml.safe_load(found.to_yaml())
+
+
+def write_checkpoint(folder: Path, plain: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    import yaml
+
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(plain)))
+    (folder / "metrics.json").write_text(json.dumps(found))
+
+
+def write_journal(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    path.write_bytes(b"".join(encode(e) for e in events))
+
+
+def make_study(
+    folder: Path,
+    trials: Sequence[tuple[str, int, float, Mapping[int, float]]] = TRIALS,
+    *,
+    data: str = "sample-bbc, not LRA",
+    error: str = "the loss is not finite",
+    **study: Any,
+) -> Path:
+    """A finished study; `study` overrides values of study.json."""
+    folder.mkdir(parents=True)
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    optuna_study = optuna.create_study(storage=storage, study_name="s", direction="maximize")
+    reports, outcomes = [], []
+    for number, (status, size, rate, curve) in enumerate(trials):
+        for step, accuracy in curve.items():
+            found = metrics(step, accuracy, seconds=0.1 * (number + 1), memory=600 - number)
+            reports.append({"event": "report", "trial": number, "step": step, "metrics": found})
+        text = error if status == "FAILED" else ""
+        outcomes.append({"event": "outcome", "trial": number, "status": status, "error": text})
+        state = {"FAILED": "FAIL"}.get(status, status)
+        optuna_study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState[state],
+                value=max(curve.values()) if state == "COMPLETE" else None,
+                params={"attention.block_size": size, "optim.learning_rate": rate},
+                distributions=DISTRIBUTIONS,
+            )
+        )
+    write_journal(folder / "journal.jsonl", reports + outcomes)
+    settings = {
+        "task": "text",
+        "attention": "butterfly",
+        "overrides": {"train.eval_every_steps": 2, "train.num_steps": 8},
+        "searched": SEARCHED,
+        "max_steps": 8,
+        "scheduler": "asha",
+        "sampler": "tpe",
+        "seed": 0,
+        "data": data,
+        "data_checksum": "abc",
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    scored = [(max(c.values()), -n) for n, (*_, c) in enumerate(trials) if c]
+    best, number = max(scored) if scored else (math.nan, 0)
+    summary = {
+        "name": folder.name,
+        "data": data,
+        "is_sample": data.endswith("not LRA"),
+        "task": "text",
+        "attention": "butterfly",
+        "complete": True,
+        "num_trials": len(trials),
+        "max_steps": 8,
+        "best": {"trial": -number, "dev_accuracy": best, "step": 4, "test_accuracy": 0.47},
+        "environment": {"dmx": "0.1.0", "gpus": [], "argv": ["tune.py", "--task", "text"]},
+        "seconds": 12.0,
+        **study,
+    }
+    (folder / "study.json").write_text(json.dumps(summary))
+    plain = config(train__num_steps=8, optim__warmup_steps=2, optim__learning_rate=2e-3)
+    write_checkpoint(folder / "best", plain, {})
+    return folder
+
+
+def make_run(
+    folder: Path, test: float | None = 0.6, *, data: str = "text", seed: int = 2023, **values: Any
+) -> Path:
+    """A single run with TensorBoard scalars; unfinished without `test`."""
+    from dmx.tensorboard import RunWriter
+
+    plain = config(train__seed=seed, **values)
+    found = {"data": data, "is_sample": data.endswith("not LRA"), "best_step": 4}
+    write_checkpoint(folder / "best", plain, {**found, **metrics(4, 0.5)})
+    writer = RunWriter(folder)
+    for step, accuracy in ((2, 0.4), (4, 0.5)):
+        writer.scalars(metrics(step, accuracy), step)
+    writer.close()
+    if test is not None:
+        result = {**found, **metrics(4, 0.5), "test_accuracy": test, "test_loss": 0.7}
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def make_curriculum(folder: Path) -> Path:
+    """Three stages: the first passed at once, the second at the second try, the third waits."""
+    folder.mkdir(parents=True)
+    data = {"label": "pathfinder32-cl6-d4 (1,000 images)", "checksum": "ab" * 32}
+    events: list[dict[str, Any]] = [{"event": "created", "time": 0.0}]
+
+    def attempt(stage: str, number: int, source: dict, curve: list[float], passed: bool) -> None:
+        plain = config("butterfly-32", "pathfinder32-cl6-d4")
+        common = {"stage": stage, "attempt": number}
+        events.append(
+            {
+                **{"event": "started", **common, "retry": number, "config": plain},
+                **{"source": source, "spec": {}, "data": data, "time": 1.0},
+            }
+        )
+        for i, accuracy in enumerate(curve, start=1):
+            found = metrics(100 * i, accuracy)
+            events.append({"event": "report", **common, "step": 100 * i, "metrics": found})
+        best = {"attempt": number, "path": f"stages/{stage}/best", "dev_accuracy": max(curve)}
+        reason = f"threshold: best_dev_accuracy {max(curve):.4f} is "
+        events.append(
+            {
+                **{"event": "decided", **common, "passed": passed, "checkpoint": best},
+                "reason": reason + ("within bounds" if passed else "below 0.8"),
+                "next": "promote" if passed else "retry",
+            }
+        )
+
+    attempt("easy", 0, {}, [0.6, 0.9], True)
+    attempt("harder", 0, {"stage": "easy", "attempt": 0, "path": "x"}, [0.5, 0.7], False)
+    attempt("harder", 1, {"stage": "easy", "attempt": 0, "path": "x"}, [0.6, 0.85], True)
+    events.append(
+        {"event": "tested", "stage": "easy", "on": "easy", "accuracy": 0.88, "attempt": 0}
+    )
+    write_journal(folder / "journal.jsonl", events)
+    task = "pathfinder32-cl6-d4"
+    stages = [
+        {"name": "easy", "task": task, "status": "passed", "parent": None},
+        {"name": "harder", "task": task, "status": "passed", "parent": "easy", "attempts": 2},
+        {"name": "last", "task": task, "status": "waiting", "parent": "harder"},
+    ]
+    lineage = {"name": folder.name, "code": "abc123", "stages": stages}
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+    return folder

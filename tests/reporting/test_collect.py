@@ -1,0 +1,164 @@
+"""Folders of every kind are read into what their files say; damaged ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dmx.errors import ConfigError, DmxError
+from dmx.reporting.collect import collect, kind_of, runs_below
+from dmx.reporting.tables import filled_rungs
+from tests.reporting.makers import make_curriculum, make_run, make_study
+
+
+def test_study(tmp_path: Path) -> None:
+    run = collect(make_study(tmp_path / "s"))
+    assert (run.kind, run.task, run.attention, run.complete) == ("study", "text", "butterfly", True)
+    assert run.is_sample and run.data == "sample-bbc, not LRA"
+    assert [t.status for t in run.trials] == ["COMPLETE", "PRUNED", "COMPLETE", "FAILED"]
+    assert [t.best for t in run.trials[:3]] == [0.40, 0.20, 0.50]
+    assert math.isnan(run.trials[3].best) and run.trials[3].error == "the loss is not finite"
+    assert run.best == 2 and run.best_trial is not None and run.best_trial.steps == 8
+    assert run.trials[1].params == {"attention.block_size": 64, "optim.learning_rate": 5e-3}
+    assert run.test_accuracy == 0.47 and run.memory_of == "process"
+    assert run.search is not None and run.search.grace_steps == 2 and run.search.derived
+
+
+def test_study_that_still_runs_has_a_best_so_far(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s")
+    (folder / "study.json").unlink()
+    run = collect(folder)
+    assert run.best == 2 and not run.complete and run.is_sample
+    assert math.isnan(run.test_accuracy) and run.memory_of == ""
+
+
+def test_fixed_size_is_part_of_the_name(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s")
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["overrides"]["attention.block_size"] = 64
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert collect(folder).attention == "butterfly-64"
+
+
+def test_final_seeds(tmp_path: Path) -> None:
+    seeds = {"seeds": [1, 2], "dev_accuracies": [0.5, 0.6], "test_accuracies": [0.4, 0.5]}
+    run = collect(make_study(tmp_path / "s", final_seeds=seeds))
+    assert run.finals is not None and run.finals.test_accuracies == (0.4, 0.5)
+
+
+def test_rungs_of_a_study_lie_where_asha_puts_them(tmp_path: Path) -> None:
+    rungs = filled_rungs(collect(make_study(tmp_path / "s")))
+    assert [r.steps for r in rungs] == [2, 6]
+    assert [e.trial for e in rungs[0].entries] == [0, 1, 2]
+    assert [e.promoted for e in rungs[0].entries] == [True, False, True]
+
+
+def test_single_run_reads_tensorboard(tmp_path: Path) -> None:
+    run = collect(make_run(tmp_path / "r"))
+    assert (run.kind, run.attention, run.complete) == ("run", "butterfly-64", True)
+    assert [r["dev_accuracy"] for r in run.trials[0].reports] == pytest.approx([0.4, 0.5])
+    assert run.test_accuracy == 0.6 and run.best_step == 4
+
+
+def test_single_run_that_still_runs(tmp_path: Path) -> None:
+    run = collect(make_run(tmp_path / "r", test=None))
+    assert not run.complete and run.trials[0].status == "RUNNING"
+
+
+def test_curriculum(tmp_path: Path) -> None:
+    run = collect(make_curriculum(tmp_path / "c"))
+    assert run.kind == "curriculum" and not run.complete
+    assert [s.name for s in run.stages] == ["easy", "harder", "last"]
+    easy, harder, last = run.stages
+    assert (easy.status, easy.dev_accuracy, easy.test_accuracy) == ("passed", 0.9, 0.88)
+    assert harder.parent == "easy" and [a.passed for a in harder.attempts] == [False, True]
+    assert harder.attempts[0].reason.endswith("below 0.8") and harder.attempts[1].best == 0.85
+    assert last.status == "waiting" and last.parent == "harder" and not last.attempts
+    assert run.attention == "butterfly-32" and run.environment == {"code": "abc123"}
+
+
+def test_curriculum_without_lineage_is_read_from_its_journal(tmp_path: Path) -> None:
+    folder = make_curriculum(tmp_path / "c")
+    (folder / "lineage.json").unlink()
+    (folder / "stages").mkdir()
+    run = collect(folder)
+    assert [(s.name, s.status) for s in run.stages] == [("easy", "passed"), ("harder", "passed")]
+
+
+def test_curriculum_without_journal_is_read_from_its_lineage(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    stages = [{"name": "a", "dev_accuracy": 0.7, "test_accuracy": None, "checkpoint": "x"}]
+    (tmp_path / "c" / "lineage.json").write_text(json.dumps({"stages": stages}))
+    run = collect(tmp_path / "c")
+    assert run.stages[0].dev_accuracy == 0.7 and math.isnan(run.stages[0].test_accuracy)
+
+
+def _study_json(folder: Path, text: str) -> None:
+    (folder / "study.json").write_text(text)
+
+
+DAMAGES = {
+    "study.json is cut": lambda f: _study_json(f, '{"name": "x", '),
+    "study.json is a list": lambda f: _study_json(f, "[]"),
+    "study.json is nested too deep": lambda f: _study_json(f, "[" * 100_000),
+    "best is a text": lambda f: _study_json(f, '{"task": "text", "best": "x"}'),
+    "accuracy is a text": lambda f: _study_json(f, '{"best": {"test_accuracy": "high"}}'),
+    "seeds are texts": lambda f: _study_json(f, '{"final_seeds": {"seeds": ["a"]}}'),
+    "settings.json is cut": lambda f: (f / "settings.json").write_text("{"),
+    "a distribution is a number": lambda f: (f / "settings.json").write_text(
+        '{"searched": {"x": 3}}'
+    ),
+    "journal has a bad line": lambda f: (f / "journal.jsonl").write_bytes(
+        b"junk\n" + (f / "journal.jsonl").read_bytes()
+    ),
+    "optuna's journal is junk": lambda f: (f / "optuna.journal").write_bytes(b"junk\n{}\n[]\n"),
+    "config.yaml is no YAML": lambda f: (f / "best" / "config.yaml").write_text("a: [1"),
+    "study.json is not text": lambda f: (f / "study.json").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_study_is_one_sentence(tmp_path: Path, name: str) -> None:
+    folder = make_study(tmp_path / "s")
+    DAMAGES[name](folder)
+    with pytest.raises(DmxError) as caught:
+        collect(folder)
+    text = str(caught.value)
+    assert str(tmp_path) in text and "\n" not in text and len(text) < 500
+
+
+def test_journal_event_without_values_is_refused(tmp_path: Path) -> None:
+    from dmx.journal import encode
+
+    folder = make_study(tmp_path / "s")
+    (folder / "journal.jsonl").write_bytes(encode({"event": "report", "trial": 0}))
+    with pytest.raises(DmxError, match="lacks a value"):
+        collect(folder)
+
+
+def test_torn_last_line_of_a_journal_is_no_damage(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s")
+    with (folder / "journal.jsonl").open("ab") as file:
+        file.write(b'{"event": "rep')
+    assert len(collect(folder).trials) == 4
+
+
+def test_what_is_no_run_is_told_apart(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_study(tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"does not exist; runs there: a, b\."):
+        collect(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"several runs; give one: a, b\."):
+        collect(tmp_path)
+    with pytest.raises(ConfigError, match="is a checkpoint"):
+        collect(tmp_path / "a" / "best")
+    with pytest.raises(ConfigError, match="holds no run"):
+        collect(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="is a file"):
+        collect(tmp_path / "a" / "result.json")
+    assert kind_of(tmp_path / "empty") is None
+    assert [p.name for p in runs_below(tmp_path)] == ["a", "b"]

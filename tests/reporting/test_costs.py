@@ -1,0 +1,226 @@
+"""Costs: FLOPs and memory against formulas worked out by hand, ASHA's savings, hours and money."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dmx import costs
+from dmx.config import RunConfig, parse_run_config
+from dmx.costing.asha import ExpectedSteps, expected_steps
+from dmx.costing.count import StepCost, count_step
+from dmx.costing.estimate import Cost
+from dmx.costing.probe import Probe, probe_step
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.trainer import Trainer
+from tests.tiny import SETTINGS, TASK
+
+SIZES = {k: v for k, v in SETTINGS.items() if k != "attention.block_size"}
+
+
+def _config(attention: str, **changes: object) -> RunConfig:
+    values = {k.replace("__", "."): v for k, v in changes.items()}
+    return parse_run_config({"task": TASK, "attention": attention}, SIZES, values)
+
+
+def test_flops_without_mixing_are_the_matrix_products(tiny_store: Store) -> None:
+    """q, k, v and output (16 x 16 each), MLP (16 x 16 twice): forward, and twice that backward."""
+    cost = count_step(_config("none"), tiny_store, examples=4)
+    per_token = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 16)
+    head = 2 * (16 * 16 + 16 * 2) * 8
+    assert cost.flops == pytest.approx(3 * (per_token * cost.tokens + head), rel=0.01)
+
+
+@pytest.mark.parametrize("execution", ["dense", "packed"])
+def test_flops_of_softmax_grow_by_the_scores(tiny_store: Store, execution: str) -> None:
+    """Beyond `none`: QK^T and AV forward, four to six such products backward."""
+    with_scores = count_step(_config("softmax", model__execution=execution), tiny_store, examples=2)
+    without = count_step(_config("none", model__execution=execution), tiny_store, examples=2)
+    lengths = tiny_store.split("train").lengths
+    places = [lengths[i] for i in (16, 32)]
+    pairs = 8 * 256**2 if execution == "dense" else 4 * sum(int(n) ** 2 for n in places)
+    one_product = 2 * 2 * 8 * pairs  # two heads of width 8
+    products = (with_scores.flops - without.flops) / one_product
+    assert 5.9 < products < 8.5
+
+
+def test_accumulation_changes_memory_and_not_flops(tiny_store: Store) -> None:
+    whole = count_step(_config("butterfly-16"), tiny_store)
+    parts = count_step(_config("butterfly-16", train__micro_batch_size=2), tiny_store)
+    assert parts.flops == pytest.approx(whole.flops, rel=0.02)
+    assert parts.memory_bytes < whole.memory_bytes
+    state = 16 * whole.parameters
+    assert (
+        (parts.memory_bytes - state) * 3
+        < (whole.memory_bytes - state)
+        < 6 * (parts.memory_bytes - state)
+    )
+
+
+def test_twice_the_batch_is_twice_the_work(tiny_store: Store) -> None:
+    one = count_step(_config("butterfly-16"), tiny_store)
+    two = count_step(_config("butterfly-16", train__batch_size=16), tiny_store)
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.02)
+    assert 1.5 * one.bytes < two.bytes < 2 * one.bytes
+    trainer = Trainer(_config("butterfly-16"), tiny_store)
+    assert one.parameters == sum(p.numel() for p in trainer.model.parameters())
+    trainer.close()
+
+
+def test_counting_and_probing_leave_no_trace(tiny_store: Store) -> None:
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    count_step(_config("butterfly-16"), tiny_store)
+    probe = probe_step(_config("butterfly-16"), tiny_store, num_threads=1, seconds=0.2)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    assert probe.step_seconds > 0 and probe.eval_seconds > 0 and probe.steps >= 1
+    assert probe.device == "cpu" and probe.peak_memory_bytes is None
+
+
+def _expected(**changes: int) -> ExpectedSteps:
+    values = {"num_trials": 9, "max_steps": 9, "grace_steps": 1, "eval_every_steps": 1, "slots": 1}
+    return expected_steps(**{**values, **changes}, reduction_factor=3.0)  # type: ignore[arg-type]
+
+
+def test_expected_steps_at_the_ends() -> None:
+    assert _expected(num_trials=1).expected == 9, "nobody to compare with"
+    assert _expected(grace_steps=9).expected == 81, "no rung below the full budget"
+    full = expected_steps(
+        num_trials=5,
+        max_steps=10,
+        grace_steps=1,
+        reduction_factor=3.0,
+        eval_every_steps=1,
+        slots=2,
+        early_stopping=False,
+    )
+    assert full.expected == full.full == 50 and full.saved == 0
+
+
+def test_expected_steps_of_two_trials_by_hand() -> None:
+    """The second goes on when it is no worse than the first: half of the time."""
+    found = expected_steps(
+        num_trials=2,
+        max_steps=100,
+        grace_steps=10,
+        reduction_factor=20.0,
+        eval_every_steps=10,
+        slots=1,
+    )
+    assert found.expected == pytest.approx(100 + 0.5 * 100 + 0.5 * 10, abs=15)
+
+
+def test_many_trials_come_near_to_successive_halving() -> None:
+    """In the limit a third passes each rung: 1 + 2/3 + 6/9 steps of 9, more for early arrivals."""
+    found = _expected(num_trials=600)
+    limit = 600 * (1 + (3 - 1) / 3 + (9 - 3) / 9)
+    assert limit < found.expected < 1.25 * limit
+
+
+def test_rungs_between_evaluations_wait_for_the_next_one() -> None:
+    coarse = _expected(num_trials=30, max_steps=90, grace_steps=10, eval_every_steps=25)
+    fine = _expected(num_trials=30, max_steps=90, grace_steps=10, eval_every_steps=10)
+    assert coarse.expected > fine.expected >= 30 * 10
+
+
+def _cost(**changes: object) -> Cost:
+    step = StepCost(parameters=10, tokens=5, flops=100, bytes=10, memory_bytes=1)
+    dear = dataclasses.replace(step, flops=300)
+    cheap_probe = Probe(
+        step_seconds=1.0, eval_seconds=10.0, peak_memory_bytes=None, steps=3, device="cuda"
+    )
+    dear_probe = dataclasses.replace(cheap_probe, step_seconds=3.0, eval_seconds=20.0)
+    middle = dataclasses.replace(step, flops=200)
+    values: dict[str, object] = {
+        "what": "study",
+        "kinds": (step, middle, dear),
+        "weights": (1, 2, 1),
+        "num_kinds": 3,
+        "probes": (cheap_probe, dear_probe),
+        "steps": ExpectedSteps(full=1000, expected=400.0),
+        "num_trials": 10,
+        "evaluations": 40.0,
+        "gpus_per_trial": 0.5,
+        "cpus_per_trial": 2.0,
+        "slots": 4,
+        "price_per_gpu_hour": 3.0,
+        **changes,
+    }
+    return Cost(**values)  # type: ignore[arg-type]
+
+
+def test_hours_and_money_by_hand() -> None:
+    cost = _cost()
+    assert cost.step_seconds == 2.0 and cost.eval_seconds == 15.0
+    assert cost.trial_seconds == 400 * 2 + 40 * 15
+    assert cost.wall_seconds == 1400 / 4
+    assert cost.gpu_hours == pytest.approx(1400 * 0.5 / 3600)
+    assert cost.cpu_hours == pytest.approx(1400 * 2 / 3600)
+    assert cost.money == pytest.approx(3.0 * 1400 * 0.5 / 3600)
+    final = _cost(final_steps=200)
+    assert final.trial_seconds == 600 * 2 + 60 * 15
+    assert _cost(num_trials=1).wall_seconds == 1400
+    assert _cost(price_per_gpu_hour=None).money is None
+    assert _cost(gpus_per_trial=0.0).money == 0.0
+    assert math.isnan(_cost(probes=()).trial_seconds)
+
+
+def test_description_says_it_in_words() -> None:
+    text = "\n".join(costs.describe(_cost()))
+    assert "about 400 of 1 k; early stopping saves about 60 %" in text
+    assert "GPU-hours: about 0.19" in text and "money: about 0.58 at 3 a GPU-hour" in text
+    text = "\n".join(costs.describe(_cost(probes=(), note="this machine has no GPU")))
+    assert "not estimated (this machine has no GPU)" in text and "money" not in text
+    plain = costs.to_plain(_cost(probes=()))
+    assert plain["trial_seconds"] is None and plain["steps"]["full"] == 1000
+
+
+def test_run_and_study_of_real_data(tiny_store: Store) -> None:
+    from dmx.space import Distribution, SearchSpace
+    from dmx.study import StudyConfig
+
+    run = costs.run_cost(_config("butterfly-16"), tiny_store, threads=1, probe_seconds=0.1)
+    assert run.evaluations == 4 and run.steps.expected == 8 and run.wall_seconds > 0
+    space = SearchSpace(
+        name="x",
+        attention="butterfly",
+        defaults={},
+        space={
+            "attention.block_size": Distribution("choice", (16, 32)),
+            "optim.learning_rate": Distribution("loguniform", (1e-4, 1e-2)),
+        },
+    )
+    config = StudyConfig(
+        name="s",
+        task=TASK,
+        space=space,
+        overrides=SIZES,
+        num_trials=6,
+        max_steps=8,
+        grace_steps=2,
+    )
+    study = costs.study_cost(config, tiny_store, slots=2, price_per_gpu_hour=1, probe_seconds=0.1)
+    assert study.num_kinds == 2, "learning rates cost nothing"
+    assert study.weights == (2, 2) and len(study.probes) == 2
+    assert study.steps.full == 48 and 12 <= study.steps.expected < 48
+    assert study.money == 0 and "no GPU is used" in "\n".join(costs.describe(study))
+
+
+def test_no_time_is_promised_for_a_gpu_that_is_not_here(tiny_store: Store, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cost = costs._cost(
+        "x", [_config("none")], tiny_store, probe_seconds=0.1,
+        steps=ExpectedSteps(full=8, expected=8.0), num_trials=1, evaluations=1.0,
+        cpus_per_trial=1.0, gpus_per_trial=1.0, slots=1,
+    )  # fmt: skip
+    assert not cost.probes and "no GPU" in costs.describe(cost)[-1]
+
+
+@pytest.mark.parametrize("price", [-1.0, math.nan, math.inf])
+def test_impossible_price(price: float) -> None:
+    with pytest.raises(ConfigError, match="--price-per-gpu-hour"):
+        costs.check_price(price)

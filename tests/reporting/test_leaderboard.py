@@ -1,0 +1,141 @@
+"""The leaderboard: seeds grouped, samples kept apart, costs shown, texts escaped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+import pytest
+
+from dmx import cli, leaderboard
+from dmx.leaderboard import cell_text, gather, latex_escape
+from dmx.reporting.board import boards, entries
+from tests.reporting.makers import make_curriculum, make_run, make_study
+
+
+def _root(tmp_path: Path) -> Path:
+    """Three seeds on text, one reduced run, and a search on the sample."""
+    root = tmp_path / "runs"
+    for seed, test in ((1, 0.60), (2, 0.62), (3, 0.67)):
+        make_run(root / f"full-{seed}", test, seed=seed)
+    make_run(root / "short", 0.71, train__num_steps=9000)
+    make_study(root / "sample")
+    return root
+
+
+def test_runs_that_differ_in_seeds_share_an_entry(tmp_path: Path) -> None:
+    found = entries(gather([_root(tmp_path)]))
+    (full,) = [e for e in found if len(e.runs) == 3]
+    values = [0.60, 0.62, 0.67]
+    assert full.mean == pytest.approx(statistics.fmean(values))
+    assert full.deviation == pytest.approx(statistics.stdev(values))
+    assert (full.attention, full.task, full.how) == ("butterfly-64", "text", "fixed")
+    assert full.steps == 20000 and full.parameters == 1000 and full.memory_mb == 500
+    assert not full.reduced and not full.incomplete
+    (short,) = [e for e in found if e.runs == ("short",)]
+    assert short.reduced and short.steps == 9000
+
+
+def test_samples_never_share_a_table_with_lra(tmp_path: Path) -> None:
+    found = boards(entries(gather([_root(tmp_path)])))
+    assert [b.is_sample for b in found] == [False, True]
+    assert "not LRA" in found[1].title
+    assert all(e.data == "text" for e in found[0].entries)
+    text = leaderboard.to_markdown(found)
+    lra, sample = text.split("## Sample data")
+    assert "47.00" in sample and "47.00" not in lra and "63.00" not in sample
+    assert "**Not LRA" in sample and "Not LRA" not in lra
+
+
+def test_part_of_the_data_is_another_table(tmp_path: Path) -> None:
+    make_run(tmp_path / "r" / "a", 0.9)
+    make_run(tmp_path / "r" / "b", 0.8, data="text (1,000 texts)")
+    found = boards(entries(gather([tmp_path / "r"])))
+    assert [b.title for b in found] == ["LRA data", "generated or partial data"]
+    assert found[1].columns == ("text (1,000 texts)",)
+
+
+def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> None:
+    (board, _) = boards(entries(gather([_root(tmp_path)])))
+    shown = board.cell("butterfly-64", "text")
+    assert shown is not None and len(shown.runs) == 3
+    assert cell_text(shown) == "63.00 ± 3.61 (3)"
+    assert board.cell("softmax", "text") is None and cell_text(None) == "–"
+
+
+def test_final_seeds_of_a_search_count_as_its_seeds(tmp_path: Path) -> None:
+    seeds = {"seeds": [1, 2], "dev_accuracies": [0.5, 0.6], "test_accuracies": [0.4, 0.5]}
+    make_study(tmp_path / "s", final_seeds=seeds)
+    (entry,) = entries(gather([tmp_path / "s"]))
+    assert entry.test == (0.4, 0.5) and entry.how == "search"
+    assert cell_text(entry) == "45.00 ± 7.07 (2)†"
+    make_study(tmp_path / "t")
+    (single,) = entries(gather([tmp_path / "t"]))
+    assert cell_text(single) == "47.00†*", "one seed, chosen by the search itself"
+
+
+def test_order_of_tasks_and_sizes(tmp_path: Path) -> None:
+    for name, attention, task in (
+        ("a", "butterfly-256", "text"),
+        ("b", "butterfly-64", "text"),
+        ("c", "softmax", "listops"),
+    ):
+        folder = make_run(tmp_path / name, data=task)
+        import yaml
+
+        from tests.reporting.makers import config
+
+        (folder / "best" / "config.yaml").write_text(yaml.safe_dump(config(attention, task)))
+    (board,) = boards(entries(gather([tmp_path])))
+    assert board.columns == ("listops", "text")
+    assert board.attentions == ("butterfly-64", "butterfly-256", "softmax")
+
+
+def test_latex_is_escaped() -> None:
+    assert latex_escape(r"50% of a_b & {c} \d ~ ^ #1 $2") == (
+        r"50\% of a\_b \& \{c\} \textbackslash{}d \textasciitilde{} \textasciicircum{} \#1 \$2"
+    )
+    assert latex_escape("1 ± 2† –\n3*") == r"1 $\pm$ 2$^\dagger$ -- 3$^\ast$"
+
+
+def test_latex_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaderboard.main([str(_root(tmp_path)), "--format", "latex"]) == 0
+    text = capsys.readouterr().out
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
+    assert r"butterfly-64 & 63.00 $\pm$ 3.61 (3) \\" in text
+    assert text.count("{") == text.count("}")
+    assert r"\caption{Not LRA. Sample data: sample-bbc, not LRA. Test accuracy" in text
+
+
+def test_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaderboard.main([str(_root(tmp_path)), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {(r["runs"], r["seeds"], r["is_sample"]) for r in rows} == {
+        ("full-1 full-2 full-3", "3", "False"),
+        ("short", "1", "False"),
+        ("sample", "1", "True"),
+    }
+
+
+def test_curriculum_is_an_entry(tmp_path: Path) -> None:
+    (entry,) = entries(gather([make_curriculum(tmp_path / "c")]))
+    assert entry.how == "curriculum" and entry.incomplete and entry.attention == "butterfly-32"
+    assert cell_text(entry) == "–‡", "its last stage is not tested yet"
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _root(tmp_path)
+    (root / "sample" / "study.json").write_text("{")
+    bad = [["--format", "x"], [str(tmp_path / "none")], [str(root)], [str(root / "short" / "best")]]
+    for argv in bad:
+        with pytest.raises(SystemExit) as caught:
+            cli.run("dmx.leaderboard", leaderboard.main, argv)
+        assert caught.value.code == 2
+        out = capsys.readouterr()
+        assert out.err.count("\n") == 1 and not out.out
+    target = tmp_path / "no" / "x.md"
+    with pytest.raises(SystemExit) as caught:
+        cli.run("x", leaderboard.main, [str(root / "short"), "--out", str(target)])
+    assert caught.value.code == 2 and not target.parent.exists()
