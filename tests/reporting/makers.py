@@ -135,20 +135,26 @@ def make_study(
 
 
 def make_run(
-    folder: Path, test: float | None = 0.6, *, data: str = "text", seed: int = 2023, **values: Any
+    folder: Path,
+    test: float | None = 0.6,
+    *,
+    data: str = "text",
+    seed: int = 2023,
+    dev: float = 0.5,
+    **values: Any,
 ) -> Path:
     """A single run with TensorBoard scalars; unfinished without `test`."""
     from dmx.tensorboard import RunWriter
 
     plain = config(train__seed=seed, **values)
     found = {"data": data, "is_sample": data.endswith("not LRA"), "best_step": 4}
-    write_checkpoint(folder / "best", plain, {**found, **metrics(4, 0.5)})
+    write_checkpoint(folder / "best", plain, {**found, **metrics(4, dev)})
     writer = RunWriter(folder)
-    for step, accuracy in ((2, 0.4), (4, 0.5)):
+    for step, accuracy in ((2, 0.4), (4, dev)):
         writer.scalars(metrics(step, accuracy), step)
     writer.close()
     if test is not None:
-        result = {**found, **metrics(4, 0.5), "test_accuracy": test, "test_loss": 0.7}
+        result = {**found, **metrics(4, dev), "test_accuracy": test, "test_loss": 0.7}
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 

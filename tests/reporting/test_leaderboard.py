@@ -20,7 +20,7 @@ def _root(tmp_path: Path) -> Path:
     root = tmp_path / "runs"
     for seed, test in ((1, 0.60), (2, 0.62), (3, 0.67)):
         make_run(root / f"full-{seed}", test, seed=seed)
-    make_run(root / "short", 0.71, train__num_steps=9000)
+    make_run(root / "short", 0.71, dev=0.9, train__num_steps=9000)
     make_study(root / "sample")
     return root
 

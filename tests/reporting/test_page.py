@@ -188,9 +188,25 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path, capsys) -> None:
     assert report.main([str(folder)]) == 0
     page = folder / "report.html"
     assert capsys.readouterr().out == f"{page}\n" and page.read_text().endswith("</html>\n")
+    assert not list(folder.glob(".*.new-*"))
     page.write_text("old")
     (folder / "study.json").write_text("{")
     assert _code([str(folder)]) == 2 and page.read_text() == "old"
     with pytest.raises(ConfigError, match="is a folder"):
         report.write_whole(tmp_path, "x")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch) -> None:
+    page = tmp_path / "r.html"
+    page.write_text("old")
+    whole = Path.write_text
+
+    def half(self: Path, text: str, **options) -> None:
+        whole(self, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(ConfigError, match="No space left"):
+        report.write_whole(page, "new text")
+    assert page.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["r.html"]
