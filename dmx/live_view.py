@@ -18,9 +18,16 @@ from rich.text import Text
 
 from dmx import log
 from dmx import records as keys
+from dmx.study_files import finite
 from dmx.study_view import LogView, short
 
 Output = Literal["auto", "live", "plain", "json", "quiet"]
+
+
+def write_json(**event: Any) -> None:
+    """Write one JSON object as a line of standard output; NaN becomes null."""
+    sys.stdout.write(json.dumps(finite(event)) + "\n")
+    sys.stdout.flush()
 
 
 class _View:
@@ -62,25 +69,17 @@ class QuietView(_View):
 class JsonView(QuietView):
     """One JSON object a line on standard output, for programs that watch a study."""
 
-    def _write(self, **event: Any) -> None:
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in event.items()
-        }
-        sys.stdout.write(json.dumps(finite) + "\n")
-        sys.stdout.flush()
-
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """`{"event": "started", "trial", "params"}`."""
-        self._write(event="started", trial=number, params=dict(point))
+        write_json(event="started", trial=number, params=dict(point))
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """`{"event": "reported", "trial", ...metrics}`."""
-        self._write(event="reported", trial=number, **metrics)
+        write_json(event="reported", trial=number, **metrics)
 
     def ended(self, result: keys.TrialResult) -> None:
         """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", "error"}`."""
-        self._write(
+        write_json(
             event="ended",
             trial=result.number,
             status=result.status,

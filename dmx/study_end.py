@@ -42,6 +42,8 @@ def finish(
         "complete": result.complete,
         "num_trials": config.num_trials,
         "max_steps": config.max_steps,
+        "grace_steps": config.grace_steps,
+        "reduction_factor": config.reduction_factor,
         "trials": {
             s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
         },

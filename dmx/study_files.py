@@ -154,14 +154,15 @@ def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
 
 def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
     """study.json, the study's result for machines."""
-    write_text(folder / keys.STUDY_FILE, json.dumps(_finite(summary), indent=2) + "\n")
+    write_text(folder / keys.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with NaN and infinity as None and paths as text: what JSON can hold."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmx import cli
+from dmx import cli, costs
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint, read_weights
 from dmx.config import RunConfig, parse_run_config
@@ -78,6 +78,10 @@ def parser() -> cli.Parser:
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     p.add_argument("--resume", action="store_true", help="continue an existing run")
+    p.add_argument("--dry-run", action="store_true", help="show what the run would cost, and stop")
+    p.add_argument(
+        "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"
+    )
     p.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     p.add_argument("settings", nargs="*", metavar="a.b=value", help="settings of the run")
     return p
@@ -95,6 +99,9 @@ def main(argv: Sequence[str]) -> int:
     pick_device(config.train.device)
     if args.threads < 0:
         raise ConfigError(f"--threads is {args.threads}; it must not be negative.")
+    costs.check_price(args.price_per_gpu_hour)
+    if args.dry_run:
+        return _dry_run(args, config)
     folder = _folder(args, config)
     if args.init_from is not None:
         read_weights(Path(args.init_from))  # a wrong path is found before anything is written
@@ -112,6 +119,23 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
+
+
+def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
+    """What the run would cost; nothing is written."""
+    import os
+
+    store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
+    threads = args.threads or len(os.sched_getaffinity(0))
+    cost = costs.run_cost(
+        config, store, threads=threads, price_per_gpu_hour=args.price_per_gpu_hour
+    )
+    out = console()
+    out.print(f"data: {store.manifest.label}; {dict(store.manifest.splits)}")
+    for line in costs.describe(cost):
+        out.print(line, highlight=False)
+    out.print("Nothing was started (--dry-run).")
+    return EXIT_OK
 
 
 def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:

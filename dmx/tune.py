@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, study_end, study_files, study_identity
+from dmx import cli, cluster, costs, study_end, study_files, study_identity
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
+from dmx.live_view import choose_view, write_json
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
-from dmx.study_view import LogView
 from dmx.tasks import Task, task_for
 
 logger = logging.getLogger("dmx.tune")
@@ -83,8 +83,19 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
+    p.add_argument(
+        "--output",
+        choices=("auto", "live", "plain", "json", "quiet"),
+        default="auto",
+        help="a live table (auto: on a terminal), plain lines, JSON lines, or the end only",
+    )
     p.add_argument("--resume", action="store_true", help="continue an existing study")
-    p.add_argument("--dry-run", action="store_true", help="check everything and show the plan only")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything; show the plan and its cost only"
+    )
+    p.add_argument(
+        "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"
+    )
     return p
 
 
@@ -97,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     data_root = None if args.data_root is None else Path(args.data_root)
     if args.final_seeds < 0:
         raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
+    costs.check_price(args.price_per_gpu_hour)
     if args.time_budget is not None and not args.time_budget > 0:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     if args.address is None:
@@ -148,16 +160,22 @@ def _search(
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
         tensorboard = study_identity.announce(folder, config, store)
-        result = run_study(
-            config, store, folder, slots=slots, observers=(LogView(config.num_trials), tensorboard)
+        title = f"{folder.name} (data: {store.manifest.label})"
+        view = choose_view(
+            args.output, num_trials=config.num_trials, max_steps=config.max_steps, title=title
         )
+        with view:
+            result = run_study(config, store, folder, slots=slots, observers=(view, tensorboard))
         tensorboard.close()
         summary = study_end.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
     summary["seconds"] = time.time() - started
     study_files.write_study(folder, summary)
-    study_end.show(summary, result, store)
+    if args.output == "json":
+        write_json(event="finished", **summary)
+    else:
+        study_end.show(summary, result, store)
     if not result.complete:
         out_of_time = args.time_budget is not None and time.time() - started >= args.time_budget
         logger.warning(
@@ -272,6 +290,16 @@ def _dry_run(
         out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
     out.print("first trial:")
     out.print(space.run_config(task.name, fixed, start).to_yaml(), highlight=False)
+    config = _study_config(args, task, space, budget, overrides, "dry-run")
+    cost = costs.study_cost(
+        config,
+        store,
+        slots=slots,
+        final_seeds=args.final_seeds,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+    )
+    for line in costs.describe(cost):
+        out.print(line, highlight=False)
     out.print("Nothing was started (--dry-run).")
     return EXIT_OK
 
