@@ -82,7 +82,8 @@ class RayBackend:
             if done:
                 del self._runs[key]
             shown = {} if failure else report
-            messages.append(Message(key=key, report=shown, done=done, failure=failure))
+            lost = bool(report.get("lost"))
+            messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
         return messages
 
     def _poll_tasks(self, timeout_seconds: float) -> list[Message]:
@@ -95,7 +96,8 @@ class RayBackend:
             try:
                 value = ray.get(reference)
             except RayError as error:
-                messages.append(Message(key=key, done=True, failure=_reason(error)))
+                lost = not isinstance(error, RayTaskError)
+                messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
             if key.kind == "train":
                 reports, failure = value
@@ -105,7 +107,7 @@ class RayBackend:
                 messages.append(Message(key=key, done=True, value=value))
         return messages
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Kill workers and cancel tasks."""
         for run in self._runs.values():
             with contextlib.suppress(RayError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import shlex
@@ -60,6 +61,9 @@ def run(
     raise SystemExit(code)
 
 
+_LONGEST_NAME = 255
+
+
 def run_folder(storage: str, name: str | None, default: str) -> Path:
     """The absolute folder of a run or study, below its storage; nothing is created.
 
@@ -71,6 +75,8 @@ def run_folder(storage: str, name: str | None, default: str) -> Path:
         raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
     folder = Path(storage).absolute() / name
     try:
+        if len(os.fsencode(name)) > _LONGEST_NAME:  # where the storage is new, nobody would say so
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         place = next(p for p in (folder, *folder.parents) if p.exists())
         with tempfile.TemporaryFile(dir=place):  # a file with no name
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def connect(address: str | None) -> Iterator[Resources]:
                 **options,
             )
         else:
+            _reach(address)
             ray.init(address=address, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -83,6 +85,16 @@ def connect(address: str | None) -> Iterator[Resources]:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Look whether someone listens at HOST:PORT; Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(str(error)) from None
 
 
 def _resources() -> Resources:

@@ -53,7 +53,7 @@ class TrainConfig:
         precision: `auto` is bf16 autocast on CUDA and fp32 elsewhere.
         clip_gradient_norm: None does not clip, as the reference.
         patience: stop after so many evaluations without a better dev accuracy; None never does.
-        eval_batch_size: None takes the micro batch's size.
+        eval_batch_size: None takes the micro batch's size, on a CPU at least 32.
         compile: torch.compile the model (CUDA).
     """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +16,7 @@ from dmx import log
 from dmx import records as keys
 from dmx.claim import read_claim
 from dmx.cluster_size import Means
-from dmx.errors import CheckpointError, DmxError
-from dmx.evaluation import Measurement
+from dmx.errors import DmxError
 from dmx.history import History, advance, attempt_folder, fold
 from dmx.journal import Journal
 from dmx.planner import (
@@ -28,12 +26,13 @@ from dmx.planner import (
     judge,
     next_launches,
     to_rejudge,
-    wanted_tests,
 )
 from dmx.precheck import StageData, check_promoted, resolve
 from dmx.promotion import best_checkpoints, checkpoint_facts, data_facts
+from dmx.room import Busy, Room
 from dmx.runner import Job
 from dmx.schema import to_dict
+from dmx.side_work import SideWork
 from dmx.stage_data import Stores
 from dmx.stage_study import stage_study
 from dmx.stages import CurriculumConfig, StageConfig
@@ -41,8 +40,6 @@ from dmx.work import Backend, Key, Message
 
 logger = logging.getLogger("dmx.curriculum")
 _POLL_SECONDS = 1.0
-_NICE = 19
-"""Priority of data preparation beside training: only what is idle."""
 
 
 class Observer(Protocol):
@@ -50,16 +47,6 @@ class Observer(Protocol):
 
     def event(self, history: History, event: Mapping[str, Any]) -> None:
         """One more event; `history` includes it."""
-
-
-@dataclass
-class _Busy:
-    """Work under way, and what it occupies."""
-
-    cpus: float = 0.0
-    gpus: float = 0.0
-    launch: Launch | None = None
-    begun: float = field(default_factory=time.time)
 
 
 class Controller:
@@ -89,10 +76,19 @@ class Controller:
         self.history = fold(journal.events)
         self.broken: dict[str, str] = {}
         """Why a stage cannot run in this session: its data, or the checkpoint it starts from."""
-        self._backend, self._means, self._stores = backend, means, Stores(data_root)
+        self.lost: set[str] = set()
+        """Those of them whose machines failed."""
+        self._backend, self._room, self._stores = backend, Room(means), Stores(data_root)
         self._selected, self._code, self._observers = tuple(selected), code, observers
-        self._busy: dict[Key, _Busy] = {}
-        self._untested: set[tuple[str, str]] = set()
+        self._side = SideWork(
+            curriculum,
+            folder,
+            backend,
+            self._room,
+            self._stores,
+            record=self._record,
+            give_up=self._break,
+        )
         self._gate_times: dict[str, float] = {}
 
     def run(self) -> bool:
@@ -100,17 +96,20 @@ class Controller:
         self._rejudge()
         while True:
             self._start_stages()
-            self._start_preparation()
-            self._start_tests()
-            if not self._busy:
+            self._side.prepare_data(self.history, self._selected, self.broken)
+            if not self._ready():  # tests wait for whatever trains
+                self._side.start_tests(self.history, self.broken)
+            if not self._room.busy:
                 return all_passed(self.history, self._selected)
             for message in self._backend.poll(_POLL_SECONDS):
                 with log.context(message.key.stage):
                     self._receive(message)
 
     def _receive(self, message: Message) -> None:
-        kinds = {"train": self._received_report, "data": self._received_data}
-        kinds.get(message.key.kind, self._received_test)(message)
+        if message.key.kind == "train":
+            self._received_report(message)
+        else:
+            self._side.received(message)
 
     def _record(self, event: str, **values: Any) -> None:
         self.journal.append(event=event, **values, time=time.time())
@@ -125,26 +124,19 @@ class Controller:
             logger.error("%s", reason)
         self.broken[stage] = reason
 
-    def _free(self) -> tuple[float, float]:
-        cpus = self._means.num_cpus - sum(b.cpus for b in self._busy.values())
-        return cpus, self._means.num_gpus - sum(b.gpus for b in self._busy.values())
-
-    def _fits(self, stage: StageConfig) -> bool:
-        cpus, gpus = self._means.of(stage)
-        free_cpus, free_gpus = self._free()
-        return cpus <= free_cpus + 1e-9 and gpus <= free_gpus + 1e-9
-
     # -- stages -----------------------------------------------------------------------------
 
     def _ready(self) -> list[Launch]:
         """What could start now if there is room."""
-        busy = [key.stage for key in self._busy if key.kind == "train"]
+        busy = [key.stage for key in self._room.busy if key.kind == "train"]
         found = next_launches(self.curriculum, self.history, self._selected, busy)
-        return [x for x in found if x.stage.name not in self.broken and self._has_data(x.stage)]
+        return [
+            x for x in found if x.stage.name not in self.broken and self._side.has_data(x.stage)
+        ]
 
     def _start_stages(self) -> None:
         for launch in self._ready():
-            if self._fits(launch.stage):
+            if self._room.fits(launch.stage):
                 with log.context(launch.stage.name):
                     try:
                         self._launch(launch)
@@ -175,13 +167,13 @@ class Controller:
             f"{launch.config.train.num_steps:,}",
             f", from {launch.source.get('stage', init)}" if init else "",
         )
-        cpus, gpus = self._means.of(stage)
+        cpus, gpus = self._room.means.of(stage)
         folder = attempt_folder(self.folder, stage.name, launch.number)
         key = Key("train", stage.name)
         if stage.search is not None:
-            slots = self._slots(cpus, gpus)
+            slots = self._room.slots(cpus, gpus)
             study = stage_study(launch, cpus=cpus, gpus=gpus, init_from=init)
-            self._busy[key] = _Busy(cpus * slots, gpus * slots, launch)
+            self._room.busy[key] = Busy(cpus * slots, gpus * slots, launch)
             self._backend.search(key, study, str(store.folder), folder, slots)
             return
         job = Job(
@@ -192,18 +184,11 @@ class Controller:
             init_from=init,
             reinit=launch.reinit,
         )
-        self._busy[key] = _Busy(cpus, gpus, launch)
+        self._room.busy[key] = Busy(cpus, gpus, launch)
         self._backend.train(key, job, cpus=cpus, gpus=gpus)
 
-    def _slots(self, cpus: float, gpus: float) -> int:
-        """Trials at once of a search."""
-        free_cpus, free_gpus = self._free()
-        rooms = [free_cpus / cpus] if cpus else []
-        rooms += [free_gpus / gpus] if gpus else []
-        return max(int(min(rooms, default=1.0) + 1e-9), 1)
-
     def _received_report(self, message: Message) -> None:
-        launch, report = self._busy[message.key].launch, message.report
+        launch, report = self._room.busy[message.key].launch, message.report
         attempt = self.history.stage(message.key.stage).current
         assert launch is not None and attempt is not None
         if report and int(report[keys.STEPS]) not in attempt.reports:
@@ -217,8 +202,12 @@ class Controller:
             if not attempt.reports and not launch.resumed and launch.retry == 0:
                 self._note_latency(launch)
         if message.done:
-            del self._busy[message.key]
-            self._decide(launch.stage, message.failure)
+            del self._room.busy[message.key]
+            if message.lost:  # nothing is decided: the same command continues the attempt
+                self.lost.add(launch.stage.name)
+                self._break(launch.stage.name, message.failure or "its process was lost")
+            else:
+                self._decide(launch.stage, message.failure)
 
     def _note_latency(self, launch: Launch) -> None:
         """How soon after the parent's gate the worker held the folder and began to train."""
@@ -262,85 +251,6 @@ class Controller:
             with log.context(stage.name):
                 logger.info("gate or on_fail was changed; judging again")
                 self._decide(stage, (attempt.decision or {}).get("failure"))
-
-    # -- data -------------------------------------------------------------------------------
-
-    def _has_data(self, stage: StageConfig) -> bool:
-        if any(key.kind == "data" and key.detail == stage.task for key in self._busy):
-            return False
-        try:
-            return self._stores.open(stage)
-        except DmxError as error:
-            self._break(stage.name, str(error))
-            return False
-
-    def _start_preparation(self) -> None:
-        """One set at a time, the one needed first; beside training only with what is idle."""
-        if any(key.kind == "data" for key in self._busy):
-            return
-        for stage in self.curriculum.stages:
-            settled = self.history.stage(stage.name).status in ("passed", "failed")
-            if stage.name not in self._selected or settled or stage.name in self.broken:
-                continue
-            if self._stores.is_prepared(stage):
-                continue
-            training = any(key.kind == "train" for key in self._busy)
-            workers = max(int(self._free()[0]), 1)
-            key = Key("data", stage.name, stage.task)
-            with log.context(stage.name):
-                logger.info("preparing data: %s (%d workers)", stage.task, workers)
-            nice, options = _NICE if training else 0, stage.generate.options()
-            self._busy[key] = _Busy()
-            self._backend.prepare(key, stage.task, self._stores.root, options, workers, nice)
-            return
-
-    def _received_data(self, message: Message) -> None:
-        seconds = time.time() - self._busy.pop(message.key).begun
-        if message.failure is not None:
-            self._break(message.key.stage, message.failure)
-            return
-        logger.info("data ready: %s, after %.1f s", message.key.detail, seconds)
-        self._record("data", stage=message.key.stage, task=message.key.detail, seconds=seconds)
-
-    # -- tests ------------------------------------------------------------------------------
-
-    def _start_tests(self) -> None:
-        """Test accuracies, when nothing that trains wants the room."""
-        if self._ready():
-            return
-        for stage, on in wanted_tests(self.curriculum, self.history):
-            key = Key("test", stage.name, on.name)
-            known = key in self._busy or (stage.name, on.name) in self._untested
-            if known or stage.name in self.broken or not self._fits(stage):
-                continue
-            if not self._has_data(on):
-                continue
-            promoted = self.history.stage(stage.name).promoted
-            assert promoted is not None
-            try:
-                folder = check_promoted(stage.name, promoted, self.folder)
-            except CheckpointError as error:
-                self._break(stage.name, str(error))
-                continue
-            store = self._stores[on.task]
-            other = None if on is stage else to_dict(resolve(on.config, StageData(store=store)))
-            wanted = Measurement(
-                checkpoint=str(folder), data_folder=str(store.folder), config=other
-            )
-            cpus, gpus = self._means.of(stage)
-            self._busy[key] = _Busy(cpus, gpus)
-            self._backend.test(key, wanted, cpus=cpus, gpus=gpus)
-
-    def _received_test(self, message: Message) -> None:
-        del self._busy[message.key]
-        stage, on = message.key.stage, message.key.detail
-        if message.failure is not None:
-            self._untested.add((stage, on))
-            logger.warning("no test accuracy on %s: %s", on, message.failure)
-            return
-        if message.value is not None:
-            logger.info("test accuracy on %s: %.4f", on, message.value)
-        self._record("tested", stage=stage, on=on, accuracy=message.value)
 
 
 def _say(verdict: Verdict) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dmx import cli
 from dmx.curriculum_file import load_curriculum
-from dmx.curriculum_session import Options, dry_run, run_session, show_status
+from dmx.curriculum_session import run_session
+from dmx.curriculum_show import Options, dry_run, show_status
 from dmx.data.locate import default_data_root
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -10,13 +11,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dmx import planner, precheck
+from dmx import edits, planner, precheck
 from dmx import records as keys
 from dmx.cluster_size import local_means, means_of
+from dmx.curriculum_show import Options
 from dmx.curriculum_view import LogView, TensorBoardView, since, stages_table
 from dmx.errors import (
     EXIT_FAILED,
@@ -24,38 +25,17 @@ from dmx.errors import (
     EXIT_OK,
     EXIT_PARTIAL,
     ConfigError,
-    StageError,
 )
 from dmx.history import History, fold
 from dmx.journal import Journal, read_journal
 from dmx.lineage import LineageWriter
 from dmx.log import console
-from dmx.precheck import StageData
 from dmx.stages import CurriculumConfig
 from dmx.study_files import code_version, write_text
 from dmx.tensorboard import Column, announce_study
 
 logger = logging.getLogger("dmx.curriculum")
 CURRICULUM_FILE = "curriculum.yaml"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the command line says.
-
-    Attributes:
-        folder: the run's. again: the command that continues it. Others: see --help.
-    """
-
-    folder: Path
-    data_root: Path
-    until: str | None = None
-    from_stage: str | None = None
-    fresh: bool = False
-    cpus: float | None = None
-    gpus: float | None = None
-    address: str | None = None
-    again: str = ""
 
 
 def run_session(curriculum: CurriculumConfig, options: Options) -> int:
@@ -105,7 +85,7 @@ def _prepare_journal(
     kept = dataclasses.replace(
         history, stages={n: s for n, s in history.stages.items() if n not in again}
     )
-    planner.check_unchanged(curriculum, kept)
+    edits.check_unchanged(curriculum, kept)
     precheck.check_checkpoints(curriculum, kept, options.folder, selected)
     if not journal.events:
         journal.append(event="created", curriculum=curriculum.name, time=time.time())
@@ -135,41 +115,44 @@ def _connected(
     from dmx.work import ClusterLost
 
     code = code_version()
+    lineage = LineageWriter(curriculum, options.folder, code)
+    _announce(curriculum, options.folder)
     with cluster.terminate_like_interrupt():
         try:
-            with cluster.connect(options.address) as resources:
-                means = means_of(
-                    curriculum,
-                    resources,
-                    options.cpus,
-                    options.gpus,
-                    largest_node=largest_node(),
-                )
-                _announce(curriculum, options.folder)
-                tensorboard = TensorBoardView(curriculum, options.folder, journal.events)
-                lineage = LineageWriter(curriculum, options.folder, code)
+            with (
+                cluster.connect(options.address) as resources,
+                cluster.terminate_like_interrupt(),  # once more: Ray's start took SIGTERM over
+                contextlib.closing(
+                    TensorBoardView(curriculum, options.folder, journal.events)
+                ) as tensorboard,
+                contextlib.closing(RayBackend()) as backend,
+            ):
                 lineage.write(fold(journal.events))
-                backend = RayBackend()
                 controller = Controller(
                     curriculum,
                     options.folder,
                     journal,
                     backend,
-                    means=means,
+                    means=means_of(
+                        curriculum,
+                        resources,
+                        options.cpus,
+                        options.gpus,
+                        largest_node=largest_node(),
+                    ),
                     data_root=options.data_root,
                     selected=selected,
                     code=code,
                     observers=(LogView(), tensorboard, lineage),
                 )
-                try:
-                    passed = controller.run()
-                finally:
-                    backend.stop()
-                    tensorboard.close()
+                passed = controller.run()
         except KeyboardInterrupt:
             return _interrupted(options, journal, "interrupted", EXIT_INTERRUPTED)
         except ClusterLost as error:
             return _interrupted(options, journal, f"the cluster was lost ({error})", EXIT_PARTIAL)
+    if controller.lost:
+        what = f"the workers of {', '.join(sorted(controller.lost))} died again and again"
+        return _interrupted(options, journal, what, EXIT_PARTIAL)
     journal.append(event="closed", passed=passed, time=time.time())
     return _finish(curriculum, options, controller.history, controller.broken, passed)
 
@@ -249,55 +232,3 @@ def _move_aside(folder: Path) -> None:
     target = folder.with_name(f"{folder.name}.until-{stamp}")
     folder.rename(target)
     logger.info("the old run is now %s", target)
-
-
-def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
-    """Check and measure; the exit code."""
-    from dmx import dryrun
-
-    precheck.check_device(curriculum, local=options.address is None)
-    data: dict[str, StageData] = {
-        s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages
-    }
-    transfers = precheck.check_transfers(curriculum, data)
-    history = fold(read_journal(options.folder / keys.JOURNAL_FILE)[0])
-    if history.stages and options.from_stage is None:
-        planner.check_unchanged(curriculum, history)
-    means = local_means(curriculum, options.cpus, options.gpus, check=options.address is None)
-    threads = {s.name: max(int(means.of(s)[0]), 1) for s in curriculum.stages}
-    dryrun.show(curriculum, data, transfers, data_root=options.data_root, threads=threads)
-    return EXIT_OK
-
-
-def show_status(curriculum: CurriculumConfig, options: Options) -> int:
-    """Print where the run stands; reads the journal only, so it disturbs nobody."""
-    events, _ = read_journal(options.folder / keys.JOURNAL_FILE)
-    if not events:
-        raise StageError(f"there is no run in {options.folder}; start it without --status.")
-    history = fold(events)
-    out = console()
-    title = f"{options.folder.name}: begun {since(history.created)} ago, {_liveness(events)}"
-    out.print(stages_table(curriculum, history, title))
-    return EXIT_OK
-
-
-def _liveness(events: list[dict[str, Any]]) -> str:
-    """Whether a controller is at work, as far as this machine can tell."""
-    session: dict[str, Any] = {}
-    for event in events:
-        if event["event"] == "session":
-            session = event
-        elif event["event"] in ("closed", "interrupted"):
-            session = {}
-    seen = f"last event {since(events[-1]['time'])} ago"
-    if not session:
-        return f"not running, {seen}"
-    if session["host"] != socket.gethostname():
-        return f"running on {session['host']}, {seen}"
-    try:
-        os.kill(session["pid"], 0)
-    except ProcessLookupError:
-        return f"stopped without a word (killed?), {seen}; the same command continues it"
-    except PermissionError:
-        pass
-    return f"running (process {session['pid']}), {seen}"

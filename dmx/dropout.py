@@ -59,23 +59,25 @@ class Dropout(nn.Dropout):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-        out, keeps = torch.empty_like(flat), torch.empty_like(flat, dtype=torch.int8)
+        out = torch.empty(x.shape, dtype=x.dtype)  # returned itself: no view may be added to
+        keeps = torch.empty(x.shape, dtype=torch.int8)
+        width = x.shape[-1] if x.dim() else 1
+        flat, flat_out, flat_keeps = (t.reshape(-1, width) for t in (x, out, keeps))
         seed, scale = draw_seed(), 1.0 / (1.0 - probability)
 
         def work(share: Sequence[slice]) -> None:
             for rows in share:
                 keep = keep_mask(flat[rows].shape, probability, seed + rows.start)
-                keeps[rows] = keep
-                torch.mul(flat[rows], keep.to(x.dtype).mul_(scale), out=out[rows])
+                flat_keeps[rows] = keep
+                torch.mul(flat[rows], keep.to(x.dtype).mul_(scale), out=flat_out[rows])
 
         run_shares(work, row_pieces(flat.shape[0]))
         ctx.save_for_backward(keeps)
         ctx.scale = scale
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (keeps,) = ctx.saved_tensors
-        return keeps.view(grad.shape).to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+        return keeps.to(grad.dtype).mul_(grad).mul_(ctx.scale), None

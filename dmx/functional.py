@@ -39,16 +39,22 @@ def norm_linear(
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
 
 
-def gelu_linear(x: Tensor, probability: float, linear: nn.Linear, training: bool) -> Tensor:
-    """[T, D] -> [T, N], linear(dropout(gelu(x))).
-
-    The gradient overwrites x, so that nothing else may save x for its own: autograd raises if it
-    does, and on a second backward through the same graph.
-    """
+def mlp(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    second: nn.Linear,
+    probability: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """[T, D] -> [T, D], second(dropout(gelu(first(norm(x))))), and x, as `norm_linear`."""
     probability = probability if training else 0.0
     if not is_fast(x):
-        return linear(F.dropout(F.gelu(x), probability))
-    return _GeluLinear.apply(x, linear.weight, linear.bias, probability)
+        return second(F.dropout(F.gelu(first(norm(x))), probability)), x
+    return _Mlp.apply(
+        x, norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias,
+        norm.eps, probability,
+    )  # fmt: skip
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -71,9 +77,45 @@ def segment_sum(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor
     return _SegmentSum.apply(x, order, segment, count)
 
 
-def _total(results: list[tuple[Tensor, ...]]) -> list[Tensor]:
+def total(results: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """The sums over all shares, in their order."""
     return [torch.stack(parts).sum(0) for parts in zip(*results, strict=True)]
+
+
+class NormLinearGradient:
+    """The gradient of linear(norm(x)) + x, piece by piece.
+
+    Attributes:
+        sums: gradients so far of the norm's scale and shift and the linear's weight and bias.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, eps: float):
+        self.x, self.scale, self.shift, self.weight, self.eps = x, scale, shift, weight, eps
+        zeros = torch.zeros_like
+        self.sums = (zeros(scale), zeros(shift), zeros(weight), zeros(weight[:, 0]))
+
+    def add(self, rows: slice, grad: Tensor, grad_same: Tensor, grad_x: Tensor) -> None:
+        """Take a piece.
+
+        Args:
+            rows: which of x.
+            grad: [rows, N] of linear(norm(x)).
+            grad_same: [T, D] of the second x.
+            grad_x: [T, D], where the gradient of x goes.
+        """
+        x, shape = self.x[rows], self.x.shape[1:]
+        grad_scale, grad_shift, grad_weight, grad_bias = self.sums
+        normed, mean, deviation = torch.native_layer_norm(
+            x, shape, self.scale, self.shift, self.eps
+        )
+        grad_weight.addmm_(grad.t(), normed)
+        grad_bias += grad.sum(0)
+        dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
+            grad @ self.weight, x, shape, mean, deviation, self.scale, self.shift, [True] * 3
+        )
+        torch.add(dx, grad_same[rows], out=grad_x[rows])
+        grad_scale += dscale
+        grad_shift += dshift
 
 
 def _sum_segments(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
@@ -111,70 +153,65 @@ class _NormLinear(torch.autograd.Function):
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
 
         def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
-            grad_weight, grad_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-            grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+            gradient = NormLinearGradient(x, scale, shift, weight, ctx.eps)
             for rows in share:
-                normed, mean, deviation = torch.native_layer_norm(
-                    x[rows], x.shape[1:], scale, shift, ctx.eps
-                )
-                grad_weight.addmm_(grad[rows].t(), normed)
-                grad_bias += grad[rows].sum(0)
-                grad_normed = torch.mm(grad[rows], weight)
-                dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
-                    grad_normed, x[rows], x.shape[1:], mean, deviation, scale, shift, [True] * 3
-                )
-                torch.add(dx, grad_same[rows], out=grad_x[rows])
-                grad_scale += dscale
-                grad_shift += dshift
-            return grad_scale, grad_shift, grad_weight, grad_bias
+                gradient.add(rows, grad[rows], grad_same, grad_x)
+            return gradient.sums
 
-        *sums, grad_bias = _total(run_shares(work, row_pieces(x.shape[0])))
+        *sums, grad_bias = total(run_shares(work, row_pieces(x.shape[0])))
         return grad_x, *sums, grad_bias if ctx.has_bias else None, None
 
 
-class _GeluLinear(torch.autograd.Function):
+class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, probability: float) -> Tensor:
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        keeps = torch.empty_like(x, dtype=torch.int8) if probability else None
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight1: Tensor, bias1: Tensor,
+        weight2: Tensor, bias2: Tensor, eps: float, probability: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        hidden = x.new_empty(x.shape[0], weight1.shape[0])  # before the GELU
+        out = x.new_empty(x.shape[0], weight2.shape[0])
+        keeps = torch.empty_like(hidden, dtype=torch.int8) if probability else None
         seed = draw_seed() if probability else 0
-        scale = ctx.scale = 1.0 / (1.0 - probability)
+        factor = 1.0 / (1.0 - probability)
 
         def work(share: Sequence[slice]) -> None:
             for rows in share:
-                hidden = F.gelu(x[rows])
+                normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
+                torch.addmm(bias1, normed, weight1.t(), out=hidden[rows])
+                active = F.gelu(hidden[rows])
                 if keeps is not None:
-                    keep = keep_mask(hidden.shape, probability, seed + rows.start)
+                    keep = keep_mask(active.shape, probability, seed + rows.start)
                     keeps[rows] = keep
-                    hidden.mul_(keep.to(x.dtype).mul_(scale))
-                torch.addmm(bias, hidden, weight.t(), out=out[rows])
+                    active.mul_(keep.to(x.dtype).mul_(factor))
+                torch.addmm(bias2, active, weight2.t(), out=out[rows])
 
         run_shares(work, row_pieces(x.shape[0]))
-        ctx.save_for_backward(x, weight, keeps)
-        return out
+        ctx.save_for_backward(x, scale, shift, weight1, weight2, hidden, keeps)
+        ctx.eps, ctx.factor = eps, factor
+        return out, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, keeps = ctx.saved_tensors
-        grad = grad.contiguous()
+    def backward(ctx: Any, grad: Tensor, grad_same: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight1, weight2, hidden, keeps = ctx.saved_tensors
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
 
         def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
-            grad_weight, grad_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+            gradient = NormLinearGradient(x, scale, shift, weight1, ctx.eps)
+            grad_weight2, grad_bias2 = torch.zeros_like(weight2), torch.zeros_like(weight2[:, 0])
             for rows in share:
-                hidden = F.gelu(x[rows])
-                grad_hidden = torch.mm(grad[rows], weight)
+                active, grad_active = F.gelu(hidden[rows]), grad[rows] @ weight2
                 if keeps is not None:
-                    keep = keeps[rows].to(x.dtype).mul_(ctx.scale)
-                    hidden.mul_(keep)
-                    grad_hidden.mul_(keep)
-                grad_weight.addmm_(grad[rows].t(), hidden)
-                grad_bias += grad[rows].sum(0)
-                gelu_backward = torch.ops.aten.gelu_backward.grad_input
-                gelu_backward(grad_hidden, x[rows], grad_input=x[rows])
-            return grad_weight, grad_bias
+                    keep = keeps[rows].to(x.dtype).mul_(ctx.factor)
+                    active.mul_(keep)
+                    grad_active.mul_(keep)
+                grad_weight2.addmm_(grad[rows].t(), active)
+                grad_bias2 += grad[rows].sum(0)
+                grad_hidden = torch.ops.aten.gelu_backward(grad_active, hidden[rows])
+                gradient.add(rows, grad_hidden, grad_same, grad_x)
+            return *gradient.sums, grad_weight2, grad_bias2
 
-        return x, *_total(run_shares(work, row_pieces(x.shape[0]))), None
+        return grad_x, *total(run_shares(work, row_pieces(x.shape[0]))), None, None
 
 
 class _Lookup(torch.autograd.Function):

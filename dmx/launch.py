@@ -30,12 +30,16 @@ class _Actor:
 
 @dataclass
 class Running:
-    """A run under way. `restarts` counts the processes it has lost."""
+    """A run under way. `restarts` counts the processes it has lost since it last got further.
+
+    `steps`: of its latest report.
+    """
 
     job: Job
     cpus: float
     gpus: float
     restarts: int = 0
+    steps: int = -1
     actor: Any = None
     future: Any = None
 
@@ -59,7 +63,8 @@ def wait_any(
     """Reports that came in; empty after the timeout. A dead process is started again by itself.
 
     A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
-    its last report carries `failure`.
+    without getting any further, its last report carries `failure`, and `lost`: what it has done so
+    far can be continued elsewhere.
     """
     ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=timeout_seconds)
     reports = []
@@ -73,7 +78,7 @@ def wait_any(
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             if running.restarts > max_restarts:
                 failure = f"its process died {running.restarts} times, last: {reason}"
-                reports.append((running, {keys.FAILURE: failure, "done": True}))
+                reports.append((running, {keys.FAILURE: failure, "lost": True, "done": True}))
                 continue
             logger.warning(
                 "the worker of %s died (%s); it continues from its last checkpoint.",
@@ -82,6 +87,8 @@ def wait_any(
             )
             _launch(running)
             continue
+        if report.get(keys.STEPS, 0) > running.steps:
+            running.steps, running.restarts = report[keys.STEPS], 0
         if report.get("done"):
             stop(running)
         else:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmx.attention import AttentionConfig, MixerContext, TokenMixer
+from dmx.attention import AttentionConfig, MixerContext
+from dmx.attention.multihead import MultiHead
 from dmx.dropout import Dropout
 from dmx.errors import ConfigError
-from dmx.functional import add_residual, gelu_linear, lookup, norm_linear, segment_sum
+from dmx.functional import add_residual, lookup, mlp, segment_sum
 from dmx.packing import Layout, Packing, pack, reorder
 
 
@@ -85,65 +86,13 @@ class Embeddings(nn.Module):
         return self.dropout(add_residual(x, lookup(self.position.weight, position)))
 
 
-class MultiHead(nn.Module):
-    """Projections around a TokenMixer."""
-
-    def __init__(self, config: ModelConfig, mixer_config: AttentionConfig, context: MixerContext):
-        super().__init__()
-        inner_dim = config.num_heads * config.head_dim
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.query = nn.Linear(config.embedding_dim, inner_dim)
-        self.key = nn.Linear(config.embedding_dim, inner_dim)
-        self.value = nn.Linear(config.embedding_dim, inner_dim)
-        self.mixer: TokenMixer = mixer_config.build(context)
-        self.output = nn.Linear(inner_dim, config.embedding_dim)
-
-    def _weights(self) -> tuple[Tensor, Tensor | None]:
-        """The projections to q, k and v as one: [3 * H * Dh, D] and their bias."""
-        layers = (self.query, self.key, self.value)
-        weight = torch.cat([layer.weight for layer in layers])
-        if not self.mixer.projection_bias:
-            return weight, None
-        return weight, torch.cat([layer.bias for layer in layers])
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D], [B, L] -> [B, L, D]."""
-        qkv = F.linear(x, *self._weights())
-        qkv = qkv.view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = self.mixer(q, k, v, mask)  # [B, H, L, Dh]
-        return self.output(out.transpose(1, 2).flatten(2))
-
-    def packed(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout) -> Tensor:
-        """[T, D] in the layout's order -> [T, D], x + dropout(self(norm(x)))."""
-        qkv, x = norm_linear(x, norm, *self._weights())  # [T, 3 * H * Dh]
-        mix_rows = getattr(self.mixer, "mix_rows", None)
-        rows = None if mix_rows is None else mix_rows(qkv, layout, self.num_heads)
-        out = self.output(self._mix_buckets(qkv, layout) if rows is None else rows)
-        return add_residual(dropout(out), x)
-
-    def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
-        """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""
-        buckets = []
-        sizes = [bucket.count * bucket.length for bucket in layout.buckets]
-        # `split` and not slices: the gradient of each slice would be a whole matrix of zeros.
-        slots = layout.slot.split(sizes)
-        for bucket, rows, slot in zip(layout.buckets, qkv.split(sizes), slots, strict=True):
-            shape = (bucket.count, bucket.length)
-            q, k, v = rows.view(*shape, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            buckets.append((q, k, v, slot.view(shape)))
-        outs = self.mixer.mix_buckets(buckets, layout.grouping.size)
-        mixed = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in outs]
-        return torch.cat(mixed) if mixed else qkv.new_zeros(0, self.output.in_features)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; everything but the mixer works token by token."""
 
     def __init__(self, config: ModelConfig, mixer_config: AttentionConfig, context: MixerContext):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embedding_dim)
-        self.attention = MultiHead(config, mixer_config, context)
+        self.attention = MultiHead(config.embedding_dim, mixer_config, context)
         self.dropout = Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(config.embedding_dim)
         self.mlp = nn.Sequential(
@@ -165,8 +114,7 @@ class Block(nn.Module):
         x = self.attention.packed(x, self.norm1, layout, self.dropout)
         first, second = self.mlp[0], self.mlp[3]
         assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        hidden, x = norm_linear(x, self.norm2, first.weight, first.bias)
-        out = gelu_linear(hidden, self.mlp_dropout, second, self.training)
+        out, x = mlp(x, self.norm2, first, second, self.mlp_dropout, self.training)
         return add_residual(self.dropout(out), x)
 
 

@@ -53,6 +53,7 @@ class Layout:
         inverse: [T] the inverse permutation.
         slot: [T] for each row, the token's position within its group, in 0..size-1.
         buckets: cover the rows; longest groups last.
+        natural: whether the order is the natural one, as for stride 1 without a masked token.
     """
 
     grouping: Grouping
@@ -60,6 +61,7 @@ class Layout:
     inverse: Tensor
     slot: Tensor
     buckets: tuple[Bucket, ...]
+    natural: bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
     order = numbers[groups]
     slot = groups.nonzero(as_tuple=True)[1]
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    ascending = torch.arange(order.shape[0], device=order.device)
+    inverse[order] = ascending
     buckets = []
     start = 0
     sizes = torch.bincount(counts, minlength=grouping.size + 1).tolist()
@@ -130,7 +133,8 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
         if length and count:
             buckets.append(Bucket(start, count, length))
             start += count * length
-    return Layout(grouping, order, inverse, slot, tuple(buckets))
+    in_order = len(buckets) <= 1 and torch.equal(order, ascending)
+    return Layout(grouping, order, inverse, slot, tuple(buckets), in_order)
 
 
 class _Permute(torch.autograd.Function):
@@ -154,7 +158,7 @@ class _Permute(torch.autograd.Function):
 
 def reorder(x: Tensor, current: Layout | None, wanted: Layout) -> Tensor:
     """Move the rows of x [T, D] from one layout (None: natural order) into another."""
-    if current is wanted:
+    if current is wanted or (wanted.natural and (current is None or current.natural)):
         return x
     if current is None:
         return _Permute.apply(x, wanted.order, wanted.inverse)

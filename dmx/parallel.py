@@ -95,6 +95,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
             def start() -> None:
                 torch.set_num_threads(1)  # of this thread, and the default of threads to come
+                torch.get_num_threads()  # takes the default, once per thread: now, while it is 1
                 started.wait()
 
             pool = ThreadPoolExecutor(threads, "dmx", initializer=start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from dmx.errors import ConfigError
@@ -11,13 +10,9 @@ from dmx.registry import choices_message
 
 def shipped_folder(kind: str) -> Path:
     """The folder of shipped YAML files: package data of a wheel, or the checkout's own folder."""
-    try:
-        packaged = Path(str(resources.files(f"dmx.{kind}")))
-        if packaged.is_dir() and any(packaged.glob("*.yaml")):
-            return packaged
-    except ModuleNotFoundError:
-        pass
-    return Path(__file__).resolve().parents[1] / kind
+    here = Path(__file__).resolve().parent
+    packaged = here / kind
+    return packaged if any(packaged.glob("*.yaml")) else here.parent / kind
 
 
 def shipped_names(kind: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 from dmx import __version__
 from dmx import records as keys
 from dmx.errors import ConfigError, StageError
+from dmx.journal import Journal
 
 SETTINGS_FILE = "settings.json"
 
@@ -38,6 +39,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> N
     Raises:
         ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,
             or holds a study with other settings.
+        StageError: the study is damaged, or another process works on it.
     """
     file = folder / SETTINGS_FILE
     if resume and not file.exists():
@@ -56,6 +58,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> N
             raise ConfigError(
                 f"{folder} holds another study ({was}); repeat its settings or give --name."
             )
+        Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray starts
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

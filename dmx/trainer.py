@@ -34,6 +34,10 @@ class Diverged(Exception):
         self.step = step
 
 
+_CPU_EVAL_BATCH = 32
+"""Small training batches need not make the evaluation slow: without gradients memory is cheap."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss and accuracy (0..1) over every example of a split."""
@@ -201,13 +205,21 @@ class Trainer:
 
     # -- evaluation -------------------------------------------------------------------------
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences per pass of an evaluation."""
+        train = self.config.train
+        if train.eval_batch_size is not None:
+            return train.eval_batch_size
+        size = train.micro_batch_size or train.batch_size
+        return max(size, _CPU_EVAL_BATCH) if self.device.type == "cpu" else size
+
     @torch.no_grad()
     def evaluate(self, split: str) -> Evaluation:
         """Loss and accuracy over the whole split, the ragged last batch included."""
         self.model.eval()
         data = self.store.split(split)
-        train = self.config.train
-        size = train.eval_batch_size or train.micro_batch_size or train.batch_size
+        size = self.eval_batch_size
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         for batch in eval_batches(data, size, self.length, self.device):

@@ -35,6 +35,7 @@ class Message:
         report: of a run: flat metrics, with `done` in the last; of a search: the best trial's
             reports, one message each. {} for the end of anything else.
         done: nothing more will come. failure: why it ended badly, one line.
+        lost: it is the machines that failed; the work itself can be continued.
         value: what a test or a preparation returned.
     """
 
@@ -42,6 +43,7 @@ class Message:
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     done: bool = False
     failure: str | None = None
+    lost: bool = False
     value: Any = None
 
 
@@ -67,5 +69,5 @@ class Backend(Protocol):
     def poll(self, timeout_seconds: float) -> list[Message]:
         """News; empty after the timeout."""
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End all work at once; what is on disk stays."""

@@ -1,6 +1,7 @@
 """Kill -9 a curriculum at random moments, continue it, and compare with an uninterrupted run.
 
-    python scripts/kill_curriculum.py CURRICULUM --out FOLDER [--data-root PATH] [--kills 5] [--seed 0]
+    python scripts/kill_curriculum.py CURRICULUM --out FOLDER [--data-root PATH] [--kills 5]
+        [--seed 0]
 
 Every kill comes a random time after a random kind of journal line, and hits the controller, the
 training worker, or both at once. The same command then continues. In the end every promoted
@@ -105,7 +106,9 @@ def differences(one: Path, two: Path) -> list[str]:
             found.append(f"{name}: not promoted in both")
             continue
         for kind in ("model.pt", "training_state.pt"):
-            files = [r / p["path"] / kind for r, p in ((one, state.promoted), (two, other.promoted))]
+            files = [
+                r / p["path"] / kind for r, p in ((one, state.promoted), (two, other.promoted))
+            ]
             a, b = (torch.load(f, weights_only=True) for f in files)
             if not equal(a, b):
                 found.append(f"{name}: {kind}")

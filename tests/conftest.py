@@ -11,7 +11,6 @@ import torch
 from dmx.data.store import Store
 from tests.tiny import write_tiny
 
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)  # tiny tensors; two threads would only wait for each other
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -69,13 +70,13 @@ def test_bucketed_keeps_the_multiset_of_a_window_and_sorts_by_length():
     plain, bucketed = (stream(o, range(window * 2)) for o in ("shuffled", "bucketed"))
     for w in (0, window):
         same = slice(w, w + window)
-        assert Counter(sum(plain[same], [])) == Counter(sum(bucketed[same], []))
+        assert Counter(chain(*plain[same])) == Counter(chain(*bucketed[same]))
         spreads = [int(LENGTHS[b].max() - LENGTHS[b].min()) for b in bucketed[same]]
         assert np.mean(spreads) < 5, "lengths of a batch are alike"
         by_length = sorted(bucketed[same], key=lambda b: LENGTHS[b].sum())
         assert by_length != bucketed[same], "but the order of batches is random"
         ranges = sorted((LENGTHS[b].min(), LENGTHS[b].max()) for b in bucketed[same])
-        assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(ranges))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -63,67 +64,45 @@ class Killed(BaseException):
     """Stands for kill -9: nothing of ours runs after it."""
 
 
-def test_a_kill_at_any_system_call_leaves_the_old_or_the_new(tmp_path, monkeypatch):
-    """Every rename, fsync, mkdir and removal is a moment; after each the folder is whole."""
-    counted, at = [0], [0]
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """Every save, fsync, mkdir and rename is a moment to die; after each the folder is whole."""
+    count, at, dead = [0], [0], [False]
 
     def dying(function):
         def call(*args, **kwargs):
-            counted[0] += 1
-            if counted[0] == at[0]:
+            count[0] += 1
+            if count[0] == at[0]:
+                dead[0] = True
                 raise Killed
             return function(*args, **kwargs)
 
         return call
 
+    def rmtree(*args, real=shutil.rmtree, **kwargs):
+        if not dead[0]:  # who is dead cleans up nothing
+            real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", dying(torch.save))
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(Path, "mkdir", dying(Path.mkdir))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
     folder = tmp_path / "best"
-    seen = set()
-    for moment in range(1, 100):
+    save(folder, 1.0)
+    count[0] = 0
+    save(folder, 1.0)
+    moments, seen = count[0], []
+    for moment in range(1, moments + 1):
+        count[0], at[0], dead[0] = 0, moment, False
+        with pytest.raises(Killed):
+            save(folder, 2.0)
+        count[0], at[0], dead[0] = 0, 0, False
+        seen.append(value_of(folder))
         save(folder, 1.0)
-        counted[0], at[0] = 0, moment
-        dead = [False]
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                (os, "rename"),
-                (os, "fsync"),
-                (os, "mkdir"),
-                (checkpoint, "write_files"),
-                (torch, "save"),
-            ):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            real_rmtree = checkpoint.shutil.rmtree
-
-            def rmtree(*args, dead=dead, real=real_rmtree, **kwargs):
-                if not dead[0]:  # a dead process cleans up nothing
-                    real(*args, **kwargs)
-
-            patch.setattr(checkpoint.shutil, "rmtree", rmtree)
-            patch.setattr(Path, "rename", lambda self, target: os.rename(self, target))
-            patch.setattr(Path, "mkdir", lambda self, **kw: self.exists() or os.mkdir(self))
-            try:
-                real_die = Killed
-                save_dying(folder, dead, real_die)
-                finished = True
-            except Killed:
-                finished = False
-        if finished:
-            break
-        seen.add(value_of(folder))
-        leftovers = {p.name for p in tmp_path.iterdir()} - {"best"}
-        save(folder, 3.0)
-        assert value_of(folder) == 3.0
-        after = {p.name for p in tmp_path.iterdir()} - {"best"}
-        assert not after, f"left after the next save: {after} (was {leftovers})"
-    assert moment > 8, "the moments were met"
-    assert seen == {1.0, 2.0}, "kills before and after the exchange both happened"
-
-
-def save_dying(folder, dead, error):
-    try:
-        save(folder, 2.0)
-    except error:
-        dead[0] = True
-        raise
+        assert value_of(folder) == 1.0
+        assert [p.name for p in tmp_path.iterdir()] == ["best"], "what was left is gone"
+    assert seen == sorted(seen) and set(seen) == {1.0, 2.0}, "first the old, then the new"
+    assert moments >= 10
 
 
 def test_a_kill_between_the_two_renames_is_put_right(tmp_path):
@@ -303,9 +282,16 @@ def test_reinit_names_or_prefixes_with_a_dot():
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [((16, 2), (36, 2)), ((16, 2), (32, 2)), ((15, 2), (60, 2)), ((16, 2), (64, 3)), ((0, 2), (4, 2)),
-     ((), (4, 2)), ((64, 2), (16, 2))],
-)  # fmt: skip
+    [
+        ((16, 2), (36, 2)),
+        ((16, 2), (32, 2)),
+        ((15, 2), (60, 2)),
+        ((16, 2), (64, 3)),
+        ((64, 2), (16, 2)),
+        ((0, 2), (4, 2)),
+        ((), (4, 2)),
+    ],
+)
 def test_positions_that_cannot_be_tiled(source, target):
     with pytest.raises(CheckpointError, match="position"):
         plan_transfer({POSITION: torch.Size(source)}, {POSITION: torch.Size(target)})

@@ -102,7 +102,9 @@ def test_another_attention_drops_the_sizes_below_it():
 
 def test_overrides_win_over_layers_and_presets():
     words = ["train.batch_size=64", "optim.learning_rate=1e-3", "model.pooling=cls"]
-    config = parse_run_config({"task": "text", "train": {"batch_size": 8}}, parse_assignments(words))
+    config = parse_run_config(
+        {"task": "text", "train": {"batch_size": 8}}, parse_assignments(words)
+    )
     assert config.train.batch_size == 64 and config.optim.learning_rate == 0.001
     assert config.model.pooling == "cls"
     assert config.optim.warmup_steps == 8000, "the preset lies under all"
@@ -160,7 +162,7 @@ def test_packed_execution_of_an_attention_that_cannot(monkeypatch):
 
 
 def test_a_lower_layers_mistake_is_not_hidden_by_a_higher_one():
-    with pytest.raises(ConfigError, match="^optim is 5"):
+    with pytest.raises(ConfigError, match=r"^optim is 5"):
         parse_run_config({"task": "text", "optim": 5}, {"optim.weight_decay": 0.1})
 
 

@@ -17,29 +17,39 @@ PACKAGE = ROOT / "dmx"
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
-    ("mathematics", "functional packing optim"),
+    ("mathematics", "packing parallel dropout functional optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "trainer runner evaluation probe train"),
-    ("plans", "ledger stages curriculum_file history planner precheck lineage study_files"),
-    ("ray", "cluster launch trainable scheduler budget"),
-    ("study", "study study_view stage_study finals work"),
+    ("training", "trainer runner evaluation"),
+    ("stages", "ledger stages stage_order curriculum_file history"),
+    ("plans", "edits planner precheck promotion stage_data"),
+    ("plans, shown", "lineage probe study_files"),
+    ("ray", "cluster cluster_size launch trainable scheduler budget"),
+    ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
-    ("control", "controller backend"),
-    ("reports", "reporting reporting.* report cost"),
-    ("commands", "tune curriculum"),
+    ("control", "room side_work controller backend curriculum_show curriculum_session"),
+    ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
+    ("commands", "tune train curriculum"),
 ]
 
 # Who may import what, at the top of a file or within a function.
-RAY = (
-    "cluster launch trainable scheduler study study_files finals backend curriculum "
-    "data.ray_shards"
-).split()
-OPTUNA = "ledger study_files reporting.reading reporting.importance".split()
-TENSORBOARD = "tensorboard reporting.reading".split()
+RAY = [
+    "cluster",
+    "launch",
+    "trainable",
+    "scheduler",
+    "study",
+    "study_files",
+    "finals",
+    "backend",
+    "curriculum",
+    "data.ray_shards",
+]
+OPTUNA = ["ledger", "study_files", "reporting.reading", "reporting.importance"]
+TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 
 def module_name(path: Path) -> str:

@@ -55,7 +55,7 @@ def follow(config: OptimConfig, steps: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("warmup", [2, 7, 12])
 def test_one_linear_cycle(warmup):
-    """From peak/25 up to the peak in `warmup` steps, then down to peak/250,000; beta1 mirrors it."""
+    """From peak/25 up to the peak in `warmup` steps, then down to peak/250,000; beta1 mirrors."""
     steps, peak = 20, 3e-3
     seen = follow(OptimConfig(learning_rate=peak, warmup_steps=warmup), steps)
     last_up = warmup - 1

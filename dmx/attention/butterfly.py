@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.softmax import SoftmaxConfig
@@ -112,10 +112,18 @@ class ButterflyMixer(TokenMixer):
         """Buckets already are groups: the inner mixer takes them as they are."""
         return self.inner.mix_buckets(buckets, full_length)
 
-    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
-        """The inner mixer's `mix_rows`, where it has one."""
-        mix_rows = getattr(self.inner, "mix_rows", None)
-        return None if mix_rows is None else mix_rows(qkv, layout, num_heads)
+    def mix_normed(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        num_heads: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The inner mixer's `mix_normed`, where it has one."""
+        mix_normed = getattr(self.inner, "mix_normed", None)
+        return mix_normed and mix_normed(x, norm, weight, bias, layout, num_heads)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -64,7 +64,7 @@ def _time(trainer: Trainer, seconds: float) -> Probe:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     trainer.model.eval()
     dev = trainer.store.split("dev")
-    size = _eval_size(trainer.config)
+    size = trainer.eval_batch_size
     seen, before = 0, time.perf_counter()
     with torch.no_grad():
         for batch in eval_batches(dev, size, trainer.length, device):
@@ -82,12 +82,6 @@ def _time(trainer: Trainer, seconds: float) -> Probe:
         steps=len(timed),
         device=device.type,
     )
-
-
-def _eval_size(config: RunConfig) -> int:
-    """Sequences per pass when evaluating, as the trainer chooses it."""
-    train = config.train
-    return train.eval_batch_size or train.micro_batch_size or train.batch_size
 
 
 def _wait(device: torch.device) -> None:

@@ -63,7 +63,8 @@ class FakeBackend:
     A run that was reported up to some step on disk goes on from there, as a real one does.
 
     Args:
-        script: stage -> one list of accuracies per attempt; an exception text ends an attempt.
+        script: stage -> one list of accuracies per attempt; a text ends an attempt as a failure;
+            "lost" means that its machine failed.
         root: where data are "prepared".
     """
 
@@ -114,7 +115,8 @@ class FakeBackend:
             return Message(key=key, report=report(accuracies, index, every), done=True)
         if isinstance(accuracies[index], str):
             del self.running[key]
-            return Message(key=key, done=True, failure=str(accuracies[index]))
+            text = str(accuracies[index])
+            return Message(key=key, done=True, failure=text, lost=text == "lost")
         self.steps_trained[key.stage] = self.steps_trained.get(key.stage, 0) + every
         metrics = report(accuracies, index + 1, every)
         write_checkpoint(job, accuracies, index, metrics)
@@ -123,7 +125,7 @@ class FakeBackend:
             del self.running[key]
         return Message(key=key, report=metrics, done=done)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.running.clear()
 
 

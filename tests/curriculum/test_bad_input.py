@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
+from dmx import cli
 from dmx import records as keys
+from dmx.curriculum import main
 from dmx.journal import Journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, run
 from tests.tiny import SETTINGS, TASK, write_tiny
@@ -37,26 +39,47 @@ def stages(**changes: dict[str, Any]) -> dict[str, Any]:
     return {"defaults": {"task": TASK, "cpus": 1, **SETTINGS}, "stages": listed}
 
 
-def call(tmp_path: Path, root: Path, content: Any, *more: str) -> tuple[int, str, float]:
-    """(exit code, stderr, seconds) of the command on a file."""
+Result = tuple[int, str]
+Call = Callable[..., Result]
+
+
+def arguments(tmp_path: Path, root: Path, content: Any) -> list[str]:
     path = tmp_path / "mine.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    command = [sys.executable, "-m", "dmx.curriculum", str(path), "--name", "run"]
-    command += ["--storage", str(tmp_path / "runs"), "--data-root", str(root), *more]
-    started = time.monotonic()
+    words = [str(path), "--name", "run", "--storage", str(tmp_path / "runs")]
+    return [*words, "--data-root", str(root)]
+
+
+@pytest.fixture
+def call(tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> Call:
+    """(exit code, stderr) of the command on a file, in this process; Ray must not start."""
+
+    def command(content: Any, *more: str) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.run("dmx.curriculum", main, [*arguments(tmp_path, root, content), *more])
+        assert not ray.is_initialized()
+        return int(end.value.code or 0), capfd.readouterr().err
+
+    return command
+
+
+def in_a_process(tmp_path: Path, root: Path, content: Any, *more: str) -> Result:
+    """The same, as a user's shell sees it."""
+    command = [sys.executable, "-m", "dmx.curriculum", *arguments(tmp_path, root, content), *more]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    return done.returncode, done.stderr, time.monotonic() - started
+    return done.returncode, done.stderr
 
 
-def refused(result: tuple[int, str, float], *words: str) -> None:
-    code, text, _ = result
+def refused(result: Result, *words: str) -> None:
+    code, text = result
     lines = [line for line in text.splitlines() if " INFO " not in line]
     assert code == 2, text
     assert len(lines) == 1 and "Traceback" not in text, text
@@ -90,9 +113,9 @@ def refused(result: tuple[int, str, float], *words: str) -> None:
     ],
 )
 def test_refused_before_anything_is_created(
-    tmp_path: Path, root: Path, content: Any, more: tuple[str, ...], words: tuple[str, ...]
+    tmp_path: Path, call: Call, content: Any, more: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    refused(call(tmp_path, root, content, *more), *words)
+    refused(call(content, *more), *words)
     assert not (tmp_path / "runs").exists()
 
 
@@ -128,40 +151,48 @@ def remove_config(folder: Path) -> None:
     ],
 )
 def test_a_damaged_run_is_refused(
-    tmp_path: Path, root: Path, damage: Callable[[Path], None], words: tuple[str, ...]
+    tmp_path: Path,
+    root: Path,
+    call: Call,
+    damage: Callable[[Path], None],
+    words: tuple[str, ...],
 ) -> None:
     folder = half_done(tmp_path, root)
     damage(folder)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    refused(call(tmp_path, root, stages()), *words)
+    refused(call(stages()), *words)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_an_edited_finished_stage_is_refused_with_the_difference(
-    tmp_path: Path, root: Path
+    tmp_path: Path, root: Path, call: Call
 ) -> None:
     half_done(tmp_path, root)
     edited = stages(a={"optim.learning_rate": 0.1})
     words = ("stage a was edited", "optim.learning_rate: 0.005 -> 0.1", "--from-stage a")
-    refused(call(tmp_path, root, edited), *words)
-    refused(call(tmp_path, root, stages(), "--set", "optim.learning_rate=0.1"), *words)
-    refused(call(tmp_path, root, edited, "--dry-run"), *words)
+    refused(call(edited), *words)
+    refused(call(stages(), "--set", "optim.learning_rate=0.1"), *words)
+    refused(call(edited, "--dry-run"), *words)
 
 
-def test_a_second_controller_is_refused(tmp_path: Path, root: Path) -> None:
+def test_a_second_controller_is_refused(tmp_path: Path, root: Path, call: Call) -> None:
     folder = half_done(tmp_path, root)
     with Journal(folder / keys.JOURNAL_FILE):
-        refused(call(tmp_path, root, stages()), "in use by another dmx process")
-        code, text, _ = call(tmp_path, root, stages(), "--status")  # reading disturbs nobody
+        refused(call(stages()), "in use by another dmx process")
+        code, text = call(stages(), "--status")  # reading disturbs nobody
         assert code == 0, text
 
 
-def test_help_shows_a_command_for_each_need() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dmx.curriculum", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0 and done.stdout.count("python -m dmx.curriculum") >= 5
+def test_a_shell_sees_one_sentence_and_exit_code_2(tmp_path: Path, root: Path) -> None:
+    cycle = stages(a={"init_from": "c"})
+    refused(in_a_process(tmp_path, root, cycle), "dmx.curriculum: ", "start from each other")
+    folder = half_done(tmp_path, root)
+    cut_weights(folder)
+    refused(in_a_process(tmp_path, root, stages()), "model.pt is damaged", "--from-stage b")
+
+
+def test_help_shows_a_command_for_each_need(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.count("python -m dmx.curriculum") >= 5

@@ -1,4 +1,4 @@
-"""The controller over a scripted backend: order, gates, on_fail, room, data, and crashes anywhere."""
+"""The controller over a scripted backend: order, gates, on_fail, room, data, crashes anywhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.data.files import sha256_file
+from dmx.edits import check_unchanged
 from dmx.errors import StageError
 from dmx.history import History, fold
 from dmx.journal import Journal, read_journal
 from dmx.lineage import describe
-from dmx.planner import check_unchanged
 from tests.curriculum.fakes import (
     LATE_TASK,
     OTHER_TASK,
@@ -86,7 +86,7 @@ def test_retry_takes_new_seeds_and_promotes_what_passes(tmp_path: Path, root: Pa
         "init_from": "none",
     }
     backend = FakeBackend({"a": [[0.5] * 4, ["diverged"], GOOD], "b": [GOOD], "c": [GOOD]}, root)
-    passed, history = run(chain(a=again), tmp_path / "run", backend)
+    passed, _ = run(chain(a=again), tmp_path / "run", backend)
     assert passed and backend.trained[:3] == [("a", 0), ("a", 1), ("a", 2)]
     assert backend.jobs["b-0"].init_from == str(best_path(tmp_path / "run", "a", 2))
     seeds = [backend.jobs[f"a-{n}"].run_config["train"]["seed"] for n in range(3)]
@@ -141,6 +141,20 @@ def test_a_broken_run_without_a_checkpoint_never_continues(tmp_path: Path, root:
     backend = FakeBackend({"a": [["the loss is not finite at step 1"]]}, root)
     passed, history = run(chain(a=go_on), tmp_path / "run", backend)
     assert not passed and history.stage("a").status == "failed"
+
+
+def test_a_lost_machine_decides_nothing(tmp_path: Path, root: Path) -> None:
+    """Neither the gate nor on_fail is asked; the same command goes on with the same attempt."""
+    again = chain(a={"on_fail": "retry"})
+    first = FakeBackend({"a": [[0.5, 0.7, "lost"]]}, root)
+    passed, history = run(again, tmp_path / "run", first)
+    assert not passed and history.stage("a").status == "running"
+    second = FakeBackend({n: [GOOD] for n in "abc"}, root)
+    passed, history = run(again, tmp_path / "run", second)
+    assert passed and second.trained[0] == ("a", 0)
+    assert second.steps_trained["a"] == 4  # the last two of four evaluations
+    assert history.stage("a").current is not None
+    assert history.stage("a").current.curve() == tuple(GOOD)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("cpus", "at_once"), [(1, 1), (2, 2)])
@@ -213,6 +227,7 @@ def outcome(history: History, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_crash_after_any_journal_line_changes_nothing(tmp_path: Path, root: Path) -> None:
     """Retry, longer and a plain stage; the controller dies after line n, for every n."""
     config = chain(

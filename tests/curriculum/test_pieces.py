@@ -106,9 +106,7 @@ def test_weights_are_measured_in_a_larger_model(tmp_path: Path, tiny_store: Stor
         trainer.model.load_state_dict(state)
         assert trainer.evaluate("test").accuracy == found
     other = to_dict(tiny.config(model__num_layers=2))
-    wanted = Measurement(
-        checkpoint=str(folder), data_folder=str(tiny_store.folder), config=other
-    )
+    wanted = Measurement(checkpoint=str(folder), data_folder=str(tiny_store.folder), config=other)
     assert measure(wanted, 1) is None
 
 
@@ -129,7 +127,5 @@ def test_flops_are_those_of_the_matrix_products(tiny_store: Store, threads: int)
     assert cost.parameters == sum(
         p.numel() for p in __import__("dmx.trainer").trainer.build_model(config).parameters()
     )
-    assert cost.total_seconds == pytest.approx(
-        8 * cost.step_seconds + 4 * cost.evaluation_seconds
-    )
+    assert cost.total_seconds == pytest.approx(8 * cost.step_seconds + 4 * cost.evaluation_seconds)
     assert cost.memory_mb * 2**20 > 16 * cost.parameters

@@ -1,0 +1,246 @@
+"""dmx against a checkout of Solving-LRA-PathX: time and memory of a training step, data loading.
+
+    python scripts/bench_reference.py --reference PATH [--tasks pathX-nogap text ...]
+        [--attentions butterfly softmax ...] [--repeats 5] [--threads 2] [--out docs/benchmarks.md]
+
+Both codes run in this process on the same weights (the reference's, read by dmx.reference), batch
+and threads: first their logits are compared, then steps (forward, backward, AdamW, with dropout)
+are timed in turn, three of ours to each of the reference's. A row has medians and their ratio. CPU
+seconds are those of all threads; other work on the machine disturbs them less. Peak memory is that
+of two steps above the process before them, each code in a process of its own. Loading: a split of
+Path-X images as the reference's pickle and as dmx's store, read in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_cases import (
+    ATTENTIONS,
+    CASES,
+    batch_of,
+    our_model,
+    our_step,
+    reference_logits,
+    reference_model,
+    reference_step,
+)
+
+from dmx.data.manifest import Manifest
+from dmx.data.store import open_store
+from dmx.data.store_writer import StoreWriter
+
+TARGETS = {
+    "pathX-nogap": 12.0, "pathX-alpha0.75": 8.0, "pathX-alpha1.25": 6.0, "text": 3.0,
+    "pathfinder32": 2.5, "image": 1.5, "listops": 1.5,
+}  # fmt: skip
+START, END = "<!-- bench_reference: start -->", "<!-- bench_reference: end -->"
+IMAGES = 2000
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--tasks", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--attentions", nargs="+", choices=["butterfly", *ATTENTIONS])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--skip-loading", action="store_true")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        print(json.dumps(_child(args.reference, *args.child)))
+        return
+    lines = [
+        f"Command: `{' '.join(['python', *_shown(sys.argv)])}`  ",
+        f"Machine: {_machine()}; {args.threads} threads; load average {_load()} at the start.",
+        "",
+        "| task | attention | batch | real tokens | logits differ by | reference s | dmx s | ratio"
+        " | CPU ratio | wanted | reference peak MB | dmx peak MB | memory ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in args.tasks:
+        for attention in args.attentions or ["butterfly", "softmax"][: 2 if task == "image" else 1]:
+            lines.append(_compare(args, task, attention))
+            print(lines[-1], flush=True)
+    lines.append(f"\nLoad average at the end: {_load()}.")
+    if not args.skip_loading:
+        lines += ["", *_loading(args.reference)]
+        print("\n".join(lines[-6:]))
+    if args.out:
+        _write(args.out, "\n".join(lines))
+
+
+def _shown(argv: list[str]) -> list[str]:
+    """The command as others would type it: the checkout is theirs."""
+    shown = ["scripts/bench_reference.py", *argv[1:]]
+    place = shown.index("--reference") + 1 if "--reference" in shown else None
+    return shown if place is None else [*shown[:place], "PATH", *shown[place + 1 :]]
+
+
+def _compare(args: argparse.Namespace, task: str, attention: str) -> str:
+    """One row of the table."""
+    ids, labels = batch_of(task)
+    try:
+        theirs = reference_model(args.reference, task, attention)
+    except ImportError as error:
+        return f"| {task} | {attention} | the reference cannot run it here: {error} |" + " |" * 10
+    ours = our_model(task, attention, theirs.state_dict())
+    difference = (
+        "random" if attention in ("performer", "reformer") else f"{_apart(theirs, ours, ids):.1e}"
+    )
+    steps = {"theirs": reference_step(theirs, ids, labels), "ours": our_step(ours, ids, labels)}
+    wall: dict[str, list[float]] = {"theirs": [], "ours": []}
+    cpu: dict[str, list[float]] = {"theirs": [], "ours": []}
+    for step in steps.values():
+        step()  # warm up
+    for _ in range(args.repeats):
+        for side in ("ours", "theirs", "ours", "ours"):
+            start, used = time.perf_counter(), time.process_time()
+            steps[side]()
+            wall[side].append(time.perf_counter() - start)
+            cpu[side].append(time.process_time() - used)
+    seconds = {side: statistics.median(times) for side, times in wall.items()}
+    cpu_ratio = statistics.median(cpu["theirs"]) / statistics.median(cpu["ours"])
+    peak = {side: _in_child(args, "memory", side, task, attention)["mb"] for side in steps}
+    wanted = f"{TARGETS[task]:g}" if attention == "butterfly" else ""
+    return (
+        f"| {task} | {attention} | {len(ids)} | {(ids != 0).double().mean():.1%} | {difference} "
+        f"| {seconds['theirs']:.3f} | {seconds['ours']:.3f} "
+        f"| **{seconds['theirs'] / seconds['ours']:.1f}** | {cpu_ratio:.1f} | {wanted} "
+        f"| {peak['theirs']:.0f} | {peak['ours']:.0f} | {peak['theirs'] / peak['ours']:.1f} |"
+    )
+
+
+def _apart(theirs: torch.nn.Module, ours: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The largest difference of logits, without dropout; it ends the run where it is above 1e-5."""
+    theirs.eval(), ours.eval()
+    with torch.no_grad():
+        difference = (reference_logits(theirs, ids[:2]) - ours(ids[:2])).abs().max().item()
+    theirs.train(), ours.train()
+    if not difference <= 1e-5:
+        sys.exit(f"the logits differ by {difference}; a comparison of times would mean nothing")
+    return difference
+
+
+def _in_child(args: argparse.Namespace, *what: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--reference", str(args.reference)]
+    command += ["--threads", str(args.threads), "--child", *what]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _child(checkout: Path, what: str, side: str, *rest: str) -> dict[str, float]:
+    if what == "load":
+        return _load_split(side, Path(rest[0]))
+    task, attention = rest
+    ids, labels = batch_of(task)
+    model: Any = reference_model(checkout, task, attention)
+    make = reference_step
+    if side == "ours":
+        model, make = our_model(task, attention, model.state_dict()), our_step  # type: ignore[assignment]
+    step: Callable[[], None] = make(model, ids, labels)
+    before = _peak_mb()
+    step(), step()
+    return {"mb": max(_peak_mb() - before, 1.0)}
+
+
+def _load_split(side: str, path: Path) -> dict[str, float]:
+    """Seconds until the first example is in hand, and memory for it."""
+    before, start = _peak_mb(), time.perf_counter()
+    if side == "theirs":
+        with path.open("rb") as file:  # what LRADataset.__init__ does
+            examples = pickle.load(file)
+        torch.tensor(examples[0]["input_ids_0"], dtype=torch.long)
+    else:
+        torch.from_numpy(open_store(path).split("train").tokens(0).copy())
+    return {"seconds": time.perf_counter() - start, "mb": _peak_mb() - before}
+
+
+def _loading(checkout: Path) -> list[str]:
+    ids = batch_of("pathX-nogap", 50)[0].numpy().astype(np.uint8)
+    rows = [ids[index % len(ids)] for index in range(IMAGES)]
+    with tempfile.TemporaryDirectory() as name:
+        pickled, stored = Path(name) / "train.pickle", Path(name) / "store"
+        with pickled.open("wb") as file:
+            pickle.dump([{"input_ids_0": row.astype(np.int32), "label": 0} for row in rows], file)
+        manifest = Manifest(
+            task="pathX-cl14_nogap", data_name="bench", origin="bench", num_classes=2,
+            max_length=16384, vocab_size=512, dtype="uint8",
+        )  # fmt: skip
+        with StoreWriter(stored, manifest) as writer:
+            for split, count in (("train", IMAGES), ("dev", 1), ("test", 1)):
+                writer.add_rows(split, np.stack(rows[:count]), np.zeros(count, np.int64))
+        sizes = {
+            "theirs": pickled.stat().st_size,
+            "ours": sum(f.stat().st_size for f in stored.rglob("*") if f.is_file()),
+        }
+        args = argparse.Namespace(reference=checkout, threads=1)
+        found = {
+            side: _in_child(args, "load", side, str(path))
+            for side, path in (("theirs", pickled), ("ours", stored))
+        }
+    lines = [
+        f"Loading {IMAGES:,} Path-X images, and in proportion 200,000 (13 GB of int32 ids):",
+        "",
+    ]
+    lines += ["| | on disk MB | s to first example | memory MB | 200,000: on disk GB |"]
+    lines += ["|---|---|---|---|---|"]
+    for side, label in (("theirs", "reference (pickle)"), ("ours", "dmx (store)")):
+        size, load = sizes[side] / 1e6, found[side]
+        lines.append(
+            f"| {label} | {size:.0f} | {load['seconds']:.3f} | {load['mb']:.0f} "
+            f"| {size * 200_000 / IMAGES / 1000:.1f} |"
+        )
+    return lines
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def _machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(": ", 1)[1] for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _write(path: Path, table: str) -> None:
+    """Replace what lies between the markers; write the file where it has none."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n\n"
+    if START not in text:
+        text = f"{text.rstrip()}\n\n{START}\n{END}\n"
+    head, tail = text.split(START)[0], text.split(END)[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{START}\n{table}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The command on a real Ray: SIGTERM and kill -9 cost nothing, and the result is the plain one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dmx import records as keys
+from dmx.history import fold
+from dmx.journal import read_journal
+from dmx.runner import Job, Runner
+from dmx.schema import to_dict
+from tests.curriculum.fakes import OTHER_TASK, curriculum
+from tests.tiny import SETTINGS, TASK, write_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+# Dropout, so that the random generators have to be continued as well.
+CHANGED = {
+    "attention.dropout": 0.1,
+    "model.mlp_dropout": 0.1,
+    "train.num_steps": 60,
+    "train.eval_every_steps": 4,
+}
+STAGES: list[dict[str, Any]] = [{"name": "a"}, {"name": "b", "task": OTHER_TASK}]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for task in (TASK, OTHER_TASK):
+        write_tiny(folder, task)
+    return folder
+
+
+class Command:
+    """The command on one file; every call is the same."""
+
+    def __init__(self, tmp_path: Path, root: Path, content: dict[str, Any]) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(content))
+        self.folder = tmp_path / "runs" / "run"
+        self.argv = [str(file), "--name", "run", "--storage", str(tmp_path / "runs")]
+        self.argv += ["--data-root", str(root)]
+        self._cwd = tmp_path
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dmx.curriculum", *self.argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self._cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+
+    def finish(self) -> tuple[str, str]:
+        process = self.start()
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        return out, err
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        found = read_journal(self.folder / keys.JOURNAL_FILE)[0]
+        return [e for e in found if e["event"] == kind]
+
+    def wait_for(self, process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def plain_run(root: Path, folder: Path) -> None:
+    """Both stages with the Ray-free Runner, one after the other, never interrupted."""
+    init = None
+    for stage in curriculum(*STAGES, **CHANGED).stages:
+        job = Job(
+            run_config=to_dict(stage.config),
+            data_folder=str(root / stage.task),
+            folder=str(folder / stage.name),
+            init_from=init,
+        )
+        runner = Runner(job)
+        while not (report := runner.step())["done"]:
+            pass
+        assert keys.FAILURE not in report
+        runner.close()
+        init = str(folder / stage.name / keys.BEST_DIR)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything in a checkpoint except the time it took."""
+    parts = {
+        name: torch.load(folder / name, weights_only=True)
+        for name in (keys.MODEL_FILE, keys.TRAINING_STATE_FILE)
+    }
+    del parts[keys.TRAINING_STATE_FILE]["train_seconds"]
+    return parts
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_as_if_never_disturbed(tmp_path: Path, root: Path) -> None:
+    shared = {"task": TASK, "cpus": 1, **SETTINGS, **CHANGED}
+    command = Command(tmp_path, root, {"defaults": shared, "stages": STAGES})
+
+    process = command.start()  # session 1: a polite end in stage a
+    command.wait_for(process, lambda: len(command.events("report")) >= 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("python -m dmx.curriculum ") and "--name run" in last
+
+    process = command.start()  # session 2: kill -9 of the worker, then of the controller in b
+    claims = command.folder / "stages"
+    command.wait_for(process, lambda: len(command.events("report")) >= 4)
+    worker = json.loads((claims / "a" / "attempt-0" / "claim.json").read_text())["pid"]
+    os.kill(worker, signal.SIGKILL)
+    command.wait_for(process, lambda: any(e["stage"] == "b" for e in command.events("report")))
+    process.kill()
+    process.communicate()
+
+    out, _ = command.finish()  # session 3: the same command, to the end
+    assert "passed" in out
+    events = read_journal(command.folder / keys.JOURNAL_FILE)[0]
+    started = [(e["stage"], e["attempt"]) for e in events if e["event"] == "started"]
+    assert started == [("a", 0), ("b", 0)]
+    plain_run(root, tmp_path / "plain")
+    history = fold(events)
+    for name in "ab":
+        state = history.stage(name)
+        assert state.promoted is not None and state.current is not None
+        assert len(state.current.reports) == 15  # 60 steps, every 4
+        mine, plain = command.folder / state.promoted["path"], tmp_path / "plain" / name
+        assert same(content(mine), content(plain / keys.BEST_DIR)), name
+        assert same(content(mine.parent / keys.LAST_DIR), content(plain / keys.LAST_DIR)), name
+
+    before = time.monotonic()  # session 4: nothing is left to do, and Ray is not even started
+    out, err = command.finish()
+    assert "nothing is left to do" in err and time.monotonic() - before < 60
+    lineage = json.loads((command.folder / keys.LINEAGE_FILE).read_text())
+    assert [s["name"] for s in lineage["stages"]] == ["a", "b"]
+    assert all(0.0 <= s["test_accuracy"] <= 1.0 for s in lineage["stages"])
+    assert Path(lineage["stages"][1]["checkpoint"]).is_dir()
+
+
+@pytest.mark.slow
+def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "attention: butterfly\nspace:\n  optim.learning_rate: {choice: [1.0e-9, 1.0e-2]}\n"
+        "start: [{optim.learning_rate: 1.0e-9}, {optim.learning_rate: 1.0e-2}]\n"
+    )
+    search = {"space": str(space), "num_trials": 2, "scheduler": "none"}
+    shared = {"task": TASK, "cpus": 1, **SETTINGS, "train.num_steps": 24}
+    stages = [{"name": "a", "search": search}, {"name": "b"}]
+    command = Command(tmp_path, root, {"defaults": shared, "stages": stages})
+    command.finish()
+    a = fold(read_journal(command.folder / keys.JOURNAL_FILE)[0]).stage("a")
+    assert a.promoted is not None and a.current is not None
+    trials = command.folder / "stages" / "a" / "attempt-0" / "trials"
+    accuracies = [
+        json.loads((trials / f"000{n}" / keys.BEST_DIR / keys.METRICS_FILE).read_text())
+        for n in range(2)
+    ]
+    best = max(range(2), key=lambda n: accuracies[n][keys.DEV_ACCURACY])
+    promoted = command.folder / a.promoted["path"]
+    assert same(content(promoted), content(trials / f"000{best}" / keys.BEST_DIR))
+    assert len(a.current.reports) == 12
+    b = json.loads((command.folder / keys.LINEAGE_FILE).read_text())["stages"][1]
+    assert b["init_from"]["path"] == str(promoted) and b["status"] == "passed"

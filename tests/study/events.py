@@ -1,0 +1,74 @@
+"""TensorBoard's files read back through TensorBoard's own reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+from tests.study.helpers import SEARCHED, journal, rows
+from tests.tiny import TASK
+
+STATUS = {
+    "COMPLETE": api_pb2.STATUS_SUCCESS,
+    "PRUNED": api_pb2.STATUS_SUCCESS,
+    "FAILED": api_pb2.STATUS_FAILURE,
+}
+
+
+def plugin_data(folder: Path) -> tuple[EventAccumulator, dict[str, Any]]:
+    """The reader of a run, and its HParams records by tag."""
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    try:
+        found = reader.PluginTagToContent("hparams")
+    except KeyError:
+        found = {}
+    return reader, {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(content) for tag, content in found.items()
+    }
+
+
+def cell(value: Any) -> Any:
+    return getattr(value, value.WhichOneof("kind"))
+
+
+def check(study: Path) -> None:
+    """One experiment record with all columns; each trial's values, status and curves."""
+    _, root = plugin_data(study / "hparams")
+    experiment = root["_hparams_/experiment"].experiment
+    columns = {info.name: info for info in experiment.hparam_infos}
+    assert set(columns) == {*SEARCHED, "attention", "task", "data"}
+    options = {cell(v) for v in columns["attention.block_size"].domain_discrete.values}
+    assert options == {16.0, 32.0}
+    interval = columns["optim.learning_rate"].domain_interval
+    assert (interval.min_value, interval.max_value) == (1e-4, 3e-2)
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert {"best_dev_accuracy", "dev_accuracy", "train_loss", "test_accuracy"} <= metrics
+    records = journal(study)
+    for row in rows(study):
+        folder = study / "trials" / f"{int(row['trial']):04d}"
+        reader, found = plugin_data(folder)
+        assert "_hparams_/experiment" not in found, "one experiment record, in the study's root"
+        shown = found["_hparams_/session_start_info"].session_start_info.hparams
+        assert set(shown) == set(columns), "a cell for every column"
+        for name in SEARCHED:
+            value = cell(shown[name])
+            if row[name] == "":
+                assert value == 0.0, "an unsearched mlp_dropout has its default"
+            else:
+                assert value == (row[name] if isinstance(value, str) else float(row[name]))
+        assert cell(shown["attention"]) == "butterfly"
+        assert cell(shown["task"]) == TASK and cell(shown["data"]) == f"{TASK} (tiny)"
+        status = found["_hparams_/session_end_info"].session_end_info.status
+        assert status == STATUS[row["status"]], (row["trial"], row["status"])
+        for tag in ("dev_accuracy", "best_dev_accuracy", "train_loss"):
+            points = {e.step: e.value for e in reader.Scalars(tag)}
+            reports = [
+                e for e in records if e["event"] == "report" and e["trial"] == int(row["trial"])
+            ]
+            expected = {e["step"]: e["metrics"][tag] for e in reports}
+            assert points.keys() == expected.keys()
+            assert all(abs(points[s] - v) < 1e-6 for s, v in expected.items())

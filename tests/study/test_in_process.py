@@ -1,0 +1,214 @@
+"""run_study on a real local Ray, in this process: one cluster for all of these tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from dmx import cluster
+from dmx import records as keys
+from dmx.checkpoint import open_checkpoint
+from dmx.claim import read_claim
+from dmx.finals import evaluate_test
+from dmx.launch import start, wait_any
+from dmx.ledger import trial_folder
+from dmx.runner import Job, Runner
+from dmx.space import SearchSpace, load_space
+from dmx.study import StudyConfig, run_study
+from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, space
+from tests.tiny import TASK
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[cluster.Resources]:
+    """Two slots of one CPU each, whatever the machine has."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    with cluster.connect(None) as resources:
+        assert resources == cluster.Resources(2, 0), "the cluster that is there is used"
+        yield resources
+    assert ray.is_initialized(), "and left running"
+    ray.shutdown()
+
+
+def study_config(folder: Path, **changes: Any) -> StudyConfig:
+    chosen: SearchSpace = changes.pop("space", None) or space(folder)
+    overrides = {**FIXED, "train.num_steps": MAX_STEPS, **changes.pop("overrides", {})}
+    settings = {
+        "name": "study",
+        "task": TASK,
+        "space": chosen,
+        "overrides": overrides,
+        "num_trials": 4,
+        "max_steps": MAX_STEPS,
+        "grace_steps": 2,
+        "seed": 4,
+    }
+    return StudyConfig(**{**settings, **changes})
+
+
+class Watcher:
+    """Notes what an observer hears, and may do something at a report."""
+
+    def __init__(self, act: Any = None) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+        self.act = act
+
+    def started(self, number, point, config):
+        self.heard.append(("started", number))
+        assert config["task"] == TASK and all(k in SEARCHED for k in point)
+
+    def reported(self, number, metrics):
+        self.heard.append(("reported", number, metrics[keys.STEPS]))
+        if self.act is not None:
+            self.act(number, metrics)
+
+    def ended(self, result):
+        self.heard.append(("ended", result.number, result.status))
+
+
+def facts(result: keys.StudyResult) -> list[tuple[Any, ...]]:
+    return [
+        (t.number, t.status, dict(t.params), t.best_dev_accuracy, t.steps, t.error)
+        for t in result.trials
+    ]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = open_checkpoint(a).model_state(), open_checkpoint(b).model_state()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_reused_process_trains_as_a_fresh_one(tiny_store, tmp_path):
+    """Every trial of one reused actor, bit for bit what a new Runner makes of its config."""
+    folder, watcher = tmp_path / "study", Watcher()
+    config = study_config(tmp_path, scheduler="none")
+    result = run_study(config, tiny_store, folder, slots=1, observers=(watcher,))
+    assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 4
+    pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(4)}
+    assert len(pids) == 1, "one process ran them all"
+    for trial in result.trials:
+        job = Job(
+            run_config=config.trial_config(trial.params),
+            data_folder=str(tiny_store.folder),
+            folder=str(tmp_path / "fresh" / str(trial.number)),
+        )
+        runner = Runner(job)
+        while not runner.step()["done"]:
+            pass
+        runner.close()
+        for name in ("best", "last"):
+            assert same_weights(trial_folder(folder, trial.number) / name, Path(job.folder) / name)
+    assert watcher.heard[:2] == [("started", 0), ("reported", 0, 2)]
+    for number in range(4):
+        heard = [h for h in watcher.heard if h[1] == number]
+        assert heard == [
+            ("started", number),
+            *(("reported", number, s) for s in range(2, MAX_STEPS + 1, 2)),
+            ("ended", number, "COMPLETE"),
+        ]
+    assert not (folder / "ray").exists()
+
+
+def test_kill_9_of_a_worker_loses_nothing(tiny_store, tmp_path):
+    """Killed in the second trial, at its second report; it goes on from its last checkpoint."""
+    config = study_config(tmp_path)
+    undisturbed = run_study(config, tiny_store, tmp_path / "a", slots=1)
+    killed: list[int] = []
+
+    def act(number, metrics):
+        if number == 1 and metrics[keys.STEPS] == 4 and not killed:
+            killed.append(read_claim(trial_folder(tmp_path / "b", 1))["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    watcher = Watcher(act)
+    result = run_study(config, tiny_store, tmp_path / "b", slots=1, observers=(watcher,))
+    assert killed and read_claim(trial_folder(tmp_path / "b", 1))["pid"] != killed[0]
+    assert facts(result) == facts(undisturbed)
+    reports = [h for h in watcher.heard if h[0] == "reported"]
+    assert len(set(reports)) == len(reports), "each step is shown once"
+    for number in range(4):
+        for name in ("best", "last"):
+            a, b = (trial_folder(tmp_path / s, number) / name for s in ("a", "b"))
+            assert same_weights(a, b)
+
+
+def test_a_worker_that_always_dies_fails_its_trial_alone(tiny_store, tmp_path):
+    folder = tmp_path / "study"
+
+    def act(number, metrics):
+        if number == 1:
+            os.kill(read_claim(trial_folder(folder, 1))["pid"], signal.SIGKILL)
+
+    config = study_config(tmp_path, num_trials=3, max_failures=1, scheduler="none")
+    result = run_study(config, tiny_store, folder, slots=1, observers=(Watcher(act),))
+    assert [t.status for t in result.trials] == ["COMPLETE", "FAILED", "COMPLETE"]
+    assert result.complete and result.trials[1].error
+
+
+NARROW = """
+attention: butterfly
+space:
+  attention.block_size: {int: [16, 17]}
+  optim.learning_rate: {choice: [5.0e-3, 1.0e+30]}
+start:
+  - {attention.block_size: 16, optim.learning_rate: 5.0e-3}
+  - {attention.block_size: 17, optim.learning_rate: 5.0e-3}
+  - {attention.block_size: 16, optim.learning_rate: 1.0e+30}
+  - {attention.block_size: 16, optim.learning_rate: 5.0e-3}
+"""
+
+
+def test_points_that_cannot_be_built_or_trained_fail_alone(tiny_store, tmp_path):
+    (tmp_path / "narrow.yaml").write_text(NARROW)
+    narrow = load_space(str(tmp_path / "narrow.yaml"), TASK, "pathfinder")
+    folder, watcher = tmp_path / "study", Watcher()
+    config = study_config(tmp_path, space=narrow)
+    result = run_study(config, tiny_store, folder, slots=2, observers=(watcher,))
+    assert result.complete
+    assert [t.status for t in result.trials] == ["COMPLETE", "FAILED", "FAILED", "COMPLETE"]
+    assert "block_size is 17" in result.trials[1].error
+    assert result.trials[2].error == "the loss is not finite at step 2"
+    assert result.trials[2].best_dev_accuracy != result.trials[2].best_dev_accuracy
+    assert result.best is not None and result.best.number == 0, "the earlier one on a tie"
+    assert facts(result)[0][2:5] == facts(result)[3][2:5], "two slots do not disturb each other"
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(backend))
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
+
+
+def test_single_runs_survive_their_process(tiny_store, tmp_path):
+    config = study_config(tmp_path)
+    plain = config.trial_config(config.space.start[0])
+
+    def to_end(name: str, kill_at: int | None) -> dict[str, Any]:
+        job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / name))
+        running, reports = start(job, cpus=1, gpus=0), []
+        while not reports or not reports[-1]["done"]:
+            for _, report in wait_any([running], timeout_seconds=60):
+                reports.append(report)
+                if report[keys.STEPS] == kill_at and running.restarts == 0:
+                    os.kill(read_claim(tmp_path / name)["pid"], signal.SIGKILL)
+        assert running.restarts == (kill_at is not None)
+        return {r[keys.STEPS]: r[keys.DEV_ACCURACY] for r in reports}
+
+    assert to_end("a", None) == to_end("b", 4)
+    assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
+    found = evaluate_test(tmp_path / "a" / "best", tiny_store, cpus=1, gpus=0)
+    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, cpus=1, gpus=0)

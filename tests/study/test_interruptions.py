@@ -1,0 +1,108 @@
+"""Killed, interrupted, out of time: with --resume the study ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import sys
+
+import pytest
+
+from dmx.checkpoint import open_checkpoint
+from tests.study import events
+from tests.study.helpers import command, facts, journal, rows
+from tests.study.processes import started, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+def timeless(study):
+    """The journal's facts in order, without clocks; and each report once."""
+    kept = ("event", "trial", "step", "status", "value", "error")
+    found = [{k: e[k] for k in kept if k in e} for e in journal(study)]
+    reports = [(e["trial"], e["step"]) for e in found if e["event"] == "report"]
+    assert len(set(reports)) == len(reports), "a report was recorded twice"
+    return found
+
+
+def check_same(study, whole):
+    """Same trials, same values, same decisions, same best weights."""
+    assert facts(study) == facts(whole)
+    assert timeless(study) == timeless(whole)
+    first, second = (json.loads((s / "study.json").read_text())["best"] for s in (whole, study))
+    assert first == second
+    for name in ("model.pt", "config.yaml"):
+        assert (study / "best" / name).read_bytes() == (whole / "best" / name).read_bytes()
+    open_checkpoint(study / "best").model_state()
+    events.check(study)
+
+
+def again_command(stderr: str) -> list[str]:
+    """The last line of a command that was stopped: how to continue."""
+    words = shlex.split(stderr.rstrip().splitlines()[-1])
+    assert words[:3] == ["python", "-m", "dmx.tune"] and words.count("--resume") == 1, stderr
+    return [sys.executable, *words[1:]]
+
+
+def test_kill_9_of_the_driver_at_three_random_moments(whole, tiny_root, tmp_path):
+    study = tmp_path / "runs" / "study"
+    total = len(journal(whole.folder))
+    moments = sorted(random.Random(20261124).sample(range(1, total - 1), 3))
+    resume: list[str] = []
+    for moment in moments:
+        with started(command(tmp_path, tiny_root, *resume), tmp_path) as running:
+            running.until_events(study, moment)
+            running.kill()
+            assert not (study / "study.json").exists()
+            wait_until(lambda running=running: not running.left(), "end of the killed cluster")
+        resume = ["--resume"]
+    with started(command(tmp_path, tiny_root, *resume), tmp_path) as last:
+        code, _, err = last.end()
+    assert code == 0, err
+    assert "Traceback" not in err
+    check_same(study, whole.folder)
+
+
+def test_terminated_interrupted_out_of_time_and_continued(whole, tiny_root, tmp_path):
+    study = tmp_path / "runs" / "study"
+    total = len(journal(whole.folder))
+    first, second = total // 4, total // 2
+
+    with started(command(tmp_path, tiny_root), tmp_path) as running:
+        running.until_events(study, first)
+        running.terminate()
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        assert "the study is not complete (" in err
+        again = again_command(err)
+        wait_until(lambda: not running.left(), "end of the cluster")
+    summary = json.loads((study / "study.json").read_text())
+    assert summary["complete"] is False
+    assert "test_accuracy" not in (summary["best"] or {}), "the best may still change"
+    partial = rows(study)
+    assert partial == [] or partial[-1]["status"] in ("RUNNING", "COMPLETE", "PRUNED")
+
+    with started(again, tmp_path) as running:  # exactly as it was printed
+        running.until_events(study, second)
+        running.ctrl_c()
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        assert again_command(err) == again, "--resume is not added twice"
+
+    known = journal(study)
+    words = command(tmp_path, tiny_root, "--resume", "--time-budget", "0.5")
+    with started(words, tmp_path) as running:
+        code, out, err = running.end()
+        assert code == 75, err
+        assert "Traceback" not in out + err
+        assert again_command(err)[3:] == words[3:]
+    assert len(known) <= len(journal(study)) < total, "the budget was used up before the end"
+    assert journal(study)[: len(known)] == known, "an append-only file"
+
+    with started(words[:-2], tmp_path) as last:
+        code, _, err = last.end()
+    assert code == 0, err
+    check_same(study, whole.folder)
