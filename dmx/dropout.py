@@ -43,7 +43,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """F.dropout: zero with this probability, else x / (1 - probability)."""
     if not training or probability == 0.0:
         return x
-    if not is_fast(x):
+    if not is_fast(x) or x.dim() == 0:
         return F.dropout(x, probability)
     return _Dropout.apply(x, probability)
 
@@ -55,29 +55,92 @@ class Dropout(nn.Dropout):
         """Any shape."""
         return dropout(input, self.p, self.training)
 
+    @property
+    def rate(self) -> float:
+        """The probability now: 0 in evaluation."""
+        return self.p if self.training else 0.0
+
+
+class Keeps:
+    """What dropout keeps of a [T, N] matrix, drawn and applied piece by piece.
+
+    Each piece of rows has a seed of its own, so that the draws do not depend on the threads.
+
+    Attributes:
+        on: False for a probability of 0; then nothing is drawn, kept or changed.
+    """
+
+    def __init__(self, shape: torch.Size, probability: float) -> None:
+        self.probability = probability
+        self.on = probability > 0.0
+        self._keep = torch.empty(shape, dtype=torch.int8) if self.on else torch.empty(0)
+        self._seed = draw_seed() if self.on else 0
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        """The tensors for `save_for_backward`."""
+        return (self._keep,) if self.on else ()
+
+    @property
+    def settings(self) -> float:
+        """All else that `restore` needs."""
+        return self.probability
+
+    @classmethod
+    def restore(cls, settings: float, saved: list[Tensor]) -> Keeps:
+        """From `settings` and a list that begins with `saved`, which is taken off it."""
+        keeps = cls.__new__(cls)
+        keeps.probability, keeps.on = settings, settings > 0.0
+        if keeps.on:
+            keeps._keep = saved.pop(0)
+        return keeps
+
+    def draw_and_apply(self, x: Tensor, rows: slice) -> Tensor:
+        """Draw for the piece `rows` and apply to its x, in place."""
+        if self.on:
+            keep = keep_mask(x.shape, self.probability, self._seed + rows.start)
+            self._keep[rows] = keep
+            x.mul_(self._factor(keep))
+        return x
+
+    def apply(self, x: Tensor, rows: slice) -> Tensor:
+        """Apply what was drawn for the piece, in place."""
+        return x.mul_(self._factor(self._keep[rows])) if self.on else x
+
+    def applied(self, x: Tensor, rows: slice) -> Tensor:
+        """`apply` that leaves x as it is."""
+        return self._factor(self._keep[rows]).mul_(x) if self.on else x
+
+    def _factor(self, keep: Tensor) -> Tensor:
+        return keep.to(torch.float32).mul_(1.0 / (1.0 - self.probability))
+
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype)  # returned itself: no view may be added to
-        keeps = torch.empty(x.shape, dtype=torch.int8)
-        width = x.shape[-1] if x.dim() else 1
-        flat, flat_out, flat_keeps = (t.reshape(-1, width) for t in (x, out, keeps))
-        seed, scale = draw_seed(), 1.0 / (1.0 - probability)
+        out = x.clone(memory_format=torch.contiguous_format)
+        flat = out.view(-1, x.shape[-1])
+        keeps = Keeps(flat.shape, probability)
 
         def work(share: Sequence[slice]) -> None:
             for rows in share:
-                keep = keep_mask(flat[rows].shape, probability, seed + rows.start)
-                flat_keeps[rows] = keep
-                torch.mul(flat[rows], keep.to(x.dtype).mul_(scale), out=flat_out[rows])
+                keeps.draw_and_apply(flat[rows], rows)
 
         run_shares(work, row_pieces(flat.shape[0]))
-        ctx.save_for_backward(keeps)
-        ctx.scale = scale
+        ctx.save_for_backward(*keeps.saved)
+        ctx.settings = keeps.settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (keeps,) = ctx.saved_tensors
-        return keeps.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+        keeps = Keeps.restore(ctx.settings, list(ctx.saved_tensors))
+        out = grad.clone(memory_format=torch.contiguous_format)
+        flat = out.view(-1, grad.shape[-1])
+
+        def work(share: Sequence[slice]) -> None:
+            for rows in share:
+                keeps.apply(flat[rows], rows)
+
+        run_shares(work, row_pieces(flat.shape[0]))
+        return out, None

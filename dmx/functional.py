@@ -1,11 +1,11 @@
-"""Fast equivalents of a few torch operations, with gradients written out; exact up to rounding.
+"""Handwritten operations on packed rows for CPUs, with their gradients; exact up to rounding.
 
 On a CPU a training step of these small models is bound by memory traffic, page faults and waiting
-threads more than by arithmetic. So rows are worked on in pieces that stay in cache, each thread on
-its own pieces, and what is cheap to compute again is not kept. Under autocast, on other devices and
-for other types each function is its plain torch formula.
+threads more than by arithmetic. So a thread takes pieces of the rows through several operations
+while they are in cache, and what is cheap to compute again is not kept. Under autocast, on other
+devices and for other types each function is its plain torch formula.
 
-Legend: T rows (tokens), D and N features of input and output, V rows of a table.
+Legend: T rows (tokens), B sequences, D and N features of input and output, V rows of a table.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dmx.dropout import draw_seed, keep_mask
-from dmx.parallel import is_fast, row_pieces, run_shares
+from dmx.dropout import Keeps, dropout
+from dmx.parallel import is_fast, row_pieces, run_shares, single_thread
 
 
-def add_residual(out: Tensor, x: Tensor) -> Tensor:
-    """The sum, in the memory of out (a fresh result that nothing saves) if that keeps the type."""
-    return out.add_(x) if is_fast(out) and is_fast(x) else out + x
+def small_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(x) for a few rows, where torch's own threads would cost more than they save."""
+    return _SmallLinear.apply(x, linear.weight, linear.bias) if is_fast(x) else linear(x)
 
 
 def norm_linear(
@@ -39,42 +39,19 @@ def norm_linear(
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
 
 
-def mlp(
+def residual_mlp(
     x: Tensor,
     norm: nn.LayerNorm,
     first: nn.Linear,
     second: nn.Linear,
-    probability: float,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
-    """[T, D] -> [T, D], second(dropout(gelu(first(norm(x))))), and x, as `norm_linear`."""
-    probability = probability if training else 0.0
+    drops: tuple[float, float],
+) -> Tensor:
+    """[T, D] -> [T, D], x + drop_1(second(drop_0(gelu(first(norm(x))))))."""
     if not is_fast(x):
-        return second(F.dropout(F.gelu(first(norm(x))), probability)), x
-    return _Mlp.apply(
-        x, norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias,
-        norm.eps, probability,
-    )  # fmt: skip
-
-
-def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """[V, D], [T] -> [T, D], table[index]; the gradient is a sum over sorted rows."""
-    if not is_fast(table):
-        return F.embedding(index, table)
-    return _Lookup.apply(table, index)
-
-
-def segment_sum(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
-    """[T, D] -> [count, D], the sum of x[order[i]] over all i of a segment.
-
-    Args:
-        x: rows; order: [T], a permutation of them.
-        segment: [T], ascending; the segment of x[order[i]].
-        count: how many segments there are; an empty one sums to zero.
-    """
-    if not is_fast(x):
-        return x.new_zeros(count, x.shape[1]).index_add_(0, segment, x[order])
-    return _SegmentSum.apply(x, order, segment, count)
+        hidden = dropout(F.gelu(first(norm(x))), drops[0], True)
+        return dropout(second(hidden), drops[1], True) + x
+    layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
+    return _Mlp.apply(x, *layers, norm.eps, drops)
 
 
 def total(results: list[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -118,11 +95,19 @@ class NormLinearGradient:
         grad_shift += dshift
 
 
-def _sum_segments(x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
-    # embedding_bag's forward is torch's fastest gather-and-sum: 6 times index_add_, and parallel.
-    sizes = torch.bincount(segment, minlength=count)
-    offsets = sizes.cumsum(0) - sizes
-    return F.embedding_bag(order, x, offsets, mode="sum")
+class _SmallLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with single_thread(x):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        with single_thread(x):
+            return grad @ weight, grad.t() @ x, grad.sum(0)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -166,81 +151,44 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight1: Tensor, bias1: Tensor,
-        weight2: Tensor, bias2: Tensor, eps: float, probability: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weight2: Tensor, bias2: Tensor, eps: float, drops: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
         hidden = x.new_empty(x.shape[0], weight1.shape[0])  # before the GELU
-        out = x.new_empty(x.shape[0], weight2.shape[0])
-        keeps = torch.empty_like(hidden, dtype=torch.int8) if probability else None
-        seed = draw_seed() if probability else 0
-        factor = 1.0 / (1.0 - probability)
+        out = torch.empty_like(x)
+        keeps, keeps_out = Keeps(hidden.shape, drops[0]), Keeps(out.shape, drops[1])
 
         def work(share: Sequence[slice]) -> None:
             for rows in share:
                 normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
                 torch.addmm(bias1, normed, weight1.t(), out=hidden[rows])
-                active = F.gelu(hidden[rows])
-                if keeps is not None:
-                    keep = keep_mask(active.shape, probability, seed + rows.start)
-                    keeps[rows] = keep
-                    active.mul_(keep.to(x.dtype).mul_(factor))
+                active = keeps.draw_and_apply(F.gelu(hidden[rows]), rows)
                 torch.addmm(bias2, active, weight2.t(), out=out[rows])
+                keeps_out.draw_and_apply(out[rows], rows).add_(x[rows])
 
         run_shares(work, row_pieces(x.shape[0]))
-        ctx.save_for_backward(x, scale, shift, weight1, weight2, hidden, keeps)
-        ctx.eps, ctx.factor = eps, factor
-        return out, x
+        ctx.save_for_backward(
+            x, scale, shift, weight1, weight2, hidden, *keeps.saved, *keeps_out.saved
+        )
+        ctx.eps, ctx.keeps = eps, (keeps.settings, keeps_out.settings)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_same: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, weight1, weight2, hidden, keeps = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight1, weight2, hidden, *saved = ctx.saved_tensors
+        keeps, keeps_out = (Keeps.restore(settings, saved) for settings in ctx.keeps)
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
 
         def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
             gradient = NormLinearGradient(x, scale, shift, weight1, ctx.eps)
             grad_weight2, grad_bias2 = torch.zeros_like(weight2), torch.zeros_like(weight2[:, 0])
             for rows in share:
-                active, grad_active = F.gelu(hidden[rows]), grad[rows] @ weight2
-                if keeps is not None:
-                    keep = keeps[rows].to(x.dtype).mul_(ctx.factor)
-                    active.mul_(keep)
-                    grad_active.mul_(keep)
-                grad_weight2.addmm_(grad[rows].t(), active)
-                grad_bias2 += grad[rows].sum(0)
+                grad_out = keeps_out.applied(grad[rows], rows)
+                grad_weight2.addmm_(grad_out.t(), keeps.apply(F.gelu(hidden[rows]), rows))
+                grad_bias2 += grad_out.sum(0)
+                grad_active = keeps.apply(grad_out @ weight2, rows)
                 grad_hidden = torch.ops.aten.gelu_backward(grad_active, hidden[rows])
-                gradient.add(rows, grad_hidden, grad_same, grad_x)
+                gradient.add(rows, grad_hidden, grad, grad_x)
             return *gradient.sums, grad_weight2, grad_bias2
 
         return grad_x, *total(run_shares(work, row_pieces(x.shape[0]))), None, None
-
-
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.count = table.shape[0]
-        return table.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        # A stable sort keeps the summands in one order, and int16 sorts three times faster.
-        narrow = index.to(torch.int16) if ctx.count <= 1 << 15 else index
-        order = torch.argsort(narrow, stable=True)
-        return _sum_segments(grad.contiguous(), order, index, ctx.count), None
-
-
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, segment: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(order, segment)
-        return _sum_segments(x, order, segment, count)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        order, segment = ctx.saved_tensors
-        rows = torch.empty_like(segment)
-        rows[order] = segment
-        return grad.index_select(0, rows), None, None, None

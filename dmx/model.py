@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from dmx.attention import AttentionConfig, MixerContext
 from dmx.attention.multihead import MultiHead
 from dmx.dropout import Dropout
+from dmx.ends import embed, norm_sum
 from dmx.errors import ConfigError
-from dmx.functional import add_residual, lookup, mlp, segment_sum
-from dmx.packing import Layout, Packing, pack, reorder
+from dmx.functional import residual_mlp, small_linear
+from dmx.packing import Layout, pack, reorder
+from dmx.parallel import single_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ class Embeddings(nn.Module):
 
     def packed(self, ids: Tensor, position: Tensor) -> Tensor:
         """[T] ids and positions -> [T, D]."""
-        x = lookup(self.token.weight, ids)
-        return self.dropout(add_residual(x, lookup(self.position.weight, position)))
+        tables = (self.token.weight, self.position.weight)
+        return embed(tables, (ids, position), self.dropout.rate)
 
 
 class Block(nn.Module):
@@ -114,8 +116,8 @@ class Block(nn.Module):
         x = self.attention.packed(x, self.norm1, layout, self.dropout)
         first, second = self.mlp[0], self.mlp[3]
         assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        out, x = mlp(x, self.norm2, first, second, self.mlp_dropout, self.training)
-        return add_residual(self.dropout(out), x)
+        drops = (self.mlp_dropout if self.training else 0.0, self.dropout.rate)
+        return residual_mlp(x, self.norm2, first, second, drops)
 
 
 class Encoder(nn.Module):
@@ -156,13 +158,15 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[B, L] ids of any integer type -> [B, D]."""
-        ids = input_ids.long()
-        mask = ids != 0 if self.config.mask == "nonzero" else torch.ones_like(ids, dtype=torch.bool)
-        if self.config.pooling == "cls":
-            assert self.config.vocab_size
-            ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
-            mask = F.pad(mask[:, :-1], (1, 0), value=True)
-        return self._packed(ids, pack(mask)) if self.packs else self._dense(ids, mask)
+        with single_thread(input_ids):
+            ids = input_ids.long()
+            real = self.config.mask == "nonzero"
+            mask = ids != 0 if real else torch.ones_like(ids, dtype=torch.bool)
+            if self.config.pooling == "cls":
+                assert self.config.vocab_size
+                ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
+                mask = F.pad(mask[:, :-1], (1, 0), value=True)
+        return self._packed(ids, mask) if self.packs else self._dense(ids, mask)
 
     def _dense(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.embeddings(ids)
@@ -171,8 +175,11 @@ class Encoder(nn.Module):
         x = self.norm(x) * mask[:, :, None]
         return x[:, 0] if self.config.pooling == "cls" else x.mean(dim=1)
 
-    def _packed(self, ids: Tensor, packing: Packing) -> Tensor:
-        x = self.embeddings.packed(ids[packing.mask], packing.position)
+    def _packed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with single_thread(ids):
+            packing = pack(mask)
+            tokens = ids[mask]
+        x = self.embeddings.packed(tokens, packing.position)
         layout: Layout | None = None
         for block in self.blocks():
             wanted = packing.layout(block.attention.mixer.grouping(ids.shape[1]))
@@ -181,8 +188,7 @@ class Encoder(nn.Module):
         assert layout is not None
         if self.config.pooling == "cls":
             return self.norm(x[layout.inverse[packing.position == 0]])
-        total = segment_sum(self.norm(x), layout.inverse, packing.sequence, ids.shape[0])
-        return total / ids.shape[1]
+        return norm_sum(x, self.norm, layout.inverse, packing.lengths) / ids.shape[1]
 
 
 class Classifier(nn.Module):
@@ -212,4 +218,6 @@ class Classifier(nn.Module):
         if input_ids_1 is not None:
             other = self.encoder(input_ids_1)
             pooled = torch.cat([pooled, other, pooled * other, pooled - other], dim=-1)
-        return self.head(pooled)
+        first, second = self.head[0], self.head[2]
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return small_linear(F.relu(small_linear(pooled, first)), second)

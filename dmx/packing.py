@@ -11,10 +11,13 @@ Legend: B sequences, L full length, T real tokens, G groups, n positions of a gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from dmx.parallel import row_pieces, run_shares, single_thread
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class Packing:
     _layouts: dict[Grouping, Layout] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each sequence."""
+        return torch.bincount(self.sequence, minlength=self.mask.shape[0]).tolist()
+
+    @property
     def num_tokens(self) -> int:
         """T, the number of real tokens."""
         return self.sequence.shape[0]
@@ -87,7 +95,8 @@ class Packing:
     def layout(self, grouping: Grouping) -> Layout:
         """The layout for a grouping; computed once per batch and kept."""
         if grouping not in self._layouts:
-            self._layouts[grouping] = _lay_out(self, grouping)
+            with single_thread(self.mask):
+                self._layouts[grouping] = _lay_out(self, grouping)
         return self._layouts[grouping]
 
 
@@ -137,6 +146,20 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
     return Layout(grouping, order, inverse, slot, tuple(buckets), in_order)
 
 
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """x[order], by shares on a CPU."""
+    if x.device.type != "cpu":
+        return x.index_select(0, order)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def work(share: Sequence[slice]) -> None:
+        for rows in share:
+            torch.index_select(x, 0, order[rows], out=out[rows])
+
+    run_shares(work, row_pieces(x.shape[0]))
+    return out
+
+
 class _Permute(torch.autograd.Function):
     """Rows of x in another order; the gradient is the inverse permutation, not a scatter-add."""
 
@@ -145,15 +168,14 @@ class _Permute(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor
     ) -> Tensor:
         ctx.inverse = inverse  # type: ignore[attr-defined]
-        ctx.order = order  # type: ignore[attr-defined]
-        return x.index_select(0, order)
+        return _take(x, order)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        return _Permute.apply(grad, ctx.inverse, ctx.order), None, None  # type: ignore[attr-defined]
+        return _take(grad, ctx.inverse), None, None  # type: ignore[attr-defined]
 
 
 def reorder(x: Tensor, current: Layout | None, wanted: Layout) -> Tensor:
@@ -162,6 +184,7 @@ def reorder(x: Tensor, current: Layout | None, wanted: Layout) -> Tensor:
         return x
     if current is None:
         return _Permute.apply(x, wanted.order, wanted.inverse)
-    order = current.inverse[wanted.order]
-    inverse = wanted.inverse[current.order]
+    with single_thread(x):
+        order = current.inverse[wanted.order]
+        inverse = wanted.inverse[current.order]
     return _Permute.apply(x, order, inverse)

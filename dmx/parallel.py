@@ -7,9 +7,10 @@ core. Here a thread takes a share of the pieces through all operations, and ther
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -34,6 +35,23 @@ def is_fast(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+@contextlib.contextmanager
+def single_thread(x: Tensor) -> Iterator[None]:
+    """No threads of torch's own around small work on a CPU.
+
+    They would spin for milliseconds after it, on the cores that the shares' threads then need.
+    """
+    threads = torch.get_num_threads()
+    if x.device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def row_pieces(rows: int) -> list[slice]:

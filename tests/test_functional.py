@@ -9,8 +9,9 @@ from torch import nn
 
 from dmx.attention import softmax_rows
 from dmx.attention.softmax import SoftmaxMixer
-from dmx.attention.softmax_rows import attend_rows
-from dmx.functional import lookup, mlp, norm_linear, segment_sum
+from dmx.attention.softmax_rows import Projections, attend_rows
+from dmx.ends import embed, norm_sum
+from dmx.functional import norm_linear, residual_mlp, small_linear
 from dmx.packing import Bucket
 
 
@@ -67,48 +68,63 @@ def test_norm_linear(threads, rows, with_bias):
     assert_equal(gradients(fast, inputs), gradients(plain, inputs), summands=2500)
 
 
-def test_mlp(threads):
+def linear_of(weight, bias):
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def test_small_linear(threads):
     torch.manual_seed(0)
-    shapes = [(2500, 8), (8,), (8,), (12, 8), (12,), (6, 12), (6,)]
-    inputs = [torch.randn(s) for s in shapes]
+    inputs = [torch.randn(s) for s in ((5, 8), (3, 8), (3,))]
+    fast = gradients(lambda x, w, b: [small_linear(x, linear_of(w, b))], inputs)
+    assert_equal(fast, gradients(lambda x, w, b: [x @ w.T + b], inputs))
 
-    def linear(weight, bias):
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        del layer.weight, layer.bias
-        layer.weight, layer.bias = weight, bias
-        return layer
 
-    def fast(x, scale, shift, w1, b1, w2, b2):
-        return mlp(x, norm_of(scale, shift), linear(w1, b1), linear(w2, b2), 0.5, False)
+def fast_mlp(x, scale, shift, w1, b1, w2, b2, drops=(0.0, 0.0)):
+    norm = norm_of(scale, shift)
+    return [residual_mlp(x, norm, linear_of(w1, b1), linear_of(w2, b2), drops)]
 
+
+def mlp_inputs(rows=2500):
+    torch.manual_seed(0)
+    return [torch.randn(s) for s in ((rows, 8), (8,), (8,), (12, 8), (12,), (8, 12), (8,))]
+
+
+def test_residual_mlp(threads):
     def plain(x, scale, shift, w1, b1, w2, b2):
         normed = F.layer_norm(x, (8,), scale, shift, 1e-5)
-        return F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2), x * 1
+        return [x + F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)]
 
-    assert_equal(gradients(fast, inputs), gradients(plain, inputs), summands=50_000)
+    inputs = mlp_inputs()
+    assert_equal(gradients(fast_mlp, inputs), gradients(plain, inputs), summands=50_000)
 
 
-@pytest.mark.parametrize("size", [7, 40_000], ids=["int16-sort", "int64-sort"])
-def test_lookup(size):
+@pytest.mark.parametrize("size", [7, 3000, 40_000])
+def test_embed(threads, size):
+    """Two tables; 3000 rows are several pieces, and 40,000 sort as int64."""
     torch.manual_seed(0)
-    index = torch.randint(size, (500,))
-    table = [torch.randn(size, 4)]
-    fast = gradients(lambda t: [lookup(t, index)], table)
-    assert_equal(fast, gradients(lambda t: [t[index]], table))
+    one, two = torch.randint(size, (500,)), torch.randint(5, (500,))
+    tables = [torch.randn(size, 4), torch.randn(5, 4)]
+    fast = gradients(lambda a, b: [embed((a, b), (one, two), 0.0)], tables)
+    assert_equal(fast, gradients(lambda a, b: [a[one] + b[two]], tables))
 
 
-def test_segment_sum():
-    """A permuted sum with an empty segment, against a loop."""
+def test_norm_sum(threads):
+    """Sums over permuted sequences, empty ones among them, against a loop."""
     torch.manual_seed(0)
-    x, order = [torch.randn(9, 4)], torch.randperm(9)
-    segment = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3])  # none in 2 and 4
+    lengths = [3, 2, 0, 4, 0]
+    inputs, order = [torch.randn(9, 4), torch.randn(4), torch.randn(4)], torch.randperm(9)
 
-    def plain(x):
-        rows = x[order]
-        return [torch.stack([rows[segment == s].sum(0) for s in range(5)])]
+    def plain(x, scale, shift):
+        rows = F.layer_norm(x, (4,), scale, shift, 1e-5)[order]
+        return [torch.stack([part.sum(0) for part in rows.split(lengths)])]
 
-    fast = gradients(lambda x: [segment_sum(x, order, segment, 5)], x)
-    assert_equal(fast, gradients(plain, x))
+    def fast(x, scale, shift):
+        return [norm_sum(x, norm_of(scale, shift), order, lengths)]
+
+    assert_equal(gradients(fast, inputs), gradients(plain, inputs))
 
 
 BUCKETS = (Bucket(0, 5, 1), Bucket(5, 3, 2), Bucket(11, 7, 13), Bucket(102, 2, 40))
@@ -116,21 +132,24 @@ BUCKETS = (Bucket(0, 5, 1), Bucket(5, 3, 2), Bucket(11, 7, 13), Bucket(102, 2, 4
 
 def attention_inputs():
     torch.manual_seed(0)
-    return [torch.randn(s) for s in ((182, 8), (8,), (8,), (24, 8), (24,))]
+    shapes = ((182, 8), (8,), (8,), (24, 8), (24,), (8, 8), (8,))
+    return [torch.randn(s) for s in shapes]
 
 
-def fast_attention(x, scale, shift, weight, bias, p=0.0):
-    return attend_rows(x, norm_of(scale, shift), weight, bias, BUCKETS, 2, p)
+def fast_attention(x, scale, shift, weight, bias, weight_out, bias_out, drops=(0.0, 0.0)):
+    output = linear_of(weight_out, bias_out)
+    around = Projections(norm_of(scale, shift), weight, bias, output, 2, drops[1])
+    return [attend_rows(x, around, BUCKETS, drops[0])]
 
 
-def plain_attention(x, scale, shift, weight, bias):
+def plain_attention(x, scale, shift, weight, bias, weight_out, bias_out):
     qkv = F.linear(F.layer_norm(x, (8,), scale, shift, 1e-5), weight, bias)
     outs = []
     for b in BUCKETS:
         q, k, v = qkv[b.start : b.stop].view(b.count, b.length, 3, 2, 4).permute(2, 0, 3, 1, 4)
         out = torch.softmax(q @ k.mT / 2.0, -1) @ v
         outs.append(out.transpose(1, 2).reshape(-1, 8))
-    return torch.cat(outs), x * 1
+    return [x + F.linear(torch.cat(outs), weight_out, bias_out)]
 
 
 @pytest.mark.parametrize(("longest_kept", "at_once"), [(256, 1 << 16), (4, 1 << 16), (4, 64)])
@@ -142,29 +161,33 @@ def test_attention_rows(threads, monkeypatch, longest_kept, at_once):
     assert_equal(gradients(fast_attention, inputs), gradients(plain_attention, inputs))
 
 
-@pytest.mark.parametrize(("longest_kept", "at_once"), [(256, 1 << 16), (4, 64)])
-def test_the_gradient_sees_the_same_dropout(monkeypatch, longest_kept, at_once):
+@pytest.mark.parametrize("drops", [(0.4, 0.0), (0.0, 0.3), (0.4, 0.3)])
+@pytest.mark.parametrize("part", ["attention", "attention in blocks", "mlp"])
+def test_the_gradient_sees_the_same_dropout(threads, monkeypatch, part, drops):
     """A finite difference at fixed seed: a mask drawn anew in the backward pass would differ."""
-    monkeypatch.setattr(softmax_rows, "LONGEST_KEPT", longest_kept)
-    monkeypatch.setattr(softmax_rows, "SCORES_AT_ONCE", at_once)
-    inputs = attention_inputs()
+    if part == "attention in blocks":
+        monkeypatch.setattr(softmax_rows, "LONGEST_KEPT", 4)
+        monkeypatch.setattr(softmax_rows, "SCORES_AT_ONCE", 64)
+    function = fast_mlp if part == "mlp" else fast_attention
+    inputs = mlp_inputs(1500) if part == "mlp" else attention_inputs()
 
     def dropped(*leaves):
         torch.manual_seed(3)
-        return fast_attention(*leaves, p=0.4)
+        return function(*leaves, drops=drops)
 
-    (out, _), (grad, *_) = gradients(dropped, inputs)
-    assert not torch.allclose(out, fast_attention(*inputs)[0])
-    direction, step = torch.randn(182, 8), 1e-2
-    ends = [
-        gradients(dropped, [inputs[0] + sign * step * direction, *inputs[1:]])[0]
-        for sign in (1, -1)
-    ]
-    weights = [torch.linspace(-1, 1, o.numel()).view_as(o) for o in ends[0]]
-    up, down = (sum((o * w).sum() for o, w in zip(e, weights, strict=True)) for e in ends)
-    assert float((up - down) / (2 * step)) == pytest.approx(
-        float((grad * direction).sum()), rel=0.01
-    )
+    (out,), grads = gradients(dropped, inputs)
+    assert not torch.allclose(out, function(*inputs)[0], atol=0.1)
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out).double()
+    for number, grad in enumerate(grads):  # each input apart, the weights too
+        step = 1e-2 / inputs[number].numel() ** 0.5
+        direction = torch.where(grad >= 0, 1.0, -1.0)
+        ends = []
+        for sign in (1, -1):
+            moved = list(inputs)
+            moved[number] = inputs[number] + sign * step * direction
+            ends.append((dropped(*moved)[0].double() * weight).sum())
+        slope = float((grad * direction).double().sum())
+        assert float((ends[0] - ends[1]) / (2 * step)) == pytest.approx(slope, rel=0.02), number
 
 
 def test_padded_buckets_equal_exact_ones():

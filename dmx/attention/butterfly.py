@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.softmax import SoftmaxConfig
+from dmx.attention.softmax_rows import Projections
 from dmx.errors import ConfigError
 from dmx.packing import Grouping, Layout, from_groups, to_groups
 
@@ -112,18 +113,10 @@ class ButterflyMixer(TokenMixer):
         """Buckets already are groups: the inner mixer takes them as they are."""
         return self.inner.mix_buckets(buckets, full_length)
 
-    def mix_normed(
-        self,
-        x: Tensor,
-        norm: nn.LayerNorm,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: Layout,
-        num_heads: int,
-    ) -> tuple[Tensor, Tensor] | None:
-        """The inner mixer's `mix_normed`, where it has one."""
-        mix_normed = getattr(self.inner, "mix_normed", None)
-        return mix_normed and mix_normed(x, norm, weight, bias, layout, num_heads)
+    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
+        """The inner mixer's `attend_packed`, where it has one."""
+        attend = getattr(self.inner, "attend_packed", None)
+        return None if attend is None else attend(x, around, layout)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

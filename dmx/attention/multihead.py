@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.attention.base import AttentionConfig, MixerContext, TokenMixer
+from dmx.attention.softmax_rows import Projections
 from dmx.dropout import Dropout
-from dmx.functional import add_residual, norm_linear
+from dmx.functional import norm_linear
 from dmx.packing import Layout
 
 
@@ -46,16 +47,15 @@ class MultiHead(nn.Module):
 
     def packed(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout) -> Tensor:
         """[T, D] in the layout's order -> [T, D], x + dropout(self(norm(x)))."""
-        weights = self._weights()
-        mix_normed = getattr(self.mixer, "mix_normed", None)
-        mixed = mix_normed and mix_normed(x, norm, *weights, layout, self.num_heads)
-        if mixed is None:
-            qkv, x = norm_linear(x, norm, *weights)  # [T, 3 * H * Dh]
-            rows = self._mix_buckets(qkv, layout)
-        else:
-            rows, x = mixed
-        out = self.output(rows)
-        return add_residual(dropout(out), x)
+        weight, bias = self._weights()
+        attend = getattr(self.mixer, "attend_packed", None)
+        if attend is not None:
+            around = Projections(norm, weight, bias, self.output, self.num_heads, dropout.rate)
+            out = attend(x, around, layout)
+            if out is not None:
+                return out
+        qkv, x = norm_linear(x, norm, weight, bias)  # [T, 3 * H * Dh]
+        return dropout(self.output(self._mix_buckets(qkv, layout))) + x
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
-from dmx.attention.softmax_rows import attend_rows
+from dmx.attention.softmax_rows import Projections, attend_rows
 from dmx.packing import Layout
 from dmx.parallel import is_fast
 
@@ -87,20 +87,11 @@ class SoftmaxMixer(TokenMixer):
             outs |= {i: o[:, :, : buckets[i][0].shape[2]] for i, o in zip(same, out, strict=True)}
         return [outs[i] for i in range(len(buckets))]
 
-    def mix_normed(
-        self,
-        x: Tensor,
-        norm: nn.LayerNorm,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: Layout,
-        num_heads: int,
-    ) -> tuple[Tensor, Tensor] | None:
-        """`attend_rows` over all buckets, or None where that is not the faster way."""
+    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
+        """The whole branch of a block by `attend_rows`, or None where that is not faster."""
         if not is_fast(x):
             return None
-        dropout = self.dropout if self.training else 0.0
-        return attend_rows(x, norm, weight, bias, layout.buckets, num_heads, dropout)
+        return attend_rows(x, around, layout.buckets, self.dropout if self.training else 0.0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

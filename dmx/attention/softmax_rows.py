@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dmx.dropout import draw_seed, int16_threshold, random_int16
+from dmx.dropout import Keeps, draw_seed, int16_threshold, random_int16
 from dmx.functional import NormLinearGradient, total
 from dmx.packing import Bucket
 from dmx.parallel import ROWS_AT_ONCE, run_shares
@@ -29,30 +29,36 @@ LONGEST_KEPT = 256
 """Up to this group length the weights are kept for the gradient, else they are computed again."""
 
 
-def attend_rows(
-    x: Tensor,
-    norm: nn.LayerNorm,
-    weight: Tensor,
-    bias: Tensor | None,
-    buckets: Sequence[Bucket],
-    num_heads: int,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of linear(norm(x)) within the groups of the buckets.
+@dataclass(frozen=True)
+class Projections:
+    """What stands around attention in a block.
 
-    Args:
-        x: [T, D] rows in the order of the buckets.
-        norm: over D.
+    Attributes:
+        norm: over D, before.
         weight: [3 * H * Dh, D], the projections to q, k and v; bias: [3 * H * Dh].
-        buckets: cover the rows.
+        output: the projection from H * Dh to D, after.
         num_heads: H.
-        dropout: of the attention weights.
-
-    Returns:
-        [T, H * Dh] rows, and x for the residual sum: so its two gradients meet in one pass.
+        drop: dropout before the residual sum, 0 in evaluation.
     """
-    settings = (norm.eps, tuple(buckets), num_heads, dropout)
-    return _Attend.apply(x, norm.weight, norm.bias, weight, bias, *settings)
+
+    norm: nn.LayerNorm
+    weight: Tensor
+    bias: Tensor | None
+    output: nn.Linear
+    num_heads: int
+    drop: float
+
+
+def attend_rows(
+    x: Tensor, around: Projections, buckets: Sequence[Bucket], dropout: float
+) -> Tensor:
+    """[T, D] -> [T, D], x + drop(output(attention(linear(norm(x))))) within the buckets' groups.
+
+    The rows are in the order of the buckets; `dropout` is that of the attention weights.
+    """
+    norm, output, drops = around.norm, around.output, (dropout, around.drop)
+    layers = (norm.weight, norm.bias, around.weight, around.bias, output.weight, output.bias)
+    return _Attend.apply(x, *layers, norm.eps, tuple(buckets), around.num_heads, drops)
 
 
 @dataclass(frozen=True)
@@ -123,85 +129,107 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None,
-        eps: float, buckets: tuple[Bucket, ...], num_heads: int, dropout: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        width = weight.shape[0]
-        qkv = x.new_empty(x.shape[0], width)  # memory of the pieces' [3, c, H, l, Dh]
-        out = x.new_empty(x.shape[0], width // 3)
-        seed = draw_seed() if dropout else 0
-        weight_t = weight.t()
+        weight_out: Tensor, bias_out: Tensor, eps: float, buckets: tuple[Bucket, ...],
+        num_heads: int, drops: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
+        qkv = x.new_empty(x.shape[0], weight.shape[0])  # memory of the pieces' [3, c, H, l, Dh]
+        mixed = x.new_empty(x.shape[0], weight_out.shape[1])
+        out = torch.empty_like(x)
+        seed, keeps = draw_seed() if drops[0] else 0, Keeps(x.shape, drops[1])
 
         def work(share: Sequence[_Piece]) -> list[Tensor]:
-            kept = []
+            kept: list[Tensor] = []
             for piece in share:
-                normed = F.layer_norm(x[piece.rows], x.shape[1:], scale, shift, eps)
-                rows = normed @ weight_t if bias is None else torch.addmm(bias, normed, weight_t)
-                heads = piece.to_heads(rows, num_heads, 3)
-                q, k, v = piece.batched(qkv[piece.rows].view(heads.shape).copy_(heads))
-                mixed = torch.empty_like(q)
-                for block in piece.blocks():
-                    # No two blocks start at the same row, so that their seeds differ.
-                    block_seed = seed + piece.start + block.start
-                    weights = _signed_weights(q[:, block], k, dropout, block_seed)
-                    if piece.keeps:  # and then it is one block
-                        kept.append(weights)
-                    used = weights.relu() if dropout else weights
-                    mixed[:, block].baddbmm_(used, v, beta=0, alpha=1 / (1 - dropout))
-                (target,) = piece.to_heads(out[piece.rows], num_heads, 1)
-                target.copy_(mixed.view(target.shape))
+                rows = piece.rows
+                normed = F.layer_norm(x[rows], x.shape[1:], scale, shift, eps)
+                wide = normed @ weight.t() if bias is None else F.linear(normed, weight, bias)
+                heads = piece.to_heads(wide, num_heads, 3)
+                heads = piece.batched(qkv[rows].view(heads.shape).copy_(heads))
+                (target,) = piece.to_heads(mixed[rows], num_heads, 1)
+                target.copy_(_attend(piece, heads, drops[0], seed, kept).view(target.shape))
+                torch.addmm(bias_out, mixed[rows], weight_out.t(), out=out[rows])
+                keeps.draw_and_apply(out[rows], rows).add_(x[rows])
             return kept
 
         pieces = _pieces(buckets, num_heads)
         results = run_shares(work, pieces, [piece.cost for piece in pieces])
-        all_kept = [weights for kept in results for weights in kept]
-        ctx.save_for_backward(x, scale, shift, weight, qkv, *all_kept)
-        ctx.has_bias, ctx.eps = bias is not None, eps
-        ctx.pieces, ctx.seed, ctx.num_heads, ctx.dropout = pieces, seed, num_heads, dropout
-        return out, x
+        kept = [weights for share in results for weights in share]
+        ctx.save_for_backward(x, scale, shift, weight, weight_out, qkv, mixed, *keeps.saved, *kept)
+        ctx.has_bias, ctx.eps, ctx.keeps = bias is not None, eps, keeps.settings
+        ctx.pieces, ctx.seed, ctx.num_heads, ctx.drop = pieces, seed, num_heads, drops[0]
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_same: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, weight, qkv, *all_kept = ctx.saved_tensors
-        kept = dict(zip((p.start for p in ctx.pieces if p.keeps), all_kept, strict=True))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight, weight_out, qkv, mixed, *saved = ctx.saved_tensors
+        keeps = Keeps.restore(ctx.keeps, saved)
+        kept = dict(zip((p.start for p in ctx.pieces if p.keeps), saved, strict=True))
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
 
         def work(share: Sequence[_Piece]) -> tuple[Tensor, ...]:
             gradient = NormLinearGradient(x, scale, shift, weight, ctx.eps)
+            grad_weight, grad_bias = (
+                torch.zeros_like(weight_out),
+                torch.zeros_like(weight_out[:, 0]),
+            )
             for piece in share:
-                grad_rows = torch.empty_like(qkv[piece.rows])
-                target = piece.to_heads(grad_rows, ctx.num_heads, 3)
-                heads = piece.batched(qkv[piece.rows].view(target.shape))
-                target.copy_(_heads_gradient(ctx, piece, heads, grad, kept).view(target.shape))
-                gradient.add(piece.rows, grad_rows, grad_same, grad_x)
-            return gradient.sums
+                rows = piece.rows
+                grad_out = keeps.applied(grad[rows], rows)
+                grad_weight.addmm_(grad_out.t(), mixed[rows])
+                grad_bias += grad_out.sum(0)
+                grad_mixed = piece.to_heads(grad_out @ weight_out, ctx.num_heads, 1).contiguous()
+                grad_wide = torch.empty_like(qkv[rows])
+                target = piece.to_heads(grad_wide, ctx.num_heads, 3)
+                heads = piece.batched(qkv[rows].view(target.shape))
+                grads = _attend_gradient(
+                    piece, heads, piece.batched(grad_mixed)[0], ctx.drop, ctx.seed, kept
+                )
+                target.copy_(grads.view(target.shape))
+                gradient.add(rows, grad_wide, grad, grad_x)
+            return *gradient.sums, grad_weight, grad_bias
 
         pieces = ctx.pieces
-        *sums, grad_bias = total(run_shares(work, pieces, [piece.cost for piece in pieces]))
-        return grad_x, *sums, grad_bias if ctx.has_bias else None, None, None, None, None
+        *sums, grad_bias, grad_weight_out, grad_bias_out = total(
+            run_shares(work, pieces, [piece.cost for piece in pieces])
+        )
+        grad_in = (grad_x, *sums, grad_bias if ctx.has_bias else None)
+        return *grad_in, grad_weight_out, grad_bias_out, None, None, None, None
 
 
-def _heads_gradient(
-    ctx: Any, piece: _Piece, heads: Tensor, grad: Tensor, kept: dict[int, Tensor]
-) -> Tensor:
-    """The gradient of a piece's [3, c * H, l, Dh] q, k and v; grad is that of all output rows."""
+def _attend(piece: _Piece, heads: Tensor, drop: float, seed: int, kept: list[Tensor]) -> Tensor:
+    """[3, c * H, l, Dh] -> [c * H, l, Dh]; appends the weights that the gradient is to find."""
     q, k, v = heads
-    (grad_out,) = piece.batched(
-        piece.to_heads(grad[piece.rows], ctx.num_heads, 1).contiguous()
-    ).mul(1 / (1 - ctx.dropout))  # fmt: skip
+    mixed = torch.empty_like(q)
+    for block in piece.blocks():
+        # No two blocks start at the same row, so that their seeds differ.
+        weights = _signed_weights(q[:, block], k, drop, seed + piece.start + block.start)
+        if piece.keeps:  # and then it is one block
+            kept.append(weights)
+        used = weights.relu() if drop else weights
+        mixed[:, block].baddbmm_(used, v, beta=0, alpha=1 / (1 - drop))
+    return mixed
+
+
+def _attend_gradient(
+    piece: _Piece, heads: Tensor, grad: Tensor, drop: float, seed: int, kept: dict[int, Tensor]
+) -> Tensor:
+    """The gradient [3, c * H, l, Dh] of q, k and v, from that of `_attend`'s result."""
+    q, k, v = heads
+    if drop:
+        grad.mul_(1 / (1 - drop))
     grads = torch.empty_like(heads)
     scale, first = q.shape[2] ** -0.5, 0  # beta 0: the first block overwrites
     for block in piece.blocks():
         weights = kept.get(piece.start)
         if weights is None:
-            seed = ctx.seed + piece.start + block.start
-            weights = _signed_weights(q[:, block], k, ctx.dropout, seed)
-        used = weights.relu() if ctx.dropout else weights
-        grads[2].baddbmm_(used.transpose(1, 2), grad_out[:, block], beta=first)
+            weights = _signed_weights(q[:, block], k, drop, seed + piece.start + block.start)
+        used = weights.relu() if drop else weights
+        grads[2].baddbmm_(used.transpose(1, 2), grad[:, block], beta=first)
         # d softmax = w' g - w sum(w' g), with w' the kept weights and g their gradient.
-        scores = torch.bmm(grad_out[:, block], v.transpose(1, 2)).mul_(used)
+        scores = torch.bmm(grad[:, block], v.transpose(1, 2)).mul_(used)
         row_total = scores.sum(-1, keepdim=True)
-        scores.addcmul_(weights.abs() if ctx.dropout else weights, row_total, value=-1)
+        scores.addcmul_(weights.abs() if drop else weights, row_total, value=-1)
         grads[0][:, block].baddbmm_(scores, k, beta=0, alpha=scale)
         grads[1].baddbmm_(scores.transpose(1, 2), q[:, block], beta=first, alpha=scale)
         first = 1

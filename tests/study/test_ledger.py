@@ -136,6 +136,7 @@ def test_results_say_the_best_and_the_last(tmp_path):
         (again,) = ledger.results()
         assert again.checkpoint is not None and folder.is_dir()
         assert best_trial(ledger.results()) == again
+    assert picture(tmp_path / "a")[0][1:4:2] == ("COMPLETE", [0.9]), "Optuna is told the best"
 
 
 def test_a_repeated_report_counts_once(tmp_path):
