@@ -148,7 +148,7 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """x[order], by shares on a CPU."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.index_select(0, order)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -33,6 +33,7 @@ def is_fast(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
     )
 
@@ -44,7 +45,7 @@ def single_thread(x: Tensor) -> Iterator[None]:
     They would spin for milliseconds after it, on the cores that the shares' threads then need.
     """
     threads = torch.get_num_threads()
-    if x.device.type != "cpu" or threads == 1:
+    if x.device.type != "cpu" or threads == 1 or torch.compiler.is_compiling():
         yield
         return
     torch.set_num_threads(1)
@@ -77,6 +78,8 @@ def run_shares(
         The results in the order of the shares; there is at least one.
     """
     threads = torch.get_num_threads()
+    if torch._C._len_torch_dispatch_stack():  # a counter, say, which sees this thread only
+        threads = 1
     shares = split_evenly(pieces, costs or [1] * len(pieces), threads)
     if len(shares) == 1:
         with torch.no_grad():

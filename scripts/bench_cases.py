@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from dmx.data.pathfinder import Generator
 from dmx.model import Classifier
 from dmx.optim import OptimConfig, build_optimizer
+from dmx.parallel import single_thread
 from dmx.reference import load_model
 
 Step = Callable[[], None]
@@ -31,7 +32,7 @@ LRA = {
     "num_layers": 2, "num_head": 2, "head_dim": 32, "attention_dropout": 0.1,
     "embedding_dropout": 0.0, "mlp_dropout": 0.0,
 }  # fmt: skip
-"""run_tasks.py without flags: --dropout_prob is 0.0, and lra_config.py has attention_dropout 0.1."""
+"""run_tasks.py without flags: --dropout_prob is 0.0, lra_config.py has attention_dropout 0.1."""
 
 PATHX = {
     "num_layers": 4, "num_head": 4, "head_dim": 16, "attention_dropout": 0.1,
@@ -107,6 +108,24 @@ def batch_of(name: str, batch: int | None = None) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(ids), labels
 
 
+def peak_mb() -> float:
+    """The most resident memory that this process ever had."""
+    # Not getrusage's ru_maxrss: a child begins with its parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def write_section(path: Path, name: str, content: str) -> None:
+    """Replace what lies between the markers of a section; append it where the file has none."""
+    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
+    if start not in text:
+        text = f"{text.rstrip()}\n\n{start}\n{end}\n"
+    head, tail = text.split(start)[0], text.split(end)[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{start}\n{content}\n{end}{tail}", encoding="utf-8")
+
+
 def reference_config(name: str, attention: str) -> dict[str, Any]:
     """The model config that the reference's run_tasks.py would build, in fp32."""
     case = CASES[name]
@@ -172,7 +191,8 @@ def our_step(model: Classifier, ids: torch.Tensor, labels: torch.Tensor) -> Step
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(ids), labels).backward()
-        optimizer.step()
+        with single_thread(ids):  # the fused AdamW waits for torch's threads at every parameter
+            optimizer.step()
         schedule.step()
 
     return step

@@ -18,7 +18,6 @@ import json
 import os
 import pickle
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,9 +35,11 @@ from bench_cases import (
     batch_of,
     our_model,
     our_step,
+    peak_mb,
     reference_logits,
     reference_model,
     reference_step,
+    write_section,
 )
 
 from dmx.data.manifest import Manifest
@@ -49,7 +50,9 @@ TARGETS = {
     "pathX-nogap": 12.0, "pathX-alpha0.75": 8.0, "pathX-alpha1.25": 6.0, "text": 3.0,
     "pathfinder32": 2.5, "image": 1.5, "listops": 1.5,
 }  # fmt: skip
-START, END = "<!-- bench_reference: start -->", "<!-- bench_reference: end -->"
+DEFAULT = {"image": ["butterfly", *ATTENTIONS]}
+"""Attentions where none is asked for, if not butterfly alone."""
+
 IMAGES = 2000
 
 
@@ -78,7 +81,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in args.tasks:
-        for attention in args.attentions or ["butterfly", "softmax"][: 2 if task == "image" else 1]:
+        for attention in args.attentions or DEFAULT.get(task, ["butterfly"]):
             lines.append(_compare(args, task, attention))
             print(lines[-1], flush=True)
     lines.append(f"\nLoad average at the end: {_load()}.")
@@ -86,7 +89,7 @@ def main() -> None:
         lines += ["", *_loading(args.reference)]
         print("\n".join(lines[-6:]))
     if args.out:
-        _write(args.out, "\n".join(lines))
+        write_section(args.out, "bench_reference", "\n".join(lines))
 
 
 def _shown(argv: list[str]) -> list[str]:
@@ -158,21 +161,21 @@ def _child(checkout: Path, what: str, side: str, *rest: str) -> dict[str, float]
     if side == "ours":
         model, make = our_model(task, attention, model.state_dict()), our_step  # type: ignore[assignment]
     step: Callable[[], None] = make(model, ids, labels)
-    before = _peak_mb()
+    before = peak_mb()
     step(), step()
-    return {"mb": max(_peak_mb() - before, 1.0)}
+    return {"mb": max(peak_mb() - before, 1.0)}
 
 
 def _load_split(side: str, path: Path) -> dict[str, float]:
     """Seconds until the first example is in hand, and memory for it."""
-    before, start = _peak_mb(), time.perf_counter()
+    before, start = peak_mb(), time.perf_counter()
     if side == "theirs":
         with path.open("rb") as file:  # what LRADataset.__init__ does
             examples = pickle.load(file)
         torch.tensor(examples[0]["input_ids_0"], dtype=torch.long)
     else:
         torch.from_numpy(open_store(path).split("train").tokens(0).copy())
-    return {"seconds": time.perf_counter() - start, "mb": _peak_mb() - before}
+    return {"seconds": time.perf_counter() - start, "mb": peak_mb() - before}
 
 
 def _loading(checkout: Path) -> list[str]:
@@ -213,33 +216,17 @@ def _loading(checkout: Path) -> list[str]:
     return lines
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
 def _machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
+    cpu, info = platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
-        names = [
-            line.split(": ", 1)[1] for line in info.read_text().splitlines() if "model name" in line
-        ]
+        names = [x.split(": ", 1)[1] for x in info.read_text().splitlines() if "model name" in x]
         cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def _write(path: Path, table: str) -> None:
-    """Replace what lies between the markers; write the file where it has none."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n\n"
-    if START not in text:
-        text = f"{text.rstrip()}\n\n{START}\n{END}\n"
-    head, tail = text.split(START)[0], text.split(END)[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}{START}\n{table}\n{END}{tail}", encoding="utf-8")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores; {versions}"
 
 
 if __name__ == "__main__":

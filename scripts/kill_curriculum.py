@@ -31,8 +31,11 @@ from dmx.journal import read_journal
 
 logger = logging.getLogger("dmx.kill")
 _LIMIT_SECONDS = 1800
-_TIMED = {"train_seconds", "step_seconds", "samples_per_second", "tokens_per_second"}
-"""Measured times differ from run to run; memory too."""
+
+
+def measured(key: object) -> bool:
+    """Whether a number measures the machine: times, rates and memory differ from run to run."""
+    return str(key).endswith(("_seconds", "_per_second")) or key == "peak_memory_mb"
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -117,19 +120,18 @@ def differences(one: Path, two: Path) -> list[str]:
 
 def reports(attempts: Any) -> list[dict[int, dict[str, Any]]]:
     """Reported numbers by step, without what measures the machine."""
-    drop = {*_TIMED, "peak_memory_mb"}
     return [
-        {step: {k: v for k, v in r.items() if k not in drop} for step, r in a.reports.items()}
+        {step: {k: v for k, v in r.items() if not measured(k)} for step, r in a.reports.items()}
         for a in attempts
     ]
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested tensors and values; measured times are skipped."""
+    """Bitwise equality of nested tensors and values; what is measured is skipped."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k not in _TIMED)
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if not measured(k))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)

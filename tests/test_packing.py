@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.attention.butterfly import butterfly_stride
 from dmx.packing import Grouping, from_groups, pack, reorder, to_groups
@@ -174,6 +175,15 @@ def test_shares_run_single_threaded_without_autograd_and_in_order(two_threads):
 
     assert run_shares(work, range(4)) == [(1, False, [0, 1]), (1, False, [2, 3])]
     assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
+
+
+def test_a_counter_sees_all_shares(two_threads):
+    """Dispatch modes belong to a thread, so that the work then stays in it."""
+    matrix = torch.ones(4, 4)
+    with FlopCounterMode(display=False) as counter:
+        assert len(run_shares(lambda share: [matrix @ matrix for _ in share], range(6))) == 1
+    assert counter.get_total_flops() == 6 * 2 * 4**3
+    assert len(run_shares(list, range(6))) == 2
 
 
 def test_a_failing_share_raises(two_threads):

@@ -106,7 +106,8 @@ def content(folder: Path) -> dict[str, Any]:
         name: torch.load(folder / name, weights_only=True)
         for name in (keys.MODEL_FILE, keys.TRAINING_STATE_FILE)
     }
-    del parts[keys.TRAINING_STATE_FILE]["train_seconds"]
+    state = parts[keys.TRAINING_STATE_FILE]
+    parts[keys.TRAINING_STATE_FILE] = {k: state[k] for k in state if not k.endswith("_seconds")}
     return parts
 
 
