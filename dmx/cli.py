@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from dmx import log
-from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, DmxError
+from dmx.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DmxError,
+    RunFailedError,
+)
 
 logger = logging.getLogger("dmx")
 
@@ -48,7 +55,7 @@ def run(
         code = main(sys.argv[1:] if argv is None else argv)
     except DmxError as error:
         sys.stderr.write(f"{prog}: {error}\n")
-        code = EXIT_BAD_INPUT
+        code = EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{prog}: interrupted.\n")
         code = EXIT_INTERRUPTED

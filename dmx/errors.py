@@ -26,5 +26,9 @@ class CheckpointError(DmxError):
     """A checkpoint is missing, damaged, or does not fit the model it should start."""
 
 
+class RunFailedError(DmxError):
+    """A run that was started ended in failure: not the input's fault, so the exit code is 1."""
+
+
 class StageError(DmxError):
     """A curriculum stage cannot be launched, or its journal contradicts its configuration."""

@@ -13,7 +13,7 @@ from dmx import launch
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.data.store import Store
-from dmx.errors import StageError
+from dmx.errors import RunFailedError
 from dmx.runner import Job
 from dmx.schema import to_dict
 
@@ -35,7 +35,7 @@ def retrain(
         over the test accuracies (sample standard deviation, None for one seed).
 
     Raises:
-        StageError: a run failed.
+        RunFailedError: a run failed.
     """
     config = open_checkpoint(best).config
     seeds = [config.train.seed + 1 + i for i in range(num_seeds)]
@@ -59,7 +59,7 @@ def retrain(
             running.append(launch.start(waiting.pop(0), cpus=cpus, gpus=gpus))
         for run, report in launch.wait_any(running, timeout_seconds=60):
             if report.get(keys.FAILURE):
-                raise StageError(f"{run.job.folder}: {report[keys.FAILURE]}.")
+                raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
             dev[run.job.folder] = report[keys.BEST_DEV_ACCURACY]
             if report.get("done"):
                 running.remove(run)

@@ -77,3 +77,17 @@ def test_names_of_no_task(name):
     with pytest.raises(ConfigError) as caught:
         task_for(name)
     assert repr(name) in one_sentence(caught.value)
+
+
+def test_a_failed_run_is_no_bad_input(capsys):
+    from dmx import cli
+    from dmx.errors import RunFailedError, StageError
+
+    def fails(argv):
+        raise argv[0]
+
+    for error, code in ((RunFailedError("it failed"), 1), (StageError("it is locked"), 2)):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run("dmx.tune", fails, [error])
+        assert stopped.value.code == code
+        assert capsys.readouterr().err == f"dmx.tune: {error}\n"
