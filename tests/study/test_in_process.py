@@ -199,13 +199,18 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
 
     def to_end(name: str, kill_at: int | None) -> dict[str, Any]:
         job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / name))
-        running, reports = start(job, cpus=1, gpus=0), []
+        running, reports, killed = start(job, cpus=1, gpus=0), [], []
         while not reports or not reports[-1]["done"]:
             for _, report in wait_any([running], timeout_seconds=60):
                 reports.append(report)
-                if report[keys.STEPS] == kill_at and running.restarts == 0:
-                    os.kill(read_claim(tmp_path / name)["pid"], signal.SIGKILL)
-        assert running.restarts == (kill_at is not None)
+                if report[keys.STEPS] == kill_at and not killed:
+                    killed.append(read_claim(tmp_path / name)["pid"])
+                    os.kill(killed[0], signal.SIGKILL)
+        assert len(killed) == (kill_at is not None)
+        # A killed process repeats its last report, and a process that gets on counts from zero.
+        repeated = [r[keys.STEPS] for r in reports].count(kill_at) - 1
+        assert repeated == (1 if killed else -1)
+        assert running.restarts == 0
         return {r[keys.STEPS]: r[keys.DEV_ACCURACY] for r in reports}
 
     assert to_end("a", None) == to_end("b", 4)
