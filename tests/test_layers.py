@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dmx"
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
-    ("mathematics", "packing parallel dropout functional optim"),
+    ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
     ("experiment", "config reference space"),
