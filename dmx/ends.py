@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dmx.dropout import Keeps, dropout
 from dmx.functional import total
-from dmx.parallel import is_fast, row_pieces, run_shares
+from dmx.parallel import is_fast, row_pieces, run_shares, single_thread
 
 
 def embed(tables: Sequence[Tensor], indices: Sequence[Tensor], drop: float) -> Tensor:
@@ -81,10 +81,12 @@ def _row_sums(x: Tensor, index: Tensor, count: int) -> Tensor:
     """[T, D] -> [count, D], the sum of all x[i] of each value of index[i]."""
     out = x.new_empty(count, x.shape[1])
     # A stable sort keeps the summands in one order, and int16 sorts three times faster.
-    order = torch.argsort(index.to(torch.int16) if count <= 1 << 15 else index, stable=True)
-    sizes = torch.bincount(index, minlength=count)
-    ends = sizes.cumsum(0)
-    offsets = ends - sizes
+    with single_thread(x):
+        narrow = index.to(torch.int16) if count <= 1 << 15 else index
+        order = torch.argsort(narrow, stable=True)
+        sizes = torch.bincount(index, minlength=count)
+        ends = sizes.cumsum(0)
+        offsets = ends - sizes
 
     def work(share: Sequence[slice]) -> None:
         for rows in share:

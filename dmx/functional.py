@@ -39,6 +39,13 @@ def norm_linear(
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
 
 
+def residual_linear(x: Tensor, mixed: Tensor, linear: nn.Linear, drop: float) -> Tensor:
+    """[T, D], [T, N] -> [T, D], x + drop(linear(mixed))."""
+    if not (is_fast(x) and is_fast(mixed)):
+        return dropout(linear(mixed), drop, True) + x
+    return _ResidualLinear.apply(x, mixed.contiguous(), linear.weight, linear.bias, drop)
+
+
 def residual_mlp(
     x: Tensor,
     norm: nn.LayerNorm,
@@ -145,6 +152,42 @@ class _NormLinear(torch.autograd.Function):
 
         *sums, grad_bias = total(run_shares(work, row_pieces(x.shape[0])))
         return grad_x, *sums, grad_bias if ctx.has_bias else None, None
+
+
+class _ResidualLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, drop: float
+    ) -> Tensor:
+        out, keeps = torch.empty_like(x), Keeps(x.shape, drop)
+
+        def work(share: Sequence[slice]) -> None:
+            for rows in share:
+                torch.addmm(bias, mixed[rows], weight.t(), out=out[rows])
+                keeps.draw_and_apply(out[rows], rows).add_(x[rows])
+
+        run_shares(work, row_pieces(x.shape[0]))
+        ctx.save_for_backward(mixed, weight, *keeps.saved)
+        ctx.keeps = keeps.settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mixed, weight, *saved = ctx.saved_tensors
+        keeps, grad_mixed = Keeps.restore(ctx.keeps, saved), torch.empty_like(mixed)
+
+        def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
+            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
+            for rows in share:
+                grad_out = keeps.applied(grad[rows], rows)
+                grad_weight.addmm_(grad_out.t(), mixed[rows])
+                grad_bias += grad_out.sum(0)
+                torch.mm(grad_out, weight, out=grad_mixed[rows])
+            return grad_weight, grad_bias
+
+        sums = total(run_shares(work, row_pieces(mixed.shape[0])))
+        return grad, grad_mixed, *sums, None
 
 
 class _Mlp(torch.autograd.Function):

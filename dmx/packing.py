@@ -85,7 +85,8 @@ class Packing:
     @property
     def lengths(self) -> list[int]:
         """Real tokens of each sequence."""
-        return torch.bincount(self.sequence, minlength=self.mask.shape[0]).tolist()
+        with single_thread(self.mask):
+            return torch.bincount(self.sequence, minlength=self.mask.shape[0]).tolist()
 
     @property
     def num_tokens(self) -> int:

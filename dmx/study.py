@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -292,6 +295,19 @@ def _fit(
             verbose=0,
         ),
     )
-    with cluster.terminate_like_interrupt():
+    with cluster.terminate_like_interrupt(), _own_interrupt_handler():
         tuner.fit()
     shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
+
+
+@contextlib.contextmanager
+def _own_interrupt_handler() -> Iterator[None]:
+    """Afterwards Ctrl-C means what it meant before: Ray Tune leaves a handler that swallows it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

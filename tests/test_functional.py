@@ -11,7 +11,7 @@ from dmx.attention import softmax_rows
 from dmx.attention.softmax import SoftmaxMixer
 from dmx.attention.softmax_rows import Projections, attend_rows
 from dmx.ends import embed, norm_sum
-from dmx.functional import norm_linear, residual_mlp, small_linear
+from dmx.functional import norm_linear, residual_linear, residual_mlp, small_linear
 from dmx.packing import Bucket
 
 
@@ -80,6 +80,21 @@ def test_small_linear(threads):
     inputs = [torch.randn(s) for s in ((5, 8), (3, 8), (3,))]
     fast = gradients(lambda x, w, b: [small_linear(x, linear_of(w, b))], inputs)
     assert_equal(fast, gradients(lambda x, w, b: [x @ w.T + b], inputs))
+
+
+def fast_linear(x, mixed, weight, bias, drops=(0.0, 0.0)):
+    return [residual_linear(x, mixed, linear_of(weight, bias), drops[1])]
+
+
+def linear_inputs():
+    torch.manual_seed(0)
+    return [torch.randn(s) for s in ((1500, 6), (1500, 8), (6, 8), (6,))]
+
+
+def test_residual_linear(threads):
+    inputs = linear_inputs()
+    plain = gradients(lambda x, mixed, w, b: [x + mixed @ w.T + b], inputs)
+    assert_equal(gradients(fast_linear, inputs), plain, summands=2500)
 
 
 def fast_mlp(x, scale, shift, w1, b1, w2, b2, drops=(0.0, 0.0)):
@@ -162,14 +177,18 @@ def test_attention_rows(threads, monkeypatch, longest_kept, at_once):
 
 
 @pytest.mark.parametrize("drops", [(0.4, 0.0), (0.0, 0.3), (0.4, 0.3)])
-@pytest.mark.parametrize("part", ["attention", "attention in blocks", "mlp"])
+@pytest.mark.parametrize("part", ["attention", "attention in blocks", "mlp", "linear"])
 def test_the_gradient_sees_the_same_dropout(threads, monkeypatch, part, drops):
     """A finite difference at fixed seed: a mask drawn anew in the backward pass would differ."""
     if part == "attention in blocks":
         monkeypatch.setattr(softmax_rows, "LONGEST_KEPT", 4)
         monkeypatch.setattr(softmax_rows, "SCORES_AT_ONCE", 64)
-    function = fast_mlp if part == "mlp" else fast_attention
-    inputs = mlp_inputs(1500) if part == "mlp" else attention_inputs()
+    if part == "linear" and not drops[1]:
+        pytest.skip("it has no dropout of its own inside")
+    function, inputs = {
+        "mlp": (fast_mlp, mlp_inputs(1500)),
+        "linear": (fast_linear, linear_inputs()),
+    }.get(part, (fast_attention, attention_inputs()))
 
     def dropped(*leaves):
         torch.manual_seed(3)

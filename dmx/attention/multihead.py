@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmx.attention.base import AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.softmax_rows import Projections
 from dmx.dropout import Dropout
-from dmx.functional import norm_linear
+from dmx.functional import norm_linear, residual_linear
 from dmx.packing import Layout
 
 
@@ -55,18 +55,23 @@ class MultiHead(nn.Module):
             if out is not None:
                 return out
         qkv, x = norm_linear(x, norm, weight, bias)  # [T, 3 * H * Dh]
-        return dropout(self.output(self._mix_buckets(qkv, layout))) + x
+        mixed = self._mix_buckets(qkv, layout)
+        return residual_linear(x, mixed, self.output, dropout.rate)
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""
         buckets = []
         sizes = [bucket.count * bucket.length for bucket in layout.buckets]
         # `split` and not slices: the gradient of each slice would be a whole matrix of zeros.
+        # A split of one part would still cost a copy of its gradient.
+        parts = qkv.split(sizes) if len(sizes) > 1 else [qkv] * len(sizes)
         slots = layout.slot.split(sizes)
-        for bucket, rows, slot in zip(layout.buckets, qkv.split(sizes), slots, strict=True):
+        for bucket, rows, slot in zip(layout.buckets, parts, slots, strict=True):
             shape = (bucket.count, bucket.length)
             q, k, v = rows.view(*shape, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
             buckets.append((q, k, v, slot.view(shape)))
         outs = self.mixer.mix_buckets(buckets, layout.grouping.size)
         mixed = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in outs]
+        if len(mixed) == 1:
+            return mixed[0]
         return torch.cat(mixed) if mixed else qkv.new_zeros(0, self.output.in_features)
