@@ -20,7 +20,7 @@ from dmx.data.store import Store
 from dmx.schema import to_dict
 
 if TYPE_CHECKING:
-    from dmx.study import StudyConfig
+    from dmx.study_config import StudyConfig
 
 __all__ = ["Cost", "check_price", "describe", "run_cost", "study_cost", "to_plain"]
 

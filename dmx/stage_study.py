@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmx.planner import Launch
-from dmx.study import StudyConfig
+from dmx.study_config import StudyConfig
 
 _GRACE_SHARE = 8
 

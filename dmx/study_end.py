@@ -9,7 +9,7 @@ from dmx import finals, study_files
 from dmx import records as keys
 from dmx.data.store import Store
 from dmx.log import console
-from dmx.study import StudyConfig
+from dmx.study_config import StudyConfig
 from dmx.study_view import TensorBoardView, trials_table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmx.data.store import Store
 from dmx.space import Distribution
-from dmx.study import StudyConfig
+from dmx.study_config import StudyConfig
 from dmx.study_view import TensorBoardView
 from dmx.tensorboard import Column, announce_study
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from dmx.evaluation import Measurement
 from dmx.runner import Job
 
-if TYPE_CHECKING:  # dmx.study imports Ray, which --status and --dry-run do without
-    from dmx.study import StudyConfig
+if TYPE_CHECKING:
+    from dmx.study_config import StudyConfig
 
 
 class ClusterLost(Exception):

@@ -27,12 +27,12 @@ LAYERS: list[tuple[str, str]] = [
     ("stages", "ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
-    ("ray", "cluster cluster_size launch trainable scheduler budget"),
+    ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
     ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "tune train curriculum"),
+    ("commands", "tune_options tune train curriculum"),
 ]
 
 # Who may import what, at the top of a file or within a function.
@@ -42,6 +42,7 @@ RAY = [
     "trainable",
     "scheduler",
     "study",
+    "study_hooks",
     "study_files",
     "finals",
     "backend",

@@ -1,0 +1,144 @@
+"""What Ray Tune calls during a study: whence trials come, and where their ends are recorded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dmx import cluster  # noqa: F401  sets Ray's environment before Ray is imported
+from dmx import records as keys
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.ledger import Ledger, trial_folder
+from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
+from dmx.study_config import StudyConfig
+from dmx.trainable import JOB_KEY
+
+from ray import tune  # isort: skip
+from ray.tune.search import Searcher  # isort: skip
+
+logger = logging.getLogger("dmx.study")
+
+
+class StudyObserver(Protocol):
+    """Whoever shows a study: terminal, TensorBoard. Called in the driver, in order."""
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """A trial was launched (again, after a crash)."""
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """A trial reported; each step of a trial comes once."""
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """A trial ended."""
+
+
+class LedgerSearcher(Searcher):
+    """Hands the ledger's trials to Ray Tune."""
+
+    def __init__(self, config: StudyConfig, ledger: Ledger, folder: Path, store: Store) -> None:
+        super().__init__(metric=keys.DEV_ACCURACY, mode="max")
+        self._config, self._ledger, self._folder, self._store = config, ledger, folder, store
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The config of the next trial; None-like FINISHED when the study has no more."""
+        while (found := self._ledger.next_trial()) is not None:
+            number, point = found
+            try:
+                return self._trial(number, self._config.trial_config(point))
+            except ConfigError as error:  # only corners were checked before
+                logger.warning("trial %d cannot be built: %s", number, error)
+                self._ledger.finish(number, "FAILED", str(error))
+        return Searcher.FINISHED
+
+    def _trial(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            NUMBER_KEY: number,
+            JOB_KEY: {
+                "run_config": run_config,
+                "data_folder": str(self._store.folder),
+                "folder": str(trial_folder(self._folder, number)),
+                "threads": max(int(self._config.cpus_per_trial), 1),
+                "init_from": self._config.init_from,
+                "reinit": self._config.reinit,
+            },
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Outcomes are recorded by the callback, which knows the trial."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+
+class Recorder(tune.Callback):
+    """Tells the ledger how trials end, and shows observers what happens."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        scheduler: DurableAsha | RecordingFifo,
+        observers: tuple[StudyObserver, ...],
+    ) -> None:
+        self._ledger, self._scheduler, self._observers = ledger, scheduler, observers
+        self._shown = {(n, s) for n, steps in ledger.reports.items() for s in steps}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial runs."""
+        number = trial.config[NUMBER_KEY]
+        point = next((r.params for r in self._ledger.results() if r.number == number), {})
+        for observer in self._observers:
+            observer.started(number, point, trial.config[JOB_KEY]["run_config"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A report came in."""
+        number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
+        if keys.FAILURE in result:
+            return
+        self._ledger.report(number, step, result)
+        if (number, step) not in self._shown:
+            self._shown.add((number, step))
+            for observer in self._observers:
+                observer.reported(number, self._ledger.reports[number][step])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended by itself, was stopped by the scheduler, or by the end of the session."""
+        number, result = trial.config[NUMBER_KEY], trial.last_result or {}
+        if result.get(keys.FAILURE):
+            self._finish(number, "FAILED", result[keys.FAILURE])
+        elif number in self._scheduler.stopped:
+            self._finish(number, "PRUNED")
+        elif result.get("done"):
+            self._finish(number, "COMPLETE")
+        # else: cut off by the time budget; it stays RUNNING and is continued with --resume.
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process died again and again."""
+        self._finish(trial.config[NUMBER_KEY], "FAILED", _reason(trial))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (tune.Callback, ())  # see Ledger.__reduce__
+
+    def _finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
+        self._ledger.finish(number, status, error)
+        result = next(r for r in self._ledger.results() if r.number == number)
+        for observer in self._observers:
+            observer.ended(result)
+
+
+def _reason(trial: Any) -> str:
+    """The last line of a trial's error file: the exception itself."""
+    try:
+        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+        return lines[-1] if lines else "it failed without a message"
+    except (OSError, TypeError, AttributeError):
+        return "it failed without a message"

@@ -1,0 +1,79 @@
+"""The options of `python -m dmx.tune`."""
+
+from __future__ import annotations
+
+import argparse
+
+from dmx import cli
+
+EXAMPLES = """\
+  python -m dmx.tune --attention butterfly --task text
+      search on this machine; without prepared LRA data it runs on a small labelled sample
+  python -m dmx.tune --attention butterfly-64 --task listops --num-trials 32 --max-steps 2000
+      block_size is fixed to 64, the rest is searched
+  python -m dmx.tune --attention softmax --task text --set model.num_layers=4
+      any setting can be fixed; python -m dmx.train --help lists them
+  python -m dmx.tune --attention butterfly --task text --resume
+      continue after Ctrl-C, a crash or a time budget
+  python -m dmx.tune --attention butterfly --task listops --address auto --data-root /shared/data \\
+      --storage /shared/runs --trials-per-gpu 2 --final-seeds 3
+      on a running Ray cluster, two trials a GPU; the best setting is retrained with 3 seeds
+"""
+
+
+def parser() -> cli.Parser:
+    """The command's options."""
+    p = cli.Parser(
+        prog="dmx.tune",
+        description="Search an attention's hyperparameters with Optuna and ASHA on Ray.",
+        examples=EXAMPLES,
+    )
+    p.add_argument(
+        "--attention", required=True, help="butterfly, softmax, ...; NAME-SIZE fixes its size"
+    )
+    p.add_argument("--task", required=True, help="text, listops, pathfinder32-curv_baseline, ...")
+    p.add_argument("--space", help="search space: a name or a YAML path (default: the attention's)")
+    p.add_argument("--set", action="append", default=[], metavar="A.B=V", help="fix a setting")
+    p.add_argument("--name", help="the study's folder below the storage (default: ATTENTION-TASK)")
+    p.add_argument("--storage", default="runs", help="where studies are kept (default: runs)")
+    p.add_argument(
+        "--data-root", help="prepared data; given, missing data are an error, not a sample"
+    )
+    p.add_argument(
+        "--prepare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="generate missing data that dmx can generate (default: yes)",
+    )
+    p.add_argument("--num-trials", type=int, help="trials in all")
+    p.add_argument("--max-steps", type=int, help="optimizer steps of a full trial")
+    p.add_argument("--scheduler", choices=("asha", "none"), default="asha", help="early stopping")
+    p.add_argument(
+        "--sampler", choices=("tpe", "random"), default="tpe", help="how points are proposed"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    p.add_argument(
+        "--final-seeds", type=int, default=0, metavar="N", help="retrain the best N times"
+    )
+    p.add_argument(
+        "--time-budget", type=float, metavar="SECONDS", help="stop then; continue with --resume"
+    )
+    p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
+    p.add_argument("--trials-per-gpu", type=int, help="trials that share a GPU (default: 1)")
+    p.add_argument(
+        "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
+    )
+    p.add_argument(
+        "--output",
+        choices=("auto", "live", "plain", "json", "quiet"),
+        default="auto",
+        help="a live table (auto: on a terminal), plain lines, JSON lines, or the end only",
+    )
+    p.add_argument("--resume", action="store_true", help="continue an existing study")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything; show the plan and its cost only"
+    )
+    p.add_argument(
+        "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"
+    )
+    return p
