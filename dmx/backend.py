@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
 from dmx.errors import DmxError
 from dmx.evaluation import Measurement, measure
+from dmx.folder_sync import FolderSync
 from dmx.journal import read_journal
+from dmx.places import SHARED, Places
 from dmx.runner import Job
 from dmx.study import StudyConfig, run_study
 from dmx.study_files import copy_best
@@ -28,14 +31,21 @@ from ray.exceptions import RayError, RayTaskError  # isort: skip
 
 
 class RayBackend:
-    """Everything runs in the connected Ray cluster."""
+    """Everything runs in the connected Ray cluster.
 
-    def __init__(self) -> None:
+    Args:
+        places: where the run's nodes meet, if not on shared storage.
+    """
+
+    def __init__(self, places: Places = SHARED) -> None:
+        self._places = places
         self._runs: dict[Key, launch.Running] = {}
         self._tasks: dict[Any, Key] = {}
+        self._searched: dict[Key, Path] = {}
 
     def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
         """A worker process of its own, restarted when it dies."""
+        job = dataclasses.replace(job, places=self._places)
         self._runs[key] = launch.start(job, cpus=cpus, gpus=gpus)
 
     def search(
@@ -43,6 +53,8 @@ class RayBackend:
     ) -> None:
         """A process without CPUs of its own that drives Tune; the trials have them."""
         remote = ray.remote(num_cpus=0, max_retries=3)(_search)
+        study = dataclasses.replace(study, places=self._places)
+        self._searched[key] = folder
         self._tasks[remote.remote(study, data_folder, str(folder), slots)] = key
 
     def prepare(
@@ -55,6 +67,7 @@ class RayBackend:
     def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
         """A task, retried when its process or node dies."""
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(measure)
+        wanted = dataclasses.replace(wanted, places=self._places)
         self._tasks[remote.remote(wanted, max(int(cpus), 1))] = key
 
     def poll(self, timeout_seconds: float) -> list[Message]:
@@ -81,6 +94,7 @@ class RayBackend:
             failure, done = report.get(keys.FAILURE), bool(report.get("done"))
             if done:
                 del self._runs[key]
+                self._places.pull(Path(run.job.folder) / keys.BEST_DIR)
             shown = {} if failure else report
             lost = bool(report.get("lost"))
             messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
@@ -101,6 +115,7 @@ class RayBackend:
                 continue
             if key.kind == "train":
                 reports, failure = value
+                self._places.pull(self._searched[key] / keys.BEST_DIR)
                 messages += [Message(key=key, report=report) for report in reports]
                 messages.append(Message(key=key, done=True, failure=failure))
             else:
@@ -146,14 +161,18 @@ def _search(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     claim = Claim(path)  # a driver that was just killed may still hold the study
+    sync = FolderSync(study.places.below(path))
+    sync.restore()
     view = TensorBoardView(path, {"task": study.task}, tuple(study.space.distributions()))
     try:
-        result = run_study(
-            study, open_store(Path(data_folder)), path, slots=slots, observers=(view,)
-        )
+        store = open_store(study.places.data(data_folder))
+        with sync:
+            result = run_study(study, store, path, slots=slots, observers=(view,))
         if result.best is None:
             return [], "no trial of the search reported a dev accuracy"
-        copy_best(path, result.best)
+        best = copy_best(path, result.best)
+        assert best is not None
+        study.places.push(best)
         events, _ = read_journal(path / keys.JOURNAL_FILE)
     finally:
         view.close()

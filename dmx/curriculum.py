@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from dmx import cli
+from dmx import cli, place_options
 from dmx.curriculum_file import load_curriculum
 from dmx.curriculum_session import run_session
 from dmx.curriculum_show import Options, dry_run, show_status
-from dmx.data.locate import default_data_root
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.resources import find_yaml, shipped_names
@@ -46,13 +44,17 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--name", help="the run's folder below the storage (default: the curriculum's)")
     p.add_argument(
-        "--storage", "--run-root", default="runs", help="where runs are kept (default: runs)"
+        "--storage",
+        "--run-root",
+        default="runs",
+        help="where runs are kept: a path or a URL (default: runs)",
     )
     p.add_argument("--data-root", help="prepared data (default: $DMX_DATA_ROOT, else ./data)")
     p.add_argument("--attention", help="run all stages with this attention: nystrom, performer-64")
     p.add_argument(
         "--set", action="append", default=[], metavar="A.B=V", help="a setting for every stage"
     )
+    place_options.add_options(p)
     p.add_argument("--until", metavar="STAGE", help="stop after this stage")
     p.add_argument(
         "--from-stage", metavar="STAGE", help="train this stage and those that follow from it again"
@@ -87,9 +89,14 @@ def main(argv: Sequence[str]) -> int:
 def _options(
     args: argparse.Namespace, curriculum: CurriculumConfig, argv: Sequence[str]
 ) -> Options:
-    name = args.name or curriculum.name
-    if not name or "/" in name or "\\" in name or name.startswith("."):
-        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder, places = place_options.find_places(
+        storage=args.storage,
+        name=args.name,
+        default=curriculum.name,
+        scratch=args.scratch,
+        data_root=args.data_root,
+        node_data=args.node_data,
+    )
     for given, option in ((args.until, "--until"), (args.from_stage, "--from-stage")):
         if given is not None:
             try:
@@ -101,10 +108,14 @@ def _options(
             raise ConfigError(f"{option}-per-trial is {value:g}; it must be positive.")
     if args.fresh and (args.resume or args.from_stage):
         raise ConfigError("--fresh starts anew; it does not go with --resume or --from-stage.")
-    root = Path(args.data_root) if args.data_root else default_data_root()
+    if args.fresh and places.run_url is not None:
+        raise ConfigError("--fresh moves a local run aside; with a URL give another --name.")
+    root = place_options.stage_data_root(
+        places, args.data_root, {s.task for s in curriculum.stages}
+    )
     return Options(
-        folder=Path(args.storage).absolute() / name,
-        data_root=root.absolute(),
+        folder=folder,
+        data_root=root,
         until=args.until,
         from_stage=args.from_stage,
         fresh=args.fresh,
@@ -112,6 +123,7 @@ def _options(
         gpus=args.gpus_per_trial,
         address=args.address,
         again=continue_command(argv),
+        places=places,
     )
 
 

@@ -26,6 +26,7 @@ from dmx.errors import (
     EXIT_PARTIAL,
     ConfigError,
 )
+from dmx.folder_sync import FolderSync
 from dmx.history import History, fold
 from dmx.journal import Journal, read_journal
 from dmx.lineage import LineageWriter
@@ -41,6 +42,8 @@ CURRICULUM_FILE = "curriculum.yaml"
 def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     """Run or continue the curriculum; the exit code."""
     precheck.check_device(curriculum, local=options.address is None)
+    sync = FolderSync(options.places)
+    sync.restore(checkpoints=True)
     if options.address is None:
         local_means(curriculum, options.cpus, options.gpus)
     data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
@@ -56,7 +59,8 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
         if not planner.has_work(curriculum, history, selected):
             logger.info("nothing is left to do")
             return _finish(curriculum, options, history, {}, planner.all_passed(history, selected))
-        return _connected(curriculum, options, journal, selected)
+        with sync:
+            return _connected(curriculum, options, journal, selected)
 
 
 def _open(folder: Path) -> Journal:
@@ -125,7 +129,7 @@ def _connected(
                 contextlib.closing(
                     TensorBoardView(curriculum, options.folder, journal.events)
                 ) as tensorboard,
-                contextlib.closing(RayBackend()) as backend,
+                contextlib.closing(RayBackend(options.places)) as backend,
             ):
                 lineage.write(fold(journal.events))
                 controller = Controller(

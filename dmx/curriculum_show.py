@@ -16,6 +16,7 @@ from dmx.errors import EXIT_OK, StageError
 from dmx.history import fold
 from dmx.journal import read_journal
 from dmx.log import console
+from dmx.places import SHARED, Places
 from dmx.stages import CurriculumConfig
 
 
@@ -24,7 +25,8 @@ class Options:
     """What the command line says.
 
     Attributes:
-        folder: the run's. again: the command that continues it. Others: see --help.
+        folder: the run's. again: the command that continues it.
+        places: object storage and local copies. Others: see --help.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Options:
     gpus: float | None = None
     address: str | None = None
     again: str = ""
+    places: Places = SHARED
 
 
 def dry_run(curriculum: CurriculumConfig, options: Options) -> int:

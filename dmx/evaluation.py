@@ -14,6 +14,7 @@ from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import CheckpointError
 from dmx.model import Classifier
+from dmx.places import SHARED, Places
 from dmx.trainer import Trainer
 
 
@@ -22,7 +23,7 @@ class Measurement:
     """What is measured.
 
     Attributes:
-        checkpoint: a checkpoint folder. data_folder: a store.
+        checkpoint: a checkpoint folder. data_folder: a store. places: see runner.Job.
         config: the RunConfig to run the weights in, plain; None takes the checkpoint's own. With
             another one the weights move as between stages: without any training in between.
     """
@@ -31,6 +32,7 @@ class Measurement:
     data_folder: str
     config: Mapping[str, Any] | None = None
     split: str = "test"
+    places: Places = SHARED
 
 
 def measure(wanted: Measurement, threads: int) -> float | None:
@@ -40,8 +42,9 @@ def measure(wanted: Measurement, threads: int) -> float | None:
         CheckpointError, DataError: either is missing or damaged.
     """
     torch.set_num_threads(threads)
+    wanted.places.pull(Path(wanted.checkpoint))
     checkpoint = open_checkpoint(Path(wanted.checkpoint))
-    store = open_store(Path(wanted.data_folder))
+    store = open_store(wanted.places.data(wanted.data_folder))
     config = checkpoint.config if wanted.config is None else parse_run_config(wanted.config)
     state = checkpoint.model_state()
 

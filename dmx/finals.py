@@ -14,19 +14,32 @@ from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
+from dmx.places import Places
 from dmx.runner import Job
 from dmx.schema import to_dict
 
 logger = logging.getLogger("dmx.study")
 
 
-def evaluate_test(best: Path, store: Store, *, cpus: float, gpus: float) -> dict[str, float]:
+def evaluate_test(
+    best: Path, store: Store, *, cpus: float, gpus: float, places: Places
+) -> dict[str, float]:
     """Loss and accuracy of a checkpoint over the whole test split, in the cluster."""
-    return launch.evaluate(str(best), str(store.folder), "test", cpus=cpus, gpus=gpus)
+    return launch.evaluate(
+        str(best), str(store.folder), "test", cpus=cpus, gpus=gpus, places=places
+    )
 
 
 def retrain(
-    best: Path, store: Store, folder: Path, num_seeds: int, *, cpus: float, gpus: float, slots: int
+    best: Path,
+    store: Store,
+    folder: Path,
+    num_seeds: int,
+    *,
+    cpus: float,
+    gpus: float,
+    slots: int,
+    places: Places,
 ) -> dict[str, Any]:
     """Train the best configuration again from `num_seeds` other seeds; continues after a crash.
 
@@ -50,6 +63,7 @@ def retrain(
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
                 threads=max(int(cpus), 1),
+                places=places,
             )
         )
     running: list[launch.Running] = []
@@ -67,9 +81,13 @@ def retrain(
                     "%s: best dev accuracy %.4f", run.job.folder, report[keys.BEST_DEV_ACCURACY]
                 )
     tests = [
-        evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, cpus=cpus, gpus=gpus)[
-            "accuracy"
-        ]
+        evaluate_test(
+            folder / "final" / f"seed-{s}" / keys.BEST_DIR,
+            store,
+            cpus=cpus,
+            gpus=gpus,
+            places=places,
+        )["accuracy"]
         for s in seeds
     ]
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
 from dmx import records as keys
+from dmx.places import SHARED, Places
 from dmx.runner import Job, Runner, evaluate_checkpoint
 
 import ray  # isort: skip
@@ -103,12 +104,18 @@ def stop(running: Running) -> None:
 
 
 def evaluate(
-    checkpoint_folder: str, data_folder: str, split: str, *, cpus: float, gpus: float
+    checkpoint_folder: str,
+    data_folder: str,
+    split: str,
+    *,
+    cpus: float,
+    gpus: float,
+    places: Places = SHARED,
 ) -> dict[str, float]:
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
     threads = max(int(cpus), 1)
     result: dict[str, float] = ray.get(
-        remote.remote(checkpoint_folder, data_folder, split, threads)
+        remote.remote(checkpoint_folder, data_folder, split, threads, places)
     )
     return result

@@ -19,6 +19,7 @@ from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError
 from dmx.model import Classifier
+from dmx.places import SHARED, Places
 from dmx.trainer import Diverged, Trainer
 
 
@@ -31,6 +32,7 @@ class Job:
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
+        places: object storage and local copies, where nodes share no file system.
     """
 
     run_config: Mapping[str, Any]
@@ -39,6 +41,7 @@ class Job:
     threads: int = 1
     init_from: str | None = None
     reinit: tuple[str, ...] = field(default=())
+    places: Places = SHARED
 
 
 class Runner:
@@ -72,9 +75,11 @@ class Runner:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self._folder)
         last = self._folder / keys.LAST_DIR
+        for folder in (last, self._folder / keys.BEST_DIR):
+            self.job.places.pull(folder)
         resume = last.exists() or (last.parent / f".{last.name}.old").exists()
         config = parse_run_config(self.job.run_config)
-        store = open_store(Path(self.job.data_folder))
+        store = open_store(self.job.places.data(self.job.data_folder))
         start = None if resume or self.job.init_from is None else self._take_weights
         self._trainer = Trainer(config, store, on_step=self._on_step, before_training=start)
         if resume:
@@ -83,7 +88,9 @@ class Runner:
 
     def _take_weights(self, model: Classifier) -> None:
         assert self.job.init_from is not None
-        transfer(model, read_weights(Path(self.job.init_from)), self.job.reinit)
+        source = Path(self.job.init_from)
+        self.job.places.pull(source)
+        transfer(model, read_weights(source), self.job.reinit)
 
     @property
     def trainer(self) -> Trainer:
@@ -107,13 +114,17 @@ class Runner:
         try:
             metrics = trainer.advance()
             if trainer.best_step == trainer.step:
-                trainer.save(self._folder / keys.BEST_DIR)
-            trainer.save(self._folder / keys.LAST_DIR)
+                self._save(keys.BEST_DIR)
+            self._save(keys.LAST_DIR)
         except Exception as error:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
         return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
+
+    def _save(self, name: str) -> None:
+        self.trainer.save(self._folder / name)
+        self.job.places.push(self._folder / name)
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""
@@ -141,7 +152,7 @@ class Runner:
 
 
 def evaluate_checkpoint(
-    checkpoint_folder: str, data_folder: str, split: str, threads: int
+    checkpoint_folder: str, data_folder: str, split: str, threads: int, places: Places = SHARED
 ) -> dict[str, float]:
     """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of any store.
 
@@ -149,8 +160,9 @@ def evaluate_checkpoint(
         CheckpointError, DataError: either is missing or damaged, or they do not fit.
     """
     torch.set_num_threads(threads)
+    places.pull(Path(checkpoint_folder))
     checkpoint = open_checkpoint(Path(checkpoint_folder))
-    trainer = Trainer(checkpoint.config, open_store(Path(data_folder)))
+    trainer = Trainer(checkpoint.config, open_store(places.data(data_folder)))
     try:
         trainer.load_weights(checkpoint)
         result = trainer.evaluate(split)

@@ -13,7 +13,7 @@ from pathlib import Path
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
-from dmx.ledger import Ledger
+from dmx.ledger import Ledger, trial_folder
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
@@ -52,6 +52,10 @@ def run_study(
         if ledger.remaining():
             _fit(config, store, folder, slots, ledger, scheduler, observers)
         trials = ledger.results()
+        best = keys.best_trial(trials)
+        if best is not None and config.places.run_url is not None:  # it ran on any node
+            config.places.pull(trial_folder(folder, best.number) / keys.BEST_DIR)
+            trials = ledger.results()
         return keys.StudyResult(
             name=config.name,
             folder=folder,

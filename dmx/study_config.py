@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dmx.places import SHARED, Places
 from dmx.schema import to_dict
 from dmx.space import SearchSpace
 
@@ -25,6 +26,7 @@ class StudyConfig:
         max_failures: restarts of one trial after a dead worker or node.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         init_from, reinit: weights that every trial starts from (see runner.Job).
+        places: object storage and local copies (see runner.Job).
     """
 
     name: str
@@ -45,6 +47,7 @@ class StudyConfig:
     reuse_actors: bool = True
     init_from: str | None = None
     reinit: tuple[str, ...] = ()
+    places: Places = SHARED
 
     def trial_config(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The plain RunConfig of the trial at `point`."""

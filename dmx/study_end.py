@@ -52,6 +52,7 @@ def finish(
     }
     if best_folder is None or result.best is None:
         return summary
+    config.places.push(best_folder)
     best = result.best
     assert best.checkpoint is not None
     summary["best"] = {
@@ -63,7 +64,11 @@ def finish(
     }
     if result.complete:
         test = finals.evaluate_test(
-            best_folder, store, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial
+            best_folder,
+            store,
+            cpus=config.cpus_per_trial,
+            gpus=config.gpus_per_trial,
+            places=config.places,
         )
         summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
         summary["best"][keys.TEST_LOSS] = test["loss"]
@@ -77,6 +82,7 @@ def finish(
                 cpus=config.cpus_per_trial,
                 gpus=config.gpus_per_trial,
                 slots=slots,
+                places=config.places,
             )
     return summary
 

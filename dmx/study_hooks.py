@@ -63,6 +63,7 @@ class LedgerSearcher(Searcher):
                 "threads": max(int(self._config.cpus_per_trial), 1),
                 "init_from": self._config.init_from,
                 "reinit": self._config.reinit,
+                "places": self._config.places,
             },
         }
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, costs, study_end, study_files, study_identity
+from dmx import cli, cluster, costs, place_options, study_end, study_files, study_identity
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
-from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
+from dmx.folder_sync import FolderSync
 from dmx.live_view import choose_view, write_json
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
@@ -33,8 +34,14 @@ def main(argv: Sequence[str]) -> int:
     started = time.time()
     args = parser().parse_args(argv)
     task, space, overrides = _plan(args)
-    folder = _folder(args, task)
-    data_root = None if args.data_root is None else Path(args.data_root)
+    folder, places = place_options.find_places(
+        storage=args.storage,
+        name=args.name,
+        default=f"{args.attention}-{task.name}",
+        scratch=args.scratch,
+        data_root=args.data_root,
+        node_data=args.node_data,
+    )
     if args.final_seeds < 0:
         raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
     costs.check_price(args.price_per_gpu_hour)
@@ -44,9 +51,14 @@ def main(argv: Sequence[str]) -> int:
         budget = _budget(args, task, space, cluster.local_resources())
         cluster.check_request(cluster.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
         _check_space(space, task, budget, overrides)
-    store = obtain(
+    sync = FolderSync(places)
+    if not args.dry_run:
+        sync.restore()
+        _check_free(folder, resume=args.resume)
+    store = place_options.open_data(
+        places,
         task.name,
-        data_root,
+        args.data_root,
         allow_sample=args.address is None,
         generate=args.prepare and not args.dry_run,
         address=args.address,
@@ -56,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     again = cli.command_line(MODULE, argv, add="--resume")
     try:
         with cli.terminate_like_interrupt():
-            return _search(args, task, space, overrides, store, folder, again, started)
+            return _search(args, task, space, overrides, store, folder, sync, again, started)
     except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
         logger.warning("interrupted. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
@@ -69,6 +81,7 @@ def _search(
     overrides: Mapping[str, Any],
     store: Store,
     folder: Path,
+    sync: FolderSync,
     again: str,
     started: float,
 ) -> int:
@@ -78,13 +91,14 @@ def _search(
         budget = _budget(args, task, space, resources)
         _check_space(space, task, budget, overrides)
         config = _study_config(args, task, space, budget, overrides, folder.name)
+        config = dataclasses.replace(config, places=sync.places)
         study_files.open_folder(folder, study_identity.settings(config, store), resume=args.resume)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
         return config
 
     # Here all is known before Ray starts; of a cluster nothing before it is connected.
     here = None if args.address else open_study(cluster.local_resources())
-    with cluster.connect(args.address) as resources:
+    with sync, cluster.connect(args.address) as resources:
         config = here or open_study(resources)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
@@ -99,8 +113,8 @@ def _search(
         summary = study_end.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
-    summary["seconds"] = time.time() - started
-    study_files.write_study(folder, summary)
+        summary["seconds"] = time.time() - started
+        study_files.write_study(folder, summary)
     if args.output == "json":
         write_json(event="finished", **summary)
     else:
@@ -142,11 +156,9 @@ def _plan(args: argparse.Namespace) -> tuple[Task, SearchSpace, dict[str, Any]]:
     return task, space.without(overrides), overrides
 
 
-def _folder(args: argparse.Namespace, task: Task) -> Path:
-    folder = cli.run_folder(args.storage, args.name, f"{args.attention}-{task.name}")
-    if not args.resume and not args.dry_run and folder.exists() and any(folder.iterdir()):
+def _check_free(folder: Path, *, resume: bool) -> None:
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
-    return folder
 
 
 def _budget(

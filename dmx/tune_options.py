@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dmx import cli
+from dmx import cli, place_options
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -35,9 +35,12 @@ def parser() -> cli.Parser:
     p.add_argument("--space", help="search space: a name or a YAML path (default: the attention's)")
     p.add_argument("--set", action="append", default=[], metavar="A.B=V", help="fix a setting")
     p.add_argument("--name", help="the study's folder below the storage (default: ATTENTION-TASK)")
-    p.add_argument("--storage", default="runs", help="where studies are kept (default: runs)")
     p.add_argument(
-        "--data-root", help="prepared data; given, missing data are an error, not a sample"
+        "--storage", default="runs", help="where studies are kept: a path or a URL (default: runs)"
+    )
+    p.add_argument(
+        "--data-root",
+        help="prepared data (a path or a URL); given, missing data are an error, not a sample",
     )
     p.add_argument(
         "--prepare",
@@ -63,6 +66,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
+    place_options.add_options(p)
     p.add_argument(
         "--output",
         choices=("auto", "live", "plain", "json", "quiet"),

@@ -16,7 +16,11 @@ PACKAGE = ROOT / "dmx"
 # one. A new file is put where it belongs; what matches an earlier line is not looked at again.
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
-    ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
+    (
+        "values",
+        "cli registry schema overrides records journal resources claim device tensorboard",
+    ),
+    ("storage of a cluster", "object_storage places folder_sync"),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
@@ -32,7 +36,7 @@ LAYERS: list[tuple[str, str]] = [
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
     ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "tune_options tune train curriculum"),
+    ("commands", "place_options tune_options tune train curriculum"),
 ]
 
 # Who may import what, at the top of a file or within a function.
