@@ -14,7 +14,7 @@ from dmx import records as keys
 from dmx.claim import Claim
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
-from dmx.errors import DmxError
+from dmx.errors import DmxError, StorageError
 from dmx.evaluation import Measurement, measure
 from dmx.journal import read_journal
 from dmx.runner import Job
@@ -82,7 +82,7 @@ class RayBackend:
             if done:
                 del self._runs[key]
             shown = {} if failure else report
-            lost = bool(report.get("lost"))
+            lost = bool(report.get(keys.LOST))
             messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
         return messages
 
@@ -96,7 +96,7 @@ class RayBackend:
             try:
                 value = ray.get(reference)
             except RayError as error:
-                lost = not isinstance(error, RayTaskError)
+                lost = not isinstance(error, RayTaskError) or isinstance(error.cause, StorageError)
                 messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
             if key.kind == "train":

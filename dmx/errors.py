@@ -30,5 +30,9 @@ class RunFailedError(DmxError):
     """A run that was started ended in failure: not the input's fault, so the exit code is 1."""
 
 
+class StorageError(RunFailedError):
+    """The storage stayed full, read-only or unreachable; what was kept can be continued."""
+
+
 class StageError(DmxError):
     """A curriculum stage cannot be launched, or its journal contradicts its configuration."""

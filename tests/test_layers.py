@@ -16,7 +16,10 @@ PACKAGE = ROOT / "dmx"
 # one. A new file is put where it belongs; what matches an earlier line is not looked at again.
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
-    ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
+    (
+        "values",
+        "cli registry schema overrides records patience journal resources claim device tensorboard",
+    ),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
@@ -24,10 +27,13 @@ LAYERS: list[tuple[str, str]] = [
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
     ("training", "trainer runner evaluation"),
-    ("stages", "ledger stages stage_order curriculum_file history"),
+    ("stages", "proposer optuna_file ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
-    ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
+    (
+        "ray",
+        "cluster cluster_size launch trainable scheduler budget study_config watchdog study_hooks",
+    ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
@@ -43,13 +49,21 @@ RAY = [
     "scheduler",
     "study",
     "study_hooks",
+    "watchdog",
     "study_files",
     "finals",
     "backend",
     "curriculum",
     "data.ray_shards",
 ]
-OPTUNA = ["ledger", "study_files", "reporting.reading", "reporting.importance"]
+OPTUNA = [
+    "ledger",
+    "proposer",
+    "optuna_file",
+    "study_files",
+    "reporting.reading",
+    "reporting.importance",
+]
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 
