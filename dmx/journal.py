@@ -45,6 +45,22 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return event
 
 
+def expect(event: Mapping[str, Any], **types: type | tuple[type, ...]) -> None:
+    """See that an event has the values that its readers rely on.
+
+    Raises:
+        StageError: one is missing or of another type.
+    """
+    for name, kind in types.items():
+        value = event.get(name)
+        sound = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if name not in event or not sound:
+            raise StageError(
+                f"the journal's event {str(event.get('event'))[:40]!r} has no sound {name}, so dmx "
+                "did not write it; restore the journal from a backup, or start under a new name."
+            )
+
+
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a journal, and the length in bytes of its sound part.
 

@@ -22,13 +22,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from dmx import records as keys
 from dmx.checkpoint import put_back
 from dmx.errors import StageError
-from dmx.journal import Journal
+from dmx.journal import Journal, expect
 from dmx.optuna_file import open_optuna
 from dmx.proposer import Proposer
 from dmx.space import SearchSpace
 
 logger = logging.getLogger("dmx.ledger")
 TRIALS_DIR = "trials"
+_NUMBER = (int, float)
+_ENDS = ("COMPLETE", "PRUNED", "FAILED")
 
 _STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
@@ -89,21 +91,31 @@ class Ledger:
         self.outcomes: dict[int, dict[str, Any]] = {}
         try:
             for event in self.journal.events:
-                if event.get("event") == "report":
-                    metrics = dict(event["metrics"])
-                    self.reports.setdefault(event["trial"], {})[event["step"]] = metrics
-                elif event.get("event") == "outcome":
-                    self.outcomes[event["trial"]] = event
+                self._note(event)
             self._orphans = self._recover()
-        except (KeyError, TypeError, ValueError) as error:
-            self.journal.close()
-            raise StageError(
-                f"{self.journal.path} holds an event that dmx did not write "
-                f"({type(error).__name__}: {error}); start the study under a new name."
-            ) from None
         except BaseException:
             self.journal.close()
             raise
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Take up one event of the journal.
+
+        Raises:
+            StageError: dmx did not write it.
+        """
+        if event.get("event") == "report":
+            expect(event, trial=int, step=int, metrics=dict)
+            metrics = event["metrics"]
+            known = {
+                k: _NUMBER for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY) if k in metrics
+            }
+            expect(metrics, **known, steps=int)
+            self.reports.setdefault(event["trial"], {})[event["step"]] = metrics
+        elif event.get("event") == "outcome":
+            expect(event, trial=int, status=str, error=str, value=(*_NUMBER, type(None)))
+            if event["status"] not in _ENDS:
+                raise StageError(f"{self.journal.path} tells of a trial that {event['status']!r}.")
+            self.outcomes[event["trial"]] = event
 
     # -- asking -----------------------------------------------------------------------------
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
@@ -58,10 +61,12 @@ def run_study(
         scheduler = _scheduler(config, ledger)
         _catch_up(ledger, scheduler, observers)
         again = ledger.remaining() > 0
+        deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
         while again:
-            _fit(config, store, folder, slots, ledger, scheduler, observers)
+            _fit(config, store, folder, slots, ledger, scheduler, observers, deadline)
             # Only what Tune gave up too soon is left: it is run in another round.
             again = 0 < ledger.num_interrupted == ledger.remaining()
+            again = again and time.monotonic() < deadline
         trials = ledger.results()
         return keys.StudyResult(
             name=config.name,
@@ -113,9 +118,10 @@ def _fit(
     ledger: Ledger,
     scheduler: DurableAsha | RecordingFifo,
     observers: tuple[StudyObserver, ...],
+    deadline: float,
 ) -> None:
     storage = folder.absolute() / "ray"
-    session = f"session-{int(time.time() * 1000)}"
+    session = f"session-{uuid.uuid4().hex}"
     watchdog = Watchdog(config.trial_timeout_seconds)
     recorder = Recorder(
         ledger, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
@@ -129,12 +135,12 @@ def _fit(
             scheduler=scheduler,
             num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,
-            time_budget_s=config.time_budget_seconds,
             reuse_actors=config.reuse_actors,
         ),
         run_config=tune.RunConfig(
             name=session,
             storage_path=str(storage),
+            stop=_OutOfTime(deadline),
             callbacks=[recorder, watchdog],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
@@ -146,6 +152,21 @@ def _fit(
         except Exception as error:
             raise _own_error(error) from None
     shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
+
+
+class _OutOfTime(tune.Stopper):
+    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Everything, once the time is over."""
+        return time.monotonic() >= self._deadline
 
 
 def _own_error(error: BaseException) -> BaseException:

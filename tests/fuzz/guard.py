@@ -47,7 +47,9 @@ class _Watch:
         if not self.on:
             return
         if event == "open" and isinstance(args[0], str | bytes):
-            if isinstance(args[2], int) and args[2] & _OPEN_TO_WRITE:
+            # A folder is opened to make a file without a name: how a folder is tried.
+            writes = isinstance(args[2], int) and args[2] & _OPEN_TO_WRITE
+            if writes and not Path(os.fsdecode(args[0])).is_dir():
                 self.paths.append(os.fsdecode(args[0]))
         elif event in _WRITES:
             self.paths += [os.fsdecode(a) for a in args[:2] if isinstance(a, str | bytes | Path)]
