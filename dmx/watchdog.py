@@ -20,6 +20,8 @@ logger = logging.getLogger("dmx.study")
 LEAST_SECONDS = 1800.0
 """Nothing is called a hang sooner, unless the user says so: a first step may compile for long."""
 TIMES_MEDIAN = 10.0
+START_SECONDS = 120.0
+"""A process has at least so long until its first report: it imports, opens data, may compile."""
 _LOOK_SECONDS = 1.0
 
 
@@ -52,6 +54,7 @@ class Watchdog(tune.Callback):
     ) -> None:
         self._timeout_seconds, self._kill, self._clock = timeout_seconds, kill, clock
         self._since: dict[Any, float] = {}
+        self._started: set[Any] = set()
         self._intervals: list[float] = []
         self._looked = clock()
         self.hung: dict[int, str] = {}
@@ -59,6 +62,7 @@ class Watchdog(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its time runs."""
         self._since[trial] = self._clock()
+        self._started.add(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -66,6 +70,7 @@ class Watchdog(tune.Callback):
         """It is alive; the last thousand intervals say what is usual."""
         now = self._clock()
         began = self._since.get(trial)
+        self._started.discard(trial)
         if began is not None:
             self._intervals = [*self._intervals[-999:], now - began]
         self._since[trial] = now
@@ -90,9 +95,10 @@ class Watchdog(tune.Callback):
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        limit = patience(self._intervals, self._timeout_seconds)
+        usual = patience(self._intervals, self._timeout_seconds)
         for trial, since in list(self._since.items()):
             actor = trial.temporary_state.ray_actor
+            limit = max(usual, START_SECONDS) if trial in self._started else usual
             if now - since <= limit or actor is None:
                 continue
             number = trial.config[NUMBER_KEY]
