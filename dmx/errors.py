@@ -11,7 +11,14 @@ EXIT_PARTIAL = 75
 
 
 class DmxError(Exception):
-    """Base of every error that a user can cause or must act on."""
+    """Base of every error that a user can cause or must act on.
+
+    Shown on one line: what a file or an argument smuggled into it, a terminal does not obey.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(DmxError):

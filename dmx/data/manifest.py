@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = from_dict(Manifest, body)
         for name, entry in manifest.files.items():
-            if "/" in name or name in ("", "..", "."):
+            if "/" in name or name in ("", "..", ".") or not name.isprintable():
                 raise ConfigError(f"files: {name!r} is no name of a file beside it.")
             from_dict(_Entry, entry, f"files: {name}")
         if not set(manifest.aliases) | set(manifest.aliases.values()) <= set(SPLITS):

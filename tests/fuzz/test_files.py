@@ -91,7 +91,9 @@ def test_journals_of_studies(room, study, content):
         try:
             ledger = Ledger(folder, name="s", space=space(room), num_trials=4, seed=1)
         except StageError:
-            assert (folder / "journal.jsonl").read_bytes() == content, "refused and changed"
+            kept = (folder / "journal.jsonl").read_bytes()
+            lost = content[len(kept) :]
+            assert content.startswith(kept) and lost.count(b"\n") <= 1, "refused and changed"
             raise
         try:
             ledger.results()
