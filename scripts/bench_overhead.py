@@ -50,10 +50,12 @@ def cpu_seconds() -> dict[str, float]:
 
 
 class Clock:
-    """When the first report came, and what had been used by then."""
+    """When the first report came and when the last trial ended, and what had been used by then."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_trials: int) -> None:
+        self.left = num_trials
         self.first: tuple[float, dict[str, float]] | None = None
+        self.last: tuple[float, dict[str, float]] | None = None
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Nothing."""
@@ -64,7 +66,10 @@ class Clock:
             self.first = (time.perf_counter(), cpu_seconds())
 
     def ended(self, result: keys.TrialResult) -> None:
-        """Nothing."""
+        """Before the processes go, and their times with them."""
+        self.left -= 1
+        if not self.left:
+            self.last = (time.perf_counter(), cpu_seconds())
 
 
 def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> list[str]:
@@ -84,20 +89,20 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
         sampler="tpe" if sampler == "tpe" else "random",
         reuse_actors=reuse,
     )
-    folder, clock = root / config.name, Clock()
+    folder, clock = root / config.name, Clock(num_trials)
     folder.mkdir()
     view = announce(folder, config, store)
     began = time.perf_counter()
     result = run_study(config, store, folder, slots=slots, observers=(view, clock))
-    ended, used = time.perf_counter(), cpu_seconds()
-    assert clock.first is not None and result.complete
-    wall, start = ended - clock.first[0], clock.first[0] - began
-    own = sum(float(t.metrics[keys.PROCESS_SECONDS]) for t in result.trials)
-    cpu = {k: (used[k] - clock.first[1][k]) / num_trials for k in used}
-    overhead = (wall * slots - own) / num_trials
+    assert result.complete and clock.first is not None and clock.last is not None
+    wall, start = clock.last[0] - clock.first[0], clock.first[0] - began
+    done = num_trials - slots  # those at work at the first report are not counted
+    own = sum(float(t.metrics[keys.PROCESS_SECONDS]) for t in result.trials[slots:])
+    cpu = {k: (v - clock.first[1][k]) / done for k, v in clock.last[1].items()}
+    overhead = (wall * slots - own) / done
     return [
-        f"{num_trials:,}", "yes" if reuse else "no", f"{start:.1f}", f"{wall / num_trials:.3f}",
-        f"{own / num_trials:.3f}", f"{overhead:.3f}", f"{cpu['driver']:.3f}", f"{cpu['ray']:.3f}",
+        f"{num_trials:,}", "yes" if reuse else "no", f"{start:.1f}", f"{wall / done:.3f}",
+        f"{own / done:.3f}", f"{overhead:.3f}", f"{cpu['driver']:.3f}", f"{cpu['ray']:.3f}",
         f"{cpu['workers']:.3f}",
     ]  # fmt: skip
 
