@@ -35,9 +35,9 @@ STEPS = 4
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_seconds() -> dict[str, float]:
+def cpu_seconds() -> dict[tuple[str, int], float]:
     """CPU seconds so far of this process ("driver"), of trials' processes, and of Ray's own."""
-    found = {"driver": 0.0, "workers": 0.0, "ray": 0.0}
+    found = {}
     for pid in children(os.getpid()):
         try:
             name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
@@ -45,8 +45,15 @@ def cpu_seconds() -> dict[str, float]:
         except OSError:
             continue
         kind = "driver" if pid == os.getpid() else "workers" if name.startswith(b"ray::") else "ray"
-        found[kind] += (int(fields[11]) + int(fields[12])) / _TICK
+        found[kind, pid] = (int(fields[11]) + int(fields[12])) / _TICK
     return found
+
+
+def used(kind: str, first: Mapping[Any, float], last: Mapping[Any, float]) -> float:
+    """CPU seconds between two looks, of the processes that are there at the second."""
+    return sum(
+        seconds - first.get((k, pid), 0.0) for (k, pid), seconds in last.items() if k == kind
+    )
 
 
 class Clock:
@@ -54,8 +61,8 @@ class Clock:
 
     def __init__(self, num_trials: int) -> None:
         self.left = num_trials
-        self.first: tuple[float, dict[str, float]] | None = None
-        self.last: tuple[float, dict[str, float]] | None = None
+        self.first: tuple[float, dict[tuple[str, int], float]] | None = None
+        self.last: tuple[float, dict[tuple[str, int], float]] | None = None
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Nothing."""
@@ -98,7 +105,8 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     wall, start = clock.last[0] - clock.first[0], clock.first[0] - began
     done = num_trials - slots  # those at work at the first report are not counted
     own = sum(float(t.metrics[keys.PROCESS_SECONDS]) for t in result.trials[slots:])
-    cpu = {k: (v - clock.first[1][k]) / done for k, v in clock.last[1].items()}
+    looks = clock.first[1], clock.last[1]
+    cpu = {k: used(k, *looks) / done for k in ("driver", "ray", "workers")}
     overhead = (wall * slots - own) / done
     return [
         f"{num_trials:,}", "yes" if reuse else "no", f"{start:.1f}", f"{wall / done:.3f}",

@@ -40,6 +40,7 @@ from dmx import log
 
 logger = logging.getLogger("dmx.soak")
 LIMIT_SECONDS = 600.0
+KINDS = ["driver", "worker", "node"]
 _POLL_SECONDS = 0.02
 
 
@@ -110,9 +111,11 @@ class Study:
         return found
 
 
-def hurt(study: Study, done: Round, nodes: Nodes | None, draw: random.Random, at: int) -> None:
+def hurt(
+    study: Study, done: Round, nodes: Nodes | None, kinds: list[str], draw: random.Random, at: int
+) -> None:
     """Kill something, and measure how long nothing is heard afterwards."""
-    kind = draw.choice(["driver", "worker", "node"] if nodes else ["driver", "worker"])
+    kind = draw.choice([k for k in kinds if nodes or k != "node"] or ["driver"])
     time.sleep(draw.uniform(0.0, 0.4))
     running = study.workers()
     began = time.monotonic()
@@ -148,6 +151,7 @@ def run_round(
     *,
     trials: int,
     kills: int,
+    kinds: list[str],
     total: int,
     seed: int,
     nodes: Nodes | None,
@@ -164,7 +168,7 @@ def run_round(
     study.start()
     for at in sorted(draw.sample(range(1, int(0.8 * total)), kills)):
         if study.until(at):
-            hurt(study, done, nodes, draw, at)
+            hurt(study, done, nodes, kinds, draw, at)
     study.until(10**9)
     assert study.process is not None
     if study.process.returncode != 0:
@@ -215,6 +219,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--kills", type=int, default=3, help="a round")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
     args = parser.parse_args()
@@ -238,7 +243,7 @@ def main() -> int:
             if number % 2 and nodes is None:
                 nodes = Nodes()
             done = run_round(
-                folder, number, trials=args.trials, kills=args.kills, total=total,
+                folder, number, trials=args.trials, kills=args.kills, kinds=args.kinds, total=total,
                 seed=args.seed, nodes=nodes if number % 2 else None,
             )  # fmt: skip
             rounds.append(done)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 from dmx import cluster  # noqa: F401  sets Ray's environment before Ray is imported
@@ -52,9 +54,12 @@ class Nodes:
     """A head without cores, and nodes of one core each; Ray's own defaults for everything else."""
 
     def __init__(self, count: int = 2) -> None:
+        # Not Ray's own folder: `--address auto` of others must not lead here.
+        self._folder = tempfile.mkdtemp(prefix="soak-", dir="/tmp")  # socket paths must be short
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._folder}
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False},
+            head_node_args=head,
             shutdown_at_exit=True,
         )
         self._nodes = [self._add() for _ in range(count)]
@@ -85,3 +90,4 @@ class Nodes:
     def close(self) -> None:
         """Stop all nodes."""
         self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
