@@ -15,7 +15,7 @@ from dmx import records as keys
 from dmx.claim import Claim
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
-from dmx.errors import DmxError
+from dmx.errors import DmxError, StorageError
 from dmx.evaluation import Measurement, measure
 from dmx.folder_sync import FolderSync
 from dmx.journal import read_journal
@@ -96,7 +96,7 @@ class RayBackend:
                 del self._runs[key]
                 self._places.pull(Path(run.job.folder) / keys.BEST_DIR)
             shown = {} if failure else report
-            lost = bool(report.get("lost"))
+            lost = bool(report.get(keys.LOST))
             messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
         return messages
 
@@ -110,7 +110,7 @@ class RayBackend:
             try:
                 value = ray.get(reference)
             except RayError as error:
-                lost = not isinstance(error, RayTaskError)
+                lost = not isinstance(error, RayTaskError) or isinstance(error.cause, StorageError)
                 messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
             if key.kind == "train":

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,43 @@ def write_files(
 ) -> None:
     """The files of a checkpoint, flushed to disk; metrics.json comes last and marks a whole one."""
     for name, value in ((MODEL_FILE, model_state), (TRAINING_STATE_FILE, training_state)):
-        torch.save(dict(value), folder / name)
+        _torch_save(dict(value), folder / name)
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
     for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
         fsync(folder / name)
     fsync(folder)
+
+
+class _Sink:
+    """A file whose first failure is kept: torch's writer answers it with a riddle of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Pass it on."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+
+def _torch_save(value: Mapping[str, Any], path: Path) -> None:
+    """torch.save whose failure on a full disk is the OSError that it is."""
+    with path.open("wb", buffering=0) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(value, cast(IO[bytes], sink))
+        except Exception:
+            if sink.error is not None:
+                raise sink.error from None
+            raise
 
 
 def fsync(path: Path) -> None:

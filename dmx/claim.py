@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx.errors import StageError
+from dmx.patience import same_file
 
 logger = logging.getLogger("dmx.claim")
 CLAIM_FILE = "claim.json"
@@ -64,6 +65,16 @@ class Claim:
                 raise
             logger.warning("no file locks under %s; do not run anything twice.", self.path.parent)
         return True
+
+    def check(self) -> None:
+        """See that the folder is still the one that was claimed.
+
+        Raises:
+            OSError: its storage went away, or something else is mounted in its place; whoever
+                writes now would write elsewhere.
+        """
+        if not same_file(self._file.fileno(), self.path):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def release(self) -> None:
         """Let the next process have the folder."""

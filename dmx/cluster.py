@@ -79,7 +79,8 @@ def connect(address: str | None) -> Iterator[Resources]:
             ray.init(address=address, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]}"
+            f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]} "
+            "(one that wants a token stays silent, too: see docs/security.md)"
         ) from None
     try:
         yield _resources()

@@ -11,7 +11,14 @@ EXIT_PARTIAL = 75
 
 
 class DmxError(Exception):
-    """Base of every error that a user can cause or must act on."""
+    """Base of every error that a user can cause or must act on.
+
+    Shown on one line: what a file or an argument smuggled into it, a terminal does not obey.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(DmxError):
@@ -28,6 +35,10 @@ class CheckpointError(DmxError):
 
 class RunFailedError(DmxError):
     """A run that was started ended in failure: not the input's fault, so the exit code is 1."""
+
+
+class StorageError(RunFailedError):
+    """The storage stayed full, read-only or unreachable; what was kept can be continued."""
 
 
 class StageError(DmxError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmx import records as keys
+from dmx.journal import expect
 from dmx.records import CheckpointRef, StageRecord
 
 StageStatus = Literal["waiting", "running", "passed", "failed"]
@@ -138,9 +139,29 @@ def fold(events: Iterable[Mapping[str, Any]]) -> History:
     return history
 
 
+_NUMBER = (int, float)
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "created": {"time": _NUMBER},
+    "reset": {"stages": list},
+    "started": {
+        **{"stage": str, "attempt": int, "retry": int, "config": dict, "source": dict},
+        **{"spec": dict, "data": dict, "time": _NUMBER},
+    },
+    "report": {"stage": str, "attempt": int, "step": int, "metrics": dict},
+    "decided": {"stage": str, "attempt": int, "next": str},
+    "tested": {"stage": str, "on": str, "accuracy": (*_NUMBER, type(None))},
+}
+
+
 def advance(history: History, event: Mapping[str, Any]) -> History:
-    """The state after one more event; events of other kinds change nothing."""
+    """The state after one more event; events of other kinds change nothing.
+
+    Raises:
+        StageError: the event lacks what dmx writes into its kind.
+    """
     kind = event.get("event")
+    if isinstance(kind, str):
+        expect(event, **_FIELDS.get(kind, {}))
     if kind == "created":
         return dataclasses.replace(history, created=event["time"])
     if kind == "reset":

@@ -7,16 +7,19 @@ was edited or rotted, and is an error: nothing may be decided from half a histor
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dmx.errors import StageError
+from dmx.errors import StageError, StorageError
+from dmx.patience import persist
 
 
 def _checksum(body: str) -> str:
@@ -40,6 +43,22 @@ def decode(line: bytes) -> dict[str, Any] | None:
     if not marker or not isinstance(event, dict) or event.pop("crc", None) != _checksum(body):
         return None
     return event
+
+
+def expect(event: Mapping[str, Any], **types: type | tuple[type, ...]) -> None:
+    """See that an event has the values that its readers rely on.
+
+    Raises:
+        StageError: one is missing or of another type.
+    """
+    for name, kind in types.items():
+        value = event.get(name)
+        sound = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if name not in event or not sound:
+            raise StageError(
+                f"the journal's event {str(event.get('event'))[:40]!r} has no sound {name}, so dmx "
+                "did not write it; restore the journal from a backup, or start under a new name."
+            )
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -74,12 +93,16 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 class Journal:
     """A journal open for appending, locked against a second process.
 
+    Args:
+        path: of the file. patience_seconds: how long a write waits for a storage that fails.
+
     Raises:
         StageError: another process holds it, or it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience_seconds: float = 0.0) -> None:
         self.path = path
+        self._patience_seconds = patience_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = (path.parent / f".{path.name}.lock").open("a")
         try:
@@ -95,7 +118,9 @@ class Journal:
             self._lock.close()
             raise
         fresh = not path.exists()
-        self._file = path.open("ab", buffering=0)  # no second try of a failed write at close
+        self._file: FileIO = path.open(
+            "ab", buffering=0
+        )  # no second try of a failed write at close
         self._file.truncate(sound)
         self._size = sound
         if fresh:
@@ -107,23 +132,42 @@ class Journal:
         """Write one event; when this returns, it survives a power cut.
 
         Raises:
-            StageError: the disk is full or gone; the journal is as it was before.
+            StorageError: the disk is full or gone; the journal is as it was before.
         """
         line = encode(event)
+        try:
+            persist(lambda: self._write(line), self.path, seconds=self._patience_seconds)
+        except StorageError:
+            with contextlib.suppress(OSError, ValueError):
+                self._file.truncate(self._size)
+            raise
+        self._size += len(line)
+        self.events.append(event)
+
+    def _write(self, line: bytes) -> None:
+        """Write a line; a second call begins by undoing what the first one left."""
+        if self._file.closed or os.fstat(self._file.fileno()).st_size != self._size:
+            self._reopen()
         try:
             written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
-            raise StageError(
-                f"{self.path} cannot be written ({error.strerror}); make room and continue with "
-                "--resume."
-            ) from None
-        self._size += len(line)
-        self.events.append(event)
+                self._reopen()  # after an unmount the open file may stay dead for ever
+            raise
+
+    def _reopen(self) -> None:
+        """Open the file anew, at the end of what is known; never make another one."""
+        file = self.path.open("r+b", buffering=0)
+        if os.fstat(file.fileno()).st_size < self._size:  # an empty mount point, say
+            file.close()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        self._file.close()
+        self._file = file
+        self._file.truncate(self._size)
+        self._file.seek(self._size)
 
     def close(self) -> None:
         """Release the lock."""

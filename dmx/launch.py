@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
@@ -47,6 +48,7 @@ class Running:
 
 def start(job: Job, *, cpus: float, gpus: float) -> Running:
     """Launch a run; it starts as soon as the cluster has room."""
+    Path(job.folder).parent.mkdir(parents=True, exist_ok=True)  # see Runner
     running = Running(job, cpus, gpus)
     _launch(running)
     return running
@@ -79,7 +81,7 @@ def wait_any(
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             if running.restarts > max_restarts:
                 failure = f"its process died {running.restarts} times, last: {reason}"
-                reports.append((running, {keys.FAILURE: failure, "lost": True, "done": True}))
+                reports.append((running, {keys.FAILURE: failure, keys.LOST: True, "done": True}))
                 continue
             logger.warning(
                 "the worker of %s died (%s); it continues from its last checkpoint.",

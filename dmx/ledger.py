@@ -12,27 +12,25 @@ import logging
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.samplers import BaseSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
 from dmx.checkpoint import put_back
-from dmx.errors import DmxError, StageError
-from dmx.journal import Journal
+from dmx.errors import StageError
+from dmx.journal import Journal, expect
+from dmx.optuna_file import open_optuna
+from dmx.proposer import Proposer
 from dmx.space import SearchSpace
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 logger = logging.getLogger("dmx.ledger")
+TRIALS_DIR = "trials"
+_NUMBER = (int, float)
+_ENDS = ("COMPLETE", "PRUNED", "FAILED")
 
 _STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
@@ -43,62 +41,12 @@ _STATUS: dict[TrialState, keys.TrialStatus] = {
 }
 
 
-def make_sampler(kind: str, seed: int, num_trials: int) -> BaseSampler:
-    """An Optuna sampler, seeded.
-
-    `tpe` (Bergstra et al. 2011) starts with a quarter of the trials at random, three to ten.
-    """
-    if kind == "tpe":
-        return TPESampler(
-            seed=seed,
-            n_startup_trials=max(3, min(10, num_trials // 4)),
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-        )
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    raise DmxError(f"sampler {kind!r} is unknown; choices: random, tpe.")
-
-
-class _Proposer(BaseSampler):
-    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
-
-    So what is drawn for a trial does not depend on how many of its values a crash had already
-    left in the storage, nor on the session that draws.
-    """
-
-    def __init__(self, kind: str, seed: int, number: int, num_trials: int) -> None:
-        self._make = lambda name: make_sampler(
-            kind, zlib.crc32(f"{seed}/{number}/{name}".encode()), num_trials
-        )
-        self._together = self._make("")
-
-    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
-        """What is drawn together."""
-        return self._together.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Draw it."""
-        return self._together.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        """Draw one value by itself."""
-        sampler = self._make(param_name)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-
 @dataclass
 class _Live:
-    """A running trial: Optuna's handle and the reports so far."""
+    """A running trial: Optuna's handle and its searched values."""
 
     trial: Trial
     point: dict[str, Any]
-    started: float = field(default_factory=time.time)
 
 
 class Ledger:
@@ -107,7 +55,10 @@ class Ledger:
     Args:
         folder: the study's folder. name: of the Optuna study. space: what is searched.
         num_trials: trials of the whole study. seed: of the sampler.
-        sampler: see make_sampler.
+        sampler: see make_sampler. patience_seconds: how long a write waits for the storage.
+
+    Raises:
+        StageError: the study is damaged, or another process works on it.
     """
 
     def __init__(
@@ -119,46 +70,62 @@ class Ledger:
         num_trials: int,
         seed: int,
         sampler: str = "tpe",
+        patience_seconds: float = 0.0,
     ) -> None:
         self.folder = folder
         self.space = space
         self.num_trials = num_trials
         self._seed, self._sampler = seed, sampler
-        self.journal = Journal(folder / keys.JOURNAL_FILE)
-        path = str(folder / keys.OPTUNA_FILE)
-        # An open-file lock of a killed process must not block the next one for ever: the
-        # journal's own lock above already keeps a second process out.
-        Path(path + ".lock").unlink(missing_ok=True)
-        _drop_torn_line(Path(path))
+        self.journal = Journal(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
         try:
-            storage = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
-            self.study = optuna.create_study(
-                study_name=name, storage=storage, direction="maximize", load_if_exists=True
-            )
-        except Exception as error:  # a damaged storage raises whatever its parser meets
+            path = folder / keys.OPTUNA_FILE
+            self.study = open_optuna(path, name, patience_seconds=patience_seconds)
+        except BaseException:
             self.journal.close()
-            raise StageError(
-                f"{path} is damaged ({type(error).__name__}); start the study under a new name."
-            ) from None
+            raise
         if not self.journal.events:  # a kill may have come between two of these
             for point in space.start[len(self.study.trials) : num_trials]:
                 self.study.enqueue_trial(dict(point))
         self._live: dict[int, _Live] = {}
         self.reports: dict[int, dict[int, dict[str, Any]]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
-        for event in self.journal.events:
-            if event.get("event") == "report":
-                self.reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
-            elif event.get("event") == "outcome":
-                self.outcomes[event["trial"]] = event
-        self._orphans = self._recover()
+        try:
+            for event in self.journal.events:
+                self._note(event)
+            self._orphans = self._recover()
+        except BaseException:
+            self.journal.close()
+            raise
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Take up one event of the journal.
+
+        Raises:
+            StageError: dmx did not write it.
+        """
+        if event.get("event") == "report":
+            expect(event, trial=int, step=int, metrics=dict)
+            metrics = event["metrics"]
+            known = {
+                k: _NUMBER for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY) if k in metrics
+            }
+            expect(metrics, **known, steps=int)
+            self.reports.setdefault(event["trial"], {})[event["step"]] = metrics
+        elif event.get("event") == "outcome":
+            expect(event, trial=int, status=str, error=str, value=(*_NUMBER, type(None)))
+            if event["status"] not in _ENDS:
+                raise StageError(f"{self.journal.path} tells of a trial that {event['status']!r}.")
+            self.outcomes[event["trial"]] = event
 
     # -- asking -----------------------------------------------------------------------------
 
     def _recover(self) -> list[int]:
         """Bring the storage up to the journal, and list the trials that were cut off."""
         orphans = []
+        self._next = 0
         for frozen in self.study.get_trials(deepcopy=False):
+            if frozen.state != TrialState.WAITING:
+                self._next = frozen.number + 1  # Optuna hands out waiting ones by number
             if frozen.state != TrialState.RUNNING:
                 continue
             outcome = self.outcomes.get(frozen.number)
@@ -179,8 +146,7 @@ class Ledger:
 
     def remaining(self) -> int:
         """Trials still to run, interrupted ones included."""
-        done = sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))
-        return max(self.num_trials - done, 0)
+        return max(self.num_trials - len(self.outcomes), 0)
 
     def next_trial(self) -> tuple[int, dict[str, Any]] | None:
         """(number, point) of the next trial to run: first interrupted ones, then new ones.
@@ -193,18 +159,21 @@ class Ledger:
             self._seed_sampler(number)
             trial = self._handle(number)
         else:
-            trials = self.study.get_trials(deepcopy=False)
-            waiting = [t.number for t in trials if t.state == TrialState.WAITING]
-            if len(trials) - len(waiting) >= self.num_trials:
+            if self._next >= self.num_trials:
                 return None
-            self._seed_sampler(min(waiting, default=len(trials)))
+            self._seed_sampler(self._next)
             trial = self.study.ask()
+            self._next = trial.number + 1
         point = self.space.suggest(trial)
         self._live[trial.number] = _Live(trial, point)
         return trial.number, point
 
+    def requeue(self, number: int) -> None:
+        """Hand a running trial out once more: its process was lost, not the trial."""
+        self._orphans.append(number)
+
     def _seed_sampler(self, number: int) -> None:
-        self.study.sampler = _Proposer(self._sampler, self._seed, number, self.num_trials)
+        self.study.sampler = Proposer(self._sampler, self._seed, number, self.num_trials)
 
     # -- telling ----------------------------------------------------------------------------
 
@@ -251,14 +220,19 @@ class Ledger:
         self._tell(trial, self.outcomes[number])
 
     def _handle(self, number: int) -> Trial:
-        frozen = self.study.get_trials(deepcopy=False)[number]
-        return Trial(self.study, frozen._trial_id)
+        return Trial(self.study, self._frozen(number)._trial_id)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        """One trial as Optuna has it; reading them all for each would grow with their square."""
+        storage = self.study._storage
+        study_id = self.study._study_id
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
     def _tell(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
         """COMPLETE with the best value; PRUNED and FAIL as what they are (ray-notes.md, 1b, 1c)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            reported = self._frozen(trial.number).intermediate_values
             for step, metrics in sorted(self.reports.get(trial.number, {}).items()):
                 value = metrics.get(keys.DEV_ACCURACY)
                 if step not in reported and isinstance(value, float) and math.isfinite(value):
@@ -289,6 +263,16 @@ class Ledger:
             for t in self.study.get_trials(deepcopy=False)
             if t.state != TrialState.WAITING
         )
+
+    def result(self, number: int) -> keys.TrialResult:
+        """One trial that was started."""
+        return self._result(self._frozen(number))
+
+    def point(self, number: int) -> Mapping[str, Any]:
+        """The searched values of a trial."""
+        if number in self._live:
+            return self._live[number].point
+        return dict(self._frozen(number).params)
 
     def _result(self, frozen: FrozenTrial) -> keys.TrialResult:
         number = frozen.number
@@ -330,13 +314,4 @@ class Ledger:
 
 def trial_folder(study_folder: Path, number: int) -> Path:
     """Where a trial keeps its checkpoints and its TensorBoard events."""
-    return study_folder / "trials" / f"{number:04d}"
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut a last line that a crash left without its end; Optuna would append to it."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+    return study_folder / TRIALS_DIR / f"{number:04d}"

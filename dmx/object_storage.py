@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmx.errors import ConfigError, DmxError
+from dmx.errors import CheckpointError, ConfigError, StorageError
 
 logger = logging.getLogger("dmx.storage")
 POINTER_SUFFIX = ".version.json"
@@ -27,10 +27,6 @@ RETRY_SECONDS = (1.0, 4.0, 15.0, 60.0)
 _BLOCK_BYTES = 1 << 24
 
 T = TypeVar("T")
-
-
-class StorageError(DmxError):
-    """Object storage does not answer, or holds something else than was written."""
 
 
 def is_url(text: str) -> bool:
@@ -141,7 +137,7 @@ class ObjectStorage:
         """{"version", "files"} of a folder's newest version, or None where there is none.
 
         Raises:
-            StorageError: the pointer is damaged.
+            CheckpointError: the pointer is damaged.
         """
         raw = self.read(name + POINTER_SUFFIX)
         if raw is None:
@@ -156,7 +152,7 @@ class ObjectStorage:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
-            raise StorageError(f"{self.url}: {name}{POINTER_SUFFIX} is damaged; remove it.")
+            raise CheckpointError(f"{self.url}: {name}{POINTER_SUFFIX} is damaged; remove it.")
         assert isinstance(pointer, dict)
         return pointer
 
@@ -164,7 +160,7 @@ class ObjectStorage:
         """Write the newest version of `name` into the new folder `folder`; None if there is none.
 
         Raises:
-            StorageError: what is stored is not what was written.
+            CheckpointError: what is stored is not what was written.
         """
         for _ in range(5):  # a newer version may replace the one that is being read
             pointer = self.pointer(name)
@@ -174,7 +170,7 @@ class ObjectStorage:
             folder.mkdir(parents=True)
             if self._pull_files(name, pointer, folder):
                 return str(pointer["version"])
-        raise StorageError(f"{self.url}: {name} is not whole; remove {name}{POINTER_SUFFIX}.")
+        raise CheckpointError(f"{self.url}: {name} is not whole; remove {name}{POINTER_SUFFIX}.")
 
     def _pull_files(self, name: str, pointer: Mapping[str, Any], folder: Path) -> bool:
         for file, entry in pointer["files"].items():
@@ -182,7 +178,7 @@ class ObjectStorage:
             if content is None:
                 return False
             if _sha256(content) != entry["sha256"]:
-                raise StorageError(
+                raise CheckpointError(
                     f"{self.url}: {name}@{pointer['version']}/{file} is damaged; "
                     f"remove {name}{POINTER_SUFFIX}, and the run starts it again."
                 )

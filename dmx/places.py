@@ -56,7 +56,8 @@ class Places:
         """Bring a checkpoint folder to this node if another node has a newer one, or any.
 
         Raises:
-            StorageError: object storage does not answer, or what it holds is damaged.
+            StorageError: object storage does not answer.
+            CheckpointError: what it holds is damaged.
         """
         name = self._name(folder)
         if name is None:

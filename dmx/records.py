@@ -31,6 +31,8 @@ PEAK_MEMORY_MB = "peak_memory_mb"
 PARAMETERS = "parameters"
 FAILURE = "failure"
 """One line of why the trial cannot go on; a trial that reports it has FAILED."""
+LOST = "lost"
+"""Beside a failure: it is the machine's or the storage's; the run can be continued."""
 
 REPORT_KEYS = (
     *(STEPS, SAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, DEV_LOSS, DEV_ACCURACY, BEST_DEV_ACCURACY),

@@ -18,7 +18,7 @@ class Busy:
     cpus: float = 0.0
     gpus: float = 0.0
     launch: Launch | None = None
-    begun: float = field(default_factory=time.time)
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Room:

@@ -17,8 +17,9 @@ from dmx.checkpoint import open_checkpoint, read_weights, transfer
 from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.store import open_store
-from dmx.errors import DmxError
+from dmx.errors import DmxError, StorageError
 from dmx.model import Classifier
+from dmx.patience import PATIENCE_SECONDS, persist
 from dmx.places import SHARED, Places
 from dmx.trainer import Diverged, Trainer
 
@@ -33,6 +34,7 @@ class Job:
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
         places: object storage and local copies, where nodes share no file system.
+        patience_seconds: how long to wait for a storage that is full, read-only or gone.
     """
 
     run_config: Mapping[str, Any]
@@ -42,13 +44,16 @@ class Job:
     init_from: str | None = None
     reinit: tuple[str, ...] = field(default=())
     places: Places = SHARED
+    patience_seconds: float = PATIENCE_SECONDS
 
 
 class Runner:
     """Steps through a job, one evaluation at a time.
 
     An exception is the run's own fault: it becomes a report with `failure`, since starting the
-    same thing again would end the same way. Only a dead process is worth another try.
+    same thing again would end the same way. Only a dead process is worth another try. A storage
+    that fails is waited for; when that takes too long, the report carries `lost` as well: the run
+    is as sound as its last checkpoint.
 
     Args:
         job: the run. on_step: see Trainer.
@@ -61,19 +66,32 @@ class Runner:
         self._trainer: Trainer | None = None
         self._claim: Claim | None = None
         self._failure: str | None = None
+        self._lost = False
         self._resumed = False
         self._busy_seconds = 0.0
         torch.set_num_threads(job.threads)
         started = time.perf_counter()
         try:
+            self._persist(self._claim_folder)
             self._build()
         except Exception as error:
             self._fail(error)
         self._busy_seconds = time.perf_counter() - started
 
-    def _build(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _persist(self, action: Callable[[], None]) -> None:
+        persist(action, self._folder, seconds=self.job.patience_seconds)
+
+    def _claim_folder(self) -> None:
+        """Hold the folder, once the storages of the run and of its data are there."""
+        # The folder's own folder was made by whoever sent the job: where it is missing, its
+        # storage is, and a folder made now would be hidden or in the way when that comes back.
+        # A node's own scratch is another matter: nobody has been there before.
+        self._folder.mkdir(exist_ok=True, parents=self.job.places.run_url is not None)
+        if self.job.places.node_data is None:
+            Path(self.job.data_folder).stat()
         self._claim = Claim(self._folder)
+
+    def _build(self) -> None:
         last = self._folder / keys.LAST_DIR
         for folder in (last, self._folder / keys.BEST_DIR):
             self.job.places.pull(folder)
@@ -113,21 +131,25 @@ class Runner:
         started = time.perf_counter()
         try:
             metrics = trainer.advance()
-            if trainer.best_step == trainer.step:
-                self._save(keys.BEST_DIR)
-            self._save(keys.LAST_DIR)
+            self._persist(self._save)
         except Exception as error:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
         return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
 
-    def _save(self, name: str) -> None:
-        self.trainer.save(self._folder / name)
-        self.job.places.push(self._folder / name)
+    def _save(self) -> None:
+        assert self._claim is not None
+        self._claim.check()
+        if self.trainer.best_step == self.trainer.step:
+            self.trainer.save(self._folder / keys.BEST_DIR)
+            self.job.places.push(self._folder / keys.BEST_DIR)
+        self.trainer.save(self._folder / keys.LAST_DIR)
+        self.job.places.push(self._folder / keys.LAST_DIR)
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""
+        self._lost = isinstance(error, StorageError)
         own = isinstance(error, DmxError | Diverged)
         text = str(error) if own else f"{type(error).__name__}: {error}"
         self._failure = next(iter(text.splitlines()), "") or type(error).__name__
@@ -137,7 +159,8 @@ class Runner:
     def _failed(self) -> dict[str, Any]:
         """A last report; Tune insists on the metric, and nobody counts it."""
         step = 0 if self._trainer is None else self._trainer.step
-        return {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, keys.FAILURE: self._failure, "done": True}
+        failed = {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, keys.FAILURE: self._failure}
+        return {**failed, "done": True, **({keys.LOST: True} if self._lost else {})}
 
     def close(self) -> None:
         """Free the trainer's thread and the device's memory, for the next run in this process."""

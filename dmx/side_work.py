@@ -120,7 +120,7 @@ class SideWork:
         began = self._room.busy.pop(message.key).begun
         stage, detail = message.key.stage, message.key.detail
         if message.key.kind == "data":
-            seconds = time.time() - began
+            seconds = time.monotonic() - began
             if message.failure is not None:
                 self._give_up(stage, message.failure)
                 return

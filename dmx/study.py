@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
-from dmx.ledger import Ledger, trial_folder
+from dmx.errors import DmxError
+from dmx.ledger import TRIALS_DIR, Ledger, trial_folder
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
 from dmx.trainable import TrialTrainable
+from dmx.watchdog import Watchdog
 
 from ray import tune  # isort: skip
 
@@ -37,6 +42,10 @@ def run_study(
     Args:
         config: the study. store: its data. folder: where all files go.
         slots: trials at once. observers: see StudyObserver.
+
+    Raises:
+        StageError: the study is damaged, or another process works on it.
+        StorageError: its storage stayed full, read-only or away; it can be continued.
     """
     ledger = Ledger(
         folder,
@@ -45,12 +54,19 @@ def run_study(
         num_trials=config.num_trials,
         seed=config.seed,
         sampler=config.sampler,
+        patience_seconds=config.patience_seconds,
     )
     try:
+        (folder / TRIALS_DIR).mkdir(exist_ok=True)
         scheduler = _scheduler(config, ledger)
         _catch_up(ledger, scheduler, observers)
-        if ledger.remaining():
-            _fit(config, store, folder, slots, ledger, scheduler, observers)
+        again = ledger.remaining() > 0
+        deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
+        while again:
+            _fit(config, store, folder, slots, ledger, scheduler, observers, deadline)
+            # Only what Tune gave up too soon is left: it is run in another round.
+            again = 0 < ledger.num_interrupted == ledger.remaining()
+            again = again and time.monotonic() < deadline
         trials = ledger.results()
         best = keys.best_trial(trials)
         if best is not None and config.places.run_url is not None:  # it ran on any node
@@ -106,9 +122,14 @@ def _fit(
     ledger: Ledger,
     scheduler: DurableAsha | RecordingFifo,
     observers: tuple[StudyObserver, ...],
+    deadline: float,
 ) -> None:
     storage = folder.absolute() / "ray"
-    session = f"session-{int(time.time() * 1000)}"
+    session = f"session-{uuid.uuid4().hex}"
+    watchdog = Watchdog(config.trial_timeout_seconds)
+    recorder = Recorder(
+        ledger, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
+    )
     tuner = tune.Tuner(
         tune.with_resources(
             TrialTrainable, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
@@ -116,22 +137,48 @@ def _fit(
         tune_config=tune.TuneConfig(
             search_alg=LedgerSearcher(config, ledger, folder.absolute(), store),
             scheduler=scheduler,
-            num_samples=ledger.remaining(),
+            num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,
-            time_budget_s=config.time_budget_seconds,
             reuse_actors=config.reuse_actors,
         ),
         run_config=tune.RunConfig(
             name=session,
             storage_path=str(storage),
-            callbacks=[Recorder(ledger, scheduler, observers)],
+            stop=_OutOfTime(deadline),
+            callbacks=[recorder, watchdog],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
         ),
     )
     with cluster.terminate_like_interrupt(), _own_interrupt_handler():
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise _own_error(error) from None
     shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
+
+
+class _OutOfTime(tune.Stopper):
+    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Everything, once the time is over."""
+        return time.monotonic() >= self._deadline
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What a hook of ours raised, from under Tune's wrapping; anything else as it is."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, DmxError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dmx.patience import PATIENCE_SECONDS
 from dmx.places import SHARED, Places
 from dmx.schema import to_dict
 from dmx.space import SearchSpace
@@ -23,7 +24,10 @@ class StudyConfig:
         grace_steps: steps before ASHA may stop a trial. reduction_factor: of ASHA.
         cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
         time_budget_seconds: stop then, continuable; None has no limit.
-        max_failures: restarts of one trial after a dead worker or node.
+        max_failures: restarts of one trial after a dead worker or node, without getting further.
+        trial_timeout_seconds: without a report for so long a trial's process is killed; None:
+            see watchdog.patience.
+        patience_seconds: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         init_from, reinit: weights that every trial starts from (see runner.Job).
         places: object storage and local copies (see runner.Job).
@@ -44,6 +48,8 @@ class StudyConfig:
     gpus_per_trial: float = 0.0
     time_budget_seconds: float | None = None
     max_failures: int = 3
+    trial_timeout_seconds: float | None = None
+    patience_seconds: float = PATIENCE_SECONDS
     reuse_actors: bool = True
     init_from: str | None = None
     reinit: tuple[str, ...] = ()

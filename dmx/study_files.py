@@ -50,7 +50,9 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> N
     if resume:
         try:
             old = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if not isinstance(old, dict):
+                raise ValueError("it holds no mapping")
+        except (OSError, ValueError, RecursionError):
             raise StageError(f"{file} is damaged; start the study under a new --name.") from None
         changed = sorted(k for k in {*old, *settings} if old.get(k) != json.loads(text).get(k))
         if changed:

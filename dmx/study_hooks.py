@@ -10,11 +10,13 @@ from typing import Any, Protocol
 from dmx import cluster  # noqa: F401  sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, StorageError
 from dmx.ledger import Ledger, trial_folder
+from dmx.patience import is_storage_error
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.trainable import JOB_KEY
+from dmx.watchdog import Watchdog
 
 from ray import tune  # isort: skip
 from ray.tune.search import Searcher  # isort: skip
@@ -64,6 +66,7 @@ class LedgerSearcher(Searcher):
                 "init_from": self._config.init_from,
                 "reinit": self._config.reinit,
                 "places": self._config.places,
+                "patience_seconds": self._config.patience_seconds,
             },
         }
 
@@ -80,36 +83,48 @@ class LedgerSearcher(Searcher):
 
 
 class Recorder(tune.Callback):
-    """Tells the ledger how trials end, and shows observers what happens."""
+    """Tells the ledger how trials end, and shows observers what happens.
+
+    Args:
+        max_failures: processes that a trial may lose without getting any further.
+        watchdog: knows which processes were killed because they hung.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         scheduler: DurableAsha | RecordingFifo,
         observers: tuple[StudyObserver, ...],
+        *,
+        max_failures: int,
+        watchdog: Watchdog,
     ) -> None:
         self._ledger, self._scheduler, self._observers = ledger, scheduler, observers
+        self._max_failures, self._watchdog = max_failures, watchdog
         self._shown = {(n, s) for n, steps in ledger.reports.items() for s in steps}
+        self._lost: dict[int, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial runs."""
         number = trial.config[NUMBER_KEY]
-        point = next((r.params for r in self._ledger.results() if r.number == number), {})
-        for observer in self._observers:
-            observer.started(number, point, trial.config[JOB_KEY]["run_config"])
+        run_config = trial.config[JOB_KEY]["run_config"]
+        self._show("started", number, self._ledger.point(number), run_config)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A report came in."""
         number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
+        if result.get(keys.LOST):  # the next trial would meet the same storage
+            raise StorageError(str(result[keys.FAILURE]))
         if keys.FAILURE in result:
             return
         self._ledger.report(number, step, result)
         if (number, step) not in self._shown:
             self._shown.add((number, step))
-            for observer in self._observers:
-                observer.reported(number, self._ledger.reports[number][step])
+            self._lost.pop(number, None)
+            trial.run_metadata.num_failures = 0  # it got further: what counts is a row of deaths
+            self._show("reported", number, self._ledger.reports[number][step])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself, was stopped by the scheduler, or by the end of the session."""
@@ -123,17 +138,30 @@ class Recorder(tune.Callback):
         # else: cut off by the time budget; it stays RUNNING and is continued with --resume.
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process died again and again."""
-        self._finish(trial.config[NUMBER_KEY], "FAILED", _reason(trial))
+        """Tune gives the trial up: its process died too often, or once while it was starting."""
+        number = trial.config[NUMBER_KEY]
+        self._lost[number] = self._lost.get(number, 0) + 1
+        if max(trial.run_metadata.num_failures, self._lost[number]) <= self._max_failures:
+            self._ledger.requeue(number)
+            return
+        self._finish(number, "FAILED", self._watchdog.hung.get(number) or _reason(trial))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (tune.Callback, ())  # see Ledger.__reduce__
 
     def _finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
         self._ledger.finish(number, status, error)
-        result = next(r for r in self._ledger.results() if r.number == number)
+        self._show("ended", self._ledger.result(number))
+
+    def _show(self, event: str, *values: Any) -> None:
+        """Tell the observers; a view that cannot write its file must not end the study."""
         for observer in self._observers:
-            observer.ended(result)
+            try:
+                getattr(observer, event)(*values)
+            except OSError as error:
+                if not is_storage_error(error):
+                    raise
+                logger.warning("%s cannot write: %s.", type(observer).__name__, error.strerror)
 
 
 def _reason(trial: Any) -> str:

@@ -23,28 +23,38 @@ class TrialTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Build the run, or continue it from its last checkpoint."""
+        """Note the job. It is built in the first step: Tune gives up a trial that dies in here."""
         log.setup()
-        self._runner = Runner(Job(**config[JOB_KEY]))
+        self._job = Job(**config[JOB_KEY])
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """The run, built or continued from its last checkpoint."""
+        if self._runner is None:
+            self._runner = Runner(self._job)
+        return self._runner
 
     def step(self) -> dict[str, Any]:
         """Train to the next evaluation and report."""
-        return self._runner.step()
+        return self.runner.step()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self._runner.trainer.save_into(Path(checkpoint_dir))
+        self.runner.trainer.save_into(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self._runner.trainer.load(open_checkpoint(Path(checkpoint)))
+        self.runner.trainer.load(open_checkpoint(Path(checkpoint)))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
-        self._runner.close()
+        self.cleanup()
         self.setup(new_config)
         return True
 
     def cleanup(self) -> None:
         """Free what the run holds."""
-        self._runner.close()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None

@@ -14,7 +14,14 @@ from dmx import cli, cluster, costs, place_options, study_end, study_files, stud
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
 from dmx.data.store import Store
-from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
+from dmx.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PARTIAL,
+    ConfigError,
+    StorageError,
+)
 from dmx.folder_sync import FolderSync
 from dmx.live_view import choose_view, write_json
 from dmx.log import console
@@ -23,7 +30,7 @@ from dmx.resources import shipped_names
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
 from dmx.tasks import Task, task_for
-from dmx.tune_options import parser
+from dmx.tune_options import check_limits, parser
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -31,7 +38,7 @@ MODULE = "dmx.tune"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code says whether the study is complete."""
-    started = time.time()
+    started = time.monotonic()
     args = parser().parse_args(argv)
     task, space, overrides = _plan(args)
     folder, places = place_options.find_places(
@@ -47,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     costs.check_price(args.price_per_gpu_hour)
     if args.time_budget is not None and not args.time_budget > 0:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
+    check_limits(args)
     if args.address is None:
         budget = _budget(args, task, space, cluster.local_resources())
         cluster.check_request(cluster.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
@@ -72,6 +80,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
         logger.warning("interrupted. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
+    except StorageError as error:
+        logger.error("%s\n%s", error, again)
+        return EXIT_FAILED
 
 
 def _search(
@@ -102,6 +113,7 @@ def _search(
         config = here or open_study(resources)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
+        slots = min(slots, args.max_concurrent_trials or slots)
         tensorboard = study_identity.announce(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"
         view = choose_view(
@@ -113,14 +125,16 @@ def _search(
         summary = study_end.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
-        summary["seconds"] = time.time() - started
+        summary["seconds"] = time.monotonic() - started
         study_files.write_study(folder, summary)
     if args.output == "json":
         write_json(event="finished", **summary)
     else:
         study_end.show(summary, result, store)
     if not result.complete:
-        out_of_time = args.time_budget is not None and time.time() - started >= args.time_budget
+        out_of_time = (
+            args.time_budget is not None and time.monotonic() - started >= args.time_budget
+        )
         logger.warning(
             "the study is not complete (%d of %d trials ended). Continue with:\n%s",
             sum(t.status != "RUNNING" for t in result.trials),
@@ -208,6 +222,8 @@ def _study_config(
         cpus_per_trial=budget.cpus,
         gpus_per_trial=budget.gpus,
         time_budget_seconds=args.time_budget,
+        trial_timeout_seconds=args.trial_timeout,
+        patience_seconds=args.storage_patience,
     )
 
 
@@ -221,6 +237,7 @@ def _dry_run(
     with cluster.connect(args.address) if args.address else _Local() as resources:
         budget = _budget(args, task, space, resources)
         slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+        slots = min(slots, args.max_concurrent_trials or slots)
     fixed = _fixed(budget, overrides)
     space.check(task.name, fixed)
     out = console()

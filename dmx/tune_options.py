@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from dmx import cli, place_options
+from dmx.errors import ConfigError
+from dmx.patience import PATIENCE_SECONDS
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -64,6 +66,26 @@ def parser() -> cli.Parser:
     p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
     p.add_argument("--trials-per-gpu", type=int, help="trials that share a GPU (default: 1)")
     p.add_argument(
+        "--max-concurrent-trials",
+        type=int,
+        metavar="N",
+        help="at once (default: what fits); with 1 the same seed repeats the same search",
+    )
+    p.add_argument(
+        "--trial-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="a trial that does not report for so long is restarted from its last checkpoint "
+        "(default: 10 times the usual interval, at least 30 minutes)",
+    )
+    p.add_argument(
+        "--storage-patience",
+        type=float,
+        default=PATIENCE_SECONDS,
+        metavar="SECONDS",
+        help="wait so long for a storage that is full, read-only or gone (default: 120)",
+    )
+    p.add_argument(
         "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
     place_options.add_options(p)
@@ -81,3 +103,21 @@ def parser() -> cli.Parser:
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"
     )
     return p
+
+
+def check_limits(args: argparse.Namespace) -> None:
+    """Refuse limits that make no sense.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if args.max_concurrent_trials is not None and args.max_concurrent_trials < 1:
+        raise ConfigError(
+            f"--max-concurrent-trials is {args.max_concurrent_trials}; it must be 1 or more."
+        )
+    if args.trial_timeout is not None and not args.trial_timeout > 0:
+        raise ConfigError(f"--trial-timeout is {args.trial_timeout:g}; it must be positive.")
+    if not args.storage_patience >= 0:
+        raise ConfigError(
+            f"--storage-patience is {args.storage_patience:g}; it must not be negative."
+        )

@@ -1,76 +1,154 @@
-"""Orchestration overhead of a study: seconds per trial beyond the Trainer's own time.
+"""Orchestration overhead of a study of trivial trials: wall and CPU seconds per trial.
 
-Runs the same study of tiny trials with and without actor reuse, in one Ray session, and prints, for
-each, wall seconds per trial, the trials' own seconds, and the difference.
+Runs studies of growing size in one local Ray and prints, for each, what a trial costs beyond the
+time that its own process is busy with it (building, training, evaluating, saving). CPU seconds are
+those of all processes of the study, so they hardly depend on what else the machine does; wall
+seconds do. The start of the first worker processes is shown by itself.
 
-    python scripts/bench_overhead.py --num-trials 20
+    python scripts/bench_overhead.py [--num-trials 20 100 1000] [--out docs/scaling.md]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from bench_cases import write_section
+from soak_cluster import children
+from soak_study import FIXED, SPACE, TASK, write_data
+
+from dmx import records as keys
 from dmx.cluster import check_request, connect
-from dmx.data.locate import locate
-from dmx.log import console
-from dmx.records import PROCESS_SECONDS
+from dmx.data.store import open_store
 from dmx.space import load_space
 from dmx.study import StudyConfig, run_study
+from dmx.study_identity import announce
 
-SETTINGS = {
-    "train.num_steps": 4,
-    "train.eval_every_steps": 2,
-    "train.batch_size": 1,
-    "train.eval_batch_size": 64,
-    "optim.warmup_steps": 2,
-    "model.num_layers": 1,
-    "model.embedding_dim": 8,
-    "model.hidden_dim": 8,
-    "model.num_heads": 1,
-    "model.head_dim": 8,
-}
+STEPS = 4
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds() -> dict[tuple[str, int], float]:
+    """CPU seconds so far of this process ("driver"), of trials' processes, and of Ray's own."""
+    found = {}
+    for pid in children(os.getpid()):
+        try:
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        kind = "driver" if pid == os.getpid() else "workers" if name.startswith(b"ray::") else "ray"
+        found[kind, pid] = (int(fields[11]) + int(fields[12])) / _TICK
+    return found
+
+
+def used(kind: str, first: Mapping[Any, float], last: Mapping[Any, float]) -> float:
+    """CPU seconds between two looks, of the processes that are there at the second."""
+    return sum(
+        seconds - first.get((k, pid), 0.0) for (k, pid), seconds in last.items() if k == kind
+    )
+
+
+class Clock:
+    """When the first report came and when the last trial ended, and what had been used by then."""
+
+    def __init__(self, num_trials: int) -> None:
+        self.left = num_trials
+        self.first: tuple[float, dict[tuple[str, int], float]] | None = None
+        self.last: tuple[float, dict[tuple[str, int], float]] | None = None
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """From here on the study is under way."""
+        if self.first is None:
+            self.first = (time.perf_counter(), cpu_seconds())
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """Before the processes go, and their times with them."""
+        self.left -= 1
+        if not self.left:
+            self.last = (time.perf_counter(), cpu_seconds())
+
+
+def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> list[str]:
+    """One study; its row of the table."""
+    (root / "space.yaml").write_text(SPACE, encoding="utf-8")
+    store = open_store(root / "data" / TASK)
+    settings = {**FIXED, "train.num_steps": STEPS, "train.eval_every_steps": STEPS}
+    config = StudyConfig(
+        name=f"n{num_trials}-{reuse}",
+        task=TASK,
+        space=load_space(str(root / "space.yaml"), TASK, "pathfinder"),
+        overrides=settings,
+        num_trials=num_trials,
+        max_steps=STEPS,
+        grace_steps=STEPS,
+        scheduler="none",
+        sampler="tpe" if sampler == "tpe" else "random",
+        reuse_actors=reuse,
+    )
+    folder, clock = root / config.name, Clock(num_trials)
+    folder.mkdir()
+    view = announce(folder, config, store)
+    began = time.perf_counter()
+    result = run_study(config, store, folder, slots=slots, observers=(view, clock))
+    assert result.complete and clock.first is not None and clock.last is not None
+    wall, start = clock.last[0] - clock.first[0], clock.first[0] - began
+    done = num_trials - slots  # those at work at the first report are not counted
+    own = sum(float(t.metrics[keys.PROCESS_SECONDS]) for t in result.trials[slots:])
+    looks = clock.first[1], clock.last[1]
+    cpu = {k: used(k, *looks) / done for k in ("driver", "ray", "workers")}
+    overhead = (wall * slots - own) / done
+    return [
+        f"{num_trials:,}", "yes" if reuse else "no", f"{start:.1f}", f"{wall / done:.3f}",
+        f"{own / done:.3f}", f"{overhead:.3f}", f"{cpu['driver']:.3f}", f"{cpu['ray']:.3f}",
+        f"{cpu['workers']:.3f}",
+    ]  # fmt: skip
+
+
+HEAD = (
+    "trials", "reuse", "first report after, s", "wall", "own", "overhead, core-s", "CPU driver",
+    "CPU Ray", "CPU workers",
+)  # fmt: skip
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-trials", type=int, default=20)
+    parser.add_argument("--num-trials", type=int, nargs="+", default=[20, 100, 1000])
+    parser.add_argument("--sampler", choices=("tpe", "random"), default="tpe")
+    parser.add_argument("--without-reuse", type=int, default=0, metavar="N", help="trials")
+    parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
     args = parser.parse_args()
-    store = locate("text", None, allow_sample=True)
-    space = load_space("butterfly", "text", "text").without(SETTINGS)
-    out = console()
     root = Path(tempfile.mkdtemp(prefix="dmx-overhead-"))
+    write_data(root / "data")
+    rows = []
     with connect(None) as resources:
         slots = check_request(resources, cpus=1, gpus=0)
-        for reuse in (True, False):
-            config = StudyConfig(
-                name=f"reuse-{reuse}",
-                task="text",
-                space=space,
-                overrides=SETTINGS,
-                num_trials=args.num_trials,
-                max_steps=4,
-                grace_steps=4,
-                scheduler="none",
-                reuse_actors=reuse,
-            )
-            folder = root / config.name
-            started = time.perf_counter()
-            result = run_study(config, store, folder, slots=slots)
-            wall = time.perf_counter() - started
-            own = sum(float(t.metrics[PROCESS_SECONDS]) for t in result.trials)
-            per = (wall * slots - own) / args.num_trials
-            out.print(
-                f"actor reuse {reuse}: {args.num_trials} trials, {slots} at once, "
-                f"wall {wall:.1f} s; own {own / args.num_trials:.3f} s a trial, "
-                f"overhead {per:.3f} core-s a trial, "
-                f"{wall / args.num_trials:.3f} wall-s a trial"
-            )
+        for count in args.num_trials:
+            rows.append(run(root, count, slots, True, args.sampler))
+        if args.without_reuse:
+            rows.append(run(root, args.without_reuse, slots, False, args.sampler))
     shutil.rmtree(root)
+    lines = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
+    lines += [
+        "",
+        f"Seconds a trial, after the first report; {slots} trials at once on {os.cpu_count()} "
+        f"cores, load {os.getloadavg()[1]:.1f}, sampler {args.sampler}, {STEPS} steps a trial.",
+    ]
+    text = "\n".join(lines)
+    if args.out is not None:
+        write_section(args.out, "overhead", text)
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

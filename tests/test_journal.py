@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dmx.errors import StageError
+from dmx.errors import StageError, StorageError
 from dmx.journal import Journal, decode, encode, read_journal
 from tests.tiny import one_sentence
 
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
     with Journal(path) as journal:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 50, hard))
         try:
-            with pytest.raises(StageError) as caught:
+            with pytest.raises(StorageError) as caught:
                 journal.append(event="big", text="x" * 4000)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     (
         "values",
-        "cli registry schema overrides records journal resources claim device tensorboard",
+        "cli registry schema overrides records patience journal resources claim device tensorboard",
     ),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("mathematics", "packing parallel dropout functional ends optim"),
@@ -28,10 +28,13 @@ LAYERS: list[tuple[str, str]] = [
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
     ("training", "trainer runner evaluation"),
-    ("stages", "ledger stages stage_order curriculum_file history"),
+    ("stages", "proposer optuna_file ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
-    ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
+    (
+        "ray",
+        "cluster cluster_size launch trainable scheduler budget study_config watchdog study_hooks",
+    ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
@@ -47,13 +50,21 @@ RAY = [
     "scheduler",
     "study",
     "study_hooks",
+    "watchdog",
     "study_files",
     "finals",
     "backend",
     "curriculum",
     "data.ray_shards",
 ]
-OPTUNA = ["ledger", "study_files", "reporting.reading", "reporting.importance"]
+OPTUNA = [
+    "ledger",
+    "proposer",
+    "optuna_file",
+    "study_files",
+    "reporting.reading",
+    "reporting.importance",
+]
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmx.errors import DataError
+from dmx.errors import ConfigError, DataError
+from dmx.schema import from_dict
 from dmx.tasks.base import SPLITS
 
 MANIFEST_FILE = "manifest.json"
@@ -124,11 +125,24 @@ def read_manifest(folder: Path) -> Manifest:
     if body.pop("manifest_sha256", None) != _digest(body):
         raise DataError(f"{path} was edited after it was written; {again}.")
     body.pop("format")
-    names = {f.name for f in fields(Manifest)}
-    if unknown := sorted(set(body) - names):
-        raise DataError(f"{path} has unknown entries {', '.join(unknown)}; {again}.")
-    body["class_names"] = tuple(body.get("class_names", ()))
     try:
-        return Manifest(**body)
-    except TypeError as error:
-        raise DataError(f"{path} lacks entries ({error}); {again}.") from error
+        manifest = from_dict(Manifest, body)
+        for name, entry in manifest.files.items():
+            if "/" in name or name in ("", "..", ".") or not name.isprintable():
+                raise ConfigError(f"files: {name!r} is no name of a file beside it.")
+            from_dict(_Entry, entry, f"files: {name}")
+        if not set(manifest.aliases) | set(manifest.aliases.values()) <= set(SPLITS):
+            raise ConfigError(f"aliases: allowed are {', '.join(SPLITS)}.")
+    except ConfigError as error:
+        raise DataError(f"{path} is wrong ({str(error).rstrip('.')}); {again}.") from error
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+    quick: str
+    mtime_ns: int

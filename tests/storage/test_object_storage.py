@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dmx import object_storage
-from dmx.errors import ConfigError
-from dmx.object_storage import ObjectStorage, StorageError, join
+from dmx.errors import CheckpointError, ConfigError, StorageError
+from dmx.object_storage import ObjectStorage, join
 
 
 @pytest.fixture
@@ -84,7 +84,9 @@ def test_what_rotted_is_refused(url, folder, tmp_path):
     storage = ObjectStorage(url)
     version = storage.push(folder, "last")
     (tmp_path / "bucket" / f"last@{version}" / "model.pt").write_bytes(b"WEIGHTS")
-    with pytest.raises(StorageError, match=r"last@\w+/model.pt is damaged; remove last\.version"):
+    with pytest.raises(
+        CheckpointError, match=r"last@\w+/model.pt is damaged; remove last\.version"
+    ):
         storage.pull("last", tmp_path / "there")
 
 
@@ -97,7 +99,7 @@ def test_a_damaged_pointer_writes_nothing(url, folder, tmp_path, pointer):
     storage = ObjectStorage(url)
     storage.push(folder, "last")
     (tmp_path / "bucket" / "last.version.json").write_text(pointer)
-    with pytest.raises(StorageError, match=r"last\.version\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"last\.version\.json is damaged"):
         storage.pull("last", tmp_path / "there")
     assert not (tmp_path / "there").exists()
 

@@ -1,0 +1,187 @@
+"""What a study costs at 1,000 and 10,000 trials, without Ray: storage, sampler, views, restart.
+
+The workers are made up: eight at once, each trial reporting ten times or until ASHA stops it. All
+else is the real thing: the ledger with its two files (fsync included), ASHA, TensorBoard files,
+trials.csv, the report page, and opening the study again.
+
+    python scripts/bench_scale.py [--trials 1000 10000] [--out docs/scaling.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_cases import peak_mb, write_section
+from soak_study import SPACE, TASK
+
+from dmx import records as keys
+from dmx.ledger import Ledger, trial_folder
+from dmx.scheduler import DurableAsha
+from dmx.space import SearchSpace, load_space
+from dmx.study_files import write_trials
+from dmx.study_view import TensorBoardView
+
+EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
+
+
+def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> Ledger:
+    """The study's memory."""
+    return Ledger(folder, name="s", space=space, num_trials=trials, seed=0, sampler=sampler)
+
+
+def asha(ledger: Ledger) -> DurableAsha:
+    """As `dmx.tune` builds it."""
+    return DurableAsha(ledger, max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
+
+
+def metrics(point: dict[str, Any], step: int, best: float, draw: random.Random) -> dict[str, Any]:
+    """A report with every key that a real one has."""
+    far = abs(math.log10(point["optim.learning_rate"]) + 2)
+    value = 0.9 - 0.1 * far - point["model.dropout"] + 1e-4 * step + draw.gauss(0, 0.01)
+    made: dict[str, Any] = {k: draw.random() for k in keys.REPORT_KEYS}
+    made.update({keys.STEPS: step, keys.DEV_ACCURACY: value})
+    made[keys.BEST_DEV_ACCURACY] = max(value, best)
+    return made
+
+
+class Times:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, float] = {}
+
+    def add(self, what: str, began: float) -> None:
+        """Since `began`."""
+        self.of[what] = self.of.get(what, 0.0) + time.perf_counter() - began
+
+
+def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
+    """A whole study with made-up workers."""
+    draw, spent = random.Random(0), Times()
+    ledger = open_ledger(folder, space, trials, "random")
+    scheduler = asha(ledger)
+    view = TensorBoardView(folder, {"task": TASK}, tuple(space.distributions()))
+    running: dict[int, tuple[dict[str, Any], int, float]] = {}
+    while True:
+        while len(running) < AT_ONCE:
+            began = time.perf_counter()
+            found = ledger.next_trial()
+            spent.add("next trial", began)
+            if found is None:
+                break
+            running[found[0]] = (found[1], 0, -math.inf)
+            if events:
+                began = time.perf_counter()
+                view.started(found[0], found[1], {})
+                spent.add("TensorBoard", began)
+        if not running:
+            break
+        number = draw.choice(sorted(running))
+        point, step, best = running[number]
+        step += EVERY
+        report = metrics(point, step, best, draw)
+        running[number] = (point, step, report[keys.BEST_DEV_ACCURACY])
+        began = time.perf_counter()
+        ledger.report(number, step, report)
+        spent.add("reports", began)
+        began = time.perf_counter()
+        action = scheduler._decide(number, step, report)
+        spent.add("ASHA", began)
+        if events:
+            began = time.perf_counter()
+            view.reported(number, report)
+            spent.add("TensorBoard", began)
+        if step >= MAX_STEPS or action == "STOP":
+            del running[number]
+            began = time.perf_counter()
+            ledger.finish(number, "COMPLETE" if step >= MAX_STEPS else "PRUNED")
+            result = ledger.result(number)
+            spent.add("ends", began)
+            if events:
+                began = time.perf_counter()
+                view.ended(result)
+                spent.add("TensorBoard", began)
+    view.close()
+    ledger.close()
+    return spent
+
+
+def tpe_seconds(folder: Path, space: SearchSpace, trials: int, asks: int = 5) -> float:
+    """Seconds that TPE needs for one proposal after so many trials."""
+    copy = folder.with_name(f"{folder.name}-tpe")
+    copy.mkdir()
+    for name in (keys.JOURNAL_FILE, keys.OPTUNA_FILE):
+        shutil.copy(folder / name, copy / name)
+    ledger = open_ledger(copy, space, trials + asks, "tpe")
+    began = time.perf_counter()
+    for _ in range(asks):
+        ledger.next_trial()
+    seconds = (time.perf_counter() - began) / asks
+    ledger.close()
+    return seconds
+
+
+def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
+    """All that is measured at one size."""
+    folder = root / f"study-{trials}"
+    folder.mkdir()
+    began = time.perf_counter()
+    spent = drive(folder, space, trials, True)
+    total = time.perf_counter() - began
+    made = {"whole study, s": f"{total:.1f}"}
+    made |= {f"{k}, ms a trial": f"{v / trials * 1000:.2f}" for k, v in spent.of.items()}
+    made["TPE proposal, ms"] = f"{tpe_seconds(folder, space, trials) * 1000:.0f}"
+    began = time.perf_counter()
+    ledger = open_ledger(folder, space, trials, "random")
+    asha(ledger)
+    made["open it again, s"] = f"{time.perf_counter() - began:.2f}"
+    began = time.perf_counter()
+    write_trials(folder, ledger.results(), "made up")
+    made["trials.csv, s"] = f"{time.perf_counter() - began:.2f}"
+    reports = len(ledger.history())
+    ledger.close()
+    made["reports"] = f"{reports:,}"
+    for name in (keys.JOURNAL_FILE, keys.OPTUNA_FILE):
+        made[f"{name}, MB"] = f"{(folder / name).stat().st_size / 1e6:.1f}"
+    files = list(trial_folder(folder, 0).parent.glob("*/events.*"))
+    made["TensorBoard files"] = f"{len(files):,}"
+    made["TensorBoard, MB"] = f"{sum(f.stat().st_size for f in files) / 1e6:.1f}"
+    made["peak memory, MB"] = f"{peak_mb():.0f}"
+    return made
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10000])
+    parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="dmx-scale-"))
+    (root / "space.yaml").write_text(SPACE, encoding="utf-8")
+    space = load_space(str(root / "space.yaml"), TASK, "pathfinder")
+    columns = [row(root, space, trials) for trials in sorted(args.trials)]
+    shutil.rmtree(root)
+    head = ["", *(f"{trials:,} trials" for trials in sorted(args.trials))]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| {name} | {' | '.join(c[name] for c in columns)} |" for name in columns[0]]
+    lines += [
+        "",
+        f"{AT_ONCE} trials at once, load {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.",
+    ]
+    text = "\n".join(lines)
+    if args.out is not None:
+        write_section(args.out, "scale", text)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""scripts/soak.py, shortly: nodes of a cluster and drivers are killed, and nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.study.helpers import ROOT, environment
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_rounds_on_a_cluster_and_on_this_machine(tmp_path):
+    """Round 5 runs one trial at a time on two nodes, round 6 two at a time in a private Ray."""
+    words = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--work", str(tmp_path / "w")]
+    words += ["--first", "5", "--rounds", "2", "--trials", "7", "--kills", "2", "--seed", "1"]
+    words += ["--kinds", "node", "driver", "--out", str(tmp_path / "table.md")]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    text = (tmp_path / "table.md").read_text()
+    first, second = (line for line in text.splitlines() if line.startswith(("| 5", "| 6")))
+    assert "| cluster | 1 |" in first and "node @" in first and "equal, bit for bit" in first
+    assert "| local | 2 |" in second and "driver @" in second and "consistent" in second
+    assert "2 of 2 rounds without loss; 7 trials" in text
