@@ -19,6 +19,7 @@ from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError
 from dmx.model import Classifier
+from dmx.samples import predict_samples
 from dmx.trainer import Diverged, Trainer
 
 
@@ -107,7 +108,8 @@ class Runner:
         try:
             metrics = trainer.advance()
             if trainer.best_step == trainer.step:
-                trainer.save(self._folder / keys.BEST_DIR)
+                notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()}
+                trainer.save(self._folder / keys.BEST_DIR, notes)
             trainer.save(self._folder / keys.LAST_DIR)
         except Exception as error:
             self._fail(error)
