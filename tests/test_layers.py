@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, str]] = [
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "trainer samples runner evaluation"),
+    ("training", "trainer samples runner evaluation maps map_view"),
     ("stages", "ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files sample_view"),
@@ -32,7 +32,7 @@ LAYERS: list[tuple[str, str]] = [
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
     ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "tune_options tune train curriculum"),
+    ("commands", "tune_options tune train curriculum attention_maps"),
 ]
 
 # Who may import what, at the top of a file or within a function.
