@@ -198,6 +198,11 @@ class Trainer:
         self.schedule.step()
         return loss_sum, correct, norm.detach()
 
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on a given batch, outside of the run's own order; for measuring."""
+        self.model.train()
+        self._optimizer_step(batch)
+
     def _logits(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.config.train.precision):
             logits = self._run(batch.input_ids, batch.input_ids_1)

@@ -26,7 +26,10 @@ LAYERS: list[tuple[str, str]] = [
     ("training", "trainer samples runner evaluation maps map_view"),
     ("stages", "ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
-    ("plans, shown", "lineage probe study_files sample_view"),
+    (
+        "plans, shown",
+        "lineage study_files sample_view costing costing.count costing.probe costing.st*",
+    ),
     ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
