@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.attention_maps`: draw where a checkpoint's layers look, for a few examples."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dmx import cli, map_view, maps
+from dmx import cli, map_view, maps, reading_options
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.data.batches import make_batch
@@ -24,58 +25,14 @@ from dmx.samples import choose_samples
 from dmx.tensorboard import RunWriter
 from dmx.trainer import Trainer
 
-PROG = "dmx.attention_maps"
-
-EXAMPLES = """\
-  python -m dmx.attention_maps runs/butterfly-text/best
-      the maps of every layer for two dev examples, in runs/butterfly-text/attention_maps
-  python -m dmx.attention_maps runs/butterfly-image/best --examples 3 17 --layers 0 --groups 8
-      of the first layer, for dev examples 3 and 17, eight groups of each
-  python -m dmx.attention_maps runs/softmax-listops/best --max-size 2048
-      large maps, of a whole sequence
-"""
-_DEFAULT_EXAMPLES = 2
-
-
-def parser() -> cli.Parser:
-    """The command's options."""
-    p = cli.Parser(
-        prog=PROG,
-        description="Draw attention maps of a checkpoint into PNG files and TensorBoard.",
-        examples=EXAMPLES,
-    )
-    p.add_argument("checkpoint", help="a checkpoint folder: runs/NAME/best")
-    p.add_argument(
-        "--examples",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help=f"examples of the split, by number (default: {_DEFAULT_EXAMPLES} fixed ones)",
-    )
-    p.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: dev")
-    p.add_argument("--layers", type=int, nargs="+", metavar="N", help="from 0 (default: all)")
-    p.add_argument(
-        "--groups", type=int, default=4, help="groups drawn, those with most tokens (default: 4)"
-    )
-    p.add_argument(
-        "--max-size",
-        type=int,
-        default=maps.MAX_SIZE,
-        metavar="N",
-        help=f"refuse maps of more positions than this (default: {maps.MAX_SIZE})",
-    )
-    p.add_argument("--data-root", help="prepared data (default: where the run found them)")
-    p.add_argument("--out", help="folder of the pictures (default: attention_maps/ beside it)")
-    return p
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parser().parse_args(argv)
+    args = reading_options.attention_maps().parse_args(argv)
     checkpoint = open_checkpoint(Path(args.checkpoint))
     config = maps.dense(checkpoint.config)
     length = config.model.max_length or config.task_info.max_length
-    maps.check_has_maps(config.attention, length, args.max_size)
+    maps.check_has_maps(config.attention, length, args.max_size or maps.MAX_SIZE)
     if args.groups < 1:
         raise ConfigError(f"--groups is {args.groups}; it must be at least 1.")
     layers = _within(args.layers, config.model.num_layers, "--layers", "layers of the model")
@@ -84,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         config.task, None if root is None else Path(root), allow_sample=True, generate=False
     )
     split = store.split(args.split)
-    chosen = args.examples or choose_samples(split)[:_DEFAULT_EXAMPLES].tolist()
+    chosen = args.examples or choose_samples(split)[: reading_options.MAPPED_EXAMPLES].tolist()
     examples = _within(chosen, len(split), "--examples", f"{args.split} examples")
     out = Path(args.out) if args.out else Path(args.checkpoint).absolute().parent / "attention_maps"
     trainer = Trainer(config, store)
@@ -183,4 +140,4 @@ class _Drawing:
 
 
 if __name__ == "__main__":
-    cli.run(PROG, main)
+    cli.run("dmx.attention_maps", main)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.train`: one run of one configuration, continued where it stopped; no Ray."""
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ LAYERS: list[tuple[str, str]] = [
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
-    ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "tune_options tune train curriculum attention_maps"),
+    ("reports", "reading_options reporting reporting.* report leaderboard costs costing costing.*"),
+    ("commands", "tune_options tune train curriculum attention_maps completion"),
 ]
 
 # Who may import what, at the top of a file or within a function.

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.data`: prepare, list and show data sets. Parses, calls, sets the exit code."""
 
 from __future__ import annotations
