@@ -13,7 +13,8 @@ from dmx.samples import Samples, read_samples
 from dmx.tasks import task_for
 from dmx.tensorboard import RunWriter
 
-TAG = "samples"
+TAG = "predictions"
+"""No metric has this name: TensorBoard shows a tag in one way only."""
 _SPLIT = "dev"
 _RIGHT, _WRONG = "darkgreen", "firebrick"
 

@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
     ("mathematics", "packing parallel dropout functional ends optim"),
-    ("kinds", "attention attention.* tasks tasks.* gates"),
+    ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
     ("experiment", "config reference space"),
     ("data", "data data.*"),

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dmx import records as keys
 from dmx.config import parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.runner import Job, Runner
-from dmx.sample_view import write_samples
+from dmx.sample_view import TAG, write_samples
 from dmx.samples import choose_samples, read_samples
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
@@ -110,6 +111,11 @@ def test_training_is_the_same_without_them(
     assert all(torch.equal(own[name], seen[name]) for name in own)
 
 
+def test_no_metric_has_the_tag() -> None:
+    """TensorBoard shows a tag in one way only: as numbers, and the pictures would be gone."""
+    assert TAG not in keys.REPORT_KEYS
+
+
 def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store) -> None:
     """The written pixels, masked ones black, at the best model's step; the table says the rest."""
     plain = json.loads((finished / "best" / "samples.json").read_text())
@@ -117,7 +123,7 @@ def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store
     assert write_samples(writer, finished / "best", plain["step"])
     writer.close()
     reader = events(tmp_path / "tb")
-    (image,) = reader.Images("samples")
+    (image,) = reader.Images(TAG)
     assert image.step == plain["step"]
     picture = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
     tile, gap = 128, 4  # 16 pixels, enlarged 8 times
@@ -128,7 +134,7 @@ def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store
         left = gap + place * (tile + gap)
         shown = picture[gap : gap + tile, left : left + tile]
         assert (shown[4::8, 4::8] == pixels.reshape(16, 16)).all()
-    (text,) = reader.Tensors("samples/text_summary")
+    (text,) = reader.Tensors(f"{TAG}/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines[4:]]
     assert [int(r[0]) for r in rows] == plain["indices"]
@@ -183,8 +189,8 @@ def test_texts_are_shown_and_mark_nothing_up(tmp_path: Path) -> None:
     assert write_samples(writer, hand_made(store, tmp_path / "best"), 3)
     writer.close()
     reader = events(tmp_path / "tb")
-    assert "samples" not in reader.Tags()["images"]
-    text = reader.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert TAG not in reader.Tags()["images"]
+    text = reader.Tensors(f"{TAG}/text_summary")[0].tensor_proto.string_val[0].decode()
     rows = text.splitlines()[4:]
     assert [row.count("|") for row in rows] == [7, 7], "no cell breaks a row"
     assert "<script>" not in text and "**bold" not in text and "](" not in text

@@ -55,6 +55,8 @@ def check(study: Path) -> None:
     """One experiment record with all columns; each trial's values, status and curves."""
     _, root = plugin_data(study / "hparams")
     experiment = root["_hparams_/experiment"].experiment
+    named = [info.name for info in experiment.hparam_infos]
+    assert set(named[-3:]) == {"attention", "task", "data"}, "what never varies comes last"
     columns = {info.name: info for info in experiment.hparam_infos}
     assert set(columns) == {*SEARCHED, "attention", "task", "data"}
     options = {cell(v) for v in columns["attention.block_size"].domain_discrete.values}
@@ -83,8 +85,8 @@ def check(study: Path) -> None:
         status = found["_hparams_/session_end_info"].session_end_info.status
         assert status == STATUS[row["status"]], (row["trial"], row["status"])
         best = trial_best(folder)
-        assert best["step"] in {e.step for e in reader.Images("samples")}
-        assert best["step"] in {e.step for e in reader.Tensors("samples/text_summary")}
+        assert best["step"] in {e.step for e in reader.Images("predictions")}
+        assert best["step"] in {e.step for e in reader.Tensors("predictions/text_summary")}
         for tag in ("dev_accuracy", "best_dev_accuracy", "train_loss"):
             points = {e.step: e.value for e in reader.Scalars(tag)}
             reports = [
