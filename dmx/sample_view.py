@@ -16,6 +16,8 @@ from dmx.tensorboard import RunWriter
 TAG = "predictions"
 """No metric has this name: TensorBoard shows a tag in one way only."""
 _SPLIT = "dev"
+_COLUMNS = 4
+"""So that captions can be read in TensorBoard's narrow cards."""
 _RIGHT, _WRONG = "darkgreen", "firebrick"
 
 
@@ -42,7 +44,7 @@ def write_samples(writer: RunWriter, checkpoint: Path, step: int) -> bool:
             (f"says {said} ({p:.0%}), is {label}", _RIGHT if said == label else _WRONG)
             for label, said, p in _rows(samples)
         ]
-        writer.image(TAG, pictures(store, _SPLIT, samples.indices, captions), step)
+        writer.image(TAG, pictures(store, _SPLIT, samples.indices, captions, _COLUMNS), step)
     writer.text(TAG, table(samples, store), step)
     return True
 

@@ -202,9 +202,7 @@ def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
 
 
 def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:
-    # TensorBoard unfolds the first few columns: those come first that can differ at all.
-    order = sorted(columns, key=lambda key: (len(columns[key].options) == 1, key))
-    hparams = [hp.HParam(key, columns[key].domain()) for key in order]
+    hparams = [hp.HParam(key, column.domain()) for key, column in sorted(columns.items())]
     metrics = [hp.Metric(m, display_name=m) for m in _METRICS]
     folder = study / "hparams"
     old = list(folder.glob("events.*"))

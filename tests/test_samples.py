@@ -131,8 +131,9 @@ def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store
     for place, index in enumerate(plain["indices"]):
         pixels = np.zeros(256, np.uint8)
         pixels[: len(written[index][0])] = written[index][0]
-        left = gap + place * (tile + gap)
-        shown = picture[gap : gap + tile, left : left + tile]
+        left = gap + place % 4 * (tile + gap)
+        top = gap + place // 4 * (tile + 2 * gap + 14)  # the caption is 14 high
+        shown = picture[top : top + tile, left : left + tile]
         assert (shown[4::8, 4::8] == pixels.reshape(16, 16)).all()
     (text,) = reader.Tensors(f"{TAG}/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()

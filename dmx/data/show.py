@@ -41,24 +41,29 @@ def strip(store: Store, split_name: str, count: int) -> Image.Image:
 
 
 def pictures(
-    store: Store, split_name: str, numbers: Sequence[int], captions: Sequence[tuple[str, str]]
+    store: Store,
+    split_name: str,
+    numbers: Sequence[int],
+    captions: Sequence[tuple[str, str]],
+    columns: int | None = None,
 ) -> Image.Image:
-    """Images `numbers` of a split side by side; below each its caption, a text and its colour.
+    """Images `numbers` of a split; below each its caption, a text and its colour.
 
-    A pixel with id 0 is a masked token, and black.
+    A pixel with id 0 is a masked token, and black. `columns`: images side by side; None: all.
     """
     side = task_for(store.manifest.task).image_side
     assert side is not None
     pixels = store.split(split_name).gather(list(numbers), side * side).astype(np.uint8)
     tile = side * max(1, -(-_LEAST_TILE // side))
-    width = len(numbers) * (tile + _GAP) + _GAP
-    picture = Image.new("RGB", (width, tile + 2 * _GAP + _CAPTION), "white")
+    columns = min(columns or len(numbers), len(numbers))
+    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _CAPTION
+    picture = Image.new("RGB", (width, height * -(-len(numbers) // columns)), "white")
     draw = ImageDraw.Draw(picture)
     for place, (row, (text, colour)) in enumerate(zip(pixels, captions, strict=True)):
         image = Image.fromarray(row.reshape(side, side)).convert("RGB")
-        left = _GAP + place * (tile + _GAP)
-        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, _GAP))
-        draw.text((left, tile + 2 * _GAP), text, fill=colour)
+        left, top = _GAP + place % columns * (tile + _GAP), place // columns * height
+        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, top + _GAP))
+        draw.text((left, top + tile + 2 * _GAP), text, fill=colour)
     return picture
 
 
