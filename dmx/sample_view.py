@@ -41,8 +41,8 @@ def write_samples(writer: RunWriter, checkpoint: Path, step: int) -> bool:
         return False
     if task_for(store.manifest.task).image_side is not None:
         captions = [
-            (f"says {said} ({p:.0%}), is {label}", _RIGHT if said == label else _WRONG)
-            for label, said, p in _rows(samples)
+            (f"says {said}, is {label}", _RIGHT if said == label else _WRONG)
+            for label, said, _ in _rows(samples)
         ]
         writer.image(TAG, pictures(store, _SPLIT, samples.indices, captions, _COLUMNS), step)
     writer.text(TAG, table(samples, store), step)

@@ -132,7 +132,7 @@ def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store
         pixels = np.zeros(256, np.uint8)
         pixels[: len(written[index][0])] = written[index][0]
         left = gap + place % 4 * (tile + gap)
-        top = gap + place // 4 * (tile + 2 * gap + 14)  # the caption is 14 high
+        top = gap + place // 4 * (tile + 2 * gap + 22)  # the caption is 22 high
         shown = picture[top : top + tile, left : left + tile]
         assert (shown[4::8, 4::8] == pixels.reshape(16, 16)).all()
     (text,) = reader.Tensors(f"{TAG}/text_summary")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from dmx.data import bytetext, listops
@@ -21,6 +21,8 @@ _LEAST_TILE = 128
 """Small images are enlarged to at least so many pixels, by a whole factor."""
 _GAP = 4
 _CAPTION = 14
+_LARGE_CAPTION = 22
+"""TensorBoard shrinks pictures."""
 _BINS = 16
 _BAR = 40
 _SNIPPET = 160
@@ -56,14 +58,15 @@ def pictures(
     pixels = store.split(split_name).gather(list(numbers), side * side).astype(np.uint8)
     tile = side * max(1, -(-_LEAST_TILE // side))
     columns = min(columns or len(numbers), len(numbers))
-    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _CAPTION
+    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _LARGE_CAPTION
+    font = ImageFont.load_default(_LARGE_CAPTION - 4)
     picture = Image.new("RGB", (width, height * -(-len(numbers) // columns)), "white")
     draw = ImageDraw.Draw(picture)
     for place, (row, (text, colour)) in enumerate(zip(pixels, captions, strict=True)):
         image = Image.fromarray(row.reshape(side, side)).convert("RGB")
         left, top = _GAP + place % columns * (tile + _GAP), place // columns * height
         picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, top + _GAP))
-        draw.text((left, top + tile + 2 * _GAP), text, fill=colour)
+        draw.text((left, top + tile + _GAP), text, fill=colour, font=font)
     return picture
 
 
