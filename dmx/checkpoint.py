@@ -30,14 +30,22 @@ def save_checkpoint(
     training_state: Mapping[str, Any],
     config: RunConfig,
     metrics: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a checkpoint directory; at every moment the old one or the new one is whole on disk."""
+    """Write a checkpoint directory; at every moment the old one or the new one is whole on disk.
+
+    Args:
+        notes: further text files of it, by name; no reader of a checkpoint needs them.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.parent / f".{folder.name}.new-{os.getpid()}"
     for stale in folder.parent.glob(f".{folder.name}.new-*"):  # of a killed process
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     try:
+        for name, text in (notes or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+            fsync(new / name)
         write_files(new, model_state, training_state, config, metrics)
         old = folder.parent / f".{folder.name}.old"
         if folder.exists():

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.curriculum`: train a chain of stages, each from the best checkpoint before it."""
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from dmx import log
 from dmx import records as keys
-from dmx.history import History, StageState, advance, fold
+from dmx.history import History, StageState, advance, attempt_folder, fold
 from dmx.planner import attempt_config
+from dmx.sample_view import write_samples
 from dmx.stages import CurriculumConfig, StageConfig
 from dmx.tensorboard import RunWriter
 
@@ -107,7 +108,11 @@ class TensorBoardView:
 
     def _reported(self, history: History, event: Mapping[str, Any]) -> None:
         metrics, step = event["metrics"], event["step"]
-        self._writer(self._run_name(event["stage"], event["attempt"])).scalars(metrics, step)
+        writer = self._writer(self._run_name(event["stage"], event["attempt"]))
+        writer.scalars(metrics, step)
+        if metrics.get(keys.BEST_STEP) == step:  # of older ones only the last is still on disk
+            attempt = attempt_folder(self._folder.parent, event["stage"], event["attempt"])
+            write_samples(writer, attempt / keys.BEST_DIR, step)
         for curve, chain in self._chains(event["stage"]):
             number = 1 + [s.name for s in chain].index(event["stage"])
             shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}

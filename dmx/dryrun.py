@@ -6,14 +6,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from dmx.checkpoint import TransferReport
+from dmx.costing.stage import StageCost, stage_cost
 from dmx.curriculum_view import seconds_text
 from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.log import console
 from dmx.precheck import StageData, resolve
-from dmx.probe import Cost, probe
 from dmx.stages import CurriculumConfig, StageConfig
 
 _DEV_SHARE = 0.1
@@ -40,7 +41,7 @@ def show(
         store = data[stage.name].store
         config = resolve(stage.config, data[stage.name])
         dev = _dev_examples(stage, data[stage.name])
-        costs[stage.name] = probe(config, store, dev, threads=threads[stage.name])
+        costs[stage.name] = stage_cost(config, store, dev, threads=threads[stage.name])
     out.print(_costs(curriculum, costs, threads))
     for line in _remarks(curriculum, data, costs):
         out.print(line, highlight=False)
@@ -95,10 +96,12 @@ def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
 
 
 def _costs(
-    curriculum: CurriculumConfig, costs: Mapping[str, Cost], threads: Mapping[str, int]
+    curriculum: CurriculumConfig, costs: Mapping[str, StageCost], threads: Mapping[str, int]
 ) -> Table:
-    device = next(iter(costs.values())).device
+    device = next(iter(costs.values())).probe.device
     most = max(threads.values())
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
     where = f"{device}, {most} threads" if device == "cpu" else device
     table = Table(title=f"what it costs, measured on this device ({where})", title_justify="left")
     table.add_column("stage")
@@ -113,12 +116,13 @@ def _costs(
         total += cost.total_seconds * trials
         table.add_row(
             stage.name,
-            f"{cost.parameters:,}",
-            f"{cost.tokens_per_sequence:,.0f} of {stage.config.task_info.max_length:,}",
-            f"{cost.flops_per_step / 1e9:,.1f}",
-            f"{cost.memory_mb:,.0f} MiB",
-            f"{cost.step_seconds:.3g} s",
-            seconds_text(cost.evaluation_seconds),
+            f"{cost.step.parameters:,}",
+            f"{cost.step.tokens / stage.config.train.batch_size:,.0f} of "
+            f"{stage.config.task_info.max_length:,}",
+            f"{cost.step.flops / 1e9:,.1f}",
+            f"{cost.memory_bytes / 2**20:,.0f} MiB",
+            f"{cost.probe.step_seconds:.3g} s",
+            seconds_text(cost.probe.eval_seconds),
             seconds_text(cost.total_seconds * trials),
             cost.input,
         )
@@ -128,10 +132,10 @@ def _costs(
 
 
 def _remarks(
-    curriculum: CurriculumConfig, data: Mapping[str, StageData], costs: Mapping[str, Cost]
+    curriculum: CurriculumConfig, data: Mapping[str, StageData], costs: Mapping[str, StageCost]
 ) -> list[str]:
     lines = []
-    if next(iter(costs.values())).device == "cpu":
+    if next(iter(costs.values())).probe.device == "cpu":
         lines.append(
             "memory: weights, AdamW and the tensors that one micro batch saves for the backward "
             "pass, in float32; the process itself needs about 400 MiB more."

@@ -19,7 +19,7 @@ from dmx.parallel import is_fast, row_pieces, run_shares, single_thread
 
 
 def embed(tables: Sequence[Tensor], indices: Sequence[Tensor], drop: float) -> Tensor:
-    """[V_i, D] and [T] each -> [T, D], dropout of the sum of tables[i][indices[i]].
+    """[V_i, D] and [T] each -> [T, D], dropout of the sum of `tables[i][indices[i]]`.
 
     The gradient of a table is a sum over its sorted rows: several times faster than torch's.
     """

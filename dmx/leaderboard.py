@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.leaderboard`: attentions x tasks over all runs, as markdown, LaTeX or CSV."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmx import cli
+from dmx import cli, reading_options
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.registry import choices_message
 from dmx.report import printable, write_whole
@@ -23,14 +24,6 @@ from dmx.reporting.text import MISSING, duration, percent, scaled
 
 logger = logging.getLogger("dmx.leaderboard")
 
-EXAMPLES = """\
-  python -m dmx.leaderboard
-      every run in runs/, as markdown
-  python -m dmx.leaderboard runs /shared/runs/butterfly-text --format latex --out table.tex
-      a run root and one run more, as a LaTeX table (needs \\usepackage{booktabs})
-  python -m dmx.leaderboard --format csv
-      one row per configuration and task, with every number
-"""
 NOTES = {
     "†": "steps or batch size are not the task preset's",
     "‡": "a run of it has not ended",
@@ -38,24 +31,9 @@ NOTES = {
 }
 
 
-def parser() -> cli.Parser:
-    """The command's options."""
-    p = cli.Parser(
-        prog="dmx.leaderboard",
-        description="Compare attentions over tasks: test accuracy over seeds, and what it cost.",
-        examples=EXAMPLES,
-    )
-    p.add_argument(
-        "runs", nargs="*", metavar="RUN", help="runs, or folders of runs (default: runs)"
-    )
-    p.add_argument("--format", default="md", help="md, latex or csv (default: md)")
-    p.add_argument("--out", metavar="FILE", help="where to (default: -, the terminal)")
-    return p
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parser().parse_args(argv)
+    args = reading_options.leaderboard().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
     found = entries(gather([Path(p) for p in args.runs or ["runs"]]))

@@ -28,7 +28,8 @@ class _ContextFilter(logging.Filter):
 def console(*, stderr: bool = False) -> Console:
     """The terminal to draw tables and progress bars on; wide enough for a table in a log file."""
     piped = not (sys.stderr if stderr else sys.stdout).isatty()
-    width = int(os.environ.get("COLUMNS", "140")) if piped else None
+    wanted = os.environ.get("COLUMNS", "")
+    width = (int(wanted) if wanted.isdecimal() else 140) if piped else None
     return Console(stderr=stderr, width=width, soft_wrap=False)
 
 

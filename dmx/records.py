@@ -46,6 +46,8 @@ MODEL_FILE = "model.pt"
 TRAINING_STATE_FILE = "training_state.pt"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
+SAMPLES_FILE = "samples.json"
+"""Beside the best weights: what they say about a few dev examples."""
 BEST_DIR = "best"
 LAST_DIR = "last"
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.report`: a run as one page to read, or as markdown, JSON or CSV."""
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmx import cli
+from dmx import cli, reading_options
 from dmx.errors import EXIT_OK, ConfigError
+from dmx.reading_options import REPORT_FILE
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
 from dmx.reporting.collect import collect
@@ -18,51 +20,24 @@ from dmx.reporting.records import RunReport
 
 logger = logging.getLogger("dmx.report")
 
-EXAMPLES = """\
-  python -m dmx.report runs/butterfly-text
-      writes runs/butterfly-text/report.html, one page that needs no network and no scripts
-  python -m dmx.report runs/butterfly-text --format md
-      markdown on the terminal; json and csv likewise
-  python -m dmx.report runs/pathx --out /tmp/pathx.html
-      a curriculum: lineage and gates as well
-"""
-
 FORMATS: dict[str, Callable[[RunReport], str]] = {
     "html": html.render,
     "md": markdown.render,
     "json": plain.to_json,
     "csv": plain.to_csv,
 }
-DEFAULT_NAME = "report.html"
-
-
-def parser() -> cli.Parser:
-    """The command's options."""
-    p = cli.Parser(
-        prog="dmx.report",
-        description="Show a study, a single run or a curriculum, finished or still running.",
-        examples=EXAMPLES,
-    )
-    p.add_argument("run", metavar="RUN", help="the run's folder, such as runs/butterfly-text")
-    p.add_argument("--format", default="html", help="html, md, json or csv (default: html)")
-    p.add_argument(
-        "--out",
-        metavar="FILE",
-        help=f"where to (default: RUN/{DEFAULT_NAME} for html, else -, the terminal)",
-    )
-    return p
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parser().parse_args(argv)
+    args = reading_options.report().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
     run = collect(Path(args.run))
     text = printable(FORMATS[args.format](run))
     target = args.out
     if target is None and args.format == "html":
-        target = str(run.folder / DEFAULT_NAME)
+        target = str(run.folder / REPORT_FILE)
     if target is None or target == "-":
         sys.stdout.write(text)
         return EXIT_OK

@@ -21,6 +21,7 @@ from dmx.errors import DmxError, StorageError
 from dmx.model import Classifier
 from dmx.patience import PATIENCE_SECONDS, persist
 from dmx.places import SHARED, Places
+from dmx.samples import predict_samples
 from dmx.trainer import Diverged, Trainer
 
 
@@ -142,7 +143,8 @@ class Runner:
         assert self._claim is not None
         self._claim.check()
         if self.trainer.best_step == self.trainer.step:
-            self.trainer.save(self._folder / keys.BEST_DIR)
+            notes = {keys.SAMPLES_FILE: predict_samples(self.trainer).to_json()}
+            self.trainer.save(self._folder / keys.BEST_DIR, notes)
             self.job.places.push(self._folder / keys.BEST_DIR)
         self.trainer.save(self._folder / keys.LAST_DIR)
         self.job.places.push(self._folder / keys.LAST_DIR)

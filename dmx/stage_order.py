@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dmx.attention.base import split_name
 from dmx.errors import ConfigError
-from dmx.gates import AlwaysGate, Gate
+from dmx.gates import Gate
+from dmx.gates.standard import AlwaysGate
 from dmx.registry import choices_message
 from dmx.stages import Generate, OnFail, SearchConfig, StageConfig
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from dmx import records as keys
 from dmx.ledger import trial_folder
 from dmx.overrides import flatten
+from dmx.sample_view import write_samples
 from dmx.tensorboard import RunWriter
 
 logger = logging.getLogger("dmx.study")
@@ -91,8 +92,12 @@ class TensorBoardView:
         self._writer(number).start({**values, **self._constants}, group)
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Scalars against optimizer steps."""
-        self._writer(number).scalars(metrics, int(metrics[keys.STEPS]))
+        """Scalars against optimizer steps; at a new best, what that model says of some samples."""
+        step = int(metrics[keys.STEPS])
+        self._writer(number).scalars(metrics, step)
+        if metrics.get(keys.BEST_STEP) == step:
+            best = trial_folder(self._folder, number) / keys.BEST_DIR
+            write_samples(self._writer(number), best, step)
 
     def ended(self, result: keys.TrialResult) -> None:
         """The status appears in HParams."""

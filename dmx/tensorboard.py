@@ -7,13 +7,16 @@ same: the union of all columns. Trials write only their start (values) and end (
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
@@ -32,6 +35,22 @@ _METRICS = (
     keys.PEAK_MEMORY_MB,
     keys.TEST_ACCURACY,
 )
+BY_SAMPLES = "by_samples/"
+_BY_SAMPLES_KEYS = (keys.DEV_ACCURACY, keys.DEV_LOSS, keys.TRAIN_LOSS)
+_CHARTS = {
+    "accuracy": {
+        "dev accuracy": keys.DEV_ACCURACY,
+        "best dev accuracy so far": keys.BEST_DEV_ACCURACY,
+        "dev accuracy by training samples": BY_SAMPLES + keys.DEV_ACCURACY,
+    },
+    "loss": {"dev loss": keys.DEV_LOSS, "train loss": keys.TRAIN_LOSS},
+    "training": {
+        "learning rate": keys.LEARNING_RATE,
+        "gradient norm": keys.GRADIENT_NORM,
+        "samples per second": keys.SAMPLES_PER_SECOND,
+        "peak memory (MB)": keys.PEAK_MEMORY_MB,
+    },
+}
 _STATUS = {
     "COMPLETE": api_pb2.STATUS_SUCCESS,
     "PRUNED": api_pb2.STATUS_SUCCESS,
@@ -58,21 +77,49 @@ class RunWriter:
         self.flush()
 
     def scalars(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Write all numbers of `metrics` at an optimizer step."""
+        """Write all numbers of `metrics` at an optimizer step, and the main ones by samples.
+
+        TensorBoard's horizontal axis is the step or the time; a second tag, whose step is the
+        number of training samples, compares runs of different batch sizes.
+        """
         numbers = {
             k: float(v)
             for k, v in metrics.items()
             if isinstance(v, int | float) and not isinstance(v, bool)
         }
-        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()])
-        self._writer.add_summary(summary, step)
+        self._numbers(numbers, step)
+        if keys.SAMPLES in numbers:
+            shown = {BY_SAMPLES + k: numbers[k] for k in _BY_SAMPLES_KEYS if k in numbers}
+            self._numbers(shown, int(numbers[keys.SAMPLES]))
         self.flush()
+
+    def _numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
+        self._writer.add_summary(Summary(value=values), step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write a markdown text at an optimizer step."""
         from torch.utils.tensorboard.summary import text as text_summary
 
         self._writer.add_summary(text_summary(tag, text), step)
+        self.flush()
+
+    def layout(self) -> None:
+        """Write what the Custom Scalars tab shows; TensorBoard merges equal ones of many runs."""
+        self._writer.add_summary(_layout())
+        self.flush()
+
+    def image(self, tag: str, picture: Image.Image, step: int = 0) -> None:
+        """Write a picture at an optimizer step."""
+        content = io.BytesIO()
+        picture.convert("RGB").save(content, format="PNG")
+        image = Summary.Image(
+            width=picture.width,
+            height=picture.height,
+            colorspace=3,
+            encoded_image_string=content.getvalue(),
+        )
+        self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         self.flush()
 
     def end(self, status: str) -> None:
@@ -161,6 +208,19 @@ def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:
     old = list(folder.glob("events.*"))
     writer = FileWriter(str(folder))
     writer.add_summary(hp.hparams_config_pb(hparams=hparams, metrics=metrics))
+    writer.add_summary(_layout())
     writer.close()
     for path in old:
         path.unlink(missing_ok=True)
+
+
+def _layout() -> Summary:
+    """The Custom Scalars tab: one chart per metric, with the curves of all trials and runs."""
+    from torch.utils.tensorboard.summary import custom_scalars
+
+    return custom_scalars(
+        {
+            title: {name: ["Multiline", [f"^{re.escape(tag)}$"]] for name, tag in charts.items()}
+            for title, charts in _CHARTS.items()
+        }
+    )

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.train`: one run of one configuration, continued where it stopped; no Ray."""
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dmx.errors import (
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
 from dmx.runner import Job, Runner, evaluate_checkpoint
+from dmx.sample_view import write_samples
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
 
@@ -199,6 +201,7 @@ def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Pa
     events.start(
         {**{k: "-" if v is None else v for k, v in shown.items()}, "data": store.manifest.label}
     )
+    events.layout()
     logger.info("run %s on data: %s", folder, store.manifest.label)
     columns = (
         TextColumn("{task.description}"),
@@ -217,6 +220,8 @@ def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Pa
                     events.end("FAILED")
                     return EXIT_FAILED
                 events.scalars(report, int(report[keys.STEPS]))
+                if report[keys.BEST_STEP] == report[keys.STEPS]:
+                    write_samples(events, folder / keys.BEST_DIR, int(report[keys.STEPS]))
                 logger.info(
                     "step %d: train loss %.4f, dev loss %.4f, dev accuracy %.4f (best %.4f)",
                     *(report[k] for k in (keys.STEPS, keys.TRAIN_LOSS, keys.DEV_LOSS)),

@@ -198,6 +198,11 @@ class Trainer:
         self.schedule.step()
         return loss_sum, correct, norm.detach()
 
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on a given batch, outside of the run's own order; for measuring."""
+        self.model.train()
+        self._optimizer_step(batch)
+
     def _logits(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.config.train.precision):
             logits = self._run(batch.input_ids, batch.input_ids_1)
@@ -229,6 +234,14 @@ class Trainer:
         count = len(data)
         return Evaluation(loss.item() / count, correct.item() / count, count)
 
+    @torch.no_grad()
+    def probabilities(self, batch: Batch) -> torch.Tensor:
+        """Class probabilities [B, C] of a batch on the device; leaves the model in eval mode."""
+        self.model.eval()
+        with autocast(self.device, self.config.train.precision):  # uncompiled: an odd batch size
+            logits = self.model(batch.input_ids, batch.input_ids_1)
+        return torch.softmax(logits.float(), dim=-1)
+
     # -- state ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -252,9 +265,9 @@ class Trainer:
         manifest = self.store.manifest
         return {"data": manifest.label, "is_sample": manifest.is_sample, "task": self.config.task}
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint directory, atomically."""
-        save_checkpoint(folder, **self._checkpoint_parts())
+    def save(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write a checkpoint directory, atomically; `notes` are further text files in it."""
+        save_checkpoint(folder, **self._checkpoint_parts(), notes=notes)
 
     def save_into(self, folder: Path) -> None:
         """Write the checkpoint's files into an existing folder whose atomicity is another's job."""

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.tune`: search an attention's hyperparameters on a task."""
 
 from __future__ import annotations

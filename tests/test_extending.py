@@ -25,6 +25,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert {name for name, _ in blocks} >= {
         "dmx/attention/window.py",
         "dmx/tasks/parity.py",
+        "dmx/gates/steady.py",
         "search_spaces/window.yaml",
     }
     for name, body in blocks:
@@ -89,3 +90,26 @@ def test_the_search_space_and_the_task_are_found(checkout: Path) -> None:
         """,
     )
     assert out.strip() == "64 ['attention.window_size', 'optim.learning_rate']"
+
+
+def test_the_gate_decides(checkout: Path) -> None:
+    out = run_in(
+        checkout,
+        """
+        from dmx.gates import Gate
+        from dmx.records import StageRecord
+        gate = Gate.parse({"name": "steady", "evaluations": 2, "max_swing": 0.05}, "gate")
+        for curve in ((0.5,), (0.1, 0.5, 0.53), (0.5, 0.6)):
+            record = StageRecord(
+                name="s", attempt=0, dev_accuracies=curve, steps=1, seconds=1.0, num_classes=2,
+                checkpoint=None,
+            )
+            found = gate.decide(record)
+            print(found.passed, found.reason)
+        """,
+    )
+    assert out.splitlines() == [
+        "False steady: only 1 evaluations",
+        "True steady: swing 0.0300",
+        "False steady: swing 0.1000",
+    ]

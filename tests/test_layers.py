@@ -22,15 +22,18 @@ LAYERS: list[tuple[str, str]] = [
     ),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("mathematics", "packing parallel dropout functional ends optim"),
-    ("kinds", "attention attention.* tasks tasks.* gates"),
+    ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "trainer runner evaluation"),
+    ("training", "trainer samples runner evaluation maps map_view"),
     ("stages", "proposer optuna_file ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
-    ("plans, shown", "lineage probe study_files"),
+    (
+        "plans, shown",
+        "lineage study_files sample_view costing costing.count costing.probe costing.st*",
+    ),
     (
         "ray",
         "cluster cluster_size launch trainable scheduler budget study_config watchdog study_hooks",
@@ -38,8 +41,11 @@ LAYERS: list[tuple[str, str]] = [
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
-    ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "place_options tune_options tune train curriculum"),
+    ("reports", "reading_options reporting reporting.* report leaderboard costs costing costing.*"),
+    (
+        "commands",
+        "place_options tune_options tune train curriculum attention_maps completion",
+    ),
 ]
 
 # Who may import what, at the top of a file or within a function.

@@ -93,6 +93,11 @@ class AttentionConfig:
         return {"name": self.name, **fields}
 
     @property
+    def has_map(self) -> bool:
+        """Whether its mixer weighs keys by probabilities (see TokenMixer.attention_map)."""
+        return False
+
+    @property
     def size(self) -> int | None:
         """The value of `size_field`."""
         return None if self.size_field is None else int(getattr(self, self.size_field))
@@ -138,6 +143,18 @@ class TokenMixer(nn.Module):
 
         Returns:
             [B, H, L, Dh]; rows of masked tokens are finite and otherwise undefined.
+        """
+        raise NotImplementedError
+
+    def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """The probabilities by which `forward` weighs v, where the config's `has_map` is true.
+
+        Args:
+            q, k: [B, H, L, Dh]. mask: [B, L].
+
+        Returns:
+            [B * L / n, H, n, n] for groups of n positions, in the order of packing.to_groups; a row
+            is a query and sums to 1; masked keys are 0 in a group with any real key.
         """
         raise NotImplementedError
 

@@ -76,6 +76,11 @@ class ButterflyConfig(AttentionConfig):
         except ConfigError as error:
             raise ConfigError(f"inner: {error}") from None
 
+    @property
+    def has_map(self) -> bool:
+        """Where the inner attention has one."""
+        return self.inner.has_map
+
     def build(self, context: MixerContext) -> TokenMixer:
         """The mixer of one layer."""
         stride = butterfly_stride(context.length, self.block_size, context.layer_index)
@@ -96,12 +101,18 @@ class ButterflyMixer(TokenMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Regroup, mix within the groups, and put everything back."""
         length = q.shape[2]
-
-        def split(x: Tensor) -> Tensor:
-            return to_groups(x.transpose(1, 2), self._grouping).transpose(1, 2)
-
-        out = self.inner(split(q), split(k), split(v), to_groups(mask, self._grouping))
+        groups = to_groups(mask, self._grouping)
+        out = self.inner(self._split(q), self._split(k), self._split(v), groups)
         return from_groups(out.transpose(1, 2), self._grouping, length).transpose(1, 2)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, H, L, Dh] -> [B * L / n, H, n, Dh]."""
+        return to_groups(x.transpose(1, 2), self._grouping).transpose(1, 2)
+
+    def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """The inner attention's map of every group."""
+        groups = to_groups(mask, self._grouping)
+        return self.inner.attention_map(self._split(q), self._split(k), groups)
 
     def grouping(self, length: int) -> Grouping:
         """The groups of this layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,6 +30,11 @@ class SoftmaxConfig(AttentionConfig):
 
     name: ClassVar[str] = "softmax"
 
+    @property
+    def has_map(self) -> bool:
+        """Yes: the softmax itself."""
+        return True
+
     def build(self, context: MixerContext) -> TokenMixer:
         """The mixer; it has no parameters."""
         return SoftmaxMixer(self.dropout)
@@ -49,9 +55,12 @@ class SoftmaxMixer(TokenMixer):
         The reference subtracts 1e6 from masked keys, which in fp32 is an exact zero weight beside
         any real key. Rows of masked tokens differ, and nothing reads them.
         """
-        keep = mask.bool()
-        keep = keep | ~keep.any(dim=1, keepdim=True)
-        return self._attend(q, k, v, keep[:, None, None, :])
+        return self._attend(q, k, v, _kept_keys(mask))
+
+    def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(Dh)) in float32, [B, H, L, L]; without dropout."""
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return scores.masked_fill(~_kept_keys(mask), -math.inf).softmax(dim=-1)
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """Attention among the real tokens of each group; positions do not matter."""
@@ -100,3 +109,10 @@ class SoftmaxMixer(TokenMixer):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=keep, dropout_p=dropout
             )
+
+
+def _kept_keys(mask: Tensor) -> Tensor:
+    """[B, L] -> [B, 1, 1, L] bool: the keys that count; all of them where none is real."""
+    keep = mask.bool()
+    keep = keep | ~keep.any(dim=1, keepdim=True)
+    return keep[:, None, None, :]

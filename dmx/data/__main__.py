@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m dmx.data`: prepare, list and show data sets. Parses, calls, sets the exit code."""
 
 from __future__ import annotations
@@ -29,12 +30,27 @@ python -m dmx.data TASK [--source PATH]      prepare a task; without a source it
        python -m dmx.data show TASK          sample images, or lengths, classes and snippets"""
 
 
+EXAMPLES = """\
+examples:
+  python -m dmx.data listops
+      generate ListOps with the published number of expressions
+  python -m dmx.data pathX-cl14_nogap --num-images 20000 --workers 8
+      a smaller Pathfinder-X set
+  python -m dmx.data text --source aclImdb_v1.tar.gz --data-root /data/lra
+      IMDB from its archive, into a folder that several machines see
+  python -m dmx.data show listops --out lengths.png
+      what a prepared task looks like
+
+tasks: """
+
+
 def parser() -> argparse.ArgumentParser:
     """All options of all four commands."""
     p = argparse.ArgumentParser(
         prog="python -m dmx.data",
         usage=USAGE,
-        epilog=f"tasks: {', '.join(task_names())}",
+        epilog=EXAMPLES + ", ".join(task_names()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     p.add_argument("what", metavar="TASK|all|list|show", help="a task, or one of the three words")

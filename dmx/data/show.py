@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from dmx.data import bytetext, listops
@@ -21,6 +21,8 @@ _LEAST_TILE = 128
 """Small images are enlarged to at least so many pixels, by a whole factor."""
 _GAP = 4
 _CAPTION = 14
+_LARGE_CAPTION = 22
+"""TensorBoard shrinks pictures."""
 _BINS = 16
 _BAR = 40
 _SNIPPET = 160
@@ -32,19 +34,39 @@ def strip(store: Store, split_name: str, count: int) -> Image.Image:
     Raises:
         ConfigError: the task has no images, or fewer.
     """
-    side = task_for(store.manifest.task).image_side
     split = store.split(split_name)
     _check_count(count, split)
+    names = [class_name(store.manifest, int(label)) for label in split.labels[:count]]
+    return pictures(store, split_name, range(count), [(name, "black") for name in names]).convert(
+        "L"
+    )
+
+
+def pictures(
+    store: Store,
+    split_name: str,
+    numbers: Sequence[int],
+    captions: Sequence[tuple[str, str]],
+    columns: int | None = None,
+) -> Image.Image:
+    """Images `numbers` of a split; below each its caption, a text and its colour.
+
+    A pixel with id 0 is a masked token, and black. `columns`: images side by side; None: all.
+    """
+    side = task_for(store.manifest.task).image_side
     assert side is not None
+    pixels = store.split(split_name).gather(list(numbers), side * side).astype(np.uint8)
     tile = side * max(1, -(-_LEAST_TILE // side))
-    width = count * (tile + _GAP) + _GAP
-    picture = Image.new("L", (width, tile + 2 * _GAP + _CAPTION), 255)
+    columns = min(columns or len(numbers), len(numbers))
+    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _LARGE_CAPTION
+    font = ImageFont.load_default(_LARGE_CAPTION - 4)
+    picture = Image.new("RGB", (width, height * -(-len(numbers) // columns)), "white")
     draw = ImageDraw.Draw(picture)
-    for number in range(count):
-        image = Image.fromarray(np.array(split.tokens(number)).reshape(side, side))
-        left = _GAP + number * (tile + _GAP)
-        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, _GAP))
-        draw.text((left, tile + 2 * _GAP), _class(store.manifest, split, number), fill=0)
+    for place, (row, (text, colour)) in enumerate(zip(pixels, captions, strict=True)):
+        image = Image.fromarray(row.reshape(side, side)).convert("RGB")
+        left, top = _GAP + place % columns * (tile + _GAP), place // columns * height
+        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, top + _GAP))
+        draw.text((left, top + tile + _GAP), text, fill=colour, font=font)
     return picture
 
 
@@ -89,11 +111,16 @@ def snippets(store: Store, split_name: str, count: int) -> Iterator[str]:
     """The beginnings of the first `count` texts of a split, decoded, with their labels."""
     manifest, split = store.manifest, store.split(split_name)
     _check_count(count, split)
-    decode = listops.decode if manifest.task == "listops" else bytetext.decode
     for number in range(count):
-        texts = [split.tokens(number)] + ([split.tokens_1(number)] if manifest.paired else [])
-        shown = " || ".join(decode(ids)[:_SNIPPET].replace("\n", " ") for ids in texts)
-        yield f"[{_class(manifest, split, number)}] {shown}"
+        name = class_name(manifest, int(split.labels[number]))
+        yield f"[{name}] {snippet(manifest, split, number)}"
+
+
+def snippet(manifest: Manifest, split: Split, number: int) -> str:
+    """The beginning of a text, decoded, in one line; of both texts of a pair."""
+    decode = listops.decode if manifest.task == "listops" else bytetext.decode
+    texts = [split.tokens(number)] + ([split.tokens_1(number)] if manifest.paired else [])
+    return " || ".join(decode(ids)[:_SNIPPET].replace("\n", " ") for ids in texts)
 
 
 def length_picture(split: Split, manifest: Manifest) -> Image.Image:
@@ -128,7 +155,7 @@ def _check_count(count: int, split: Split) -> None:
         raise ConfigError(f"--num {count} must lie in 1..{len(split)}, the size of {split.name}.")
 
 
-def _class(manifest: Manifest, split: Split, number: int) -> str:
-    label = int(split.labels[number])
+def class_name(manifest: Manifest, label: int) -> str:
+    """A class by number, and by name where it has one: `1 connected`."""
     name = manifest.class_names[label] if manifest.class_names else ""
     return str(label) if name in ("", str(label)) else f"{label} {name}"

@@ -130,7 +130,8 @@ def read_scalars(folder: Path) -> tuple[dict[str, float], ...]:
             for raw in RawEventFileLoader(str(path)).Load():
                 event = Event.FromString(raw)
                 for value in event.summary.value:
-                    if value.WhichOneof("value") == "simple_value":
+                    # A tag with a slash counts by something other than optimizer steps.
+                    if value.WhichOneof("value") == "simple_value" and "/" not in value.tag:
                         steps.setdefault(event.step, {})[value.tag] = value.simple_value
         except Exception as error:  # whatever a damaged file makes protobuf or TensorBoard raise
             raise DataError(f"{path} is damaged ({type(error).__name__}).") from None

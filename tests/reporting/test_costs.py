@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,10 @@ from dmx.config import RunConfig, parse_run_config
 from dmx.costing.asha import ExpectedSteps, expected_steps
 from dmx.costing.count import StepCost, count_step
 from dmx.costing.estimate import Cost
-from dmx.costing.probe import Probe, probe_step
+from dmx.costing.probe import Probe, _part, probe_step
+from dmx.costing.stage import stage_cost
+from dmx.costing.stand_in import GENERATED, RANDOM
+from dmx.data.batches import Batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.trainer import Trainer
@@ -79,6 +85,64 @@ def test_counting_and_probing_leave_no_trace(tiny_store: Store) -> None:
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert probe.step_seconds > 0 and probe.eval_seconds > 0 and probe.steps >= 1
     assert probe.device == "cpu" and probe.peak_memory_bytes is None
+
+
+def test_a_stage_adds_up(tiny_store: Store) -> None:
+    """8 steps, 4 evaluations of a dev split of 74; memory holds weights, gradient and moments."""
+    config = _config("none")
+    cost = stage_cost(config, tiny_store, 74, threads=1)
+    assert cost.total_seconds == 8 * cost.probe.step_seconds + 4 * cost.probe.eval_seconds
+    assert cost.step == count_step(config, tiny_store, examples=4)
+    assert cost.input == tiny_store.manifest.label
+    assert cost.memory_bytes == cost.step.memory_bytes > 16 * cost.step.parameters
+
+
+@pytest.mark.parametrize(
+    ("task", "attention", "tokens", "name"),
+    [
+        ("retrieval", "butterfly-64", 2 * 4096, RANDOM),
+        ("listops", "linear", 2048, RANDOM),
+        ("pathfinder32-curv_contour_length_14", "butterfly-32", None, GENERATED),
+    ],
+)
+def test_a_stage_whose_data_are_not_there(
+    task: str, attention: str, tokens: int | None, name: str
+) -> None:
+    """Full-length random tokens, or images of which 80 % and more are black; nothing is left."""
+    config = parse_run_config(
+        {"task": task, "attention": attention}, SIZES, {"train.batch_size": 2}
+    )
+    before = set(Path(tempfile.gettempdir()).glob("dmx-stand-in-*"))
+    cost = stage_cost(config, None, 10, threads=1)
+    assert set(Path(tempfile.gettempdir()).glob("dmx-stand-in-*")) == before
+    assert cost.input == name and cost.probe.steps >= 1 and cost.total_seconds > 0
+    real = cost.step.tokens / 2
+    assert real == tokens if tokens is not None else 50 < real < 600
+
+
+def test_a_large_batch_is_timed_in_part() -> None:
+    """Whole micro batches where they fit, part of one where they do not."""
+    cases = {(256, None, 4): (4, None), (256, 8, 20): (16, 8), (256, 8, 8): (8, None)}
+    cases |= {(256, 8, 4): (4, None), (8, 4, 64): (8, 4), (8, None, 8): (8, None)}
+    for (batch, micro, most), (size, part) in cases.items():
+        train = _config("none", train__batch_size=batch, train__micro_batch_size=micro).train
+        found = _part(train, most)
+        assert (found.batch_size, found.micro_batch_size) == (size, part), (batch, micro, most)
+
+
+def test_a_part_counts_for_the_whole(tiny_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is made to last the same: a sixteenth of the batch stands for 16 times of it."""
+    seen: list[int] = []
+
+    def step(self: Trainer, batch: Batch) -> None:
+        seen.append(len(batch.labels))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr("dmx.costing.probe._CPU_POSITIONS", 2 * 256)
+    probe = probe_step(_config("none", train__batch_size=32), tiny_store, seconds=0.1)
+    assert set(seen) == {2}
+    assert 16 * 0.01 <= probe.step_seconds < 16 * 0.05
 
 
 def _expected(**changes: int) -> ExpectedSteps:

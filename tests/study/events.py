@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from tests.study.helpers import SEARCHED, journal, rows
@@ -35,6 +37,20 @@ def cell(value: Any) -> Any:
     return getattr(value, value.WhichOneof("kind"))
 
 
+def layout_of(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Custom Scalars: category -> chart -> the tags that it shows."""
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    (event,) = reader.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {c.title: {t.title: list(t.multiline.tag) for t in c.chart} for c in layout.category}
+
+
+def trial_best(folder: Path) -> dict[str, Any]:
+    """samples.json of a trial's best checkpoint."""
+    return json.loads((folder / "best" / "samples.json").read_text(encoding="utf-8"))
+
+
 def check(study: Path) -> None:
     """One experiment record with all columns; each trial's values, status and curves."""
     _, root = plugin_data(study / "hparams")
@@ -47,6 +63,8 @@ def check(study: Path) -> None:
     assert (interval.min_value, interval.max_value) == (1e-4, 3e-2)
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"best_dev_accuracy", "dev_accuracy", "train_loss", "test_accuracy"} <= metrics
+    layout = layout_of(study / "hparams")
+    assert layout["accuracy"]["dev accuracy"] == ["^dev_accuracy$"]
     records = journal(study)
     for row in rows(study):
         folder = study / "trials" / f"{int(row['trial']):04d}"
@@ -64,6 +82,9 @@ def check(study: Path) -> None:
         assert cell(shown["task"]) == TASK and cell(shown["data"]) == f"{TASK} (tiny)"
         status = found["_hparams_/session_end_info"].session_end_info.status
         assert status == STATUS[row["status"]], (row["trial"], row["status"])
+        best = trial_best(folder)
+        assert best["step"] in {e.step for e in reader.Images("predictions")}
+        assert best["step"] in {e.step for e in reader.Tensors("predictions/text_summary")}
         for tag in ("dev_accuracy", "best_dev_accuracy", "train_loss"):
             points = {e.step: e.value for e in reader.Scalars(tag)}
             reports = [

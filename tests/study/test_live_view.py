@@ -1,0 +1,159 @@
+"""What a study says on a terminal, in a log, as JSON lines, and quietly; colour and none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmx import records as keys
+from dmx.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
+from tests.study.helpers import ROOT, command, environment, run
+
+REPORT = {
+    "steps": 4,
+    "dev_accuracy": 0.5,
+    "best_dev_accuracy": 0.625,
+    "train_loss": math.nan,
+    "samples_per_second": 100.0,
+}
+
+
+def result(number: int, status: Any = "COMPLETE", best: float = 0.625) -> keys.TrialResult:
+    return keys.TrialResult(
+        trial_id=str(number),
+        number=number,
+        status=status,
+        params={},
+        best_dev_accuracy=best,
+        steps=4,
+    )
+
+
+def speak(view: Any) -> None:
+    with view:
+        view.started(0, {"optim.learning_rate": 1e-3}, {})
+        view.reported(0, REPORT)
+        view.ended(result(0))
+
+
+def choose(output: Any) -> Any:
+    return choose_view(output, num_trials=2, max_steps=8, title="t")
+
+
+def test_json_lines_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is none of JSON: it becomes null."""
+    speak(choose("json"))
+    out, err = capsys.readouterr()
+    events = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["started", "reported", "ended"]
+    assert events[0]["params"] == {"optim.learning_rate": 1e-3}
+    assert events[1]["train_loss"] is None and events[1]["dev_accuracy"] == 0.5
+    assert events[2]["status"] == "COMPLETE" and err == ""
+    logging.getLogger("dmx").setLevel(logging.INFO)
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    speak(choose("quiet"))
+    assert capsys.readouterr() == ("", "")
+    logging.getLogger("dmx").setLevel(logging.INFO)
+
+
+def test_auto_is_plain_where_there_is_no_terminal() -> None:
+    assert type(choose("auto")) is PlainView
+    assert type(choose("live")) is LiveView
+    assert type(choose("json")) is JsonView and type(choose("quiet")) is QuietView
+
+
+def test_the_live_line_by_hand() -> None:
+    view = LiveView(4, 8, "t")
+    begun = view._started_at
+    assert "0/4 ended (none); best none; about ? left" in view.summary(begun)
+    view.started(0, {"a.b": 1}, {})
+    view.reported(0, REPORT)
+    view.ended(result(0))
+    view.ended(result(1, "PRUNED"))
+    # Two of four in 60 s: as long again.
+    text = "2/4 ended (1 complete, 1 pruned); best 0.6250 (trial 0); about 60 s left"
+    assert view.summary(begun + 60) == text
+
+
+SCRIPT = """
+from dmx import log
+from dmx.live_view import choose_view
+from tests.study.test_live_view import speak
+log.setup()
+view = choose_view("auto", num_trials=2, max_steps=8, title="a title")
+print(type(view).__name__)
+speak(view)
+import logging; logging.getLogger("dmx").warning("a warning")
+"""
+
+
+def in_a_terminal(**more: str) -> bytes:
+    """Everything a real pseudo-terminal gets."""
+    main, sub = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdin=sub,
+        stdout=sub,
+        stderr=sub,
+        env={**environment(), "TERM": "xterm-256color", **more},
+        cwd=ROOT,
+    )
+    os.close(sub)
+    parts = []
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # Linux says so at the end
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(main)
+    assert process.wait(60) == 0, b"".join(parts)
+    return b"".join(parts)
+
+
+def test_a_terminal_shows_the_live_table_and_obeys_no_color() -> None:
+    coloured = in_a_terminal()
+    assert b"LiveView" in coloured and b"a title" in coloured
+    hues = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-7]|38;[0-9;]+|9[0-7])m")
+    assert hues.search(coloured), "a warning has a colour"
+    plain = in_a_terminal(NO_COLOR="1")
+    assert b"LiveView" in plain and b"a warning" in plain
+    assert not hues.search(plain)
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, env=environment(), cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert b"PlainView" in done.stdout and b"dev accuracy 0.5000" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_study_speaks_json(tmp_path: Path, tiny_root: Path) -> None:
+    """Standard output is JSON lines and nothing else."""
+    words = command(tmp_path, tiny_root, "--output", "json")
+    words[words.index("--num-trials") + 1] = "2"
+    words[words.index("--max-steps") + 1] = "4"
+    done = run(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = [e["event"] for e in events]
+    assert kinds[0] == "started" and kinds[-1] == "finished"
+    assert kinds.count("started") == kinds.count("ended") == 2
+    assert events[-1]["best"]["trial"] in (0, 1)

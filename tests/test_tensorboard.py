@@ -1,0 +1,60 @@
+"""TensorBoard files: scalars against steps and samples, and the Custom Scalars layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dmx.reporting.reading import read_scalars
+from dmx.tensorboard import Column, RunWriter, announce_study
+from tests.study.events import layout_of
+
+REPORT = {"samples": 64, "dev_accuracy": 0.5, "dev_loss": 0.7, "train_loss": 0.8, "done": False}
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return {
+        tag: [(e.step, pytest.approx(e.value)) for e in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }
+
+
+def test_scalars_by_step_and_by_samples(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.scalars(REPORT, 4)
+    writer.scalars({**REPORT, "samples": 128, "dev_accuracy": 0.75}, 8)
+    writer.scalars({"test_accuracy": 0.25}, 8)
+    writer.close()
+    found = points(tmp_path)
+    assert found["dev_accuracy"] == [(4, 0.5), (8, 0.75)]
+    assert found["by_samples/dev_accuracy"] == [(64, 0.5), (128, 0.75)]
+    assert found["by_samples/train_loss"] == [(64, 0.8), (128, 0.8)]
+    assert found["test_accuracy"] == [(8, 0.25)]
+    assert sorted(t for t in found if "/" in t) == [
+        f"by_samples/{name}" for name in ("dev_accuracy", "dev_loss", "train_loss")
+    ]
+
+
+def test_a_report_reads_steps_only(tmp_path: Path) -> None:
+    """`dmx.report` of a single run takes its evaluations from here, one per optimizer step."""
+    writer = RunWriter(tmp_path)
+    writer.scalars(REPORT, 4)
+    writer.close()
+    (only,) = read_scalars(tmp_path)
+    assert only == pytest.approx({k: v for k, v in REPORT.items() if k != "done"})
+
+
+def test_one_layout_per_study(tmp_path: Path) -> None:
+    """Written anew with the columns when another study comes; never twice."""
+    for name in ("one", "two"):
+        announce_study(tmp_path / name, {"optim.learning_rate": Column((), 0.1, 0.2)})
+    for name in ("one", "two"):
+        layout = layout_of(tmp_path / name / "hparams")
+        assert layout["accuracy"]["dev accuracy"] == ["^dev_accuracy$"]
+        by_samples = layout["accuracy"]["dev accuracy by training samples"]
+        assert by_samples == ["^by_samples/dev_accuracy$"]
+        assert layout["loss"] == {"dev loss": ["^dev_loss$"], "train loss": ["^train_loss$"]}
