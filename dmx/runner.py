@@ -19,7 +19,9 @@ from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError
 from dmx.model import Classifier
+from dmx.ranks import ALONE, PeerLost, Ranks
 from dmx.trainer import Diverged, Trainer
+from dmx.workers import check_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Job:
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
+        workers: processes that train it together; more than one need Ray (see dmx.distributed).
+        cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
     """
 
     run_config: Mapping[str, Any]
@@ -39,6 +43,9 @@ class Job:
     threads: int = 1
     init_from: str | None = None
     reinit: tuple[str, ...] = field(default=())
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
 
 
 class Runner:
@@ -49,10 +56,21 @@ class Runner:
 
     Args:
         job: the run. on_step: see Trainer.
+        ranks: the processes that train it together, each with a Runner; the leader alone claims
+            the folder and writes.
+
+    Raises:
+        PeerLost: another process is gone; from every method.
     """
 
-    def __init__(self, job: Job, on_step: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        on_step: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.job = job
+        self._ranks = ranks
         self._on_step = on_step
         self._folder = Path(job.folder)
         self._trainer: Trainer | None = None
@@ -64,26 +82,33 @@ class Runner:
         started = time.perf_counter()
         try:
             self._build()
+        except PeerLost:
+            raise
         except Exception as error:
             self._fail(error)
         self._busy_seconds = time.perf_counter() - started
 
     def _build(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self._folder)
-        last = self._folder / keys.LAST_DIR
-        resume = last.exists() or (last.parent / f".{last.name}.old").exists()
         config = parse_run_config(self.job.run_config)
+        check_batch(config.train.batch_size, self._ranks.size)
+        last, resume = self._folder / keys.LAST_DIR, False
+        if self._ranks.leads:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._claim = Claim(self._folder)
+            resume = last.exists() or (last.parent / f".{last.name}.old").exists()
         store = open_store(Path(self.job.data_folder))
-        start = None if resume or self.job.init_from is None else self._take_weights
-        self._trainer = Trainer(config, store, on_step=self._on_step, before_training=start)
+        start = self._take_weights if self._ranks.leads and not resume else None
+        self._trainer = Trainer(
+            config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
+        )
         if resume:
             self._trainer.load(open_checkpoint(last))
-            self._resumed = True
+        self._trainer.follow_leader()
+        self._resumed = self._ranks.from_leader(resume)
 
     def _take_weights(self, model: Classifier) -> None:
-        assert self.job.init_from is not None
-        transfer(model, read_weights(Path(self.job.init_from)), self.job.reinit)
+        if self.job.init_from is not None:
+            transfer(model, read_weights(Path(self.job.init_from)), self.job.reinit)
 
     @property
     def trainer(self) -> Trainer:
@@ -106,14 +131,30 @@ class Runner:
         started = time.perf_counter()
         try:
             metrics = trainer.advance()
-            if trainer.best_step == trainer.step:
-                trainer.save(self._folder / keys.BEST_DIR)
-            trainer.save(self._folder / keys.LAST_DIR)
+            if self._ranks.leads:
+                if trainer.best_step == trainer.step:
+                    trainer.save(self._folder / keys.BEST_DIR)
+                trainer.save(self._folder / keys.LAST_DIR)
+        except PeerLost:
+            raise
         except Exception as error:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
         return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run cannot go on; `step` then says why."""
+        return self._failure is not None
+
+    def save_into(self, folder: Path) -> None:
+        """Write a checkpoint into an existing folder whose atomicity is another's job."""
+        self.trainer.save_into(folder)
+
+    def load_from(self, folder: Path) -> None:
+        """Go on from another checkpoint."""
+        self.trainer.load(open_checkpoint(folder))
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""

@@ -8,8 +8,8 @@ from typing import Any
 from ray import tune
 
 from dmx import log
-from dmx.checkpoint import open_checkpoint
-from dmx.runner import Job, Runner
+from dmx.distributed import runner_of
+from dmx.runner import Job
 
 JOB_KEY = "job"
 
@@ -25,7 +25,7 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Build the run, or continue it from its last checkpoint."""
         log.setup()
-        self._runner = Runner(Job(**config[JOB_KEY]))
+        self._runner = runner_of(Job(**config[JOB_KEY]))
 
     def step(self) -> dict[str, Any]:
         """Train to the next evaluation and report."""
@@ -33,11 +33,11 @@ class TrialTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self._runner.trainer.save_into(Path(checkpoint_dir))
+        self._runner.save_into(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self._runner.trainer.load(open_checkpoint(Path(checkpoint)))
+        self._runner.load_from(Path(checkpoint))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""

@@ -16,18 +16,25 @@ PACKAGE = ROOT / "dmx"
 # one. A new file is put where it belongs; what matches an earlier line is not looked at again.
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
-    ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
+    (
+        "values",
+        "cli workers registry schema overrides records journal resources claim device tensorboard",
+    ),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "trainer runner evaluation"),
+    ("training", "ranks micro_batch passes trainer runner evaluation"),
     ("stages", "ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
-    ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
+    (
+        "ray",
+        "cluster cluster_size distributed launch trainable scheduler budget study_config "
+        "study_hooks",
+    ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
@@ -38,6 +45,7 @@ LAYERS: list[tuple[str, str]] = [
 # Who may import what, at the top of a file or within a function.
 RAY = [
     "cluster",
+    "distributed",
     "launch",
     "trainable",
     "scheduler",

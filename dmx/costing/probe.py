@@ -64,11 +64,11 @@ def _time(trainer: Trainer, seconds: float) -> Probe:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     trainer.model.eval()
     dev = trainer.store.split("dev")
-    size = trainer.eval_batch_size
+    size = trainer.passes.evaluation.size
     seen, before = 0, time.perf_counter()
     with torch.no_grad():
         for batch in eval_batches(dev, size, trainer.length, device):
-            trainer._logits(batch)
+            trainer.passes.logits(batch)
             _wait(device)
             seen += len(batch.labels)
             if time.perf_counter() - before > 0.3 * seconds:
