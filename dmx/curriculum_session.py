@@ -42,7 +42,7 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     """Run or continue the curriculum; the exit code."""
     precheck.check_device(curriculum, local=options.address is None)
     if options.address is None:
-        local_means(curriculum, options.cpus, options.gpus)
+        local_means(curriculum, options.cpus, options.gpus, options.workers)
     data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
     precheck.check_transfers(curriculum, data)
     selected = [s.name for s in curriculum.stages]
@@ -138,6 +138,7 @@ def _connected(
                         resources,
                         options.cpus,
                         options.gpus,
+                        options.workers,
                         largest_node=largest_node(),
                     ),
                     data_root=options.data_root,

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from dmx import cluster, log  # cluster sets Ray's environment before Ray is imp
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.ranks import Group
-from dmx.runner import Job, Runner
+from dmx.runner import Job, Runner, evaluate_checkpoint
+from dmx.workers import Workers
 
 import ray  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
 logger = logging.getLogger("dmx.distributed")
-__all__ = ["DistributedRunner", "cluster", "runner_of"]
+__all__ = ["DistributedRunner", "check_room", "cluster", "opened", "runner_of"]
 
 _MAX_RESTARTS = 3
 """Worker groups that may die one after another without a single further report."""
@@ -35,6 +36,33 @@ _SESSION_THREADS = 32
 def runner_of(job: Job) -> Runner | DistributedRunner:
     """Whatever runs the job: this process, or several others."""
     return Runner(job) if job.workers == 1 else DistributedRunner(job)
+
+
+def check_room(workers: Workers, resources: cluster.Resources) -> None:
+    """Whether a run of these workers fits.
+
+    Raises:
+        ConfigError: it does not; Ray would wait for ever.
+    """
+    count = workers.count
+    cluster.check_request(resources, cpus=workers.cpus * count, gpus=workers.gpus * count)
+
+
+@contextlib.contextmanager
+def opened(job: Job, address: str | None) -> Iterator[DistributedRunner]:
+    """A runner in a cluster of this machine's own, or in the one at `address`.
+
+    Raises:
+        ConfigError: no cluster answers, or the run does not fit into it.
+    """
+    with cluster.connect(address) as resources:
+        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
+        check_room(each, resources)
+        runner = DistributedRunner(job)
+        try:
+            yield runner
+        finally:
+            runner.close()
 
 
 class DistributedRunner:
@@ -70,6 +98,16 @@ class DistributedRunner:
             self._start()
         report: dict[str, Any] = ray.get(self._session.step.remote())
         return report
+
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """runner.evaluate_checkpoint by one worker; the others must have ended."""
+        job = self.job
+        remote = ray.remote(
+            num_cpus=job.cpus_per_worker, num_gpus=job.gpus_per_worker, max_retries=3
+        )(evaluate_checkpoint)
+        found = remote.remote(str(folder), job.data_folder, split, job.threads)
+        result: dict[str, float] = ray.get(found)
+        return result
 
     def save_into(self, folder: Path) -> None:
         """Copy the last checkpoint; the workers rest, so that it is the present state."""

@@ -16,17 +16,20 @@ from dmx.data.store import Store
 from dmx.errors import RunFailedError
 from dmx.runner import Job
 from dmx.schema import to_dict
+from dmx.workers import Workers
 
 logger = logging.getLogger("dmx.study")
 
 
-def evaluate_test(best: Path, store: Store, *, cpus: float, gpus: float) -> dict[str, float]:
-    """Loss and accuracy of a checkpoint over the whole test split, in the cluster."""
-    return launch.evaluate(str(best), str(store.folder), "test", cpus=cpus, gpus=gpus)
+def evaluate_test(best: Path, store: Store, workers: Workers) -> dict[str, float]:
+    """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
+    return launch.evaluate(
+        str(best), str(store.folder), "test", cpus=workers.cpus, gpus=workers.gpus
+    )
 
 
 def retrain(
-    best: Path, store: Store, folder: Path, num_seeds: int, *, cpus: float, gpus: float, slots: int
+    best: Path, store: Store, folder: Path, num_seeds: int, *, workers: Workers, slots: int
 ) -> dict[str, Any]:
     """Train the best configuration again from `num_seeds` other seeds; continues after a crash.
 
@@ -49,14 +52,17 @@ def retrain(
                 run_config=plain,
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
-                threads=max(int(cpus), 1),
+                threads=max(int(workers.cpus), 1),
+                workers=workers.count,
+                cpus_per_worker=workers.cpus,
+                gpus_per_worker=workers.gpus,
             )
         )
     running: list[launch.Running] = []
     dev: dict[str, float] = {}
     while waiting or running:
         while waiting and len(running) < slots:
-            running.append(launch.start(waiting.pop(0), cpus=cpus, gpus=gpus))
+            running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
         for run, report in launch.wait_any(running, timeout_seconds=60):
             if report.get(keys.FAILURE):
                 raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
@@ -67,9 +73,7 @@ def retrain(
                     "%s: best dev accuracy %.4f", run.job.folder, report[keys.BEST_DEV_ACCURACY]
                 )
     tests = [
-        evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, cpus=cpus, gpus=gpus)[
-            "accuracy"
-        ]
+        evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, workers)["accuracy"]
         for s in seeds
     ]
     return {

@@ -38,7 +38,8 @@ class _Actor:
 class Running:
     """A run under way. `restarts` counts the processes it has lost since it last got further.
 
-    `cpus`, `gpus`: of the whole run. `steps`: of its latest report.
+    `cpus`, `gpus`: of its process; several workers ask for theirs themselves. `steps`: of its
+    latest report.
     """
 
     job: Job
@@ -61,6 +62,8 @@ def _launch(running: Running) -> None:
     several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
     cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Actor)
+    if several:  # so that it hears `close` while it waits for a report
+        remote = remote.options(max_concurrency=2)
     running.actor = remote.remote(running.job)
     running.future = running.actor.step.remote()
 

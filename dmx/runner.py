@@ -148,6 +148,10 @@ class Runner:
         """Whether the run cannot go on; `step` then says why."""
         return self._failure is not None
 
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """`evaluate_checkpoint` on this run's data."""
+        return evaluate_checkpoint(str(folder), self.job.data_folder, split, self.job.threads)
+
     def save_into(self, folder: Path) -> None:
         """Write a checkpoint into an existing folder whose atomicity is another's job."""
         self.trainer.save_into(folder)

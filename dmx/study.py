@@ -106,9 +106,7 @@ def _fit(
     storage = folder.absolute() / "ray"
     session = f"session-{int(time.time() * 1000)}"
     tuner = tune.Tuner(
-        tune.with_resources(
-            TrialTrainable, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-        ),
+        tune.with_resources(TrialTrainable, _trial_resources(config)),
         tune_config=tune.TuneConfig(
             search_alg=LedgerSearcher(config, ledger, folder.absolute(), store),
             scheduler=scheduler,
@@ -128,6 +126,16 @@ def _fit(
     with cluster.terminate_like_interrupt(), _own_interrupt_handler():
         tuner.fit()
     shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
+
+
+def _trial_resources(config: StudyConfig) -> dict[str, float]:
+    """Of the trial's actor. Several workers reserve theirs themselves, and the actor only waits.
+
+    A byte of memory stands for nothing, since Tune refuses a trial that asks for nothing.
+    """
+    if config.workers.count > 1:
+        return {"cpu": 0, "memory": 1}
+    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
 
 
 @contextlib.contextmanager

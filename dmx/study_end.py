@@ -62,9 +62,7 @@ def finish(
         "checkpoint": keys.BEST_DIR,
     }
     if result.complete:
-        test = finals.evaluate_test(
-            best_folder, store, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial
-        )
+        test = finals.evaluate_test(best_folder, store, config.workers)
         summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
         summary["best"][keys.TEST_LOSS] = test["loss"]
         tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
@@ -74,8 +72,7 @@ def finish(
                 store,
                 folder,
                 final_seeds,
-                cpus=config.cpus_per_trial,
-                gpus=config.gpus_per_trial,
+                workers=config.workers,
                 slots=slots,
             )
     return summary

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, costs, study_end, study_files, study_identity
+from dmx import cli, cluster, costs, gpu_packing, study_end, study_files, study_identity
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
 from dmx.data.obtain import obtain
@@ -23,6 +23,7 @@ from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
 from dmx.tasks import Task, task_for
 from dmx.tune_options import parser
+from dmx.workers import check_batch
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -86,6 +87,10 @@ def _search(
     here = None if args.address else open_study(cluster.local_resources())
     with cluster.connect(args.address) as resources:
         config = here or open_study(resources)
+        if args.trials_per_gpu == gpu_packing.AUTO:
+            fitting = gpu_packing.measure(config, store)
+            budget = _budget(args, task, space, resources, trials_per_gpu=fitting)
+            config = _study_config(args, task, space, budget, overrides, folder.name)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
         tensorboard = study_identity.announce(folder, config, store)
@@ -150,7 +155,11 @@ def _folder(args: argparse.Namespace, task: Task) -> Path:
 
 
 def _budget(
-    args: argparse.Namespace, task: Task, space: SearchSpace, resources: cluster.Resources
+    args: argparse.Namespace,
+    task: Task,
+    space: SearchSpace,
+    resources: cluster.Resources,
+    trials_per_gpu: int | None = None,
 ) -> Budget:
     return fit_budget(
         task,
@@ -159,8 +168,10 @@ def _budget(
         searched=space.distributions(),
         num_trials=args.num_trials,
         max_steps=args.max_steps,
-        trials_per_gpu=args.trials_per_gpu,
+        trials_per_gpu=trials_per_gpu or gpu_packing.wanted(args.trials_per_gpu),
         cpus_per_trial=args.cpus_per_trial,
+        gpus_per_trial=args.gpus_per_trial,
+        workers_per_trial=args.workers_per_trial,
     )
 
 
@@ -172,6 +183,9 @@ def _check_space(
     space: SearchSpace, task: Task, budget: Budget, overrides: Mapping[str, Any]
 ) -> None:
     space.check(task.name, _fixed(budget, overrides))
+    for corner in space.corners() if budget.workers > 1 else ():
+        config = space.run_config(task.name, _fixed(budget, overrides), corner)
+        check_batch(config.train.batch_size, budget.workers)
 
 
 def _study_config(
@@ -195,6 +209,7 @@ def _study_config(
         seed=args.seed,
         cpus_per_trial=budget.cpus,
         gpus_per_trial=budget.gpus,
+        workers_per_trial=budget.workers,
         time_budget_seconds=args.time_budget,
     )
 

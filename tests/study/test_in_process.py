@@ -215,5 +215,5 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
 
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
-    found = evaluate_test(tmp_path / "a" / "best", tiny_store, cpus=1, gpus=0)
-    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, cpus=1, gpus=0)
+    found = evaluate_test(tmp_path / "a" / "best", tiny_store, Workers(count=1, cpus=1, gpus=0))
+    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, Workers(count=1, cpus=1, gpus=0))
