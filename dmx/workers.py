@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dmx.errors import ConfigError
@@ -35,7 +36,10 @@ def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Worker
             f"--workers-per-trial is {workers}, but a trial has {gpus:g} GPUs; every worker has "
             "one, so leave --workers-per-trial out."
         )
-    return Workers(count=count, cpus=cpus / count, gpus=gpus / count)
+    each = cpus / count
+    # Ray counts in steps of 1/10,000, and must not count more than there is.
+    each = each if each == int(each) or count == 1 else math.floor(each * 10_000) / 10_000
+    return Workers(count=count, cpus=each, gpus=gpus / count)
 
 
 def check_batch(batch_size: int, workers: int) -> None:

@@ -32,8 +32,8 @@ LAYERS: list[tuple[str, str]] = [
     ("plans, shown", "lineage probe study_files"),
     (
         "ray",
-        "cluster cluster_size distributed launch trainable scheduler budget study_config "
-        "study_hooks",
+        "cluster cluster_size worker_session distributed launch trainable scheduler budget "
+        "study_config study_hooks",
     ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
@@ -46,6 +46,7 @@ LAYERS: list[tuple[str, str]] = [
 RAY = [
     "cluster",
     "distributed",
+    "worker_session",
     "gpu_packing",
     "launch",
     "trainable",
