@@ -12,7 +12,7 @@ from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.runner import Job, Runner, evaluate_checkpoint
-from dmx.worker_session import RAY_DIR, WorkerSession
+from dmx.worker_session import RAY_DIR, WorkerSession, release
 from dmx.workers import Workers
 
 import ray  # isort: skip
@@ -72,6 +72,7 @@ class DistributedRunner:
         self._fitting: Any = None
 
     def _start(self) -> None:
+        release(Path(self.job.folder))  # of a predecessor that was killed
         here = ray.get_runtime_context().get_node_id()
         # On this node, so that a lost node takes no bystander's session with it.
         self._session = WorkerSession.options(
@@ -122,18 +123,8 @@ class DistributedRunner:
         if session is None:
             return
         with contextlib.suppress(RayError):
-            if ray.get(session.stop.remote(), timeout=_CLOSE_SECONDS):
+            if ray.get(session.stop.remote()):
                 ray.wait([self._fitting], timeout=_CLOSE_SECONDS)
-            reservation = ray.get(session.reservation.remote(), timeout=_CLOSE_SECONDS)
-            ray.kill(session)  # the workers follow: whoever started them is gone
-            _give_back(reservation)
-        with contextlib.suppress(RayError):
-            ray.kill(session)
+        ray.kill(session)
+        release(Path(self.job.folder))
         shutil.rmtree(Path(self.job.folder) / RAY_DIR, ignore_errors=True)
-
-
-def _give_back(reservation: str) -> None:
-    """Cancel a killed run's claim on the cluster; by itself it would lapse after three minutes."""
-    with contextlib.suppress(RayError, ValueError):
-        name = "AutoscalingCoordinator"
-        ray.get_actor(name, namespace=name).cancel_request.remote(reservation)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,10 +17,16 @@ from dmx.ranks import Group
 from dmx.runner import Job, Runner
 
 import ray  # isort: skip
+from ray import PlacementGroupID  # isort: skip
+from ray.exceptions import RayError  # isort: skip
+from ray.util.placement_group import PlacementGroup, remove_placement_group  # isort: skip
 
-__all__ = ["RAY_DIR", "WorkerSession", "cluster"]
+__all__ = ["RAY_DIR", "WorkerSession", "cluster", "release"]
 RAY_DIR = "ray-train"
 """Ray Train's own files, below the run's folder; ours are the checkpoints."""
+HOLDS_FILE = "holds.json"
+"""What the run occupies in the cluster; below RAY_DIR, for whoever must clear up after it."""
+_START_SECONDS = 60.0
 _MAX_RESTARTS = 3
 """Worker groups that may die one after another without a single further report."""
 
@@ -40,9 +48,11 @@ class _Session:
         self._steps = -1  # of the latest report
         self._starts = 0  # of worker groups since then
         self._resting = False
+        self._begun = False
         self._stopped = False
         self._lost: str | None = None  # why no more reports will come
-        self._run_id = ""
+        self._folder = Path(job.folder).absolute() / RAY_DIR
+        self._holds = {"job": ray.get_runtime_context().get_job_id()}
 
     def fit(self) -> None:
         """Run Ray Train to its end."""
@@ -67,17 +77,22 @@ class _Session:
                 ),
                 run_config=v2.RunConfig(
                     name="session",
-                    storage_path=str(Path(job.folder).absolute() / RAY_DIR),
+                    storage_path=str(self._folder),
                     # Lost workers are counted here, against the reports that come in between.
                     failure_config=v2.FailureConfig(max_failures=-1),
                     logging_config=v2.LoggingConfig(log_level="ERROR"),
                 ),
             )
-            self._run_id = trainer.train_run_context.run_id
+            self._hold("reservation", f"train-{trainer.train_run_context.run_id}")
             trainer.fit()
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         self._lose(reason)
+
+    def _hold(self, what: str, name: str) -> None:
+        self._holds[what] = name
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / HOLDS_FILE).write_text(json.dumps(self._holds), encoding="utf-8")
 
     def _lose(self, reason: str) -> None:
         with self._news:
@@ -104,21 +119,24 @@ class _Session:
             return {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, **end}
 
     def stop(self) -> bool:
-        """Let resting workers end; whether they were resting, or have ended."""
+        """Let resting workers end; whether they were resting, or have ended.
+
+        Waits for workers that are being started: until then nobody knows what they occupy.
+        """
         with self._news:
             self._stopped = True
             self._news.notify_all()
+            self._news.wait_for(lambda: self._begun or self._lost is not None, _START_SECONDS)
             return self._resting
-
-    def reservation(self) -> str:
-        """What Ray Train reserves the workers' room under."""
-        return f"train-{self._run_id}"
 
     # -- what the workers call --------------------------------------------------------------
 
-    def started(self) -> bool:
-        """A group of workers is there; whether it may begin."""
+    def started(self, placement_group: str) -> bool:
+        """A group of workers is there, in this placement group; whether it may begin."""
+        self._hold("placement_group", placement_group)
         with self._news:
+            self._begun = True
+            self._news.notify_all()
             self._starts += 1
             allowed = self._starts <= 1 + _MAX_RESTARTS
         if not allowed:
@@ -148,6 +166,29 @@ class _Session:
             self._news.notify_all()
 
 
+def release(folder: Path) -> None:
+    """Give back what a run in `folder` occupies; its workers end, wherever they are.
+
+    Ray's own cleaner of placement groups needs a dashboard, and Ray Train's reservation lapses only
+    after minutes. What another driver holds is left alone.
+    """
+    try:
+        holds = json.loads((folder / RAY_DIR / HOLDS_FILE).read_text(encoding="utf-8"))
+        if holds["job"] != ray.get_runtime_context().get_job_id():
+            return
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    with contextlib.suppress(RayError, ValueError):
+        if "placement_group" in holds:
+            place = PlacementGroupID(bytes.fromhex(holds["placement_group"]))
+            remove_placement_group(PlacementGroup(place))
+    with contextlib.suppress(RayError, ValueError):
+        if "reservation" in holds:
+            name = "AutoscalingCoordinator"
+            coordinator = ray.get_actor(name, namespace=name)
+            coordinator.cancel_request.remote(holds["reservation"])
+
+
 WorkerSession: Any = ray.remote(num_cpus=0, max_restarts=0)(_Session)
 
 
@@ -157,7 +198,9 @@ def _train(config: dict[str, Any]) -> None:
     session, job = config["session"], Job(**config["job"])
     ask: Callable[[Any], Any] = ray.get
     ranks = Group()
-    if not ranks.from_leader(ranks.leads and ask(session.started.remote())):
+    place = ray.util.get_current_placement_group()
+    assert place is not None  # Ray Train gives every group of workers one
+    if not ranks.from_leader(ranks.leads and ask(session.started.remote(place.id.hex()))):
         return
     runner = Runner(job, ranks=ranks)
     try:

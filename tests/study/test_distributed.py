@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dmx import cluster
 from dmx import records as keys
@@ -26,7 +25,6 @@ from dmx.schema import to_dict
 from dmx.study import run_study
 from tests.study.processes import started, wait_until
 from tests.study.test_in_process import Watcher, study_config
-from tests.test_trainer import facts
 from tests.tiny import SETTINGS, TASK, config
 
 pytestmark = pytest.mark.slow
