@@ -9,6 +9,7 @@ from ray import tune
 
 from dmx import log
 from dmx.distributed import runner_of
+from dmx.process_state import ProcessState
 from dmx.runner import Job
 
 JOB_KEY = "job"
@@ -25,6 +26,7 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Build the run, or continue it from its last checkpoint."""
         log.setup()
+        self._state = ProcessState.now()
         self._runner = runner_of(Job(**config[JOB_KEY]))
 
     def step(self) -> dict[str, Any]:
@@ -42,6 +44,8 @@ class TrialTrainable(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
         self._runner.close()
+        del self._runner
+        self._state.restore()
         self.setup(new_config)
         return True
 

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, str]] = [
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "ranks micro_batch passes trainer runner evaluation"),
+    ("training", "process_state ranks micro_batch passes trainer runner evaluation"),
     ("stages", "ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
