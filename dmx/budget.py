@@ -10,6 +10,7 @@ from dmx.cluster import Resources
 from dmx.errors import ConfigError
 from dmx.schema import convert
 from dmx.tasks import Task
+from dmx.workers import share_out
 
 _CPU_STEPS = {"text": 320, "listops": 160, "retrieval": 80, "image": 200, "pathfinder": 200}
 """Optimizer steps of a full trial where there is no GPU: minutes, not days."""
@@ -26,7 +27,7 @@ class Budget:
     Attributes:
         num_trials: trials in all. settings: dotted RunConfig values that hold for every trial.
         max_steps: steps of a full trial. grace_steps: steps before ASHA may stop one.
-        cpus, gpus: of one trial. reason: one sentence for the user.
+        cpus, gpus: of one trial. workers: that share its work. reason: one sentence for the user.
     """
 
     num_trials: int
@@ -35,6 +36,7 @@ class Budget:
     settings: Mapping[str, Any]
     cpus: float
     gpus: float
+    workers: int
     reason: str
 
 
@@ -48,6 +50,8 @@ def fit_budget(
     max_steps: int | None,
     trials_per_gpu: int | None,
     cpus_per_trial: float | None,
+    gpus_per_trial: float | None = None,
+    workers_per_trial: int | None = None,
 ) -> Budget:
     """Choose what the user left open; say so.
 
@@ -69,6 +73,8 @@ def fit_budget(
         raise ConfigError(f"--cpus-per-trial is {cpus_per_trial}; it must be positive.")
     if trials_per_gpu is not None and not resources.num_gpus:
         raise ConfigError("--trials-per-gpu is given, but the cluster has no GPU; leave it out.")
+    if gpus_per_trial is not None:
+        _check_gpus(gpus_per_trial, trials_per_gpu, resources)
     on_gpu = resources.num_gpus > 0
     if overrides.get("train.device") == "cuda" and not on_gpu:
         raise ConfigError("train.device is cuda, but the cluster has no GPU; leave it out.")
@@ -99,12 +105,11 @@ def fit_budget(
     settings = {k: v for k, v in settings.items() if k not in overrides and k not in searched}
     settings["train.num_steps"] = steps
     trials = num_trials or (_GPU_TRIALS if on_gpu else _CPU_TRIALS)
-    gpus = 1.0 / (trials_per_gpu or 1) if on_gpu else 0.0
-    cpus = cpus_per_trial or 1.0
+    gpus = (gpus_per_trial or 1.0 / (trials_per_gpu or 1)) if on_gpu else 0.0
+    cpus = cpus_per_trial or float(workers_per_trial or 1)
     if on_gpu:
-        cpus = cpus_per_trial or max(
-            1.0, resources.num_cpus // (resources.num_gpus * (trials_per_gpu or 1))
-        )
+        cpus = cpus_per_trial or max(1.0, resources.num_cpus * gpus // resources.num_gpus)
+    workers = share_out(cpus=cpus, gpus=gpus, workers=workers_per_trial).count
     if on_gpu:
         reason = f"{resources.num_gpus} GPUs: {trials} trials of up to {steps:,} steps"
     else:
@@ -114,6 +119,8 @@ def fit_budget(
             f"batch {batch} (the task's full budget is {full:,} steps, batch "
             f"{task.preset['train.batch_size']})"
         )
+    if workers > 1:
+        reason += f", each by {workers} workers"
     return Budget(
         num_trials=trials,
         max_steps=steps,
@@ -121,5 +128,18 @@ def fit_budget(
         settings=settings,
         cpus=cpus,
         gpus=gpus,
+        workers=workers,
         reason=reason,
     )
+
+
+def _check_gpus(gpus: float, trials_per_gpu: int | None, resources: Resources) -> None:
+    if not gpus > 0:
+        raise ConfigError(f"--gpus-per-trial is {gpus:g}; it must be positive.")
+    if trials_per_gpu is not None:
+        raise ConfigError("--gpus-per-trial and --trials-per-gpu contradict; give one of them.")
+    if not resources.num_gpus:
+        raise ConfigError(
+            "--gpus-per-trial is given, but the cluster has no GPU; --workers-per-trial shares a "
+            "trial's work among CPU processes."
+        )

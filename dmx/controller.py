@@ -168,11 +168,12 @@ class Controller:
             f", from {launch.source.get('stage', init)}" if init else "",
         )
         cpus, gpus = self._room.means.of(stage)
+        workers = self._room.means.shared_out(stage)
         folder = attempt_folder(self.folder, stage.name, launch.number)
         key = Key("train", stage.name)
         if stage.search is not None:
             slots = self._room.slots(cpus, gpus)
-            study = stage_study(launch, cpus=cpus, gpus=gpus, init_from=init)
+            study = stage_study(launch, cpus=cpus, gpus=gpus, workers=workers.count, init_from=init)
             self._room.busy[key] = Busy(cpus * slots, gpus * slots, launch)
             self._backend.search(key, study, str(store.folder), folder, slots)
             return
@@ -180,9 +181,12 @@ class Controller:
             run_config=config,
             data_folder=str(store.folder),
             folder=str(folder),
-            threads=max(int(cpus), 1),
+            threads=max(int(workers.cpus), 1),
             init_from=init,
             reinit=launch.reinit,
+            workers=workers.count,
+            cpus_per_worker=workers.cpus,
+            gpus_per_worker=workers.gpus,
         )
         self._room.busy[key] = Busy(cpus, gpus, launch)
         self._backend.train(key, job, cpus=cpus, gpus=gpus)

@@ -101,6 +101,11 @@ def run_cost(
     )
 
 
+def largest(runs: list[RunConfig], store: Store) -> RunConfig:
+    """The run that keeps most memory while it trains, as far as that can be counted."""
+    return max(_counted(list(_kinds(runs).values()), store), key=lambda c: c[0].memory_bytes)[1]
+
+
 def _cost(
     what: str, runs: list[RunConfig], store: Store, *, probe_seconds: float, **rest: Any
 ) -> Cost:

@@ -64,8 +64,14 @@ def parser() -> cli.Parser:
     p.add_argument("--fresh", action="store_true", help="move an existing run aside, start anew")
     p.add_argument("--dry-run", action="store_true", help="check and measure only")
     p.add_argument("--status", action="store_true", help="show where the run stands")
-    p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a worker")
-    p.add_argument("--gpus-per-trial", type=float, help="GPUs of a worker")
+    p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a run")
+    p.add_argument("--gpus-per-trial", type=float, metavar="N", help="GPUs that share a run's work")
+    p.add_argument(
+        "--workers-per-trial",
+        type=int,
+        metavar="N",
+        help="processes that share a run's work (default: one for each of its GPUs)",
+    )
     p.add_argument(
         "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
@@ -122,6 +128,7 @@ def _options(
         fresh=args.fresh,
         cpus=args.cpus_per_trial,
         gpus=args.gpus_per_trial,
+        workers=args.workers_per_trial,
         address=args.address,
         again=continue_command(argv),
         places=places,

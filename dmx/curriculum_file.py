@@ -134,6 +134,7 @@ def _build(
         generate=keys.generate,
         cpus=keys.cpus,
         gpus=keys.gpus,
+        workers=keys.workers,
     )
 
 

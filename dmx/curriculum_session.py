@@ -45,7 +45,7 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     sync = FolderSync(options.places)
     sync.restore(checkpoints=True)
     if options.address is None:
-        local_means(curriculum, options.cpus, options.gpus)
+        local_means(curriculum, options.cpus, options.gpus, options.workers)
     data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
     precheck.check_transfers(curriculum, data)
     selected = [s.name for s in curriculum.stages]
@@ -142,6 +142,7 @@ def _connected(
                         resources,
                         options.cpus,
                         options.gpus,
+                        options.workers,
                         largest_node=largest_node(),
                     ),
                     data_root=options.data_root,

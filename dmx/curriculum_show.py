@@ -36,6 +36,7 @@ class Options:
     fresh: bool = False
     cpus: float | None = None
     gpus: float | None = None
+    workers: int | None = None
     address: str | None = None
     again: str = ""
     places: Places = SHARED
@@ -49,7 +50,8 @@ def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
     history = fold(read_journal(options.folder / keys.JOURNAL_FILE)[0])
     if history.stages and options.from_stage is None:
         edits.check_unchanged(curriculum, history)
-    means = local_means(curriculum, options.cpus, options.gpus, check=options.address is None)
+    local = options.address is None
+    means = local_means(curriculum, options.cpus, options.gpus, options.workers, check=local)
     threads = {s.name: max(int(means.of(s)[0]), 1) for s in curriculum.stages}
     dryrun.show(curriculum, data, transfers, data_root=options.data_root, threads=threads)
     return EXIT_OK

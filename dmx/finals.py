@@ -17,16 +17,20 @@ from dmx.errors import RunFailedError
 from dmx.places import Places
 from dmx.runner import Job
 from dmx.schema import to_dict
+from dmx.workers import Workers
 
 logger = logging.getLogger("dmx.study")
 
 
-def evaluate_test(
-    best: Path, store: Store, *, cpus: float, gpus: float, places: Places
-) -> dict[str, float]:
-    """Loss and accuracy of a checkpoint over the whole test split, in the cluster."""
+def evaluate_test(best: Path, store: Store, workers: Workers, places: Places) -> dict[str, float]:
+    """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
     return launch.evaluate(
-        str(best), str(store.folder), "test", cpus=cpus, gpus=gpus, places=places
+        str(best),
+        str(store.folder),
+        "test",
+        cpus=workers.cpus,
+        gpus=workers.gpus,
+        places=places,
     )
 
 
@@ -36,8 +40,7 @@ def retrain(
     folder: Path,
     num_seeds: int,
     *,
-    cpus: float,
-    gpus: float,
+    workers: Workers,
     slots: int,
     places: Places,
 ) -> dict[str, Any]:
@@ -62,15 +65,18 @@ def retrain(
                 run_config=plain,
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
-                threads=max(int(cpus), 1),
                 places=places,
+                threads=max(int(workers.cpus), 1),
+                workers=workers.count,
+                cpus_per_worker=workers.cpus,
+                gpus_per_worker=workers.gpus,
             )
         )
     running: list[launch.Running] = []
     dev: dict[str, float] = {}
     while waiting or running:
         while waiting and len(running) < slots:
-            running.append(launch.start(waiting.pop(0), cpus=cpus, gpus=gpus))
+            running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
         for run, report in launch.wait_any(running, timeout_seconds=60):
             if report.get(keys.FAILURE):
                 raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
@@ -81,13 +87,9 @@ def retrain(
                     "%s: best dev accuracy %.4f", run.job.folder, report[keys.BEST_DEV_ACCURACY]
                 )
     tests = [
-        evaluate_test(
-            folder / "final" / f"seed-{s}" / keys.BEST_DIR,
-            store,
-            cpus=cpus,
-            gpus=gpus,
-            places=places,
-        )["accuracy"]
+        evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, workers, places)[
+            "accuracy"
+        ]
         for s in seeds
     ]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
 from dmx import records as keys
+from dmx.distributed import runner_of
 from dmx.places import SHARED, Places
-from dmx.runner import Job, Runner, evaluate_checkpoint
+from dmx.runner import Job, evaluate_checkpoint
 
 import ray  # isort: skip
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError  # isort: skip
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip
 
 logger = logging.getLogger("dmx.launch")
+_CLOSE_SECONDS = 20.0
 __all__ = ["Running", "cluster", "evaluate", "start", "stop", "wait_any"]
 
 
@@ -24,17 +27,21 @@ class _Actor:
 
     def __init__(self, job: Job) -> None:
         log.setup()
-        self._runner = Runner(job)
+        self._runner = runner_of(job)
 
     def step(self) -> dict[str, Any]:
         return self._runner.step()
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 @dataclass
 class Running:
     """A run under way. `restarts` counts the processes it has lost since it last got further.
 
-    `steps`: of its latest report.
+    `cpus`, `gpus`: of its process; several workers ask for theirs themselves. `steps`: of its
+    latest report.
     """
 
     job: Job
@@ -55,7 +62,11 @@ def start(job: Job, *, cpus: float, gpus: float) -> Running:
 
 
 def _launch(running: Running) -> None:
-    remote = ray.remote(num_cpus=running.cpus, num_gpus=running.gpus, max_restarts=0)(_Actor)
+    several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
+    cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Actor)
+    if several:  # so that it hears `close` while it waits for a report
+        remote = remote.options(max_concurrency=2)
     running.actor = remote.remote(running.job)
     running.future = running.actor.step.remote()
 
@@ -101,7 +112,10 @@ def wait_any(
 
 
 def stop(running: Running) -> None:
-    """End a run's process at once; its last checkpoint stays."""
+    """End a run's processes at once; its last checkpoint stays."""
+    if running.job.workers > 1:  # in good order, so that Ray Train gives its reservation back
+        with contextlib.suppress(RayError):
+            ray.wait([running.actor.close.remote()], timeout=_CLOSE_SECONDS)
     ray.kill(running.actor, no_restart=True)
 
 

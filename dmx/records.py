@@ -22,6 +22,7 @@ GRADIENT_NORM = "gradient_norm"
 STEPS = "steps"
 SAMPLES = "samples"
 SAMPLES_PER_SECOND = "samples_per_second"
+SAMPLES_PER_SECOND_PER_WORKER = "samples_per_second_per_worker"
 TOKENS_PER_SECOND = "tokens_per_second"
 STEP_SECONDS = "step_seconds"
 PROCESS_SECONDS = "process_seconds"
@@ -29,6 +30,10 @@ PROCESS_SECONDS = "process_seconds"
 TRAIN_SECONDS = "train_seconds"
 PEAK_MEMORY_MB = "peak_memory_mb"
 PARAMETERS = "parameters"
+MICRO_BATCH_SIZE = "micro_batch_size"
+"""Sequences that go through the model at once; less than asked for after running out of memory."""
+NUM_WORKERS = "num_workers"
+"""Processes that train the run together; fewer than asked for after losing machines."""
 FAILURE = "failure"
 """One line of why the trial cannot go on; a trial that reports it has FAILED."""
 LOST = "lost"
@@ -38,6 +43,7 @@ REPORT_KEYS = (
     *(STEPS, SAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, DEV_LOSS, DEV_ACCURACY, BEST_DEV_ACCURACY),
     *(BEST_STEP, LEARNING_RATE, GRADIENT_NORM, TRAIN_SECONDS, STEP_SECONDS, SAMPLES_PER_SECOND),
     *(TOKENS_PER_SECOND, PEAK_MEMORY_MB, PARAMETERS, PROCESS_SECONDS),
+    *(SAMPLES_PER_SECOND_PER_WORKER, MICRO_BATCH_SIZE, NUM_WORKERS),
 )
 """What a run reports at each evaluation."""
 

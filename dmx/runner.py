@@ -21,8 +21,10 @@ from dmx.errors import DmxError, StorageError
 from dmx.model import Classifier
 from dmx.patience import PATIENCE_SECONDS, persist
 from dmx.places import SHARED, Places
+from dmx.ranks import ALONE, PeerLost, Ranks
 from dmx.samples import predict_samples
 from dmx.trainer import Diverged, Trainer
+from dmx.workers import check_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Job:
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
         places: object storage and local copies, where nodes share no file system.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
+        workers: processes that train it together; more than one need Ray (see dmx.distributed).
+        cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
     """
 
     run_config: Mapping[str, Any]
@@ -46,6 +50,9 @@ class Job:
     reinit: tuple[str, ...] = field(default=())
     places: Places = SHARED
     patience_seconds: float = PATIENCE_SECONDS
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
 
 
 class Runner:
@@ -58,10 +65,21 @@ class Runner:
 
     Args:
         job: the run. on_step: see Trainer.
+        ranks: the processes that train it together, each with a Runner; the leader alone claims
+            the folder and writes.
+
+    Raises:
+        PeerLost: another process is gone; from every method.
     """
 
-    def __init__(self, job: Job, on_step: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        on_step: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.job = job
+        self._ranks = ranks
         self._on_step = on_step
         self._folder = Path(job.folder)
         self._trainer: Trainer | None = None
@@ -73,8 +91,11 @@ class Runner:
         torch.set_num_threads(job.threads)
         started = time.perf_counter()
         try:
-            self._persist(self._claim_folder)
+            if self._ranks.leads:
+                self._persist(self._claim_folder)
             self._build()
+        except PeerLost:
+            raise
         except Exception as error:
             self._fail(error)
         self._busy_seconds = time.perf_counter() - started
@@ -93,23 +114,28 @@ class Runner:
         self._claim = Claim(self._folder)
 
     def _build(self) -> None:
-        last = self._folder / keys.LAST_DIR
-        for folder in (last, self._folder / keys.BEST_DIR):
-            self.job.places.pull(folder)
-        resume = last.exists() or (last.parent / f".{last.name}.old").exists()
-        config = parse_run_config(self.job.run_config)
-        store = open_store(self.job.places.data(self.job.data_folder))
-        start = None if resume or self.job.init_from is None else self._take_weights
-        self._trainer = Trainer(config, store, on_step=self._on_step, before_training=start)
+        config, places = parse_run_config(self.job.run_config), self.job.places
+        check_batch(config.train.batch_size, self._ranks.size)
+        last, resume = self._folder / keys.LAST_DIR, False
+        if self._ranks.leads:
+            for folder in (last, self._folder / keys.BEST_DIR):
+                places.pull(folder)
+            resume = last.exists() or (last.parent / f".{last.name}.old").exists()
+        store = open_store(places.data(self.job.data_folder))
+        start = self._take_weights if self._ranks.leads and not resume else None
+        self._trainer = Trainer(
+            config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
+        )
         if resume:
             self._trainer.load(open_checkpoint(last))
-            self._resumed = True
+        self._trainer.follow_leader()
+        self._resumed = self._ranks.from_leader(resume)
 
     def _take_weights(self, model: Classifier) -> None:
-        assert self.job.init_from is not None
-        source = Path(self.job.init_from)
-        self.job.places.pull(source)
-        transfer(model, read_weights(source), self.job.reinit)
+        if self.job.init_from is not None:
+            source = Path(self.job.init_from)
+            self.job.places.pull(source)
+            transfer(model, read_weights(source), self.job.reinit)
 
     @property
     def trainer(self) -> Trainer:
@@ -132,22 +158,50 @@ class Runner:
         started = time.perf_counter()
         try:
             metrics = trainer.advance()
-            self._persist(self._save)
+            if self._ranks.leads:
+                self._keep(trainer)
+        except PeerLost:
+            raise
         except Exception as error:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
         return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
 
-    def _save(self) -> None:
-        assert self._claim is not None
-        self._claim.check()
-        if self.trainer.best_step == self.trainer.step:
-            notes = {keys.SAMPLES_FILE: predict_samples(self.trainer).to_json()}
-            self.trainer.save(self._folder / keys.BEST_DIR, notes)
+    def _keep(self, trainer: Trainer) -> None:
+        """Write the checkpoints; what a storage that fails makes again is only the writing."""
+        best = trainer.best_step == trainer.step
+        notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
+
+        def save() -> None:
+            assert self._claim is not None
+            self._claim.check()
+            if best:
+                trainer.save(self._folder / keys.BEST_DIR, notes)
+            trainer.save(self._folder / keys.LAST_DIR)
+
+        self._persist(save)
+        if best:
             self.job.places.push(self._folder / keys.BEST_DIR)
-        self.trainer.save(self._folder / keys.LAST_DIR)
         self.job.places.push(self._folder / keys.LAST_DIR)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run cannot go on; `step` then says why."""
+        return self._failure is not None
+
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """`evaluate_checkpoint` on this run's data."""
+        job = self.job
+        return evaluate_checkpoint(str(folder), job.data_folder, split, job.threads, job.places)
+
+    def save_into(self, folder: Path) -> None:
+        """Write a checkpoint into an existing folder whose atomicity is another's job."""
+        self.trainer.save_into(folder)
+
+    def load_from(self, folder: Path) -> None:
+        """Go on from another checkpoint."""
+        self.trainer.load(open_checkpoint(folder))
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""

@@ -58,7 +58,7 @@ def predict_samples(trainer: Trainer) -> Samples:
     store = trainer.store
     split = store.split(_SPLIT)
     indices = choose_samples(split)
-    size = min(trainer.eval_batch_size, len(indices))
+    size = min(trainer.passes.evaluation.size, len(indices))
     device = trainer.device
     parts = []
     # Some mixers draw (reformer's hashes), and training must not depend on who looks at it.

@@ -111,9 +111,9 @@ class SideWork:
             wanted = Measurement(
                 checkpoint=str(folder), data_folder=str(store.folder), config=other
             )
-            cpus, gpus = self._room.means.of(stage)
-            self._room.busy[key] = Busy(cpus, gpus)
-            self._backend.test(key, wanted, cpus=cpus, gpus=gpus)
+            worker = self._room.means.shared_out(stage)  # one of them is enough
+            self._room.busy[key] = Busy(worker.cpus, worker.gpus)
+            self._backend.test(key, wanted, cpus=worker.cpus, gpus=worker.gpus)
 
     def received(self, message: Message) -> None:
         """Record what ended."""

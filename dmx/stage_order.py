@@ -30,12 +30,15 @@ class StageKeys:
     generate: Generate = field(default_factory=Generate)
     cpus: float | None = None
     gpus: float | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("cpus", "gpus"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} is {value:g}; it must not be negative.")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; it must be at least 1.")
         if not self.name or any(c in self.name for c in "/\\ \t\n") or self.name.startswith("."):
             raise ConfigError(f"name is {self.name!r}; it must be usable as a folder's name.")
 

@@ -8,7 +8,9 @@ from dmx.study_config import StudyConfig
 _GRACE_SHARE = 8
 
 
-def stage_study(launch: Launch, *, cpus: float, gpus: float, init_from: str | None) -> StudyConfig:
+def stage_study(
+    launch: Launch, *, cpus: float, gpus: float, workers: int, init_from: str | None
+) -> StudyConfig:
     """The study of one attempt; a retry draws other points, a longer one trains them longer."""
     stage, config = launch.stage, launch.config
     assert stage.search is not None and stage.space is not None
@@ -34,6 +36,7 @@ def stage_study(launch: Launch, *, cpus: float, gpus: float, init_from: str | No
         seed=stage.search.seed + launch.retry,
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
+        workers_per_trial=workers,
         init_from=init_from,
         reinit=launch.reinit,
     )

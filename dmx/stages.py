@@ -92,7 +92,8 @@ class StageConfig:
         parent: the stage whose best checkpoint starts this one, or None.
         init_path: weights on disk that start it (checkpoint folder or .model file), or None.
         space: of a stage that is a search, with what the curriculum fixed already fixed.
-        cpus, gpus: of one worker; None lets the command line or the cluster decide.
+        cpus, gpus: of the stage's run; None lets the command line or the cluster decide.
+        workers: processes that share the run's work; None is one for each of its GPUs.
     """
 
     name: str
@@ -108,6 +109,7 @@ class StageConfig:
     generate: Generate
     cpus: float | None
     gpus: float | None
+    workers: int | None = None
 
     @property
     def task(self) -> str:

@@ -131,9 +131,7 @@ def _fit(
         ledger, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
     )
     tuner = tune.Tuner(
-        tune.with_resources(
-            TrialTrainable, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-        ),
+        tune.with_resources(TrialTrainable, _trial_resources(config)),
         tune_config=tune.TuneConfig(
             search_alg=LedgerSearcher(config, ledger, folder.absolute(), store),
             scheduler=scheduler,
@@ -179,6 +177,16 @@ def _own_error(error: BaseException) -> BaseException:
     while found is not None and not isinstance(found, DmxError):
         found = found.__cause__ or found.__context__
     return found or error
+
+
+def _trial_resources(config: StudyConfig) -> dict[str, float]:
+    """Of the trial's actor. Several workers reserve theirs themselves, and the actor only waits.
+
+    A byte of memory stands for nothing, since Tune refuses a trial that asks for nothing.
+    """
+    if config.workers.count > 1:
+        return {"cpu": 0, "memory": 1}
+    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
 
 
 @contextlib.contextmanager

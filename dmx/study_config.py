@@ -10,6 +10,7 @@ from dmx.patience import PATIENCE_SECONDS
 from dmx.places import SHARED, Places
 from dmx.schema import to_dict
 from dmx.space import SearchSpace
+from dmx.workers import Workers, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class StudyConfig:
         num_trials: trials in all. max_steps: optimizer steps of a full trial.
         grace_steps: steps before ASHA may stop a trial. reduction_factor: of ASHA.
         cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
+        workers_per_trial: processes that share a trial's work; as many as it has whole GPUs.
         time_budget_seconds: stop then, continuable; None has no limit.
         max_failures: restarts of one trial after a dead worker or node, without getting further.
         trial_timeout_seconds: without a report for so long a trial's process is killed; None:
@@ -46,6 +48,7 @@ class StudyConfig:
     seed: int = 0
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
+    workers_per_trial: int = 1
     time_budget_seconds: float | None = None
     max_failures: int = 3
     trial_timeout_seconds: float | None = None
@@ -54,6 +57,13 @@ class StudyConfig:
     init_from: str | None = None
     reinit: tuple[str, ...] = ()
     places: Places = SHARED
+
+    @property
+    def workers(self) -> Workers:
+        """The processes of one trial, and what each of them has."""
+        return share_out(
+            cpus=self.cpus_per_trial, gpus=self.gpus_per_trial, workers=self.workers_per_trial
+        )
 
     def trial_config(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The plain RunConfig of the trial at `point`."""

@@ -63,13 +63,7 @@ def finish(
         "checkpoint": keys.BEST_DIR,
     }
     if result.complete:
-        test = finals.evaluate_test(
-            best_folder,
-            store,
-            cpus=config.cpus_per_trial,
-            gpus=config.gpus_per_trial,
-            places=config.places,
-        )
+        test = finals.evaluate_test(best_folder, store, config.workers, config.places)
         summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
         summary["best"][keys.TEST_LOSS] = test["loss"]
         tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
@@ -79,8 +73,7 @@ def finish(
                 store,
                 folder,
                 final_seeds,
-                cpus=config.cpus_per_trial,
-                gpus=config.gpus_per_trial,
+                workers=config.workers,
                 slots=slots,
                 places=config.places,
             )

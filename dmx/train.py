@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmx import cli, costs
+from dmx import cli, costs, train_workers
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint, read_weights
 from dmx.config import RunConfig, parse_run_config
@@ -35,6 +36,7 @@ from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.sample_view import write_samples
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
+from dmx.workers import Workers
 
 logger = logging.getLogger("dmx.train")
 
@@ -47,6 +49,8 @@ EXAMPLES = """\
       train the best setting of a search again
   python -m dmx.train --attention butterfly-64 --task listops --resume
       continue where it stopped
+  python -m dmx.train --attention butterfly-64 --task listops --gpus-per-trial 4
+      the same run and result by four GPUs (--workers-per-trial 4: by four CPU processes)
   python -m dmx.train --evaluate runs/butterfly-text/best
       test accuracy of a checkpoint
 """
@@ -79,6 +83,7 @@ def parser() -> cli.Parser:
     p.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this checkpoint")
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    train_workers.add_options(p)
     p.add_argument("--resume", action="store_true", help="continue an existing run")
     p.add_argument("--dry-run", action="store_true", help="show what the run would cost, and stop")
     p.add_argument(
@@ -98,9 +103,9 @@ def main(argv: Sequence[str]) -> int:
     if args.show:
         console().print(config.to_yaml(), highlight=False, end="")
         return EXIT_OK
-    pick_device(config.train.device)
-    if args.threads < 0:
-        raise ConfigError(f"--threads is {args.threads}; it must not be negative.")
+    workers = train_workers.choose(args, config)
+    if args.address is None:
+        pick_device(config.train.device)
     costs.check_price(args.price_per_gpu_hour)
     if args.dry_run:
         return _dry_run(args, config)
@@ -117,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         _check_same(folder, resolved, again)
     try:
         with cli.terminate_like_interrupt():
-            return _train(args, config, store, folder)
+            return _train(args, config, store, folder, workers)
     except KeyboardInterrupt:
         logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
@@ -125,10 +130,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
     """What the run would cost; nothing is written."""
-    import os
-
     store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or train_workers.num_cores()
     cost = costs.run_cost(
         config, store, threads=threads, price_per_gpu_hour=args.price_per_gpu_hour
     )
@@ -186,15 +189,18 @@ def _check_same(folder: Path, config: RunConfig, again: str) -> None:
         )
 
 
-def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Path) -> int:
-    import os
-
+def _train(
+    args: argparse.Namespace, config: RunConfig, store: Store, folder: Path, workers: Workers
+) -> int:
     job = Job(
         run_config=to_dict(config),
         data_folder=str(store.folder),
         folder=str(folder),
-        threads=args.threads or len(os.sched_getaffinity(0)),
-        init_from=args.init_from,
+        threads=max(int(workers.cpus), 1),
+        init_from=None if args.init_from is None else str(Path(args.init_from).absolute()),
+        workers=workers.count,
+        cpus_per_worker=workers.cpus,
+        gpus_per_worker=workers.gpus,
     )
     events = RunWriter(folder)
     shown = flatten(to_dict(config))
@@ -211,14 +217,18 @@ def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Pa
     out = console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
         row = bar.add_task("training", total=config.train.num_steps)
-        runner = Runner(job, on_step=lambda step, _: bar.update(row, completed=step))
-        try:
+
+        def show(step: int) -> None:
+            bar.update(row, completed=step)
+
+        with _opened(job, args.address, show) as runner:
             while True:
                 report = runner.step()
                 if report.get(keys.FAILURE):
                     logger.error("the run failed: %s", report[keys.FAILURE])
                     events.end("FAILED")
                     return EXIT_FAILED
+                show(int(report[keys.STEPS]))
                 events.scalars(report, int(report[keys.STEPS]))
                 if report[keys.BEST_STEP] == report[keys.STEPS]:
                     write_samples(events, folder / keys.BEST_DIR, int(report[keys.STEPS]))
@@ -229,11 +239,8 @@ def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Pa
                 )
                 if report["done"]:
                     break
-        finally:
             runner.close()
-    result = evaluate_checkpoint(
-        str(folder / keys.BEST_DIR), str(store.folder), "test", job.threads
-    )
+            result = runner.evaluate(folder / keys.BEST_DIR, "test")
     events.scalars({keys.TEST_ACCURACY: result["accuracy"]}, int(report[keys.STEPS]))
     events.end("COMPLETE")
     summary = {
@@ -252,14 +259,21 @@ def _train(args: argparse.Namespace, config: RunConfig, store: Store, folder: Pa
     return EXIT_OK
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    import os
+def _opened(
+    job: Job, address: str | None, show: Callable[[int], None]
+) -> contextlib.AbstractContextManager[Any]:
+    """The job's runner, closed at the end of the block."""
+    if job.workers > 1:
+        return train_workers.opened(job, address)
+    return contextlib.closing(Runner(job, on_step=lambda step, _: show(step)))
 
+
+def _evaluate(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(Path(args.evaluate))
     task = args.task or checkpoint.config.task
     root = _data_root(args, checkpoint.config)
     store = obtain(task, root, allow_sample=True, generate=args.prepare)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or train_workers.num_cores()
     result = evaluate_checkpoint(args.evaluate, str(store.folder), args.split, threads)
     out = {
         "checkpoint": args.evaluate,

@@ -8,7 +8,8 @@ from typing import Any
 from ray import tune
 
 from dmx import log
-from dmx.checkpoint import open_checkpoint
+from dmx.distributed import DistributedRunner, runner_of
+from dmx.process_state import ProcessState
 from dmx.runner import Job, Runner
 
 JOB_KEY = "job"
@@ -25,14 +26,15 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Note the job. It is built in the first step: Tune gives up a trial that dies in here."""
         log.setup()
+        self._state = ProcessState.now()
         self._job = Job(**config[JOB_KEY])
-        self._runner: Runner | None = None
+        self._runner: Runner | DistributedRunner | None = None
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> Runner | DistributedRunner:
         """The run, built or continued from its last checkpoint."""
         if self._runner is None:
-            self._runner = Runner(self._job)
+            self._runner = runner_of(self._job)
         return self._runner
 
     def step(self) -> dict[str, Any]:
@@ -41,15 +43,16 @@ class TrialTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self.runner.trainer.save_into(Path(checkpoint_dir))
+        self.runner.save_into(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """For schedulers that pause or copy trials (PBT)."""
-        self.runner.trainer.load(open_checkpoint(Path(checkpoint)))
+        self.runner.load_from(Path(checkpoint))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
         self.cleanup()
+        self._state.restore()
         self.setup(new_config)
         return True
 

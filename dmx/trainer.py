@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from dmx import records as keys
 from dmx.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.config import RunConfig
-from dmx.data.batches import Batch, TrainBatches, TrainOrder, eval_batches
+from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.store import Store
 from dmx.device import autocast, peak_memory_mb, pick_device
 from dmx.errors import CheckpointError
 from dmx.model import Classifier
 from dmx.optim import build_optimizer
+from dmx.passes import Evaluation, Passes
+from dmx.ranks import ALONE, Ranks
 
 _FINITE_CHECK_STEPS = 50
 """Looking at the loss makes a GPU wait; once in so many steps is enough to catch NaN."""
@@ -32,19 +33,6 @@ class Diverged(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}")
         self.step = step
-
-
-_CPU_EVAL_BATCH = 32
-"""Small training batches need not make the evaluation slow: without gradients memory is cheap."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and accuracy (0..1) over every example of a split."""
-
-    loss: float
-    accuracy: float
-    num_examples: int
 
 
 def build_model(config: RunConfig) -> Classifier:
@@ -61,6 +49,7 @@ class Trainer:
         store: the prepared data.
         on_step: called after every optimizer step with (step, num_steps); for progress bars.
         before_training: called once with the fresh model, to start it from other weights.
+        ranks: the processes that train the run together; each has a Trainer of its own.
     """
 
     def __init__(
@@ -70,6 +59,7 @@ class Trainer:
         *,
         on_step: Callable[[int, int], None] | None = None,
         before_training: Callable[[Classifier], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         manifest = store.manifest
         self.config = config = config.resolved(
@@ -77,11 +67,12 @@ class Trainer:
             num_classes=manifest.num_classes,
         )
         self.store = store
+        self.ranks = ranks
         self.device = pick_device(config.train.device)
         self.model = build_model(config).to(self.device)
         if before_training is not None:
             before_training(self.model)
-        self._run = torch.compile(self.model) if config.train.compile else self.model
+        run = torch.compile(self.model) if config.train.compile else self.model
         self.optimizer, self.schedule = build_optimizer(
             self.model.parameters(), config.optim, config.train.num_steps
         )
@@ -91,7 +82,8 @@ class Trainer:
         order = TrainOrder(
             train.lengths, config.train.batch_size, config.data.seed, config.data.order
         )
-        self.batches = TrainBatches(train, order, self.length, self.device)
+        self.batches = TrainBatches(train, order, self.length, self.device, ranks.share)
+        self.passes = Passes(self.model, run, config.train, self.device, ranks)
         self.on_step = on_step
         self.step = 0
         self.best_accuracy = -math.inf
@@ -115,6 +107,8 @@ class Trainer:
 
         Raises:
             Diverged: the loss became NaN or infinite; the model is of no use any more.
+            RunFailedError: not even one sequence at a time fits the memory.
+            PeerLost: another process of the run is gone.
         """
         assert not self.finished
         every = self.config.train.eval_every_steps
@@ -132,7 +126,9 @@ class Trainer:
         if improved:
             self.best_accuracy, self.best_step = dev.accuracy, self.step
         self.stale_evaluations = 0 if improved else self.stale_evaluations + 1
+        self.passes.agree()
         batch_size = self.config.train.batch_size
+        speed = (self.step - first) * batch_size / seconds
         self.metrics = {
             keys.STEPS: self.step,
             keys.SAMPLES: self.step * batch_size,
@@ -146,9 +142,12 @@ class Trainer:
             keys.GRADIENT_NORM: norm,
             keys.TRAIN_SECONDS: self.train_seconds,
             keys.STEP_SECONDS: seconds / (self.step - first),
-            keys.SAMPLES_PER_SECOND: (self.step - first) * batch_size / seconds,
+            keys.SAMPLES_PER_SECOND: speed,
+            keys.SAMPLES_PER_SECOND_PER_WORKER: speed / self.ranks.size,
             keys.TOKENS_PER_SECOND: tokens / seconds,
-            keys.PEAK_MEMORY_MB: peak_memory_mb(self.device),
+            keys.PEAK_MEMORY_MB: self.ranks.largest(peak_memory_mb(self.device)),
+            keys.MICRO_BATCH_SIZE: self.passes.micro.size,
+            keys.NUM_WORKERS: self.ranks.size,
             keys.PARAMETERS: sum(p.numel() for p in self.model.parameters()),
         }
         return dict(self.metrics)
@@ -157,38 +156,32 @@ class Trainer:
         """Steps up to `target`; (mean loss, accuracy, last gradient norm, real tokens)."""
         self.model.train()
         first = self.step
-        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        tokens = torch.zeros((), device=self.device, dtype=torch.int64)
+        sums = torch.zeros(3, device=self.device, dtype=torch.float64)  # loss, hits, tokens
         norm = torch.zeros((), device=self.device)
         while self.step < target:
             batch = self.batches(self.step)
             loss, hits, norm = self._optimizer_step(batch)
-            loss_sum += loss
-            correct += hits
-            tokens += torch.count_nonzero(batch.input_ids)
+            sums[0] += loss
+            sums[1] += hits
+            sums[2] += torch.count_nonzero(batch.input_ids)
             self.step += 1
             if self.on_step is not None:
                 self.on_step(self.step, self.config.train.num_steps)
             look = self.step % _FINITE_CHECK_STEPS == 0 or self.step == target
-            if look and not math.isfinite(loss_sum.item()):
+            if look and not math.isfinite(self.ranks.total(sums[0]).item()):
                 raise Diverged(self.step)
         count = target - first
-        accuracy = correct.item() / (count * self.config.train.batch_size)
-        return loss_sum.item() / count, accuracy, norm.item(), int(tokens.item())
+        loss_sum, correct, tokens = self.ranks.total(sums).tolist()
+        accuracy = correct / (count * self.config.train.batch_size)
+        return loss_sum / count, accuracy, norm.item(), int(tokens)
 
     def _optimizer_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
-        size = self.config.train.micro_batch_size or self.config.train.batch_size
-        parts = self.config.train.batch_size // size
-        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for chunk in batch.chunks(size):
-            logits = self._logits(chunk)
-            loss = F.cross_entropy(logits, chunk.labels) / parts
-            loss.backward()
-            loss_sum += loss.detach().double()
-            correct += (logits.argmax(-1) == chunk.labels).sum()
+        """One step on this process's share of a batch: its part of the mean loss, its hits, and
+        the norm of the whole gradient.
+        """
+        self.ranks.seed(self.config.train.seed, self.step)
+        loss_sum, correct = self.passes.backward(batch)
+        self.ranks.add_gradients(self.model.parameters())
         limit = self.config.train.clip_gradient_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), math.inf if limit is None else limit
@@ -203,36 +196,9 @@ class Trainer:
         self.model.train()
         self._optimizer_step(batch)
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.device, self.config.train.precision):
-            logits = self._run(batch.input_ids, batch.input_ids_1)
-        return logits.float()
-
-    # -- evaluation -------------------------------------------------------------------------
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Sequences per pass of an evaluation."""
-        train = self.config.train
-        if train.eval_batch_size is not None:
-            return train.eval_batch_size
-        size = train.micro_batch_size or train.batch_size
-        return max(size, _CPU_EVAL_BATCH) if self.device.type == "cpu" else size
-
-    @torch.no_grad()
     def evaluate(self, split: str) -> Evaluation:
         """Loss and accuracy over the whole split, the ragged last batch included."""
-        self.model.eval()
-        data = self.store.split(split)
-        size = self.eval_batch_size
-        loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for batch in eval_batches(data, size, self.length, self.device):
-            logits = self._logits(batch)
-            loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
-            correct += (logits.argmax(-1) == batch.labels).sum()
-        count = len(data)
-        return Evaluation(loss.item() / count, correct.item() / count, count)
+        return self.passes.evaluate(self.store.split(split), self.length)
 
     @torch.no_grad()
     def probabilities(self, batch: Batch) -> torch.Tensor:
@@ -246,6 +212,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; tensors and plain values."""
+        on_cuda = self.device.type == "cuda"
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": {
@@ -257,7 +224,9 @@ class Trainer:
             "stale_evaluations": self.stale_evaluations,
             "train_seconds": self.train_seconds,
             "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if on_cuda else [],
+            "micro_batch_limit": self.passes.micro.limit,
+            "eval_batch_limit": self.passes.evaluation.limit,
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -291,7 +260,15 @@ class Trainer:
             CheckpointError: it belongs to another experiment, or is damaged.
         """
         self.load_weights(checkpoint)
-        state = checkpoint.training_state()
+        self.load_state(checkpoint.training_state(), str(checkpoint.folder))
+        self.metrics = _metrics_only(checkpoint.metrics)
+
+    def load_state(self, state: Mapping[str, Any], source: str) -> None:
+        """Take all but the weights from what `state` gave.
+
+        Raises:
+            CheckpointError: it belongs to another experiment; names `source`.
+        """
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -299,14 +276,33 @@ class Trainer:
             self.best_accuracy, self.best_step = state["best_accuracy"], state["best_step"]
             self.stale_evaluations = state["stale_evaluations"]
             self.train_seconds = state["train_seconds"]
+            self.passes.micro.limit = state.get("micro_batch_limit")
+            self.passes.evaluation.limit = state.get("eval_batch_limit")
             torch.set_rng_state(state["rng_cpu"])
             if self.device.type == "cuda" and state["rng_cuda"]:
-                torch.cuda.set_rng_state_all(state["rng_cuda"])
+                torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder} does not continue this run: {type(error).__name__} {error}."
+                f"{source} does not continue this run: {type(error).__name__} {error}."
             ) from None
-        self.metrics = _metrics_only(checkpoint.metrics)
+
+    def follow_leader(self) -> None:
+        """Bring every process of the run to the leader's weights and state.
+
+        They travel from process to process: a shared file system may show an old checkpoint to
+        another node.
+        """
+        if self.ranks.size == 1:
+            return
+        content = io.BytesIO()
+        if self.ranks.leads:
+            torch.save({**self.state(), "metrics": self.metrics}, content)
+        self.ranks.copy_leader(self.model.state_dict().values())
+        content = io.BytesIO(self.ranks.from_leader(content.getvalue()))
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        self.metrics = state.pop("metrics")
+        if not self.ranks.leads:
+            self.load_state(state, "the leader's state")
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take the weights only (for evaluation)."""

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, costs, place_options, study_end, study_files, study_identity
+from dmx import (
+    cli,
+    cluster,
+    costs,
+    gpu_packing,
+    place_options,
+    study_end,
+    study_files,
+    study_identity,
+)
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
 from dmx.data.store import Store
@@ -32,6 +41,7 @@ from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
 from dmx.tasks import Task, task_for
 from dmx.tune_options import check_limits, parser
+from dmx.workers import check_batch
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -112,6 +122,11 @@ def _search(
     here = None if args.address else open_study(cluster.local_resources())
     with sync, cluster.connect(args.address) as resources:
         config = here or open_study(resources)
+        if args.trials_per_gpu == gpu_packing.AUTO:
+            fitting = gpu_packing.measure(config, store)
+            budget = _budget(args, task, space, resources, trials_per_gpu=fitting)
+            config = _study_config(args, task, space, budget, overrides, folder.name)
+            config = dataclasses.replace(config, places=sync.places)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
         slots = min(slots, args.max_concurrent_trials or slots)
@@ -177,7 +192,11 @@ def _check_free(folder: Path, *, resume: bool) -> None:
 
 
 def _budget(
-    args: argparse.Namespace, task: Task, space: SearchSpace, resources: cluster.Resources
+    args: argparse.Namespace,
+    task: Task,
+    space: SearchSpace,
+    resources: cluster.Resources,
+    trials_per_gpu: int | None = None,
 ) -> Budget:
     return fit_budget(
         task,
@@ -186,8 +205,10 @@ def _budget(
         searched=space.distributions(),
         num_trials=args.num_trials,
         max_steps=args.max_steps,
-        trials_per_gpu=args.trials_per_gpu,
+        trials_per_gpu=trials_per_gpu or gpu_packing.wanted(args.trials_per_gpu),
         cpus_per_trial=args.cpus_per_trial,
+        gpus_per_trial=args.gpus_per_trial,
+        workers_per_trial=args.workers_per_trial,
     )
 
 
@@ -199,6 +220,9 @@ def _check_space(
     space: SearchSpace, task: Task, budget: Budget, overrides: Mapping[str, Any]
 ) -> None:
     space.check(task.name, _fixed(budget, overrides))
+    for corner in space.corners() if budget.workers > 1 else ():
+        config = space.run_config(task.name, _fixed(budget, overrides), corner)
+        check_batch(config.train.batch_size, budget.workers)
 
 
 def _study_config(
@@ -222,6 +246,7 @@ def _study_config(
         seed=args.seed,
         cpus_per_trial=budget.cpus,
         gpus_per_trial=budget.gpus,
+        workers_per_trial=budget.workers,
         time_budget_seconds=args.time_budget,
         trial_timeout_seconds=args.trial_timeout,
         patience_seconds=args.storage_patience,

@@ -64,7 +64,20 @@ def parser() -> cli.Parser:
         "--time-budget", type=float, metavar="SECONDS", help="stop then; continue with --resume"
     )
     p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
-    p.add_argument("--trials-per-gpu", type=int, help="trials that share a GPU (default: 1)")
+    p.add_argument(
+        "--gpus-per-trial", type=float, metavar="N", help="GPUs that share a trial's work"
+    )
+    p.add_argument(
+        "--workers-per-trial",
+        type=int,
+        metavar="N",
+        help="processes that share a trial's work (default: one for each of its GPUs)",
+    )
+    p.add_argument(
+        "--trials-per-gpu",
+        metavar="N",
+        help="trials that share a GPU (default: 1); auto measures how many fit",
+    )
     p.add_argument(
         "--max-concurrent-trials",
         type=int,

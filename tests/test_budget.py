@@ -89,3 +89,39 @@ def test_more_than_the_cluster_has(request_):
     with pytest.raises(ConfigError) as caught:
         check_request(CPU, cpus=request_[0], gpus=request_[1])
     assert "but the cluster has" in one_sentence(caught.value)
+
+
+def test_gpus_and_workers_of_a_trial():
+    two = fit(resources=GPU, gpus_per_trial=2)
+    assert (two.gpus, two.cpus, two.workers) == (2.0, 16.0, 2)
+    assert check_request(GPU, cpus=two.cpus, gpus=two.gpus) == 2
+    assert "each by 2 workers" in two.reason
+    half = fit(resources=GPU, gpus_per_trial=0.5)
+    assert (half.gpus, half.cpus, half.workers) == (0.5, 4.0, 1)
+    pair = fit(workers_per_trial=2)
+    assert (pair.gpus, pair.cpus, pair.workers) == (0.0, 2.0, 2)
+    assert check_request(CPU, cpus=pair.cpus, gpus=pair.gpus) == 1
+    assert fit(workers_per_trial=2, cpus_per_trial=1).cpus == 1.0
+    assert fit().workers == fit(resources=GPU, trials_per_gpu=2).workers == 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "changes", "message"),
+    [
+        (CPU, {"gpus_per_trial": 2}, "--gpus-per-trial is given, but the cluster has no GPU"),
+        (GPU, {"gpus_per_trial": 0}, "--gpus-per-trial is 0"),
+        (GPU, {"gpus_per_trial": 2.5}, "--gpus-per-trial is 2.5"),
+        (GPU, {"gpus_per_trial": 2, "trials_per_gpu": 2}, "contradict"),
+        (GPU, {"gpus_per_trial": 2, "workers_per_trial": 4}, "has 2 GPUs"),
+        (CPU, {"workers_per_trial": 0}, "--workers-per-trial is 0"),
+    ],
+)
+def test_impossible_gpus_and_workers(resources, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        fit(resources=resources, **changes)
+    one_sentence(error.value)
+
+
+def test_more_gpus_than_there_are():
+    with pytest.raises(ConfigError, match="asks for 8 GPUs, but the cluster has 4"):
+        check_request(GPU, cpus=1, gpus=fit(resources=GPU, gpus_per_trial=8).gpus)

@@ -18,7 +18,8 @@ LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     (
         "values",
-        "cli registry schema overrides records patience journal resources claim device tensorboard",
+        "cli workers registry schema overrides records patience journal resources claim device "
+        "tensorboard",
     ),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("mathematics", "packing parallel dropout functional ends optim"),
@@ -27,7 +28,10 @@ LAYERS: list[tuple[str, str]] = [
     ("experiment", "config reference space"),
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
-    ("training", "trainer samples runner evaluation maps map_view"),
+    (
+        "training",
+        "process_state ranks micro_batch passes trainer samples runner evaluation maps map_view",
+    ),
     ("stages", "proposer optuna_file ledger stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     (
@@ -36,21 +40,29 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "ray",
-        "cluster cluster_size launch trainable scheduler budget study_config watchdog study_hooks",
+        "cluster cluster_size worker_session distributed launch trainable scheduler budget "
+        "study_config watchdog study_hooks",
     ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
-    ("reports", "reading_options reporting reporting.* report leaderboard costs costing costing.*"),
+    (
+        "reports",
+        "reading_options reporting reporting.* report leaderboard costs costing costing.* "
+        "gpu_packing",
+    ),
     (
         "commands",
-        "place_options tune_options tune train curriculum attention_maps completion",
+        "place_options tune_options train_workers tune train curriculum attention_maps completion",
     ),
 ]
 
 # Who may import what, at the top of a file or within a function.
 RAY = [
     "cluster",
+    "distributed",
+    "worker_session",
+    "gpu_packing",
     "launch",
     "trainable",
     "scheduler",
@@ -71,6 +83,8 @@ OPTUNA = [
     "reporting.reading",
     "reporting.importance",
 ]
+# What a file imports only once it was asked for several workers.
+LAZY = {"train_workers": {"distributed"}}
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 
@@ -159,7 +173,7 @@ def test_training_needs_no_ray():
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            waiting.extend(own_imports(module))
+            waiting.extend(own_imports(module) - LAZY.get(module, set()))
     assert {"model", "config", "data.store"} <= seen
     assert not seen & (set(RAY) - {"data.ray_shards"})
     assert "ledger" not in seen

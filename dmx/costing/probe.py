@@ -94,7 +94,7 @@ def _time(trainer: Trainer, seconds: float, times: float, num_dev: int | None) -
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     dev = trainer.store.split("dev")
     seen, before = 0, time.perf_counter()
-    for batch in eval_batches(dev, trainer.eval_batch_size, trainer.length, device):
+    for batch in eval_batches(dev, trainer.passes.evaluation.size, trainer.length, device):
         trainer.probabilities(batch)
         _wait(device)
         seen += len(batch.labels)

@@ -142,10 +142,19 @@ class TrainBatches:
     Args:
         split: the train split. order: which examples. length: L to pad to.
         device: where batches are wanted; on CUDA they are copied from pinned memory.
+        share: which of a batch's examples; all of them unless several processes share it.
     """
 
-    def __init__(self, split: Split, order: TrainOrder, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        split: Split,
+        order: TrainOrder,
+        length: int,
+        device: torch.device,
+        share: slice = slice(None),
+    ) -> None:
         self._split, self._order, self._length, self._device = split, order, length, device
+        self._share = share
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmx-batches")
         self._ahead: tuple[int, object] | None = None
 
@@ -160,7 +169,7 @@ class TrainBatches:
         return batch.to(self._device)
 
     def _read(self, step: int) -> Batch:
-        batch = make_batch(self._split, self._order(step), self._length)
+        batch = make_batch(self._split, self._order(step)[self._share], self._length)
         return batch.pinned() if self._device.type == "cuda" else batch
 
     def close(self) -> None:
@@ -169,9 +178,16 @@ class TrainBatches:
 
 
 def eval_batches(
-    split: Split, batch_size: int, length: int, device: torch.device
+    split: Split,
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    share: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Every example of a split exactly once, the ragged last batch included, sorted by length."""
+    """Every example of a split exactly once, the ragged last batch included, sorted by length.
+
+    `share`: which of the batches; all of them unless several processes share the split.
+    """
     order = np.argsort(split.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
+    for start in range(0, len(order), batch_size)[share]:
         yield make_batch(split, order[start : start + batch_size], length).to(device)

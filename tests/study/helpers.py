@@ -94,6 +94,7 @@ CLOCKED = {
     "train_seconds",
     "step_seconds",
     "samples_per_second",
+    "samples_per_second_per_worker",
     "tokens_per_second",
     "peak_memory_mb",
     "process_seconds",

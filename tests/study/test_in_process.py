@@ -22,6 +22,7 @@ from dmx.ledger import trial_folder
 from dmx.runner import Job, Runner
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
+from dmx.workers import Workers
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, space
 from tests.tiny import TASK
 
@@ -218,5 +219,6 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
 
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
-    found = evaluate_test(tmp_path / "a" / "best", tiny_store, cpus=1, gpus=0)
-    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, cpus=1, gpus=0)
+    one = Workers(count=1, cpus=1, gpus=0)
+    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one)
+    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one)

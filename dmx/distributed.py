@@ -1,0 +1,132 @@
+"""One run by several processes: Ray Train's TorchTrainer behind the interface of a Runner."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dmx import cluster  # sets Ray's environment before Ray is imported
+from dmx import records as keys
+from dmx.checkpoint import open_checkpoint
+from dmx.runner import Job, Runner, evaluate_checkpoint
+from dmx.worker_session import RAY_DIR, WorkerSession, release
+from dmx.workers import Workers
+
+import ray  # isort: skip
+from ray.exceptions import RayError  # isort: skip
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
+
+__all__ = ["DistributedRunner", "check_room", "cluster", "opened", "runner_of"]
+
+_CLOSE_SECONDS = 10.0
+_SESSION_THREADS = 32
+
+
+def runner_of(job: Job) -> Runner | DistributedRunner:
+    """Whatever runs the job: this process, or several others."""
+    return Runner(job) if job.workers == 1 else DistributedRunner(job)
+
+
+def check_room(workers: Workers, resources: cluster.Resources) -> None:
+    """Whether a run of these workers fits.
+
+    Raises:
+        ConfigError: it does not; Ray would wait for ever.
+    """
+    count = workers.count
+    cluster.check_request(resources, cpus=workers.cpus * count, gpus=workers.gpus * count)
+
+
+@contextlib.contextmanager
+def opened(job: Job, address: str | None) -> Iterator[DistributedRunner]:
+    """A runner in a cluster of this machine's own, or in the one at `address`.
+
+    Raises:
+        ConfigError: no cluster answers, or the run does not fit into it.
+    """
+    with cluster.connect(address) as resources:
+        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
+        check_room(each, resources)
+        runner = DistributedRunner(job)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+
+class DistributedRunner:
+    """A Runner whose work is done by `job.workers` processes, wherever the cluster has room.
+
+    Each `step` lets the workers train to the next evaluation, and no further: what is on disk is
+    what was reported. When a worker is lost, Ray Train starts all of them again, as many as the
+    cluster still has room for, and they continue from the last checkpoint; the batches stay the
+    same, only the shares grow.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._session: Any = None
+        self._fitting: Any = None
+
+    def _start(self) -> None:
+        release(Path(self.job.folder))  # of a predecessor that was killed
+        here = ray.get_runtime_context().get_node_id()
+        # On this node, so that a lost node takes no bystander's session with it.
+        self._session = WorkerSession.options(
+            max_concurrency=_SESSION_THREADS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        ).remote(self.job)
+        self._fitting = self._session.fit.remote()
+
+    def step(self) -> dict[str, Any]:
+        """See Runner.step. With `lost` where the workers died again and again.
+
+        Raises:
+            RayError: this node's own part of the run is gone.
+        """
+        if self._session is None:
+            self._start()
+        report: dict[str, Any] = ray.get(self._session.step.remote())
+        return report
+
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """runner.evaluate_checkpoint by one worker; the others must have ended."""
+        job = self.job
+        remote: Any = ray.remote(
+            num_cpus=job.cpus_per_worker, num_gpus=job.gpus_per_worker, max_retries=3
+        )(evaluate_checkpoint)
+        found = remote.remote(str(folder), job.data_folder, split, job.threads, job.places)
+        result: dict[str, float] = ray.get(found)
+        return result
+
+    def save_into(self, folder: Path) -> None:
+        """Copy the last checkpoint; the workers rest, so that it is the present state."""
+        folder_of_last = Path(self.job.folder) / keys.LAST_DIR
+        self.job.places.pull(folder_of_last)
+        last = open_checkpoint(folder_of_last)
+        shutil.copytree(last.folder, folder, dirs_exist_ok=True)
+
+    def load_from(self, folder: Path) -> None:
+        """Go on from another checkpoint."""
+        self.close()
+        last = Path(self.job.folder) / keys.LAST_DIR
+        new = last.parent / f".{last.name}.copy"
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(open_checkpoint(folder).folder, new)
+        shutil.rmtree(last, ignore_errors=True)
+        new.rename(last)
+
+    def close(self) -> None:
+        """End all workers: at once where they are at work, in good order where they rest."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        with contextlib.suppress(RayError):
+            if ray.get(session.stop.remote()):
+                ray.wait([self._fitting], timeout=_CLOSE_SECONDS)
+        ray.kill(session)
+        release(Path(self.job.folder))
+        shutil.rmtree(Path(self.job.folder) / RAY_DIR, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""Who does a single run's work: this process, or several in a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from typing import Any
+
+from dmx.config import RunConfig
+from dmx.errors import ConfigError
+from dmx.runner import Job
+from dmx.workers import Workers, check_batch, share_out
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options that ask for several workers."""
+    p.add_argument(
+        "--gpus-per-trial", type=int, metavar="N", help="GPUs that share the run's work, by Ray"
+    )
+    p.add_argument(
+        "--workers-per-trial",
+        type=int,
+        metavar="N",
+        help="processes that share the run's work, where there is no GPU",
+    )
+    p.add_argument("--address", help="with several workers: a running Ray cluster for them")
+
+
+def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
+    """One worker with all of this machine's cores, or as many as the options say.
+
+    Raises:
+        ConfigError: the options do not go together, or ask for more than this machine has.
+    """
+    if args.threads < 0:
+        raise ConfigError(f"--threads is {args.threads}; it must not be negative.")
+    gpus = args.gpus_per_trial or 0
+    if gpus < 0:
+        raise ConfigError(f"--gpus-per-trial is {gpus}; it must not be negative.")
+    count = share_out(cpus=1, gpus=gpus, workers=args.workers_per_trial).count
+    there = num_cores() if args.address is None else count
+    workers = share_out(cpus=args.threads or there, gpus=gpus, workers=count)
+    check_batch(config.train.batch_size, count)
+    if count == 1 and args.address is not None:
+        raise ConfigError(
+            "--address is for a run of several workers; add --gpus-per-trial, or leave it out."
+        )
+    if count > 1 and args.address is None:
+        from dmx import distributed
+
+        distributed.check_room(workers, distributed.cluster.local_resources())
+    return workers
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:
+    """The runner of a job of several workers, and its cluster; Ray is imported only here."""
+    from dmx import distributed
+
+    return distributed.opened(job, address)

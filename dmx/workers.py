@@ -1,0 +1,55 @@
+"""How a run's CPU cores and GPUs are shared out among the processes that train it together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dmx.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """`count` processes with `cpus` CPU cores and `gpus` GPUs each."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Workers:
+    """The workers of a run that has `cpus` cores and `gpus` GPUs in all.
+
+    A run with several GPUs has a worker for each. Without a GPU `workers` says how many there are;
+    None is one. Part of a GPU, or one, is for one worker.
+
+    Raises:
+        ConfigError: the numbers do not go together.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers-per-trial is {workers}; it must be at least 1.")
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigError(f"--gpus-per-trial is {gpus:g}; above 1 it must be a whole number.")
+    count = max(int(gpus), 1) if workers is None else workers
+    if gpus and count != max(int(gpus), 1):
+        raise ConfigError(
+            f"--workers-per-trial is {workers}, but a trial has {gpus:g} GPUs; every worker has "
+            "one, so leave --workers-per-trial out."
+        )
+    each = cpus / count
+    # Ray counts in steps of 1/10,000, and must not count more than there is.
+    each = each if each == int(each) or count == 1 else math.floor(each * 10_000) / 10_000
+    return Workers(count=count, cpus=each, gpus=gpus / count)
+
+
+def check_batch(batch_size: int, workers: int) -> None:
+    """Whether every worker gets something of each batch.
+
+    Raises:
+        ConfigError: there are more workers than sequences.
+    """
+    if workers > batch_size:
+        raise ConfigError(
+            f"{workers} workers cannot share a batch of {batch_size}; give fewer, or raise "
+            "train.batch_size."
+        )

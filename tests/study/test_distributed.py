@@ -1,0 +1,199 @@
+"""Runs by two workers in a real Ray: the result of one, whatever dies; and nobody left over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmx import cluster
+from dmx import records as keys
+from dmx.checkpoint import open_checkpoint
+from dmx.claim import read_claim
+from dmx.distributed import DistributedRunner
+from dmx.launch import start, stop, wait_any
+from dmx.ledger import trial_folder
+from dmx.runner import Job, Runner
+from dmx.schema import to_dict
+from dmx.study import run_study
+from tests.study.processes import started, wait_until
+from tests.study.test_in_process import Watcher, study_config
+from tests.tiny import SETTINGS, TASK, config
+
+pytestmark = pytest.mark.slow
+NUMBERS = (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM)
+EXACT = (keys.STEPS, keys.TRAIN_ACCURACY, keys.DEV_ACCURACY, keys.BEST_STEP)
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    import ray
+
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, **options)
+    with cluster.connect(None):
+        yield
+    ray.shutdown()
+
+
+def job(folder: Path, store: Any, **changes: Any) -> Job:
+    plain = to_dict(config(attention__dropout=0.0))
+    return Job(run_config=plain, data_folder=str(store.folder), folder=str(folder), **changes)
+
+
+def to_end(runner: Any, at: Any = None) -> list[dict[str, Any]]:
+    reports: list[dict[str, Any]] = []
+    while not reports or not reports[-1]["done"]:
+        reports.append(runner.step())
+        assert keys.FAILURE not in reports[-1], reports[-1]
+        if at is not None:
+            at(reports[-1])
+    return reports
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_store, tmp_path_factory) -> list[dict[str, Any]]:
+    """The reports of the run in one process."""
+    runner = Runner(job(tmp_path_factory.mktemp("alone"), tiny_store))
+    with contextlib.closing(runner):
+        return to_end(runner)
+
+
+def check_close(reports, expected):
+    assert [[r[k] for k in EXACT] for r in reports] == [[r[k] for k in EXACT] for r in expected]
+    for mine, theirs in zip(reports, expected, strict=True):
+        assert [mine[k] for k in NUMBERS] == pytest.approx([theirs[k] for k in NUMBERS], rel=1e-5)
+
+
+def workers(folder: Path) -> list[int]:
+    """Processes that hold files of the run's folder open or have its path: by Ray's own names."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                title = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if b"RayTrainWorker" in title and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
+    """Kill -9 of the leader, then of both; Ray Train starts them again from the last checkpoint."""
+    runner = DistributedRunner(job(tmp_path / "run", tiny_store, workers=2))
+    killed: list[int] = []
+
+    def kill(report):
+        leader = read_claim(tmp_path / "run")["pid"]
+        if report[keys.STEPS] == 4 and not killed:
+            killed.append(leader)
+            os.kill(leader, signal.SIGKILL)
+
+    with contextlib.closing(runner):
+        reports = to_end(runner, kill)
+        assert read_claim(tmp_path / "run")["pid"] not in killed
+    check_close(reports, alone)
+    assert [r[keys.NUM_WORKERS] for r in reports] == [2] * 4
+    last = open_checkpoint(tmp_path / "run" / "last")
+    assert last.metrics[keys.STEPS] == 8
+    assert not any(name.startswith("module.") for name in last.model_state())
+    assert not (tmp_path / "run" / "ray-train").exists()
+
+
+def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone, tmp_path):
+    """`stop` ends all workers and gives the room back; one process then goes on."""
+    long = job(tmp_path / "run", tiny_store, workers=2)
+    running = start(long, cpus=1, gpus=0)
+    [(_, report)] = wait_any([running], timeout_seconds=240)
+    check_close([report], alone[:1])
+    stop(running)
+    wait_until(lambda: room() == 2, "the room of stopped workers")
+    with contextlib.closing(Runner(job(tmp_path / "run", tiny_store))) as one:
+        repeated, *rest = to_end(one)
+    assert repeated[keys.STEPS] in (2, 4, 6, 8), "it had gone on to the next evaluation, or not"
+    check_close([repeated, *rest], alone[repeated[keys.STEPS] // 2 - 1 :])
+
+
+def room() -> float:
+    import ray
+
+    return ray.available_resources().get("CPU", 0.0)
+
+
+def test_a_study_whose_trials_have_two_workers(two_cpus, tiny_store, tmp_path):
+    """Same trials, same decisions, same journal as with one worker, to float precision."""
+    changes = {"num_trials": 3, "overrides": {"attention.dropout": 0.0, "model.dropout": 0.0}}
+    settings = {
+        name: study_config(tmp_path, **changes, cpus_per_trial=cpus, workers_per_trial=count)
+        for name, cpus, count in (("one", 1.0, 1), ("two", 2.0, 2))
+    }
+    watcher = Watcher()
+    one = run_study(settings["one"], tiny_store, tmp_path / "one", slots=1)
+    two = run_study(settings["two"], tiny_store, tmp_path / "two", slots=1, observers=(watcher,))
+    assert [(t.status, t.steps, t.params) for t in two.trials] == [
+        (t.status, t.steps, t.params) for t in one.trials
+    ]
+    for mine, theirs in zip(two.trials, one.trials, strict=True):
+        assert mine.best_dev_accuracy == pytest.approx(theirs.best_dev_accuracy, abs=1e-9)
+        assert mine.metrics.keys() == theirs.metrics.keys()
+        assert mine.metrics[keys.NUM_WORKERS] == 2
+        open_checkpoint(trial_folder(tmp_path / "two", mine.number) / "best").model_state()
+    reports = [h for h in watcher.heard if h[0] == "reported"]
+    assert len(set(reports)) == len(reports)
+    wait_until(lambda: room() == 2, "the room of the study's workers")
+
+
+def words(data_root: Path, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "dmx.train", "--attention", "butterfly", "--task", TASK]
+    command += ["--data-root", str(data_root), "--name", "run", "--workers-per-trial", "2"]
+    settings = {**SETTINGS, "train.num_steps": 2000, "train.eval_every_steps": 100}
+    return [*command, *more, *(f"{k}={v}" for k, v in settings.items())]
+
+
+def test_ctrl_c_leaves_no_process(tiny_root, tmp_path):
+    """In the middle of a step; the last line continues."""
+    with started(words(tiny_root), tmp_path) as running:
+        last = tmp_path / "runs" / "run" / "last" / "metrics.json"
+        wait_until(last.exists, "the first checkpoint", running.process)
+        running.ctrl_c()
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        assert shlex.split(err.rstrip().splitlines()[-1])[-1] == "--resume"
+        wait_until(lambda: not running.left(), "end of all processes")
+    assert open_checkpoint(last.parent).metrics[keys.NUM_WORKERS] == 2
+
+
+def test_a_lost_node_leaves_fewer_workers_and_the_same_result(
+    tiny_store, alone, tmp_path, monkeypatch
+):
+    """Two nodes of one CPU; the second dies. What is left does the whole batch."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = nodes.add_node(num_cpus=1)
+    try:
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        runner = DistributedRunner(job(tmp_path / "run", tiny_store, workers=2))
+
+        def lose(report):
+            if report[keys.STEPS] == 4:
+                nodes.remove_node(other, allow_graceful=False)
+
+        with contextlib.closing(runner):
+            reports = to_end(runner, lose)
+        check_close(reports, alone)
+        assert [r[keys.NUM_WORKERS] for r in reports] == [2, 2, 1, 1]
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
