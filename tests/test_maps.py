@@ -14,10 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dmx import attention_maps, map_view, maps
 from dmx.attention import ATTENTIONS, AttentionConfig, MixerContext
+from dmx.config import parse_run_config
+from dmx.costing.stand_in import stand_in
 from dmx.data.batches import make_batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.maps import LayerMap, layer_maps
+from dmx.tasks import task_for
 from dmx.trainer import Trainer
 from tests import tiny
 
@@ -96,6 +99,20 @@ def test_maps_of_a_model(tiny_store: Store) -> None:
     for hook in hooks:
         hook.remove()
     trainer.close()
+
+
+def test_both_texts_of_a_pair_have_maps() -> None:
+    """Each text has maps of its own; the stand-in's second text is its first one reversed."""
+    with stand_in(task_for("retrieval")) as store:
+        settings = {k: v for k, v in tiny.SETTINGS.items() if k != "attention.block_size"}
+        config = parse_run_config({"task": "retrieval", "attention": "butterfly-16"}, settings)
+        trainer = Trainer(maps.dense(config), store)
+        batch = make_batch(store.split("dev"), np.array([0]), trainer.length)
+        found = layer_maps(trainer.model, batch)
+        trainer.close()
+    assert [(m.layer, m.sequence) for m in found] == [(0, 0), (0, 1)]
+    assert found[0].probabilities.shape == found[1].probabilities.shape == (256, 2, 16, 16)
+    assert not torch.equal(found[0].probabilities, found[1].probabilities)
 
 
 def test_a_drawn_map() -> None:

@@ -49,6 +49,7 @@ def test_a_trial_continues_on_another_node(tmp_path, tiny_store):
             places=places,
         )
 
+    (tmp_path / "c" / "run" / "trials").mkdir(parents=True)
     whole = reports(Job(**{**vars(job(node(tmp_path, "c"))), "places": Places()}), 99)
     assert len(whole) >= 3
     first = reports(job(node(tmp_path, "a")), 2)
