@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,13 @@ class _Storage(JournalStorage):
         return found
 
 
-def open_optuna(path: Path, name: str, *, patience_seconds: float) -> optuna.Study:
+def open_optuna(
+    path: Path,
+    name: str,
+    *,
+    patience_seconds: float,
+    directions: Sequence[Any] = ("maximize",),
+) -> optuna.Study:
     """The study in a file, made when it is not there yet; what a crash tore is cut off.
 
     The caller keeps other processes out.
@@ -84,7 +90,7 @@ def open_optuna(path: Path, name: str, *, patience_seconds: float) -> optuna.Stu
         _drop_torn_line(path)
         storage = _Storage(_PatientFile(path, patience_seconds))
         return optuna.create_study(
-            study_name=name, storage=storage, direction="maximize", load_if_exists=True
+            study_name=name, storage=storage, directions=list(directions), load_if_exists=True
         )
     except (OSError, DmxError):
         raise
