@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
 
 from dmx.errors import DmxError, StageError
 from dmx.patience import persist
@@ -40,7 +42,41 @@ class _PatientFile(JournalFileBackend):
         self._size = self.path.stat().st_size
 
 
-def open_optuna(path: Path, name: str, *, patience_seconds: float) -> optuna.Study:
+class _Storage(JournalStorage):
+    """Remembers that no trial waits: Optuna looks through all of them before each proposal.
+
+    Nobody else adds trials to the study, so what is found once stays true.
+    """
+
+    _none_waits = False
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's; a template is how a waiting trial comes into being."""
+        self._none_waits = self._none_waits and template_trial is None
+        return super().create_new_trial(study_id, template_trial)
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """As Optuna's, but for the question which trials wait."""
+        waiting = states == (TrialState.WAITING,)
+        if waiting and self._none_waits:
+            return []
+        found = super().get_all_trials(study_id, deepcopy, states)
+        self._none_waits = self._none_waits or (waiting and not found)
+        return found
+
+
+def open_optuna(
+    path: Path,
+    name: str,
+    *,
+    patience_seconds: float,
+    directions: Sequence[Any] = ("maximize",),
+) -> optuna.Study:
     """The study in a file, made when it is not there yet; what a crash tore is cut off.
 
     The caller keeps other processes out.
@@ -52,9 +88,9 @@ def open_optuna(path: Path, name: str, *, patience_seconds: float) -> optuna.Stu
     Path(f"{path}.lock").unlink(missing_ok=True)
     try:
         _drop_torn_line(path)
-        storage = JournalStorage(_PatientFile(path, patience_seconds))
+        storage = _Storage(_PatientFile(path, patience_seconds))
         return optuna.create_study(
-            study_name=name, storage=storage, direction="maximize", load_if_exists=True
+            study_name=name, storage=storage, directions=list(directions), load_if_exists=True
         )
     except (OSError, DmxError):
         raise

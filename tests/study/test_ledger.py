@@ -310,3 +310,26 @@ def test_more_trials_may_be_asked_for_later(tmp_path):
 
 def test_states_are_the_four(tmp_path):
     assert set(ledger_module._STATUS) == set(TrialState)
+
+
+def test_proposals_do_not_scan_for_waiting_trials(tmp_path, monkeypatch):
+    """Once the start points are used up, Optuna's search for waiting trials costs nothing."""
+    from optuna.storages.journal._storage import JournalStorageReplayResult
+
+    scans = []
+    real = JournalStorageReplayResult.get_all_trials
+
+    def get_all_trials(self, study_id, states):
+        scans.append(states)
+        return real(self, study_id, states)
+
+    monkeypatch.setattr(JournalStorageReplayResult, "get_all_trials", get_all_trials)
+    with opened(tmp_path / "a", sampler="random", num_trials=30) as ledger:
+        assert (ledger.next_trial() or (0, {}))[1] == dict(ledger.space.start[0])
+        ledger.next_trial()
+        scans.clear()
+        assert [(ledger.next_trial() or (0,))[0] for _ in range(28)] == list(range(2, 30))
+        assert scans == []
+        ledger.study.enqueue_trial({"model.dropout": 0.125})
+        ledger.num_trials = 31
+        assert (ledger.next_trial() or (0, {}))[1]["model.dropout"] == 0.125

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from dmx.errors import ConfigError
+from dmx.tune_options import check_limits, parser
 from dmx.watchdog import LEAST_SECONDS, START_SECONDS, Watchdog, patience
+from tests.tiny import one_sentence
 
 
 class Tune:
@@ -83,3 +86,19 @@ def test_what_is_too_long():
     assert patience([60.0] * 5, None) == 1800
     assert patience([300.0, 600.0, 4000.0], None) == 6000.0, "ten times the median"
     assert patience([300.0], 5.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trial-timeout", "0"], "--trial-timeout is 0; it must be positive."),
+        (["--trial-timeout", "nan"], "--trial-timeout is nan; it must be positive."),
+        (["--storage-patience", "-1"], "--storage-patience is -1; it must not be negative."),
+        (["--max-concurrent-trials", "0"], "--max-concurrent-trials is 0; it must be 1 or more."),
+    ],
+)
+def test_limits_that_make_no_sense(words, said):
+    args = parser().parse_args(["--attention", "softmax", "--task", "text", *words])
+    with pytest.raises(ConfigError) as caught:
+        check_limits(args)
+    assert one_sentence(caught.value) == said
