@@ -35,7 +35,7 @@ _LIMIT_SECONDS = 1800
 
 def measured(key: object) -> bool:
     """Whether a number measures the machine: times, rates and memory differ from run to run."""
-    return str(key).endswith(("_seconds", "_per_second")) or key == "peak_memory_mb"
+    return any(word in str(key) for word in ("_seconds", "_per_second", "_memory_mb"))
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
