@@ -183,6 +183,7 @@ class Controller:
             threads=max(int(cpus), 1),
             init_from=init,
             reinit=launch.reinit,
+            within=str(self.folder.absolute()),
         )
         self._room.busy[key] = Busy(cpus, gpus, launch)
         self._backend.train(key, job, cpus=cpus, gpus=gpus)

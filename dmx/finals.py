@@ -50,6 +50,7 @@ def retrain(
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
                 threads=max(int(cpus), 1),
+                within=str(folder),
             )
         )
     running: list[launch.Running] = []

@@ -33,6 +33,7 @@ class Job:
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
+        within: a folder above `folder` that is there while its storage is; None does not look.
     """
 
     run_config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Job:
     init_from: str | None = None
     reinit: tuple[str, ...] = field(default=())
     patience_seconds: float = PATIENCE_SECONDS
+    within: str | None = None
 
 
 class Runner:
@@ -80,10 +82,11 @@ class Runner:
 
     def _claim_folder(self) -> None:
         """Hold the folder, once the storages of the run and of its data are there."""
-        # The folder's own folder was made by whoever sent the job: where it is missing, its
-        # storage is, and a folder made now would be hidden or in the way when that comes back.
-        self._folder.mkdir(exist_ok=True)
-        Path(self.job.data_folder).stat()
+        # A folder made while the storage is away would be hidden or in the way when it is back.
+        for place in (self.job.within, self.job.data_folder):
+            if place is not None:
+                Path(place).stat()
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self._folder)
 
     def _build(self) -> None:

@@ -66,6 +66,7 @@ class LedgerSearcher(Searcher):
                 "init_from": self._config.init_from,
                 "reinit": self._config.reinit,
                 "patience_seconds": self._config.patience_seconds,
+                "within": str(self._folder),
             },
         }
 
