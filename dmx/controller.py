@@ -187,6 +187,7 @@ class Controller:
             workers=workers.count,
             cpus_per_worker=workers.cpus,
             gpus_per_worker=workers.gpus,
+            within=str(self.folder.absolute()),
         )
         self._room.busy[key] = Busy(cpus, gpus, launch)
         self._backend.train(key, job, cpus=cpus, gpus=gpus)

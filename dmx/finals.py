@@ -70,6 +70,7 @@ def retrain(
                 workers=workers.count,
                 cpus_per_worker=workers.cpus,
                 gpus_per_worker=workers.gpus,
+                within=str(folder),
             )
         )
     running: list[launch.Running] = []

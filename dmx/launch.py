@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
@@ -55,7 +54,6 @@ class Running:
 
 def start(job: Job, *, cpus: float, gpus: float) -> Running:
     """Launch a run; it starts as soon as the cluster has room."""
-    Path(job.folder).parent.mkdir(parents=True, exist_ok=True)  # see Runner
     running = Running(job, cpus, gpus)
     _launch(running)
     return running

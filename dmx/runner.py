@@ -40,6 +40,7 @@ class Job:
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         workers: processes that train it together; more than one need Ray (see dmx.distributed).
         cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
+        within: a folder above `folder` that is there while its storage is; None does not look.
     """
 
     run_config: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Job:
     workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    within: str | None = None
 
 
 class Runner:
@@ -105,12 +107,15 @@ class Runner:
 
     def _claim_folder(self) -> None:
         """Hold the folder, once the storages of the run and of its data are there."""
-        # The folder's own folder was made by whoever sent the job: where it is missing, its
-        # storage is, and a folder made now would be hidden or in the way when that comes back.
-        # A node's own scratch is another matter: nobody has been there before.
-        self._folder.mkdir(exist_ok=True, parents=self.job.places.run_url is not None)
-        if self.job.places.node_data is None:
-            Path(self.job.data_folder).stat()
+        # A folder made while the storage is away would be hidden or in the way when it is back.
+        # A node's own scratch and data are another matter: nobody has been there before.
+        job = self.job
+        within = job.within if job.places.run_url is None else None
+        data = job.data_folder if job.places.node_data is None else None
+        for place in (within, data):
+            if place is not None:
+                Path(place).stat()
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self._folder)
 
     def _build(self) -> None:

@@ -17,7 +17,7 @@ from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import DmxError
-from dmx.ledger import TRIALS_DIR, Ledger, trial_folder
+from dmx.ledger import Ledger, trial_folder
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
@@ -57,7 +57,6 @@ def run_study(
         patience_seconds=config.patience_seconds,
     )
     try:
-        (folder / TRIALS_DIR).mkdir(exist_ok=True)
         scheduler = _scheduler(config, ledger)
         _catch_up(ledger, scheduler, observers)
         again = ledger.remaining() > 0

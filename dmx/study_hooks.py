@@ -71,6 +71,7 @@ class LedgerSearcher(Searcher):
                 "workers": workers.count,
                 "cpus_per_worker": workers.cpus,
                 "gpus_per_worker": workers.gpus,
+                "within": str(self._folder),
             },
         }
 

@@ -104,7 +104,6 @@ def test_a_reused_process_trains_as_a_fresh_one(tiny_store, tmp_path):
     assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 4
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(4)}
     assert len(pids) == 1, "one process ran them all"
-    (tmp_path / "fresh").mkdir()
     for trial in result.trials:
         job = Job(
             run_config=config.trial_config(trial.params),
