@@ -12,28 +12,31 @@ import logging
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
 from dmx.checkpoint import put_back
-from dmx.errors import DmxError, StageError
+from dmx.errors import StageError
 from dmx.journal import Journal
+from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
+from dmx.past import Past
+from dmx.proposals import Proposer, Recorded
+from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
+from dmx.warm_start import read_prior
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 logger = logging.getLogger("dmx.ledger")
 
+_ASKED_AFTER = "asked_after"
+"""How many trials had ended when this one was proposed; samplers with generations need it."""
 _STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "PRUNED",
@@ -41,55 +44,6 @@ _STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.RUNNING: "RUNNING",
     TrialState.WAITING: "RUNNING",
 }
-
-
-def make_sampler(kind: str, seed: int, num_trials: int) -> BaseSampler:
-    """An Optuna sampler, seeded.
-
-    `tpe` (Bergstra et al. 2011) starts with a quarter of the trials at random, three to ten.
-    """
-    if kind == "tpe":
-        return TPESampler(
-            seed=seed,
-            n_startup_trials=max(3, min(10, num_trials // 4)),
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-        )
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    raise DmxError(f"sampler {kind!r} is unknown; choices: random, tpe.")
-
-
-class _Proposer(BaseSampler):
-    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
-
-    So what is drawn for a trial does not depend on how many of its values a crash had already
-    left in the storage, nor on the session that draws.
-    """
-
-    def __init__(self, kind: str, seed: int, number: int, num_trials: int) -> None:
-        self._make = lambda name: make_sampler(
-            kind, zlib.crc32(f"{seed}/{number}/{name}".encode()), num_trials
-        )
-        self._together = self._make("")
-
-    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
-        """What is drawn together."""
-        return self._together.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Draw it."""
-        return self._together.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        """Draw one value by itself."""
-        sampler = self._make(param_name)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 @dataclass
@@ -107,7 +61,7 @@ class Ledger:
     Args:
         folder: the study's folder. name: of the Optuna study. space: what is searched.
         num_trials: trials of the whole study. seed: of the sampler.
-        sampler: see make_sampler.
+        sampler: see sampling.make_sampler. objectives: names, see objectives.OBJECTIVES.
     """
 
     def __init__(
@@ -119,11 +73,20 @@ class Ledger:
         num_trials: int,
         seed: int,
         sampler: str = "tpe",
+        objectives: tuple[str, ...] = DEFAULT,
     ) -> None:
         self.folder = folder
         self.space = space
         self.num_trials = num_trials
-        self._seed, self._sampler = seed, sampler
+        self.objectives = objectives
+        self._proposer = Proposer(
+            kind=sampler,
+            space=space,
+            seed=seed,
+            num_trials=num_trials,
+            objectives=objectives,
+            prior=read_prior(folder, space),
+        )
         self.journal = Journal(folder / keys.JOURNAL_FILE)
         path = str(folder / keys.OPTUNA_FILE)
         # An open-file lock of a killed process must not block the next one for ever: the
@@ -133,16 +96,19 @@ class Ledger:
         try:
             storage = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
             self.study = optuna.create_study(
-                study_name=name, storage=storage, direction="maximize", load_if_exists=True
+                study_name=name,
+                storage=storage,
+                directions=directions(objectives),
+                load_if_exists=True,
             )
+            labels = [OBJECTIVES[o].label for o in objectives]
+            if len(labels) > 1 and self.study.metric_names != labels:
+                self.study.set_metric_names(labels)
         except Exception as error:  # a damaged storage raises whatever its parser meets
             self.journal.close()
             raise StageError(
                 f"{path} is damaged ({type(error).__name__}); start the study under a new name."
             ) from None
-        if not self.journal.events:  # a kill may have come between two of these
-            for point in space.start[len(self.study.trials) : num_trials]:
-                self.study.enqueue_trial(dict(point))
         self._live: dict[int, _Live] = {}
         self.reports: dict[int, dict[int, dict[str, Any]]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
@@ -185,26 +151,51 @@ class Ledger:
     def next_trial(self) -> tuple[int, dict[str, Any]] | None:
         """(number, point) of the next trial to run: first interrupted ones, then new ones.
 
-        The sampler is seeded by the study's seed and the trial's number, so that a proposal is a
-        function of the history alone and a restart changes nothing.
+        The first trials are the space's start points. A proposal is a function of the seed, the
+        number and the record alone (see sampling), so that a restart changes nothing.
         """
         if self._orphans:
-            number = self._orphans.pop(0)
-            self._seed_sampler(number)
-            trial = self._handle(number)
+            trial = self._handle(self._orphans.pop(0))
         else:
             trials = self.study.get_trials(deepcopy=False)
-            waiting = [t.number for t in trials if t.state == TrialState.WAITING]
-            if len(trials) - len(waiting) >= self.num_trials:
+            if sum(t.state != TrialState.WAITING for t in trials) >= self.num_trials:
                 return None
-            self._seed_sampler(min(waiting, default=len(trials)))
             trial = self.study.ask()
-        point = self.space.suggest(trial)
-        self._live[trial.number] = _Live(trial, point)
-        return trial.number, point
+        after = len(self.outcomes)
+        if self._proposer.kind in REMEMBERING:
+            after = trial.user_attrs.get(_ASKED_AFTER, after)
+            if _ASKED_AFTER not in trial.user_attrs:
+                trial.set_user_attr(_ASKED_AFTER, after)
+        number = trial.number
+        start = self.space.start[number] if number < len(self.space.start) else {}
+        point = self._proposer.propose(number, self._past(number), {**start, **trial.params}, after)
+        self.study.sampler = Recorded(point)
+        written = self.space.suggest(trial)
+        assert written == point, (written, point)
+        self._live[number] = _Live(trial, point)
+        return number, point
 
-    def _seed_sampler(self, number: int) -> None:
-        self.study.sampler = _Proposer(self._sampler, self._seed, number, self.num_trials)
+    def _past(self, number: int) -> list[Past]:
+        """The trials before one, as a sampler may see them."""
+        places = {n: place for place, n in enumerate(self.outcomes)}
+        found = []
+        for frozen in self.study.get_trials(deepcopy=False)[:number]:
+            outcome = self.outcomes.get(frozen.number)
+            values = None
+            if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
+                values = tuple(outcome.get("values") or (outcome["value"],))
+            found.append(
+                Past(
+                    params=frozen.params,
+                    distributions=frozen.distributions,
+                    state=frozen.state,
+                    values=values,
+                    curve=frozen.intermediate_values,
+                    asked_after=frozen.user_attrs.get(_ASKED_AFTER, 0),
+                    place=places.get(frozen.number),
+                )
+            )
+        return found
 
     # -- telling ----------------------------------------------------------------------------
 
@@ -218,7 +209,8 @@ class Ledger:
         known[step] = flat
         live = self._live.get(number)
         value = flat.get(keys.DEV_ACCURACY)
-        if live is not None and isinstance(value, float) and math.isfinite(value):
+        single = len(self.objectives) == 1  # Optuna has no curves for several objectives
+        if single and live is not None and isinstance(value, float) and math.isfinite(value):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 live.trial.report(value, step)
@@ -229,26 +221,27 @@ class Ledger:
         if number in self.outcomes:
             return
         live = self._live.pop(number, None)
-        best = max(
-            (
-                m.get(keys.BEST_DEV_ACCURACY, math.nan)
-                for m in self.reports.get(number, {}).values()
-            ),
-            default=math.nan,
-        )
-        if not math.isfinite(best) and status in ("COMPLETE", "PRUNED"):
-            status, error = "FAILED", error or "it reported no dev accuracy"
+        best, *_ = values = self._values(number)
+        if status in ("COMPLETE", "PRUNED") and (lacking := missing(self.objectives, values)):
+            status, error = "FAILED", error or lacking
+        several = {"values": list(values)} if len(values) > 1 and status != "FAILED" else {}
         self.journal.append(
             event="outcome",
             trial=number,
             status=status,
             value=best if math.isfinite(best) else None,
+            **several,
             error=error,
             time=time.time(),
         )
         self.outcomes[number] = self.journal.events[-1]
         trial = live.trial if live else self._handle(number)
         self._tell(trial, self.outcomes[number])
+
+    def _values(self, number: int) -> tuple[float, ...]:
+        """One value per objective, accuracy first; NaN where it was not measured."""
+        reports = self.reports.get(number, {})
+        return evaluate(self.objectives, [reports[s] for s in sorted(reports)])
 
     def _handle(self, number: int) -> Trial:
         frozen = self.study.get_trials(deepcopy=False)[number]
@@ -258,8 +251,10 @@ class Ledger:
         """COMPLETE with the best value; PRUNED and FAIL as what they are (ray-notes.md, 1b, 1c)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            single = len(self.objectives) == 1
             reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-            for step, metrics in sorted(self.reports.get(trial.number, {}).items()):
+            reports = self.reports.get(trial.number, {}) if single else {}
+            for step, metrics in sorted(reports.items()):
                 value = metrics.get(keys.DEV_ACCURACY)
                 if step not in reported and isinstance(value, float) and math.isfinite(value):
                     trial.report(value, step)
@@ -267,7 +262,8 @@ class Ledger:
             if outcome.get("error"):
                 trial.set_user_attr("error", outcome["error"])
             if status == "COMPLETE":
-                self.study.tell(trial, outcome["value"], skip_if_finished=True)
+                values = outcome.get("values") or outcome["value"]
+                self.study.tell(trial, values, skip_if_finished=True)
             else:
                 state = TrialState.PRUNED if status == "PRUNED" else TrialState.FAIL
                 self.study.tell(trial, state=state, skip_if_finished=True)
@@ -294,9 +290,7 @@ class Ledger:
         number = frozen.number
         reports = self.reports.get(number, {})
         last = reports[max(reports)] if reports else {}
-        best = max(
-            (m.get(keys.BEST_DEV_ACCURACY, math.nan) for m in reports.values()), default=math.nan
-        )
+        best, *_ = values = self._values(number)
         folder = trial_folder(self.folder, number) / keys.BEST_DIR
         if frozen.state.is_finished():  # else its process may be at work there
             put_back(folder)
@@ -317,6 +311,7 @@ class Ledger:
             seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
             checkpoint=checkpoint,
             error=self.outcomes.get(number, {}).get("error", ""),
+            values=dict(zip(self.objectives, values, strict=True)),
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, cluster, costs, study_end, study_files, study_identity
+from dmx import cli, cluster, costs, study_end, study_files, study_identity, tune_search
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
 from dmx.data.obtain import obtain
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.time()
     args = parser().parse_args(argv)
     task, space, overrides = _plan(args)
+    args.objectives = tune_search.choose(args, space)
     folder = _folder(args, task)
     data_root = None if args.data_root is None else Path(args.data_root)
     if args.final_seeds < 0:
@@ -78,7 +79,7 @@ def _search(
         budget = _budget(args, task, space, resources)
         _check_space(space, task, budget, overrides)
         config = _study_config(args, task, space, budget, overrides, folder.name)
-        study_files.open_folder(folder, study_identity.settings(config, store), resume=args.resume)
+        tune_search.open_study(args, config, store, folder)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
         return config
 
@@ -192,6 +193,7 @@ def _study_config(
         grace_steps=budget.grace_steps,
         scheduler=args.scheduler,
         sampler=args.sampler,
+        objectives=args.objectives,
         seed=args.seed,
         cpus_per_trial=budget.cpus,
         gpus_per_trial=budget.gpus,

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "dmx"
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     ("values", "cli registry schema overrides records journal resources claim device tensorboard"),
+    ("objectives", "objectives brackets"),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates"),
     ("model", "model"),
@@ -24,7 +25,8 @@ LAYERS: list[tuple[str, str]] = [
     ("data", "data data.*"),
     ("checkpoints", "checkpoint"),
     ("training", "trainer runner evaluation"),
-    ("stages", "ledger stages stage_order curriculum_file history"),
+    ("search", "sampling past proposals warm_start ledger"),
+    ("stages", "stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     ("plans, shown", "lineage probe study_files"),
     ("ray", "cluster cluster_size launch trainable scheduler budget study_config study_hooks"),
@@ -32,7 +34,7 @@ LAYERS: list[tuple[str, str]] = [
     ("study's end", "study_end study_identity curriculum_view dryrun"),
     ("control", "room side_work controller backend curriculum_show curriculum_session"),
     ("reports", "reporting reporting.* report leaderboard costs costing costing.*"),
-    ("commands", "tune_options tune train curriculum"),
+    ("commands", "tune_options tune_search tune train curriculum"),
 ]
 
 # Who may import what, at the top of a file or within a function.
@@ -49,7 +51,10 @@ RAY = [
     "curriculum",
     "data.ray_shards",
 ]
-OPTUNA = ["ledger", "study_files", "reporting.reading", "reporting.importance"]
+OPTUNA = [
+    *("sampling", "past", "proposals", "warm_start", "ledger", "study_files"),
+    *("reporting.reading", "reporting.importance"),
+]
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 
