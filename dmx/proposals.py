@@ -61,10 +61,16 @@ class _Seeded(BaseSampler):
             prior,
         )
         self._together = self._make("")
+        self._alone = frozenset(independent(proposer.kind, proposer.space))
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
-        """What is drawn together."""
-        return self._together.infer_relative_search_space(study, trial)
+        """What is drawn together.
+
+        Optuna finds the values that all trials had so far; one that exists under a condition may
+        be among them at first, and CMA-ES breaks when it goes. So those are left out at once.
+        """
+        found = self._together.infer_relative_search_space(study, trial)
+        return {name: dist for name, dist in found.items() if name not in self._alone}
 
     def sample_relative(
         self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
@@ -80,7 +86,7 @@ class _Seeded(BaseSampler):
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Proposer:
     """Proposes points.
 
@@ -95,6 +101,7 @@ class Proposer:
     num_trials: int
     objectives: tuple[str, ...] = DEFAULT
     prior: tuple[Past, ...] = ()
+    _lived: _Life | None = None
 
     def propose(
         self, number: int, earlier: Sequence[Past], known: Mapping[str, Any], after: int
@@ -109,15 +116,20 @@ class Proposer:
             return self.space.suggest(FixedTrial(dict(known)))
         except ValueError:  # something is still open
             pass
-        study = optuna.create_study(directions=directions(self.objectives))
-        for past in comparable(self.prior, earlier):
-            study.add_trial(self._frozen(past, first_generation=self.kind == "nsga2"))
         if self.kind in REMEMBERING:
-            self._replay(study, earlier, after)
-        else:
-            for past in earlier:
-                study.add_trial(self._frozen(past))
+            self._lived = self._lived or _Life(self)
+            return self._lived.ask(earlier, number, known, after)
+        study = self._fresh(earlier)
+        for past in earlier:
+            study.add_trial(self._frozen(past))
         return self._ask(study, number, known)[1]
+
+    def _fresh(self, own: Sequence[Past]) -> optuna.Study:
+        """A study in memory that knows the earlier studies."""
+        study = optuna.create_study(directions=directions(self.objectives))
+        for past in comparable(self.prior, own):
+            study.add_trial(self._frozen(past, first_generation=self.kind == "nsga2"))
+        return study
 
     def _ask(
         self, study: optuna.Study, number: int, known: Mapping[str, Any]
@@ -129,44 +141,13 @@ class Proposer:
         _ = trial.relative_params  # drawn now, even where every value is known already
         return trial, self.space.suggest(trial)
 
-    def _replay(self, study: optuna.Study, earlier: Sequence[Past], after: int) -> None:
-        """Ask for every earlier trial again, each time knowing what was known then.
-
-        The sampler's answers are not used (the recorded values are fixed), but it keeps its
-        generations by them, as it did when it was asked first.
-        """
-        ended = sorted((p.place, n) for n, p in enumerate(earlier) if p.place is not None)
-        asked: dict[int, Trial] = {}
-        told = 0
-
-        def tell(until: int) -> None:
-            nonlocal told
-            while told < min(until, len(ended)):
-                number = ended[told][1]
-                past, trial = earlier[number], asked[number]
-                if self._counts(past):
-                    assert past.values is not None
-                    study.tell(trial, list(past.values))
-                else:
-                    study.tell(trial, state=TrialState.FAIL)
-                told += 1
-
-        for number, past in enumerate(earlier):
-            tell(past.asked_after)
-            asked[number] = self._ask(study, number, past.params)[0]
-        tell(after)
-
-    @staticmethod
-    def _counts(past: Past) -> bool:
-        return past.state in (TrialState.COMPLETE, TrialState.PRUNED) and past.values is not None
-
     def _frozen(self, past: Past, *, first_generation: bool = False) -> FrozenTrial:
         """The trial for Optuna. TPE ranks stopped trials by itself; the others take their best.
 
         They would forget them otherwise, and propose the same again.
         """
         state = past.state
-        if self.kind != "tpe" and self._counts(past):
+        if self.kind != "tpe" and _counts(past):
             state = TrialState.COMPLETE
         single = len(self.objectives) == 1
         attributes = {}
@@ -186,7 +167,9 @@ class Proposer:
         if self.kind != "cmaes" or not self.prior:
             return []
         left_out = set(independent(self.kind, self.space))
-        return [
+        # It looks at the best tenth; of fewer than ten trials that is the best one.
+        times = -(-10 // len(self.prior))
+        return times * [
             create_trial(
                 params={k: v for k, v in past.params.items() if k not in left_out},
                 distributions={k: d for k, d in past.distributions.items() if k not in left_out},
@@ -194,3 +177,47 @@ class Proposer:
             )
             for past in ranked(self.prior)
         ]
+
+
+def _counts(past: Past) -> bool:
+    return past.state in (TrialState.COMPLETE, TrialState.PRUNED) and past.values is not None
+
+
+class _Life:
+    """A study in which every trial is asked for in its turn, knowing what was known then.
+
+    Of trials that are recorded the sampler's answers are not used (their values are fixed), but it
+    keeps its generations by being asked. Live, each trial is asked for once; after a restart all
+    that are recorded are asked for again, and the sampler is where it was.
+    """
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self._study = proposer._fresh(())
+        self._asked: list[Trial] = []
+        self._told = 0
+
+    def ask(
+        self, earlier: Sequence[Past], number: int, known: Mapping[str, Any], after: int
+    ) -> dict[str, Any]:
+        """See Proposer.propose."""
+        ended = sorted((p.place, n) for n, p in enumerate(earlier) if p.place is not None)
+        order = [n for _, n in ended]
+        for past in earlier[len(self._asked) :]:
+            self._tell(earlier, order[: past.asked_after])
+            replayed, _ = self._proposer._ask(self._study, len(self._asked), past.params)
+            self._asked.append(replayed)
+        self._tell(earlier, order[:after])
+        trial, point = self._proposer._ask(self._study, number, known)
+        self._asked.append(trial)
+        return point
+
+    def _tell(self, earlier: Sequence[Past], order: Sequence[int]) -> None:
+        for number in order[self._told :]:
+            past, trial = earlier[number], self._asked[number]
+            if _counts(past):
+                assert past.values is not None
+                self._study.tell(trial, list(past.values))
+            else:
+                self._study.tell(trial, state=TrialState.FAIL)
+            self._told += 1
