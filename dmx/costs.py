@@ -54,7 +54,8 @@ def study_cost(
         reduction_factor=config.reduction_factor,
         eval_every_steps=every,
         slots=slots,
-        early_stopping=config.scheduler == "asha",
+        early_stopping=config.scheduler in ("asha", "hyperband"),
+        hyperband=config.scheduler == "hyperband",
     )
     return _cost(
         f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",

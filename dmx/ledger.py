@@ -23,15 +23,21 @@ from dmx import records as keys
 from dmx.checkpoint import put_back
 from dmx.errors import StageError
 from dmx.journal import Journal, expect
+from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.optuna_file import open_optuna
-from dmx.proposer import Proposer
+from dmx.past import Past
+from dmx.proposals import Proposer, Recorded
+from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
+from dmx.warm_start import read_prior
 
 logger = logging.getLogger("dmx.ledger")
 TRIALS_DIR = "trials"
 _NUMBER = (int, float)
 _ENDS = ("COMPLETE", "PRUNED", "FAILED")
 
+_ASKED_AFTER = "asked_after"
+"""How many trials had ended when this one was proposed; samplers with generations need it."""
 _STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "PRUNED",
@@ -55,7 +61,8 @@ class Ledger:
     Args:
         folder: the study's folder. name: of the Optuna study. space: what is searched.
         num_trials: trials of the whole study. seed: of the sampler.
-        sampler: see make_sampler. patience_seconds: how long a write waits for the storage.
+        sampler: see sampling.make_sampler. objectives: names, see objectives.OBJECTIVES.
+        patience_seconds: how long a write waits for the storage.
 
     Raises:
         StageError: the study is damaged, or another process works on it.
@@ -70,22 +77,35 @@ class Ledger:
         num_trials: int,
         seed: int,
         sampler: str = "tpe",
+        objectives: tuple[str, ...] = DEFAULT,
         patience_seconds: float = 0.0,
     ) -> None:
         self.folder = folder
         self.space = space
         self.num_trials = num_trials
-        self._seed, self._sampler = seed, sampler
+        self.objectives = objectives
+        self._proposer = Proposer(
+            kind=sampler,
+            space=space,
+            seed=seed,
+            num_trials=num_trials,
+            objectives=objectives,
+            prior=read_prior(folder, space),
+        )
         self.journal = Journal(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
         try:
-            path = folder / keys.OPTUNA_FILE
-            self.study = open_optuna(path, name, patience_seconds=patience_seconds)
+            self.study = open_optuna(
+                folder / keys.OPTUNA_FILE,
+                name,
+                directions=directions(objectives),
+                patience_seconds=patience_seconds,
+            )
+            labels = [OBJECTIVES[o].label for o in objectives]
+            if len(labels) > 1 and self.study.metric_names != labels:
+                self.study.set_metric_names(labels)
         except BaseException:
             self.journal.close()
             raise
-        if not self.journal.events:  # a kill may have come between two of these
-            for point in space.start[len(self.study.trials) : num_trials]:
-                self.study.enqueue_trial(dict(point))
         self._live: dict[int, _Live] = {}
         self.reports: dict[int, dict[int, dict[str, Any]]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
@@ -151,29 +171,55 @@ class Ledger:
     def next_trial(self) -> tuple[int, dict[str, Any]] | None:
         """(number, point) of the next trial to run: first interrupted ones, then new ones.
 
-        The sampler is seeded by the study's seed and the trial's number, so that a proposal is a
-        function of the history alone and a restart changes nothing.
+        The first trials are the space's start points. A proposal is a function of the seed, the
+        number and the record alone (see sampling), so that a restart changes nothing.
         """
         if self._orphans:
-            number = self._orphans.pop(0)
-            self._seed_sampler(number)
-            trial = self._handle(number)
+            trial = self._handle(self._orphans.pop(0))
         else:
             if self._next >= self.num_trials:
                 return None
-            self._seed_sampler(self._next)
             trial = self.study.ask()
             self._next = trial.number + 1
-        point = self.space.suggest(trial)
-        self._live[trial.number] = _Live(trial, point)
-        return trial.number, point
+        after = len(self.outcomes)
+        if self._proposer.kind in REMEMBERING:
+            after = trial.user_attrs.get(_ASKED_AFTER, after)
+            if _ASKED_AFTER not in trial.user_attrs:
+                trial.set_user_attr(_ASKED_AFTER, after)
+        number = trial.number
+        start = self.space.start[number] if number < len(self.space.start) else {}
+        point = self._proposer.propose(number, self._past(number), {**start, **trial.params}, after)
+        self.study.sampler = Recorded(point)
+        written = self.space.suggest(trial)
+        assert written == point, (written, point)
+        self._live[number] = _Live(trial, point)
+        return number, point
 
     def requeue(self, number: int) -> None:
         """Hand a running trial out once more: its process was lost, not the trial."""
         self._orphans.append(number)
 
-    def _seed_sampler(self, number: int) -> None:
-        self.study.sampler = Proposer(self._sampler, self._seed, number, self.num_trials)
+    def _past(self, number: int) -> list[Past]:
+        """The trials before one, as a sampler may see them."""
+        places = {n: place for place, n in enumerate(self.outcomes)}
+        found = []
+        for frozen in self.study.get_trials(deepcopy=False)[:number]:
+            outcome = self.outcomes.get(frozen.number)
+            values = None
+            if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
+                values = tuple(outcome.get("values") or (outcome["value"],))
+            found.append(
+                Past(
+                    params=frozen.params,
+                    distributions=frozen.distributions,
+                    state=frozen.state,
+                    values=values,
+                    curve=frozen.intermediate_values,
+                    asked_after=frozen.user_attrs.get(_ASKED_AFTER, 0),
+                    place=places.get(frozen.number),
+                )
+            )
+        return found
 
     # -- telling ----------------------------------------------------------------------------
 
@@ -187,7 +233,8 @@ class Ledger:
         known[step] = flat
         live = self._live.get(number)
         value = flat.get(keys.DEV_ACCURACY)
-        if live is not None and isinstance(value, float) and math.isfinite(value):
+        single = len(self.objectives) == 1  # Optuna has no curves for several objectives
+        if single and live is not None and isinstance(value, float) and math.isfinite(value):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 live.trial.report(value, step)
@@ -198,26 +245,27 @@ class Ledger:
         if number in self.outcomes:
             return
         live = self._live.pop(number, None)
-        best = max(
-            (
-                m.get(keys.BEST_DEV_ACCURACY, math.nan)
-                for m in self.reports.get(number, {}).values()
-            ),
-            default=math.nan,
-        )
-        if not math.isfinite(best) and status in ("COMPLETE", "PRUNED"):
-            status, error = "FAILED", error or "it reported no dev accuracy"
+        best, *_ = values = self._values(number)
+        if status in ("COMPLETE", "PRUNED") and (lacking := missing(self.objectives, values)):
+            status, error = "FAILED", error or lacking
+        several = {"values": list(values)} if len(values) > 1 and status != "FAILED" else {}
         self.journal.append(
             event="outcome",
             trial=number,
             status=status,
             value=best if math.isfinite(best) else None,
+            **several,
             error=error,
             time=time.time(),
         )
         self.outcomes[number] = self.journal.events[-1]
         trial = live.trial if live else self._handle(number)
         self._tell(trial, self.outcomes[number])
+
+    def _values(self, number: int) -> tuple[float, ...]:
+        """One value per objective, accuracy first; NaN where it was not measured."""
+        reports = self.reports.get(number, {})
+        return evaluate(self.objectives, [reports[s] for s in sorted(reports)])
 
     def _handle(self, number: int) -> Trial:
         return Trial(self.study, self._frozen(number)._trial_id)
@@ -232,8 +280,10 @@ class Ledger:
         """COMPLETE with the best value; PRUNED and FAIL as what they are (ray-notes.md, 1b, 1c)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            single = len(self.objectives) == 1
             reported = self._frozen(trial.number).intermediate_values
-            for step, metrics in sorted(self.reports.get(trial.number, {}).items()):
+            reports = self.reports.get(trial.number, {}) if single else {}
+            for step, metrics in sorted(reports.items()):
                 value = metrics.get(keys.DEV_ACCURACY)
                 if step not in reported and isinstance(value, float) and math.isfinite(value):
                     trial.report(value, step)
@@ -241,7 +291,8 @@ class Ledger:
             if outcome.get("error"):
                 trial.set_user_attr("error", outcome["error"])
             if status == "COMPLETE":
-                self.study.tell(trial, outcome["value"], skip_if_finished=True)
+                values = outcome.get("values") or outcome["value"]
+                self.study.tell(trial, values, skip_if_finished=True)
             else:
                 state = TrialState.PRUNED if status == "PRUNED" else TrialState.FAIL
                 self.study.tell(trial, state=state, skip_if_finished=True)
@@ -278,9 +329,7 @@ class Ledger:
         number = frozen.number
         reports = self.reports.get(number, {})
         last = reports[max(reports)] if reports else {}
-        best = max(
-            (m.get(keys.BEST_DEV_ACCURACY, math.nan) for m in reports.values()), default=math.nan
-        )
+        best, *_ = values = self._values(number)
         folder = trial_folder(self.folder, number) / keys.BEST_DIR
         if frozen.state.is_finished():  # else its process may be at work there
             put_back(folder)
@@ -301,6 +350,7 @@ class Ledger:
             seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
             checkpoint=checkpoint,
             error=self.outcomes.get(number, {}).get("error", ""),
+            values=dict(zip(self.objectives, values, strict=True)),
         )
 
     def close(self) -> None:

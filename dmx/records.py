@@ -97,6 +97,7 @@ class TrialResult:
         seconds: wall time the trial used.
         checkpoint: its best checkpoint, if one exists on disk.
         error: one line of what failed, or "".
+        values: of each objective, by name; NaN where it was not measured.
     """
 
     trial_id: str
@@ -109,6 +110,7 @@ class TrialResult:
     seconds: float = 0.0
     checkpoint: CheckpointRef | None = None
     error: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,7 @@ class StudyResult:
         trials: all trials by number.
         best: the trial with the highest dev accuracy (the earlier one on a tie), or None.
         complete: False when the study was stopped before its last trial ended.
+        front: with several objectives, the numbers of the trials that no other one beats.
     """
 
     name: str
@@ -128,6 +131,7 @@ class StudyResult:
     trials: tuple[TrialResult, ...]
     best: TrialResult | None
     complete: bool
+    front: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""ASHA whose rungs survive a restart: Ray Tune's scheduler, fed again with the journal."""
+"""ASHA and Hyperband whose rungs survive a restart: Ray Tune's, fed again with the journal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from dmx import records as keys
+from dmx.brackets import bracket_of
 from dmx.ledger import Ledger
 
 NUMBER_KEY = "trial_number"
@@ -31,10 +32,19 @@ class DurableAsha(AsyncHyperBandScheduler):
     Args:
         ledger: the study's memory. max_steps: the full budget. grace_steps: no trial stops before.
         reduction_factor: 1/factor of the trials pass each rung.
+        brackets: more than one is asynchronous Hyperband (section 3.3 of the same paper): each
+            bracket has rungs of its own. Ray draws a trial's bracket at random; here it is a
+            function of its number (see brackets.bracket_of).
     """
 
     def __init__(
-        self, ledger: Ledger, *, max_steps: int, grace_steps: int, reduction_factor: float
+        self,
+        ledger: Ledger,
+        *,
+        max_steps: int,
+        grace_steps: int,
+        reduction_factor: float,
+        brackets: int = 1,
     ) -> None:
         super().__init__(
             time_attr=keys.STEPS,
@@ -43,7 +53,7 @@ class DurableAsha(AsyncHyperBandScheduler):
             max_t=max_steps,
             grace_period=grace_steps,
             reduction_factor=reduction_factor,
-            brackets=1,
+            brackets=brackets,
         )
         self._max_steps = max_steps
         self._ledger = ledger
@@ -56,7 +66,8 @@ class DurableAsha(AsyncHyperBandScheduler):
         if value is None or step >= self._max_steps:
             return TrialScheduler.CONTINUE  # a finished trial ends by itself, as COMPLETE
         known: Any = _Known(f"n{number}")
-        action: str = self._brackets[0].on_result(known, step, value)
+        bracket = bracket_of(number, len(self._brackets), self._reduction_factor)
+        action: str = self._brackets[bracket].on_result(known, step, value)
         if action == TrialScheduler.STOP:
             self.stopped.add(number)
         return action
@@ -86,11 +97,11 @@ class DurableAsha(AsyncHyperBandScheduler):
         """Nothing is kept by Ray's id."""
         self._trial_info.pop(trial.trial_id, None)
 
-    def rungs(self) -> list[tuple[int, dict[int, float]]]:
-        """(steps, {trial number: dev accuracy}) of each rung, lowest first."""
+    def rungs(self, bracket: int = 0) -> list[tuple[int, dict[int, float]]]:
+        """(steps, {trial number: dev accuracy}) of each rung of a bracket, lowest first."""
         return [
             (int(milestone), {int(k[1:]): float(v) for k, v in recorded.items()})
-            for milestone, recorded in reversed(self._brackets[0]._rungs)
+            for milestone, recorded in reversed(self._brackets[bracket]._rungs)
         ]
 
 

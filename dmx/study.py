@@ -15,9 +15,11 @@ from typing import Any
 
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
+from dmx.brackets import num_brackets
 from dmx.data.store import Store
 from dmx.errors import DmxError
 from dmx.ledger import Ledger, trial_folder
+from dmx.objectives import pareto_front
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
@@ -55,6 +57,7 @@ def run_study(
         seed=config.seed,
         sampler=config.sampler,
         patience_seconds=config.patience_seconds,
+        objectives=config.objectives,
     )
     try:
         scheduler = _scheduler(config, ledger)
@@ -75,11 +78,26 @@ def run_study(
             name=config.name,
             folder=folder,
             trials=trials,
-            best=keys.best_trial(trials),
+            best=_best(trials, front := _front(config, trials)),
             complete=ledger.remaining() == 0,
+            front=front,
         )
     finally:
         ledger.close()
+
+
+def _front(config: StudyConfig, trials: tuple[keys.TrialResult, ...]) -> tuple[int, ...]:
+    """The Pareto front of a study with several objectives; () where there is one."""
+    if len(config.objectives) == 1:
+        return ()
+    whole = [t for t in trials if t.status == "COMPLETE"]
+    points = {t.number: [t.values[o] for o in config.objectives] for t in whole}
+    return pareto_front(config.objectives, points)
+
+
+def _best(trials: tuple[keys.TrialResult, ...], front: tuple[int, ...]) -> keys.TrialResult | None:
+    """The most accurate trial; of the front, where there is one."""
+    return keys.best_trial(tuple(t for t in trials if t.number in front) or trials)
 
 
 def _catch_up(
@@ -105,12 +123,18 @@ def _catch_up(
 def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:
     if config.scheduler == "none":
         return RecordingFifo(ledger)
-    return DurableAsha(
-        ledger,
-        max_steps=config.max_steps,
-        grace_steps=min(config.grace_steps, config.max_steps),
-        reduction_factor=config.reduction_factor,
-    )
+    rungs = {
+        "max_steps": config.max_steps,
+        "grace_steps": min(config.grace_steps, config.max_steps),
+        "reduction_factor": config.reduction_factor,
+    }
+    brackets = num_brackets(**rungs) if config.scheduler == "hyperband" else 1
+    return DurableAsha(ledger, **rungs, brackets=brackets)  # type: ignore[arg-type]
+
+
+def _measures_process(config: StudyConfig) -> bool:
+    """A process's peak memory never falls: without a GPU, each trial needs one of its own."""
+    return "memory" in config.objectives and not config.gpus_per_trial
 
 
 def _fit(
@@ -136,7 +160,7 @@ def _fit(
             scheduler=scheduler,
             num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,
-            reuse_actors=config.reuse_actors,
+            reuse_actors=config.reuse_actors and not _measures_process(config),
         ),
         run_config=tune.RunConfig(
             name=session,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dmx.objectives import DEFAULT
 from dmx.patience import PATIENCE_SECONDS
 from dmx.places import SHARED, Places
 from dmx.schema import to_dict
@@ -23,6 +24,7 @@ class StudyConfig:
         overrides: dotted values that hold for every trial.
         num_trials: trials in all. max_steps: optimizer steps of a full trial.
         grace_steps: steps before ASHA may stop a trial. reduction_factor: of ASHA.
+        objectives: names, accuracy first (see objectives.OBJECTIVES).
         cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
         workers_per_trial: processes that share a trial's work; as many as it has whole GPUs.
         time_budget_seconds: stop then, continuable; None has no limit.
@@ -43,8 +45,9 @@ class StudyConfig:
     max_steps: int
     grace_steps: int
     reduction_factor: float = 3.0
-    scheduler: Literal["asha", "none"] = "asha"
-    sampler: Literal["tpe", "random"] = "tpe"
+    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    sampler: Literal["tpe", "random", "cmaes", "gp", "nsga2"] = "tpe"
+    objectives: tuple[str, ...] = DEFAULT
     seed: int = 0
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0

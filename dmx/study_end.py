@@ -9,6 +9,7 @@ from dmx import finals, study_files
 from dmx import records as keys
 from dmx.data.store import Store
 from dmx.log import console
+from dmx.objectives import OBJECTIVES
 from dmx.study_config import StudyConfig
 from dmx.study_view import TensorBoardView, trials_table
 
@@ -30,7 +31,8 @@ def finish(
     """
     folder = result.folder
     label = store.manifest.label
-    study_files.write_trials(folder, result.trials, label)
+    several = len(config.objectives) > 1
+    study_files.write_trials(folder, result.trials, label, result.front if several else None)
     best_folder = study_files.copy_best(folder, result.best)
     summary: dict[str, Any] = {
         "name": config.name,
@@ -47,6 +49,7 @@ def finish(
         "trials": {
             s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
         },
+        **(front_summary(config.objectives, result) if several else {}),
         "best": None,
         "environment": study_files.environment(),
     }
@@ -80,6 +83,23 @@ def finish(
     return summary
 
 
+def front_summary(
+    objectives: tuple[str, ...], result: keys.StudyResult
+) -> dict[str, list[dict[str, Any]]]:
+    """`objectives` and `front` of study.json: what was optimised, and the trials on the front."""
+    described = [OBJECTIVES[name] for name in objectives]
+    return {
+        "objectives": [
+            {"name": o.name, "direction": o.direction, "label": o.label} for o in described
+        ],
+        "front": [
+            {"trial": t.number, "values": dict(t.values), "params": dict(t.params)}
+            for t in result.trials
+            if t.number in result.front
+        ],
+    }
+
+
 def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> None:
     """Print the table of trials, the best configuration and its test accuracy."""
     out = console()
@@ -87,7 +107,12 @@ def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> 
     title = (
         f"{summary['name']}: {summary['attention']} on {summary['task']} (data: {summary['data']})"
     )
-    out.print(trials_table(result.trials, title, best["trial"] if best else None))
+    names = tuple(o["name"] for o in summary.get("objectives", ()))
+    number = best["trial"] if best else None
+    out.print(trials_table(result.trials, title, number, names, result.front))
+    if names:
+        on = ", ".join(str(n) for n in result.front) or "none"
+        out.print(f"Pareto front of {', '.join(names)} (marked +): trials {on}", highlight=False)
     if best is None:
         out.print("No trial reported a dev accuracy.")
         return

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,35 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the study in a folder; {} where there is none.
+
+    Raises:
+        StageError: they are damaged.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+    except (OSError, ValueError, AssertionError):
+        raise StageError(f"{file} is damaged; start the study under a new --name.") from None
+    return found
+
+
+def open_folder(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Create the study's folder, or check that `resume` continues the same study.
 
     Args:
         settings: what must stay the same for the trials to belong together.
+        files: name -> content of what a new study keeps beside them.
 
     Raises:
         ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,
@@ -48,12 +72,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> N
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
     text = json.dumps(settings, indent=1, sort_keys=True)
     if resume:
-        try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(old, dict):
-                raise ValueError("it holds no mapping")
-        except (OSError, ValueError, RecursionError):
-            raise StageError(f"{file} is damaged; start the study under a new --name.") from None
+        old = read_settings(folder)
         changed = sorted(k for k in {*old, *settings} if old.get(k) != json.loads(text).get(k))
         if changed:
             was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
@@ -63,8 +82,12 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> N
         Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray starts
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, text)
+        new = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name, content in {**(files or {}), SETTINGS_FILE: text}.items():
+            write_text(new / name, content)
+        new.rename(folder)  # all of it at once; an empty folder may be there
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written ({error.strerror}); give another --storage."
@@ -110,12 +133,19 @@ def code_version() -> str:
     return done.stdout.strip()
 
 
-def trial_row(trial: keys.TrialResult, data: str) -> dict[str, Any]:
-    """One row of trials.csv."""
+def trial_row(
+    trial: keys.TrialResult, data: str, front: Collection[int] | None = None
+) -> dict[str, Any]:
+    """One row of trials.csv; `front`: the Pareto front of a study with several objectives."""
+    several: dict[str, Any] = {}
+    if front is not None:
+        several = {"front": "yes" if trial.number in front else "no"}
+        several |= {f"objective.{k}": _number(v) for k, v in trial.values.items()}
     return {
         "trial": trial.number,
         "status": trial.status,
         keys.BEST_DEV_ACCURACY: _number(trial.best_dev_accuracy),
+        **several,
         **{k: trial.metrics.get(k, "") for k in keys.REPORT_KEYS if k != keys.BEST_DEV_ACCURACY},
         **{k: trial.params[k] for k in sorted(trial.params)},
         "data": data,
@@ -127,9 +157,14 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else ""
 
 
-def write_trials(folder: Path, trials: tuple[keys.TrialResult, ...], data: str) -> None:
+def write_trials(
+    folder: Path,
+    trials: tuple[keys.TrialResult, ...],
+    data: str,
+    front: Collection[int] | None = None,
+) -> None:
     """trials.csv: one row a trial, one column for every value that any trial had."""
-    rows = [trial_row(trial, data) for trial in trials]
+    rows = [trial_row(trial, data, front) for trial in trials]
     columns: list[str] = []
     for row in rows:
         columns.extend(key for key in row if key not in columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from dmx.study_view import TensorBoardView
 from dmx.tensorboard import Column, announce_study
 
 
-def settings(config: StudyConfig, store: Store) -> dict[str, Any]:
+def settings(
+    config: StudyConfig, store: Store, warm_start: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What must be equal for a later session to continue the study."""
+    more: dict[str, Any] = {}
+    if len(config.objectives) > 1:
+        more["objectives"] = list(config.objectives)
+    if warm_start is not None:
+        more["warm_start"] = dict(warm_start)
     return {
         "task": config.task,
         "attention": config.space.attention,
@@ -25,6 +33,7 @@ def settings(config: StudyConfig, store: Store) -> dict[str, Any]:
         "seed": config.seed,
         "data": store.manifest.label,
         "data_checksum": store.manifest.checksum,
+        **more,
     }
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dmx import records as keys
 from dmx.ledger import trial_folder
+from dmx.objectives import ACCURACY, OBJECTIVES
 from dmx.overrides import flatten
 from dmx.sample_view import write_samples
 from dmx.tensorboard import RunWriter
@@ -57,7 +58,7 @@ class LogView:
     def ended(self, result: keys.TrialResult) -> None:
         """A trial ended."""
         self._ended += 1
-        what = {"COMPLETE": "ran its full budget", "PRUNED": "was stopped early by ASHA"}
+        what = {"COMPLETE": "ran its full budget", "PRUNED": "was stopped early"}
         reason = what.get(result.status, f"failed: {result.error}")
         logger.info(
             "trial %d %s (best dev accuracy %s, %d steps)",
@@ -116,8 +117,23 @@ class TensorBoardView:
             writer.close()
 
 
-def trials_table(trials: tuple[keys.TrialResult, ...], title: str, best: int | None) -> Table:
-    """The table of trials, best first; parameters that never varied are left out."""
+def _known(value: float | None) -> Any:
+    return "-" if value is None or math.isnan(value) else value
+
+
+def trials_table(
+    trials: tuple[keys.TrialResult, ...],
+    title: str,
+    best: int | None,
+    objectives: tuple[str, ...] = (),
+    front: tuple[int, ...] = (),
+) -> Table:
+    """The table of trials, best first; parameters that never varied are left out.
+
+    Args:
+        objectives: of a study with several; each but accuracy has a column.
+        front: the trials that are marked with a +.
+    """
     table = Table(title=title, title_justify="left")
     params = sorted({key for trial in trials for key in trial.params})
     varied = [p for p in params if len({repr(t.params.get(p)) for t in trials}) > 1] or params
@@ -126,6 +142,9 @@ def trials_table(trials: tuple[keys.TrialResult, ...], title: str, best: int | N
     table.add_column("best dev acc", justify="right")
     table.add_column("steps", justify="right")
     table.add_column("train s", justify="right")
+    costs = [name for name in objectives if name != ACCURACY]
+    for name in costs:
+        table.add_column(OBJECTIVES[name].label, justify="right")
     for name in varied:
         table.add_column(name.split(".")[-1], justify="right")
 
@@ -136,12 +155,13 @@ def trials_table(trials: tuple[keys.TrialResult, ...], title: str, best: int | N
     for trial in sorted(trials, key=key):
         accuracy = trial.best_dev_accuracy
         table.add_row(
-            f"{trial.number}{' *' if trial.number == best else ''}",
+            f"{trial.number}{' +' * (trial.number in front)}{' *' * (trial.number == best)}",
             trial.status if not trial.error else f"FAILED: {trial.error[:40]}",
             f"{accuracy:.4f}" if math.isfinite(accuracy) else "-",
             str(trial.steps),
             f"{trial.seconds:.1f}",
+            *(short(_known(trial.values.get(name))) for name in costs),
             *(short(trial.params.get(name, "-")) for name in varied),
-            style="bold" if trial.number == best else None,
+            style="bold" if trial.number == best else "green" if trial.number in front else None,
         )
     return table

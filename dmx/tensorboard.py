@@ -32,7 +32,9 @@ _METRICS = (
     keys.TRAIN_LOSS,
     keys.STEPS,
     keys.SAMPLES_PER_SECOND,
+    keys.STEP_SECONDS,
     keys.PEAK_MEMORY_MB,
+    keys.PARAMETERS,
     keys.TEST_ACCURACY,
 )
 BY_SAMPLES = "by_samples/"

@@ -20,6 +20,7 @@ from dmx import (
     study_end,
     study_files,
     study_identity,
+    tune_search,
 )
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         data_root=args.data_root,
         node_data=args.node_data,
     )
+    args.objectives = tune_search.choose(args, space)
     if args.final_seeds < 0:
         raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
     costs.check_price(args.price_per_gpu_hour)
@@ -114,7 +116,7 @@ def _search(
         _check_space(space, task, budget, overrides)
         config = _study_config(args, task, space, budget, overrides, folder.name)
         config = dataclasses.replace(config, places=sync.places)
-        study_files.open_folder(folder, study_identity.settings(config, store), resume=args.resume)
+        tune_search.open_study(args, config, store, folder)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
         return config
 
@@ -243,6 +245,7 @@ def _study_config(
         grace_steps=budget.grace_steps,
         scheduler=args.scheduler,
         sampler=args.sampler,
+        objectives=args.objectives,
         seed=args.seed,
         cpus_per_trial=budget.cpus,
         gpus_per_trial=budget.gpus,

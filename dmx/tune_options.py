@@ -7,6 +7,7 @@ import argparse
 from dmx import cli, place_options
 from dmx.errors import ConfigError
 from dmx.patience import PATIENCE_SECONDS
+from dmx.sampling import SAMPLERS
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -17,6 +18,10 @@ EXAMPLES = """\
       any setting can be fixed; python -m dmx.train --help lists them
   python -m dmx.tune --attention butterfly --task text --resume
       continue after Ctrl-C, a crash or a time budget
+  python -m dmx.tune --attention butterfly --task text --objective accuracy,latency
+      accuracy against time per sample: the Pareto front instead of one best trial
+  python -m dmx.tune --attention butterfly --task text --name again --warm-start butterfly-text
+      a new study whose sampler knows the trials of an earlier one
   python -m dmx.tune --attention butterfly --task listops --address auto --data-root /shared/data \\
       --storage /shared/runs --trials-per-gpu 2 --final-seeds 3
       on a running Ray cluster, two trials a GPU; the best setting is retrained with 3 seeds
@@ -27,7 +32,7 @@ def parser() -> cli.Parser:
     """The command's options."""
     p = cli.Parser(
         prog="dmx.tune",
-        description="Search an attention's hyperparameters with Optuna and ASHA on Ray.",
+        description="Search an attention's hyperparameters with Optuna on Ray Tune.",
         examples=EXAMPLES,
     )
     p.add_argument(
@@ -52,9 +57,29 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--num-trials", type=int, help="trials in all")
     p.add_argument("--max-steps", type=int, help="optimizer steps of a full trial")
-    p.add_argument("--scheduler", choices=("asha", "none"), default="asha", help="early stopping")
     p.add_argument(
-        "--sampler", choices=("tpe", "random"), default="tpe", help="how points are proposed"
+        "--objective",
+        default="accuracy",
+        metavar="NAME[,NAME]",
+        help="accuracy, or two or three of accuracy, latency, memory, parameters",
+    )
+    p.add_argument(
+        "--scheduler",
+        choices=("asha", "hyperband", "none"),
+        help="early stopping (default: asha; none with several objectives)",
+    )
+    p.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="tpe",
+        help="how points are proposed (default: tpe; docs/search.md says which when)",
+    )
+    p.add_argument(
+        "--warm-start",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="an earlier study that the sampler learns from; may be given again",
     )
     p.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     p.add_argument(

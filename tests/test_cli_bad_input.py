@@ -32,6 +32,20 @@ TUNE_BAD = {
     "no-abbreviation": ([*TUNE, "--num", "3"], "unrecognized arguments: --num 3"),
     "not-a-number": ([*TUNE, "--num-trials", "many"], "invalid int value: 'many'"),
     "no-choice": ([*TUNE, "--sampler", "grid"], "invalid choice: 'grid'"),
+    "objective": ([*TUNE, "--objective", "accuracy,speed"], "'speed' is unknown; choices: acc"),
+    "objective-stop": (
+        [*TUNE, "--objective", "accuracy,latency", "--scheduler", "hyperband"],
+        "--scheduler hyperband stops trials by accuracy alone",
+    ),
+    "objective-cmaes": (
+        [*TUNE, "--objective", "accuracy,memory", "--sampler", "cmaes"],
+        "cmaes knows one objective only",
+    ),
+    "warm-none": ([*TUNE, "--warm-start", "missing"], "missing: there is no study in that folder"),
+    "warm-random": (
+        [*TUNE, "--warm-start", "missing", "--sampler", "random"],
+        "--warm-start is of no use to --sampler random",
+    ),
     "attention": (["--attention", "buterfly", "--task", TASK], "did you mean 'butterfly'?"),
     "attention-size": (["--attention", "softmax-4", "--task", TASK], "'softmax' has no size"),
     "size-contradicts": (

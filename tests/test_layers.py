@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, str]] = [
         "tensorboard",
     ),
     ("storage of a cluster", "object_storage places folder_sync"),
+    ("objectives", "objectives brackets"),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
@@ -32,7 +33,8 @@ LAYERS: list[tuple[str, str]] = [
         "training",
         "process_state ranks micro_batch passes trainer samples runner evaluation maps map_view",
     ),
-    ("stages", "proposer optuna_file ledger stages stage_order curriculum_file history"),
+    ("search", "sampling past proposals warm_start optuna_file ledger"),
+    ("stages", "stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     (
         "plans, shown",
@@ -53,7 +55,8 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "commands",
-        "place_options tune_options train_workers tune train curriculum attention_maps completion",
+        "place_options tune_options tune_search train_workers tune train curriculum "
+        "attention_maps completion",
     ),
 ]
 
@@ -76,12 +79,8 @@ RAY = [
     "data.ray_shards",
 ]
 OPTUNA = [
-    "ledger",
-    "proposer",
-    "optuna_file",
-    "study_files",
-    "reporting.reading",
-    "reporting.importance",
+    *("sampling", "past", "proposals", "warm_start", "optuna_file", "ledger", "study_files"),
+    *("reporting.reading", "reporting.importance"),
 ]
 # What a file imports only once it was asked for several workers.
 LAZY = {"train_workers": {"distributed"}}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 
+from dmx.brackets import bracket_of, num_brackets
 from dmx.reporting.rungs import Bracket
 
 _DRAWS = 100
@@ -34,26 +36,35 @@ def expected_steps(
     eval_every_steps: int,
     slots: int,
     early_stopping: bool = True,
+    hyperband: bool = False,
 ) -> ExpectedSteps:
     """Simulate ASHA over trials of random quality whose order never changes.
 
     A better sampler sends trials that are harder to tell apart, and noise promotes some: a real
     study may save less. The first trials to reach a rung always go on, so short studies save
-    little.
+    little. Hyperband's brackets are simulated one after another.
     """
     full = num_trials * max_steps
     if not early_stopping or num_trials < 1:
         return ExpectedSteps(full=full, expected=float(full))
+    grace = min(grace_steps, max_steps)
+    brackets = 1
+    if hyperband:
+        brackets = num_brackets(
+            grace_steps=grace, max_steps=max_steps, reduction_factor=reduction_factor
+        )
+    members = Counter(bracket_of(n, brackets, reduction_factor) for n in range(num_trials))
     draw = random.Random(0)
     total = sum(
         _simulate(
-            [draw.random() for _ in range(num_trials)],
+            [draw.random() for _ in range(count)],
             max_steps=max_steps,
-            grace_steps=min(grace_steps, max_steps),
+            grace_steps=grace * reduction_factor**bracket,
             reduction_factor=reduction_factor,
             eval_every_steps=eval_every_steps,
             slots=slots,
         )
+        for bracket, count in sorted(members.items())
         for _ in range(_DRAWS)
     )
     return ExpectedSteps(full=full, expected=total / _DRAWS)
@@ -63,7 +74,7 @@ def _simulate(
     qualities: list[float],
     *,
     max_steps: int,
-    grace_steps: int,
+    grace_steps: float,
     reduction_factor: float,
     eval_every_steps: int,
     slots: int,

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 
 from dmx import records as keys
+from dmx.objectives import OBJECTIVES
 from dmx.reporting.axis import Axis
 from dmx.reporting.markup import Markup, el
-from dmx.reporting.pareto import costed, front
+from dmx.reporting.pareto import Costed, against, costed, front, study_front
 from dmx.reporting.records import RunReport, Trial, number
-from dmx.reporting.rungs import Rung, best_so_far
+from dmx.reporting.rungs import best_so_far
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, bars, legend
 from dmx.reporting.text import percent, short
@@ -18,7 +19,7 @@ from dmx.reporting.text import percent, short
 _STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
 _WORDS = {
     "complete": "full budget",
-    "pruned": "stopped by ASHA",
+    "pruned": "stopped early",
     "failed": "failed",
     "running": "not ended",
     "best": "best trial",
@@ -42,7 +43,8 @@ def _key(run: RunReport, trials: Sequence[Trial], kind: str = "point") -> Markup
     return legend([(f"{kind} {s}", _WORDS[s]) for s in order])
 
 
-def _accuracy_axis(values: Sequence[float], label: str = "best dev accuracy, %") -> Axis:
+def accuracy_axis(values: Sequence[float], label: str = "best dev accuracy, %") -> Axis:
+    """An axis of accuracies in per cent, from values in 0..1."""
     return Axis.around(label, [100 * v for v in values])
 
 
@@ -56,7 +58,7 @@ def optimisation_history(run: RunReport) -> Markup:
     scored = [t for t in run.trials if math.isfinite(t.best)]
     last = max((t.number for t in run.trials), default=0)
     x = Axis(label="trial, in the order of proposal", low=-0.5, high=last + 0.5, whole=True)
-    chart = Chart("Optimisation history", x, _accuracy_axis([t.best for t in scored]))
+    chart = Chart("Optimisation history", x, accuracy_axis([t.best for t in scored]))
     so_far: list[tuple[float, float]] = []
     for trial in scored:
         best = max([trial.best] + [y / 100 for _, y in so_far[-1:]])
@@ -106,7 +108,7 @@ def stage_curves(run: RunReport) -> Markup | None:
     total = math.fsum(lengths)
     x = Axis(label="optimizer steps, stage after stage", low=0, high=total, whole=True)
     scores = [number(r, keys.DEV_ACCURACY) for _, a in attempts for r in a.reports]
-    chart = Chart("Learning curves", x, _accuracy_axis(scores, "dev accuracy, %"), width=960)
+    chart = Chart("Learning curves", x, accuracy_axis(scores, "dev accuracy, %"), width=960)
     start, before = 0.0, ""
     for (stage, attempt), length in zip(attempts, lengths, strict=True):
         style = "pruned" if attempt.passed is False else "complete"
@@ -141,7 +143,7 @@ def best_for_compute(run: RunReport) -> Markup | None:
     if not points:
         return None
     x = Axis(label="optimizer steps, all trials together", low=0, high=points[-1][0], whole=True)
-    chart = Chart("Best so far", x, _accuracy_axis([a for _, a in points], "best so far, %"))
+    chart = Chart("Best so far", x, accuracy_axis([a for _, a in points], "best so far, %"))
     chart.line([(s, 100 * a) for s, a in points], "best", steps=True)
     return figure(chart.render(), "What the whole search had found for its compute.")
 
@@ -172,7 +174,7 @@ def slice_plot(run: RunReport, name: str) -> Markup | None:
         whole = kind.endswith("int")
         around = Axis.around(name, [*at, *(float(v) for v in values)], log=log)
         x = Axis(label=name, low=around.low, high=around.high, log=log, whole=whole)
-    y = _accuracy_axis([t.best for t in trials], "best dev acc., %")
+    y = accuracy_axis([t.best for t in trials], "best dev acc., %")
     chart = Chart(f"Accuracy against {name}", x, y, width=340, height=220)
     for trial, px in sorted(zip(trials, at, strict=True), key=lambda p: p[0].number == run.best):
         chart.point(px, 100 * trial.best, _style(run, trial), _tip(trial))
@@ -181,18 +183,27 @@ def slice_plot(run: RunReport, name: str) -> Markup | None:
 
 def pareto_plot(run: RunReport, metric: str, label: str, scale: float = 1.0) -> Markup | None:
     """Accuracy against a cost, with the front; None where nothing was measured."""
-    points = costed(run.trials, metric)
+    return _cost_plot(run, costed(run.trials, metric), label, scale)
+
+
+def objective_plot(run: RunReport, objective: str) -> Markup | None:
+    """Accuracy against another objective of the study, with the study's own front."""
+    return _cost_plot(run, against(run, objective), OBJECTIVES[objective].label, 1.0)
+
+
+def _cost_plot(run: RunReport, points: list[Costed], label: str, scale: float) -> Markup | None:
     if not points:
         return None
     best = front(points)
+    of_study = study_front(run)
     costs = [scale * p.cost for p in points]
     log = max(costs) > 8 * min(costs) > 0
     x = Axis.around(label, costs, log=log)
-    chart = Chart(f"Accuracy against {label}", x, _accuracy_axis([p.accuracy for p in points]))
+    chart = Chart(f"Accuracy against {label}", x, accuracy_axis([p.accuracy for p in points]))
     corners = [(scale * p.cost, 100 * p.accuracy) for p in best]
     if corners:
         chart.line([*corners, (x.high, corners[-1][1])], "other", "Pareto front", steps=True)
-    on_front = {p.trial for p in best}
+    on_front = set(of_study) or {p.trial for p in best}
     trials = {t.number: t for t in run.trials}
     for p in points:
         trial = trials[p.trial]
@@ -202,41 +213,14 @@ def pareto_plot(run: RunReport, metric: str, label: str, scale: float = 1.0) -> 
             at = chart.at(px, py)
             chart.text(at[0] + 7, at[1] - 7, f"#{p.trial}", style="note strong")
     drawn = [trials[p.trial] for p in points]
-    names = ", ".join(f"trial {p.trial}" for p in best)
+    names = ", ".join(f"trial {n}" for n in (of_study or [p.trial for p in best]))
+    more = " (the line: of these two objectives alone)" if len(run.several) > 2 else ""
     return figure(
         chart.render(),
-        f"To the upper left is better. On the front, beaten by no other: {names}.",
+        f"To the upper left is better. On the front, beaten by no other: {names}{more}.",
         el(
             "div",
             _key(run, drawn),
             legend([("line other", "Pareto front")]),
         ),
-    )
-
-
-def rung_plot(run: RunReport, rungs: Sequence[Rung]) -> Markup | None:
-    """Who reached which rung of ASHA, and who went on."""
-    filled = [r for r in rungs if r.entries]
-    if not filled:
-        return None
-    names = tuple(f"{r.steps:,.0f} steps" for r in filled)
-    x = Axis(label="rung", low=-0.6, high=len(filled) - 0.4, categories=names)
-    values = [e.accuracy for r in filled for e in r.entries]
-    y = _accuracy_axis(values, "dev accuracy at the rung, %")
-    chart = Chart("ASHA's rungs", x, y, width=640)
-    for i, rung in enumerate(filled):
-        count = len(rung.entries)
-        for j, e in enumerate(rung.entries):
-            across = i + (0.7 * (j + 0.5) / count - 0.35 if count > 1 else 0.0)
-            verdict = "went on" if e.promoted else "stopped"
-            style = "other" if e.promoted else "pruned"
-            chart.point(across, 100 * e.accuracy, style, f"trial {e.trial}: {verdict}")
-            if len(values) <= 2 * MANY_TRIALS:
-                px, py = chart.at(across, 100 * e.accuracy)
-                chart.text(px, py - 8, f"#{e.trial}", "middle", "note")
-    return figure(
-        chart.render(),
-        "At each rung, in the order of arrival. A trial goes on when it is in the top share of "
-        "those that arrived before it, so early ones have it easier.",
-        legend([("point other", "went on"), ("point pruned", "stopped")]),
     )

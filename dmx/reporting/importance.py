@@ -60,7 +60,7 @@ def importances(run: RunReport) -> Importances:
             f"Only {len(scored)} trials: take the order as a hint, it may change with more trials."
         )
     if any(t.status == "PRUNED" for t in scored):
-        notes.append("Trials that ASHA stopped count with the accuracy they had reached.")
+        notes.append("Trials that were stopped early count with the accuracy they had reached.")
     return Importances(
         values=values,
         method=method,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dmx.reporting import tables
+from dmx.reporting import stopping, tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load
@@ -59,11 +59,14 @@ def render(run: RunReport) -> str:
         parts += ["## Stages", table(tables.stages_table(run))]
     if run.kind == "study" and run.trials:
         parts += ["## Trials", table(tables.trials_table(run))]
+        if run.several:
+            parts.append(f"## The Pareto front of {', '.join(run.several)}")
+            parts.append(table(tables.front_table(run)))
         parts += _importance(run)
-        rungs = tables.filled_rungs(run)
+        rungs = stopping.filled_rungs(run)
         if any(r.entries for r in rungs) and run.search is not None:
-            parts.append("## ASHA's rungs")
-            parts.append(table(tables.rungs_table(rungs, run.search.reduction_factor)))
+            parts.append(f"## {stopping.rungs_title(run)}")
+            parts.append(table(stopping.rungs_table(rungs, run.search.reduction_factor)))
     if column_of(run.task) is not None:
         parts.append("## Published numbers")
         if not comparable(run):

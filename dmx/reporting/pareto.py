@@ -1,4 +1,4 @@
-"""The Pareto front of accuracy against a cost: trials that no other beats on both."""
+"""Pareto fronts: of accuracy against a cost, and of what a study optimised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmx import records as keys
-from dmx.reporting.records import Trial
+from dmx.objectives import OBJECTIVES, evaluate, pareto_front
+from dmx.reporting.records import RunReport, Trial
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,23 @@ def front(points: Sequence[Costed]) -> list[Costed]:
         if not kept or point.accuracy > kept[-1].accuracy:
             kept.append(point)
     return kept
+
+
+def whole(run: RunReport) -> list[Trial]:
+    """The trials that can be on a study's front: those that ran their full budget."""
+    return [t for t in run.trials if t.status == "COMPLETE"]
+
+
+def against(run: RunReport, objective: str) -> list[Costed]:
+    """Whole trials with their accuracy and another objective of the study."""
+    found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in whole(run)]
+    return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
+
+
+def study_front(run: RunReport) -> dict[int, dict[str, float]]:
+    """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
+    if not run.several:
+        return {}
+    values = {t.number: evaluate(run.several, t.reports) for t in whole(run)}
+    on = pareto_front(run.several, values)
+    return {number: dict(zip(run.several, values[number], strict=True)) for number in on}

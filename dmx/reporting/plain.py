@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.reporting import tables
+from dmx.objectives import evaluate
+from dmx.reporting import stopping
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
-from dmx.reporting.pareto import costed, front
+from dmx.reporting.pareto import costed, front, study_front
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import train_command
@@ -46,7 +47,8 @@ def to_json(run: RunReport) -> str:
         key: finite(front(costed(run.trials, key)))
         for key in (keys.STEP_SECONDS, keys.PEAK_MEMORY_MB)
     }
-    content["rungs"] = finite(tables.filled_rungs(run))
+    content["front"] = finite(study_front(run))
+    content["rungs"] = finite(stopping.filled_rungs(run))
     column = column_of(run.task)
     content["published"] = finite(load().of(column)) if column else []
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -92,9 +94,15 @@ def to_csv(run: RunReport) -> str:
             ]
         )
     rows = []
+    front = study_front(run)
     for trial in run.trials:
         last = dict(trial.reports[-1]) if trial.reports else {}
         last.pop(keys.BEST_DEV_ACCURACY, None)
         scores = {"trial": trial.number, "status": trial.status, keys.BEST_DEV_ACCURACY: trial.best}
+        if run.several:
+            values = zip(run.several, evaluate(run.several, trial.reports), strict=True)
+            several: dict[str, Any] = {"front": "yes" if trial.number in front else "no"}
+            several |= {f"objective.{name}": value for name, value in values}
+            scores |= several
         rows.append({**common, **scores, **last, **trial.params, "error": trial.error})
     return write_csv(rows)

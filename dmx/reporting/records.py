@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmx import records as keys
+from dmx.objectives import DEFAULT
 
 Kind = Literal["study", "run", "curriculum"]
 
@@ -83,6 +84,7 @@ class Search:
     Attributes:
         searched: dotted path -> (kind, *values), as in the search space.
         grace_steps, reduction_factor: of ASHA.
+        objectives: names, see dmx.objectives. warm_start: the earlier studies it learnt from.
         derived: they stand in no file and were worked out from the study's other settings.
     """
 
@@ -95,6 +97,8 @@ class Search:
     grace_steps: int
     reduction_factor: float
     derived: bool
+    objectives: tuple[str, ...] = DEFAULT
+    warm_start: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,12 @@ class RunReport:
     def best_trial(self) -> Trial | None:
         """The best trial, or None."""
         return next((t for t in self.trials if t.number == self.best), None)
+
+    @property
+    def several(self) -> tuple[str, ...]:
+        """The objectives of a search for a Pareto front; () for any other run."""
+        objectives = self.search.objectives if self.search is not None else ()
+        return objectives if len(objectives) > 1 else ()
 
     @property
     def memory_of(self) -> str:

@@ -18,10 +18,11 @@ class Entry:
 
 @dataclass
 class Rung:
-    """One rung. `steps`: where it lies."""
+    """One rung. `steps`: where it lies. `bracket`: of Hyperband; ASHA has one only."""
 
     steps: float
     entries: list[Entry] = field(default_factory=list)
+    bracket: int = 0
 
     def cutoff(self, reduction_factor: float) -> float | None:
         """The accuracy that the next trial must reach to go on; None before the first."""

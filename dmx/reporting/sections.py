@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dmx import records as keys
-from dmx.reporting import figures, tables
+from dmx.objectives import ACCURACY
+from dmx.reporting import figures, stopping, tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
 from dmx.reporting.lineage import lineage_chart
@@ -136,19 +137,25 @@ def _pareto(run: RunReport) -> Section | None:
         figures.pareto_plot(run, keys.STEP_SECONDS, "time per step, ms", 1000),
         figures.pareto_plot(run, keys.PEAK_MEMORY_MB, memory),
     ]
+    if run.several:
+        plots = [figures.objective_plot(run, name) for name in run.several if name != ACCURACY]
     found = [p for p in plots if p is not None]
     if not found:
         return None
-    return "pareto", "What accuracy costs", el("div", *found, class_="figures")
+    body = el("div", *found, class_="figures")
+    if not run.several:
+        return "pareto", "What accuracy costs", body
+    title = f"The Pareto front of {', '.join(run.several)}"
+    return "pareto", title, join(body, table(tables.front_table(run)))
 
 
 def _rungs(run: RunReport) -> Section | None:
-    rungs = tables.filled_rungs(run)
-    plot = figures.rung_plot(run, rungs)
+    rungs = stopping.filled_rungs(run)
+    plot = stopping.rung_plot(run, rungs)
     if plot is None or run.search is None:
         return None
-    listing = table(tables.rungs_table(rungs, run.search.reduction_factor))
-    return "asha", "Early stopping: ASHA's rungs", join(plot, listing)
+    listing = table(stopping.rungs_table(rungs, run.search.reduction_factor))
+    return "asha", f"Early stopping: {stopping.rungs_title(run)}", join(plot, listing)
 
 
 def _published(run: RunReport) -> Section | None:

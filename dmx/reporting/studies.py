@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 from dmx import records as keys
 from dmx.errors import DataError
 from dmx.journal import read_journal
+from dmx.objectives import DEFAULT, OBJECTIVES
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, sized
 from dmx.reporting.reading import Document, read_document, read_points
@@ -152,6 +153,9 @@ def _search(settings: Document, source: Document) -> Search:
         if len(found) < 2 or not isinstance(found[0], str):
             raise DataError(f"{settings.path} is damaged: searched.{key} is no distribution.")
         searched[key] = tuple(found)
+    objectives = tuple(settings.items("objectives")) or DEFAULT
+    if any(name not in OBJECTIVES for name in objectives):
+        raise DataError(f"{settings.path} is damaged: objectives are {list(objectives)}.")
     max_steps = settings.whole("max_steps") or source.whole("max_steps") or 1
     overrides = flatten(settings.mapping("overrides").values)
     grace, factor = _either(settings, source, "grace_steps"), 3.0
@@ -172,6 +176,8 @@ def _search(settings: Document, source: Document) -> Search:
         grace_steps=int(min(max(grace, 1), max_steps)),
         reduction_factor=factor,
         derived=derived,
+        objectives=objectives,
+        warm_start=tuple(str(r) for r in settings.mapping("warm_start").items("runs")),
     )
 
 

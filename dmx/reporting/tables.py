@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx import records as keys
+from dmx.objectives import OBJECTIVES
 from dmx.overrides import flatten
 from dmx.reporting.labels import base_name
+from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.reporting.records import RunReport, Trial
-from dmx.reporting.rungs import Bracket, Rung, fill
-from dmx.reporting.studies import history
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
 
 
@@ -88,37 +88,19 @@ def _memory(megabytes: float) -> str:
     return scaled(megabytes * 2**20, "B", 1024)
 
 
-def filled_rungs(run: RunReport) -> list[Rung]:
-    """ASHA's rungs of a study, from its journal; none where it did not stop trials early."""
-    search = run.search
-    if search is None or search.scheduler != "asha" or search.grace_steps >= search.max_steps:
-        return []
-    bracket = Bracket(
-        grace_steps=search.grace_steps,
-        max_steps=search.max_steps,
-        reduction_factor=search.reduction_factor,
-    )
-    rungs = fill(bracket, [(n, s, a) for n, s, a, _ in history(run.folder)])
-    return [rung for rung in rungs if rung.steps < search.max_steps]  # the last ends by itself
-
-
-def rungs_table(rungs: list[Rung], factor: float) -> Table:
-    """One row a rung."""
+def front_table(run: RunReport) -> Table:
+    """The Pareto front of a study with several objectives, the most accurate first."""
+    front = study_front(run)
+    trials = {t.number: t for t in run.trials}
+    names = sorted({k for n in front for k in trials[n].params})
     rows = []
-    for rung in rungs:
-        went_on = [str(e.trial) for e in rung.entries if e.promoted]
-        stopped = [str(e.trial) for e in rung.entries if not e.promoted]
-        cutoff = rung.cutoff(factor)
-        rows.append(
-            (
-                f"{rung.steps:,.0f}",
-                str(len(rung.entries)),
-                ", ".join(went_on) or MISSING,
-                ", ".join(stopped) or MISSING,
-                MISSING if cutoff is None else percent(cutoff),
-            )
-        )
-    return make(">steps|>reached by|went on (trials)|stopped (trials)|>next must reach, %", rows)
+    for number in sorted(front, key=lambda n: (-front[n]["accuracy"], n)):
+        values = [percent(v) if o == "accuracy" else short(v) for o, v in front[number].items()]
+        params = (short(trials[number].params.get(n, MISSING)) for n in names)
+        rows.append((str(number), *values, *params))
+    labels = ["dev accuracy, %" if o == "accuracy" else OBJECTIVES[o].label for o in run.several]
+    titles = "|>".join(["trial", *labels, *short_names(names)])
+    return make(titles, rows)
 
 
 def stages_table(run: RunReport) -> Table:
@@ -194,8 +176,12 @@ def provenance(run: RunReport) -> Table:
         derived = " (worked out from the study's settings)" if s.derived else ""
         asha = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}{derived}"
         found.append(("sampler, scheduler", f"{s.sampler}, {s.scheduler}"))
-        if s.scheduler == "asha":
-            found.append(("ASHA", asha))
+        if s.scheduler in ("asha", "hyperband"):
+            found.append(({"asha": "ASHA", "hyperband": "Hyperband"}[s.scheduler], asha))
+        if run.several:
+            found.append(("objectives", ", ".join(run.several)))
+        if s.warm_start:
+            found.append(("warm start from", ", ".join(s.warm_start)))
         found.append(("seed of the search", short(s.seed)))
     env = run.environment
     names = {"dmx": "dmx", "code": "code (git)", "python": "Python", "torch": "torch"}

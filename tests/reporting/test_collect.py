@@ -10,7 +10,7 @@ import pytest
 
 from dmx.errors import ConfigError, DmxError
 from dmx.reporting.collect import collect, kind_of, runs_below
-from dmx.reporting.tables import filled_rungs
+from dmx.reporting.stopping import filled_rungs
 from tests.reporting.makers import make_curriculum, make_run, make_study
 
 

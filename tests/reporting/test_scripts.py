@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmx.reporting.efficiency import Curve, describe, plot, read_curve, summarise
+from dmx.reporting.efficiency import Curve, describe, plot, read_curve, summarise, table
 from dmx.train import parser as train_parser
 from tests.reporting.makers import make_study
 
@@ -104,11 +104,25 @@ def test_summary_by_hand() -> None:
     found = summarise(_curves(), 100)
     assert found["random_best_mean"] == pytest.approx(0.8)
     assert found["tpe_asha_best_mean"] == pytest.approx(0.7)
-    assert found["seeds_that_reached"] == 1 and found["median_share_of_budget"] == 0.2
+    assert found["seeds_that_reached"] == 1
+    assert found["median_share_of_budget"] is None, "of 20 % and never"
     assert [p["tpe_asha_steps"] for p in found["seeds"]] == [20, None]
     json.dumps(found, allow_nan=False)
     words = " ".join(describe({**found, "task": "t", "attention": "a", "data": "x, not LRA"}))
-    assert "in 1 of 2 seeds, after 20 % of the compute" in words and "not LRA." in words
+    assert "the median is beyond the budget" in words and "not LRA." in words
+    better = [*_curves()[:3], Curve(method="tpe+asha", seed=1, points=((40, 0.95),))]
+    found = summarise(better, 100)
+    assert found["median_share_of_budget"] == pytest.approx(0.3)
+    words = " ".join(describe({**found, "task": "t", "attention": "a", "data": "x"}))
+    assert "in 2 of 2 seeds, after 30 % of the compute (median of all seeds)" in words
+
+
+def test_the_benchmarks_tables_by_hand() -> None:
+    lines = table(summarise(_curves(), 100), _curves())
+    assert lines[2] == "| random | 50.00 | 50.00 | 50.00 | 55.00 | 55.00 | 80.00 |"
+    assert lines[3] == "| tpe+asha | 40.00 | 55.00 | 55.00 | 65.00 | 70.00 | 70.00 |"
+    assert lines[-2] == "| 0 | 70.00 | 90 | 80.00 | 20 | 20% |"
+    assert lines[-1] == "| 1 | 90.00 | 100 | 60.00 | not reached | more than 100 % |"
 
 
 def test_a_studys_curve_ends_at_the_budget(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -19,11 +22,15 @@ from dmx.claim import read_claim
 from dmx.finals import evaluate_test
 from dmx.launch import start, wait_any
 from dmx.ledger import trial_folder
+from dmx.objectives import pareto_front
+from dmx.places import SHARED
+from dmx.reporting.collect import collect
+from dmx.reporting.plain import to_csv
 from dmx.runner import Job, Runner
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
 from dmx.workers import Workers
-from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, space
+from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK
 
 pytestmark = pytest.mark.slow
@@ -219,5 +226,35 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
     one = Workers(count=1, cpus=1, gpus=0)
-    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one)
-    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one)
+    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one, SHARED)
+    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one, SHARED)
+
+
+def test_several_objectives_on_two_workers(tiny_store, tmp_path):
+    """The front that is kept is the one of the journal's numbers, for us and for Optuna."""
+    objectives = ("accuracy", "memory", "parameters")
+    config = study_config(
+        tmp_path, scheduler="none", sampler="nsga2", objectives=objectives, num_trials=5
+    )
+    folder = tmp_path / "study"
+    result = run_study(config, tiny_store, folder, slots=2)
+    assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 5
+    measured: dict[int, list[float]] = {}
+    for n in range(5):
+        reports = [e["metrics"] for e in journal(folder) if e.get("trial") == n and "step" in e]
+        measured[n] = [
+            max(r["dev_accuracy"] for r in reports),
+            max(r["peak_memory_mb"] for r in reports),
+            reports[0]["parameters"],
+        ]
+    assert {t.number: list(t.values.values()) for t in result.trials} == measured
+    assert result.front == pareto_front(objectives, measured) != ()
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
+    assert sorted(t.number for t in study.best_trials) == list(result.front)
+    assert result.best is not None and result.best.number in result.front
+    pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
+    assert len(pids) == 5, "a process whose memory was another trial's would not do"
+    (folder / "settings.json").write_text(json.dumps({"objectives": objectives, "task": "x"}))
+    table = csv.DictReader(io.StringIO(to_csv(collect(folder))))
+    assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(result.front)

@@ -18,8 +18,8 @@ from dmx import ledger as ledger_module
 from dmx.errors import DmxError, StageError
 from dmx.journal import Journal, encode
 from dmx.ledger import Ledger, trial_folder
-from dmx.proposer import make_sampler
 from dmx.records import best_trial
+from dmx.sampling import make_sampler
 from tests.study.helpers import space
 from tests.tiny import one_sentence
 

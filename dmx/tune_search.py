@@ -1,0 +1,55 @@
+"""What `dmx.tune` searches by: objectives, scheduler, sampler and warm start, checked together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from dmx import study_files, study_identity, warm_start
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.objectives import parse_objectives
+from dmx.sampling import check_sampler, independent
+from dmx.space import SearchSpace
+from dmx.study_config import StudyConfig
+
+logger = logging.getLogger("dmx.tune")
+
+
+def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
+    """What is optimised; scheduler and sampler must suit it, and the scheduler is chosen by it."""
+    objectives = parse_objectives(args.objective)
+    if args.scheduler is None:
+        args.scheduler = "asha" if len(objectives) == 1 else "none"
+    if len(objectives) > 1 and args.scheduler != "none":
+        raise ConfigError(
+            f"--scheduler {args.scheduler} stops trials by accuracy alone and would cut cheap ones "
+            f"off the front of --objective {args.objective}; leave it out."
+        )
+    check_sampler(args.sampler, space, objectives)
+    return objectives
+
+
+def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
+    """Create the study's folder, or check that this is the study that is to be continued."""
+    here = warm_start.Here(
+        task=config.task,
+        space=config.space,
+        overrides=config.overrides,
+        max_steps=config.max_steps,
+        data_checksum=store.manifest.checksum,
+        objectives=config.objectives,
+        sampler=config.sampler,
+    )
+    known = study_files.read_settings(folder).get("warm_start") if args.resume else None
+    identity, files, notes = warm_start.prepare(
+        args.warm_start, Path(args.storage), here, folder, known=known, resume=args.resume
+    )
+    settings = study_identity.settings(config, store, identity)
+    study_files.open_folder(folder, settings, resume=args.resume, files=files)
+    for note in notes:
+        logger.info("%s", note)
+    if alone := independent(config.sampler, config.space):
+        names = ", ".join(alone)
+        logger.info("sampler %s draws at random, each by itself: %s", args.sampler, names)
