@@ -188,7 +188,10 @@ class Ledger:
                 trial.set_user_attr(_ASKED_AFTER, after)
         number = trial.number
         start = self.space.start[number] if number < len(self.space.start) else {}
-        point = self._proposer.propose(number, self._past(number), {**start, **trial.params}, after)
+        fixed = self._frozen(number).system_attrs.get("fixed_params", {})  # enqueued by hand
+        known = {**start, **fixed, **trial.params}
+        earlier = self._past(number) if self._proposer.looks_back else []
+        point = self._proposer.propose(number, earlier, known, after)
         self.study.sampler = Recorded(point)
         written = self.space.suggest(trial)
         assert written == point, (written, point)

@@ -103,6 +103,11 @@ class Proposer:
     prior: tuple[Past, ...] = ()
     _lived: _Life | None = None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a proposal depends on the trials before it."""
+        return self.kind != "random"
+
     def propose(
         self, number: int, earlier: Sequence[Past], known: Mapping[str, Any], after: int
     ) -> dict[str, Any]:
