@@ -139,3 +139,11 @@ def test_a_url_that_is_none():
 def test_join_keeps_the_options():
     assert join("s3://b/runs/?scheme=http", "a/b") == "s3://b/runs/a/b?scheme=http"
     assert join("s3://b", "a") == "s3://b/a"
+
+
+def test_a_small_object_on_s3_is_one_request():
+    one = object_storage._in_one_request
+    assert one("s3://b/runs") == "s3://b/runs?allow_delayed_open=true"
+    assert one("s3://b?region=x") == "s3://b?region=x&allow_delayed_open=true"
+    for kept in ("s3://b?allow_delayed_open=false", "gs://b", "file:///tmp"):
+        assert one(kept) == kept
