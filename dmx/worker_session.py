@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import threading
@@ -70,7 +69,7 @@ class _Session:
         try:
             trainer = v2_torch.TorchTrainer(
                 _train,
-                train_loop_config={"session": session, "job": dataclasses.asdict(job)},
+                train_loop_config={"session": session, "job": job},
                 torch_config=v2_torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
                 scaling_config=v2.ScalingConfig(
                     num_workers=(1, job.workers), use_gpu=on_gpu, resources_per_worker=each
@@ -195,7 +194,7 @@ WorkerSession: Any = ray.remote(num_cpus=0, max_restarts=0)(_Session)
 def _train(config: dict[str, Any]) -> None:
     """What every worker does: the same run, each with its share of every batch."""
     log.setup()
-    session, job = config["session"], Job(**config["job"])
+    session, job = config["session"], config["job"]
     ask: Callable[[Any], Any] = ray.get
     ranks = Group()
     place = ray.util.get_current_placement_group()
