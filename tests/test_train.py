@@ -116,3 +116,21 @@ def test_starting_from_other_weights(tiny_root, tmp_path):
     assert main([*rest, *start]) == 0
     a, b = (open_checkpoint(tmp_path / "runs" / n / "last").model_state() for n in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_of_one_process_needs_no_ray(tiny_root, tmp_path):
+    """Ray and Optuna cannot be imported, and nothing misses them."""
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['ray'] = sys.modules['optuna'] = None\n"
+    code += "from dmx.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words(tiny_root, "--name", "a")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,66 @@
+"""Runs by two workers: interrupted, and on a cluster that loses a node."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmx import records as keys
+from dmx.checkpoint import open_checkpoint
+from dmx.distributed import DistributedRunner
+from tests.study.processes import started, wait_until
+from tests.study.test_distributed import check_close, job, reports_alone, to_end
+from tests.tiny import SETTINGS, TASK
+
+pytestmark = pytest.mark.slow
+
+
+def words(data_root: Path, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "dmx.train", "--attention", "butterfly", "--task", TASK]
+    command += ["--data-root", str(data_root), "--name", "run", "--workers-per-trial", "2"]
+    settings = {**SETTINGS, "train.num_steps": 2000, "train.eval_every_steps": 100}
+    return [*command, *more, *(f"{k}={v}" for k, v in settings.items())]
+
+
+def test_ctrl_c_leaves_no_process(tiny_root, tmp_path):
+    """In the middle of a step; the last line continues."""
+    with started(words(tiny_root), tmp_path) as running:
+        last = tmp_path / "runs" / "run" / "last" / "metrics.json"
+        wait_until(last.exists, "the first checkpoint", running.process)
+        running.ctrl_c()
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        assert shlex.split(err.rstrip().splitlines()[-1])[-1] == "--resume"
+        wait_until(lambda: not running.left(), "end of all processes")
+    assert open_checkpoint(last.parent).metrics[keys.NUM_WORKERS] == 2
+
+
+def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_path, monkeypatch):
+    """Two nodes of one CPU; the second dies. What is left does the whole batch."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = nodes.add_node(num_cpus=1)
+    try:
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        runner = DistributedRunner(job(tmp_path / "run", tiny_store, workers=2))
+
+        def lose(report):
+            if report[keys.STEPS] == 4:
+                nodes.remove_node(other, allow_graceful=False)
+
+        with contextlib.closing(runner):
+            reports = to_end(runner, lose)
+        check_close(reports, reports_alone(tiny_store, tmp_path / "alone"))
+        assert [r[keys.NUM_WORKERS] for r in reports] == [2, 2, 1, 1]
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
