@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dmx import cli, place_options
+from dmx import cli, place_flags, place_options
 from dmx.curriculum_file import load_curriculum
 from dmx.curriculum_session import run_session
 from dmx.curriculum_show import Options, dry_run, show_status
@@ -55,7 +55,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--set", action="append", default=[], metavar="A.B=V", help="a setting for every stage"
     )
-    place_options.add_options(p)
+    place_flags.add_options(p)
     p.add_argument("--until", metavar="STAGE", help="stop after this stage")
     p.add_argument(
         "--from-stage", metavar="STAGE", help="train this stage and those that follow from it again"

@@ -1,8 +1,7 @@
-"""Options of commands that run on clusters: object storage, and data on each node's own disk."""
+"""Where a command's run and data lie: object storage, and data on each node's own disk."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
@@ -13,20 +12,6 @@ from dmx.data.obtain import obtain
 from dmx.data.store import Store, open_store
 from dmx.object_storage import ObjectStorage, is_url, join
 from dmx.places import Places, copy_store
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """--scratch and --node-data."""
-    parser.add_argument(
-        "--scratch",
-        metavar="FOLDER",
-        help="with a URL as --storage: each node's own folder for it (default: ~/.cache/dmx)",
-    )
-    parser.add_argument(
-        "--node-data",
-        metavar="FOLDER",
-        help="each node copies the data it uses from --data-root (a path or URL) there, once",
-    )
 
 
 def find_places(

@@ -64,6 +64,9 @@ OPTUNA_FILE = "optuna.journal"
 JOURNAL_FILE = "journal.jsonl"
 LINEAGE_FILE = "lineage.json"
 
+SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
+"""How points are proposed; see dmx.sampling."""
+
 TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 
 

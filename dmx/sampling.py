@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial
 
 from dmx.errors import ConfigError, DmxError
 from dmx.objectives import DEFAULT
+from dmx.records import SAMPLERS
 from dmx.space import SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
 REMEMBERING = frozenset({"cmaes", "nsga2"})
 """Samplers whose proposals depend on what was known at each proposal before: generations."""
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("scipy", "torch")}

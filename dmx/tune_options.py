@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from dmx import cli, place_options
+from dmx import cli, place_flags
 from dmx.errors import ConfigError
 from dmx.patience import PATIENCE_SECONDS
-from dmx.sampling import SAMPLERS
+from dmx.records import SAMPLERS
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -126,7 +126,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
-    place_options.add_options(p)
+    place_flags.add_options(p)
     p.add_argument(
         "--output",
         choices=("auto", "live", "plain", "json", "quiet"),
