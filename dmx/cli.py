@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -97,15 +98,29 @@ def run_folder(storage: str, name: str | None, default: str) -> Path:
 
 
 @contextlib.contextmanager
-def terminate_like_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C."""
+def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
+    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C.
+
+    It yields a check that raises KeyboardInterrupt once SIGTERM has come. A loop around foreign
+    code calls it: an exception that a signal raises in the middle of that may be lost there.
+    """
+    asked = threading.Event()
+
+    def handle(*_: object) -> None:
+        asked.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
     try:
-        old = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        old = signal.signal(signal.SIGTERM, handle)
     except ValueError:  # not the main thread: signals are someone else's business
-        yield
+        yield check
         return
     try:
-        yield
+        yield check
     finally:
         signal.signal(signal.SIGTERM, old)
 

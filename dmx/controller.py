@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,10 +91,15 @@ class Controller:
         )
         self._gate_times: dict[str, float] = {}
 
-    def run(self) -> bool:
-        """Work until nothing is left that could be done; True if every selected stage passed."""
+    def run(self, check: Callable[[], None] = lambda: None) -> bool:
+        """Work until nothing is left that could be done; True if every selected stage passed.
+
+        Args:
+            check: raises where the session is to end (see cli.terminate_like_interrupt).
+        """
         self._rejudge()
         while True:
+            check()
             self._start_stages()
             self._side.prepare_data(self.history, self._selected, self.broken)
             if not self._ready():  # tests wait for whatever trains

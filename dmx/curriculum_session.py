@@ -125,7 +125,8 @@ def _connected(
         try:
             with (
                 cluster.connect(options.address) as resources,
-                cluster.terminate_like_interrupt(),  # once more: Ray's start took SIGTERM over
+                # Once more: Ray's start took SIGTERM over.
+                cluster.terminate_like_interrupt() as check,
                 contextlib.closing(
                     TensorBoardView(curriculum, options.folder, journal.events)
                 ) as tensorboard,
@@ -150,7 +151,7 @@ def _connected(
                     code=code,
                     observers=(LogView(), tensorboard, lineage),
                 )
-                passed = controller.run()
+                passed = controller.run(check)
         except KeyboardInterrupt:
             return _interrupted(options, journal, "interrupted", EXIT_INTERRUPTED)
         except ClusterLost as error:

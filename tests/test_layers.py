@@ -18,8 +18,8 @@ LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     (
         "values",
-        "cli place_flags workers registry schema overrides records patience journal resources claim "
-        "device tensorboard",
+        "cli place_flags workers registry schema overrides records patience journal resources "
+        "claim device tensorboard",
     ),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("objectives", "objectives brackets"),
