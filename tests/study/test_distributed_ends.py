@@ -60,7 +60,8 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_pa
         with contextlib.closing(runner):
             reports = to_end(runner, lose)
         check_close(reports, reports_alone(tiny_store, tmp_path / "alone"))
-        assert [r[keys.NUM_WORKERS] for r in reports] == [2, 2, 1, 1]
+        # When the loss is noticed is up to the cluster: up to a report later.
+        assert [r[keys.NUM_WORKERS] for r in reports] in ([2, 2, 1, 1], [2, 2, 2, 1])
     finally:
         ray.shutdown()
         nodes.shutdown()
