@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = open_checkpoint(Path(args.checkpoint))
     config = maps.dense(checkpoint.config)
     length = config.model.max_length or config.task_info.max_length
+    for option, value in (("--groups", args.groups), ("--max-size", args.max_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1.")
     maps.check_has_maps(config.attention, length, args.max_size or maps.MAX_SIZE)
-    if args.groups < 1:
-        raise ConfigError(f"--groups is {args.groups}; it must be at least 1.")
     layers = _within(args.layers, config.model.num_layers, "--layers", "layers of the model")
     root = args.data_root or config.data.root
     store = obtain(

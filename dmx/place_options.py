@@ -10,6 +10,7 @@ from dmx import cli
 from dmx.data.locate import default_data_root
 from dmx.data.obtain import obtain
 from dmx.data.store import Store, open_store
+from dmx.errors import ConfigError
 from dmx.object_storage import ObjectStorage, is_url, join
 from dmx.places import Places, copy_store
 
@@ -37,12 +38,20 @@ def find_places(
         run_url = join(storage, folder.name)
     else:
         folder = cli.run_folder(storage, name, default)
+    for option, value in (("--scratch", scratch), ("--node-data", node_data)):
+        _check_folder(option, value)
     source = None
     if data_root is not None and is_url(data_root):
         ObjectStorage(data_root)
         source, node_data = data_root, node_data or str(base / "data")
     elif node_data is not None:
-        source = str(Path(data_root).absolute() if data_root else default_data_root())
+        shared = Path(data_root).absolute() if data_root else default_data_root()
+        if shared.is_relative_to(Path(node_data).absolute()):
+            raise ConfigError(
+                f"--node-data {node_data} is or holds the data themselves, {shared}; give another "
+                "folder, on each node's own disk."
+            )
+        source = str(shared)
     places = Places(
         run=str(folder) if run_url else None,
         run_url=run_url,
@@ -50,6 +59,16 @@ def find_places(
         node_data=str(Path(node_data).absolute()) if node_data is not None else None,
     )
     return folder, places
+
+
+def _check_folder(option: str, value: str | None) -> None:
+    """Refuse what can be no folder; nothing is created."""
+    if value is None:
+        return
+    path = Path(value).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not value or not there.is_dir():
+        raise ConfigError(f"{option} is {value!r}; it must be a folder, or one that can be made.")
 
 
 def open_data(

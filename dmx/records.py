@@ -59,6 +59,7 @@ LAST_DIR = "last"
 
 # Files of a run directory.
 STUDY_FILE = "study.json"
+SETTINGS_FILE = "settings.json"
 TRIALS_FILE = "trials.csv"
 OPTUNA_FILE = "optuna.journal"
 JOURNAL_FILE = "journal.jsonl"

@@ -70,15 +70,17 @@ def run_study(
             again = 0 < ledger.num_interrupted == ledger.remaining()
             again = again and time.monotonic() < deadline
         trials = ledger.results()
-        best = keys.best_trial(trials)
+        front = _front(config, trials)
+        best = _best(trials, front)
         if best is not None and config.places.run_url is not None:  # it ran on any node
             config.places.pull(trial_folder(folder, best.number) / keys.BEST_DIR)
             trials = ledger.results()
+            best = _best(trials, front)
         return keys.StudyResult(
             name=config.name,
             folder=folder,
             trials=trials,
-            best=_best(trials, front := _front(config, trials)),
+            best=best,
             complete=ledger.remaining() == 0,
             front=front,
         )

@@ -17,10 +17,9 @@ from typing import Any
 
 from dmx import __version__
 from dmx import records as keys
-from dmx.errors import ConfigError, StageError
+from dmx.errors import ConfigError
 from dmx.journal import Journal
-
-SETTINGS_FILE = "settings.json"
+from dmx.study_settings import read_settings
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,23 +27,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the study in a folder; {} where there is none.
-
-    Raises:
-        StageError: they are damaged.
-    """
-    file = folder / SETTINGS_FILE
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
-    except (OSError, ValueError, AssertionError):
-        raise StageError(f"{file} is damaged; start the study under a new --name.") from None
-    return found
 
 
 def open_folder(
@@ -65,7 +47,7 @@ def open_folder(
             or holds a study with other settings.
         StageError: the study is damaged, or another process works on it.
     """
-    file = folder / SETTINGS_FILE
+    file = folder / keys.SETTINGS_FILE
     if resume and not file.exists():
         raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
     if not resume and folder.exists() and any(folder.iterdir()):
@@ -85,7 +67,7 @@ def open_folder(
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        for name, content in {**(files or {}), SETTINGS_FILE: text}.items():
+        for name, content in {**(files or {}), keys.SETTINGS_FILE: text}.items():
             write_text(new / name, content)
         new.rename(folder)  # all of it at once; an empty folder may be there
     except OSError as error:

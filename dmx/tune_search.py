@@ -13,6 +13,7 @@ from dmx.objectives import parse_objectives
 from dmx.sampling import check_sampler, independent
 from dmx.space import SearchSpace
 from dmx.study_config import StudyConfig
+from dmx.study_settings import read_settings
 
 logger = logging.getLogger("dmx.tune")
 
@@ -42,7 +43,7 @@ def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, fold
         objectives=config.objectives,
         sampler=config.sampler,
     )
-    known = study_files.read_settings(folder).get("warm_start") if args.resume else None
+    known = read_settings(folder).get("warm_start") if args.resume else None
     identity, files, notes = warm_start.prepare(
         args.warm_start, Path(args.storage), here, folder, known=known, resume=args.resume
     )

@@ -26,9 +26,9 @@ from dmx.overrides import flatten
 from dmx.past import Past
 from dmx.schema import to_dict
 from dmx.space import SearchSpace
+from dmx.study_settings import read_settings
 
 WARM_START_FILE = "warm_start.json"
-_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +131,10 @@ def prepare(
 
 
 def _settings(run: Path, here: Here) -> dict[str, Any]:
-    try:
-        found = json.loads((run / _SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--warm-start {run}: there is no study in that folder.") from None
-    except (OSError, ValueError):
-        raise StageError(f"{run / _SETTINGS} is damaged; leave this --warm-start out.") from None
-    attention = found.get("attention") if isinstance(found, dict) else None
+    found = read_settings(run, "leave this --warm-start out")
+    if not found:
+        raise ConfigError(f"--warm-start {run}: there is no study in that folder.")
+    attention = found.get("attention")
     if attention != here.space.attention:
         raise ConfigError(
             f"--warm-start {run} searched {attention!r}; only a study of "

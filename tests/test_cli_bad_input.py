@@ -72,6 +72,11 @@ TUNE_BAD = {
     "set-device": ([*TUNE, "--set", "train.device=cuda"], "the cluster has no GPU"),
     "steps-twice": ([*TUNE, "--set", "train.num_steps=9", "--max-steps", "8"], "give one of them"),
     "steps-few": ([*TUNE, "--max-steps", "1"], "warmup_steps is 2"),
+    "storage-url": ([*TUNE, "--storage", "nfs://host/runs"], "is no storage URL that pyarrow"),
+    "node-data": ([*TUNE, "--node-data", ""], "--node-data is ''; it must be a folder"),
+    "node-data-file": ([*TUNE, "--node-data", "/dev/null/x"], "it must be a folder"),
+    "scratch-file": ([*TUNE, "--scratch", "/dev/null"], "--scratch is '/dev/null'"),
+    "node-data-above": ([*TUNE, "--node-data", "/"], "is or holds the data themselves"),
     "trials": ([*TUNE, "--num-trials", "0"], "--num-trials is 0"),
     "budget": ([*TUNE, "--time-budget", "0"], "--time-budget is 0"),
     "budget-nan": ([*TUNE, "--time-budget", "nan"], "--time-budget is nan"),
@@ -253,8 +258,9 @@ def test_resuming_another_study_is_refused_with_the_difference(
     assert "journal.jsonl line 1 is damaged" in text
     settings = tmp_path / "runs" / f"butterfly-{TASK}" / "settings.json"
     assert tree(settings.parent / "trials") == {} and before
-    settings.write_text("{")
-    assert "is damaged" in refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
+    for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
+        settings.write_text(damage)
+        assert "is damaged" in refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
 
 
 def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):

@@ -33,7 +33,7 @@ LAYERS: list[tuple[str, str]] = [
         "training",
         "process_state ranks micro_batch passes trainer samples runner evaluation maps map_view",
     ),
-    ("search", "sampling past proposals warm_start optuna_file ledger"),
+    ("search", "study_settings sampling past proposals warm_start optuna_file ledger"),
     ("stages", "stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     (

@@ -186,6 +186,7 @@ def test_the_command(
         (("--examples", "37"), "--examples 37 must lie in 0..36"),
         (("--groups", "0"), "--groups is 0"),
         (("--max-size", "15"), "--max-size 16"),
+        (("--max-size", "0"), "--max-size is 0"),
         (("--out", "/proc/nowhere"), "cannot be written"),
     ],
 )

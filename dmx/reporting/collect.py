@@ -17,9 +17,8 @@ from dmx.reporting.studies import read_study
 from dmx.schema import read_yaml
 
 RESULT_FILE = "result.json"
-SETTINGS_FILE = "settings.json"
 _CURRICULUM = (keys.LINEAGE_FILE, "curriculum.yaml", "stages")
-_STUDY = (SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
+_STUDY = (keys.SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
 _RUN = (RESULT_FILE, keys.BEST_DIR, keys.LAST_DIR, "error.txt")
 
 

@@ -225,10 +225,11 @@ def test_bad_runs(old, tmp_path):
     with pytest.raises(ConfigError, match="searched 'softmax'") as caught:
         take([copy], here(chosen))
     one_sentence(caught.value)
-    (copy / "settings.json").write_text("{")
-    with pytest.raises(StageError, match=r"settings\.json is damaged") as caught:
-        take([copy], here(chosen))
-    one_sentence(caught.value)
+    for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
+        (copy / "settings.json").write_text(damage)
+        with pytest.raises(StageError, match=r"settings\.json is damaged; leave this") as caught:
+            take([copy], here(chosen))
+        one_sentence(caught.value)
     (copy / "settings.json").write_text(json.dumps(settings()))
     text = (copy / "optuna.journal").read_text().splitlines(keepends=True)
     (copy / "optuna.journal").write_text(text[0] + "rubbish\n" + "".join(text[1:]))
