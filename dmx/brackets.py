@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 
@@ -24,16 +25,34 @@ def bracket_of(number: int, count: int, reduction_factor: float) -> int:
     s = s_max - b, so that each costs about the same. A trial goes where most is lacking of that
     share (the lower bracket on a tie): ten trials are split as meant, too.
     """
-    if count == 1:
-        return 0
-    sizes = [
-        math.ceil(count / (s + 1) * reduction_factor**s - 1e-9) for s in range(count - 1, -1, -1)
-    ]
-    total = sum(sizes)
-    taken = [0] * count
-    chosen = 0
-    for trial in range(number + 1):
-        lacking = [size * (trial + 1) / total - t for size, t in zip(sizes, taken, strict=True)]
-        chosen = max(range(count), key=lambda b: (lacking[b], -b))
-        taken[chosen] += 1
-    return chosen
+    return 0 if count == 1 else _split(count, reduction_factor).bracket(number)
+
+
+class _Split:
+    """Trials dealt out to brackets, one after the other; as far as anybody has asked."""
+
+    def __init__(self, count: int, factor: float) -> None:
+        self._sizes = [
+            math.ceil(count / (s + 1) * factor**s - 1e-9) for s in range(count - 1, -1, -1)
+        ]
+        self._taken = [0] * count
+        self._chosen: list[int] = []
+
+    def bracket(self, number: int) -> int:
+        """Of trial `number`."""
+        total = sum(self._sizes)
+        for trial in range(len(self._chosen), number + 1):
+            lacking = [
+                size * (trial + 1) / total - taken
+                for size, taken in zip(self._sizes, self._taken, strict=True)
+            ]
+            chosen = max(range(len(lacking)), key=lambda b: (lacking[b], -b))
+            self._taken[chosen] += 1
+            self._chosen.append(chosen)
+        return self._chosen[number]
+
+
+@functools.cache
+def _split(count: int, factor: float) -> _Split:
+    """One for all who ask: every report of a study does, and thousands of trials add up."""
+    return _Split(count, factor)

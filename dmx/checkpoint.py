@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmx.config import RunConfig, parse_run_config
+from dmx.data.files import fsync_path, is_there, put_back, replace_folder
 from dmx.errors import CheckpointError, ConfigError
 from dmx.records import CONFIG_FILE, METRICS_FILE, MODEL_FILE, TRAINING_STATE_FILE
 from dmx.reference import adopt, read_output_model
@@ -45,15 +46,9 @@ def save_checkpoint(
     try:
         for name, text in (notes or {}).items():
             (new / name).write_text(text, encoding="utf-8")
-            fsync(new / name)
+            fsync_path(new / name)
         write_files(new, model_state, training_state, config, metrics)
-        old = folder.parent / f".{folder.name}.old"
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -71,8 +66,8 @@ def write_files(
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
     for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
-        fsync(folder / name)
-    fsync(folder)
+        fsync_path(folder / name)
+    fsync_path(folder)
 
 
 class _Sink:
@@ -104,15 +99,6 @@ def _torch_save(value: Mapping[str, Any], path: Path) -> None:
             if sink.error is not None:
                 raise sink.error from None
             raise
-
-
-def fsync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -156,13 +142,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, metrics)
 
 
-def put_back(folder: Path) -> None:
-    """Finish what a crash between the two renames of `save_checkpoint` left undone."""
-    old = folder.parent / f".{folder.name}.old"
-    if not folder.exists() and old.exists():
-        old.rename(folder)
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type's name."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -201,7 +180,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.is_file():
         return read_output_model(path)
-    if not path.exists() and not (path.parent / f".{path.name}.old").exists():
+    if not is_there(path):
         raise CheckpointError(
             f"{path} does not exist; expected a checkpoint folder or a .model file."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from dmx.cli import terminate_like_interrupt
 from dmx.errors import ConfigError
+from dmx.workers import num_cores
 
 # Read by Ray at import. The trial's files are ours, so Ray must not move the working directory,
 # and must not write its own TensorBoard, CSV and JSON files beside them (ray-notes.md, 3 and 7).
@@ -45,11 +46,7 @@ def local_resources() -> Resources:
     """Cores (of this process's affinity) and GPUs of this machine, without starting Ray."""
     import torch
 
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        cpus = os.cpu_count() or 1
-    return Resources(cpus, torch.cuda.device_count())
+    return Resources(num_cores(), torch.cuda.device_count())
 
 
 @contextmanager

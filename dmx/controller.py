@@ -186,12 +186,9 @@ class Controller:
             run_config=config,
             data_folder=str(store.folder),
             folder=str(folder),
-            threads=max(int(workers.cpus), 1),
             init_from=init,
             reinit=launch.reinit,
-            workers=workers.count,
-            cpus_per_worker=workers.cpus,
-            gpus_per_worker=workers.gpus,
+            **workers.of_job(),
             within=str(self.folder.absolute()),
         )
         self._room.busy[key] = Busy(cpus, gpus, launch)

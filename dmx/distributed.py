@@ -11,6 +11,8 @@ from typing import Any
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
+from dmx.data.files import replace_folder
+from dmx.places import SHARED, Places
 from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.worker_session import RAY_DIR, WorkerSession, release
 from dmx.workers import Workers
@@ -19,7 +21,7 @@ import ray  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
-__all__ = ["DistributedRunner", "check_room", "cluster", "opened", "runner_of"]
+__all__ = ["DistributedRunner", "check_room", "cluster", "evaluate", "opened", "runner_of"]
 
 _CLOSE_SECONDS = 10.0
 _SESSION_THREADS = 32
@@ -28,6 +30,24 @@ _SESSION_THREADS = 32
 def runner_of(job: Job) -> Runner | DistributedRunner:
     """Whatever runs the job: this process, or several others."""
     return Runner(job) if job.workers == 1 else DistributedRunner(job)
+
+
+def evaluate(
+    checkpoint_folder: str,
+    data_folder: str,
+    split: str,
+    *,
+    cpus: float,
+    gpus: float,
+    places: Places = SHARED,
+) -> dict[str, float]:
+    """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
+    threads = max(int(cpus), 1)
+    result: dict[str, float] = ray.get(
+        remote.remote(checkpoint_folder, data_folder, split, threads, places)
+    )
+    return result
 
 
 def check_room(workers: Workers, resources: cluster.Resources) -> None:
@@ -95,12 +115,10 @@ class DistributedRunner:
     def evaluate(self, folder: Path, split: str) -> dict[str, float]:
         """runner.evaluate_checkpoint by one worker; the others must have ended."""
         job = self.job
-        remote: Any = ray.remote(
-            num_cpus=job.cpus_per_worker, num_gpus=job.gpus_per_worker, max_retries=3
-        )(evaluate_checkpoint)
-        found = remote.remote(str(folder), job.data_folder, split, job.threads, job.places)
-        result: dict[str, float] = ray.get(found)
-        return result
+        cpus, gpus = job.cpus_per_worker, job.gpus_per_worker
+        return evaluate(
+            str(folder), job.data_folder, split, cpus=cpus, gpus=gpus, places=job.places
+        )
 
     def save_into(self, folder: Path) -> None:
         """Copy the last checkpoint; the workers rest, so that it is the present state."""
@@ -116,8 +134,7 @@ class DistributedRunner:
         new = last.parent / f".{last.name}.copy"
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(open_checkpoint(folder).folder, new)
-        shutil.rmtree(last, ignore_errors=True)
-        new.rename(last)
+        replace_folder(new, last)
 
     def close(self) -> None:
         """End all workers: at once where they are at work, in good order where they rest."""

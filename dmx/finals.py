@@ -66,10 +66,7 @@ def retrain(
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
                 places=places,
-                threads=max(int(workers.cpus), 1),
-                workers=workers.count,
-                cpus_per_worker=workers.cpus,
-                gpus_per_worker=workers.gpus,
+                **workers.of_job(),
                 within=str(folder),
             )
         )

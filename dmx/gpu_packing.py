@@ -89,9 +89,8 @@ def peak_usage(run_config: Mapping[str, Any], data_folder: str) -> Usage:
         split = trainer.store.split("train")
         order = np.argsort(split.lengths, kind="stable")[-config.train.batch_size :]
         batch = make_batch(split, order, trainer.length).to(trainer.device)
-        trainer.model.train()
         for _ in range(_STEPS):
-            trainer._optimizer_step(batch)
+            trainer.train_step(batch)
         with torch.no_grad():
             for chunk in batch.chunks(trainer.passes.evaluation.size):
                 trainer.passes.logits(chunk)

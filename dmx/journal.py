@@ -118,9 +118,8 @@ class Journal:
             self._lock.close()
             raise
         fresh = not path.exists()
-        self._file: FileIO = path.open(
-            "ab", buffering=0
-        )  # no second try of a failed write at close
+        # Unbuffered: a failed write is not tried a second time at close.
+        self._file: FileIO = path.open("ab", buffering=0)
         self._file.truncate(sound)
         self._size = sound
         if fresh:

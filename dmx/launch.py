@@ -9,9 +9,8 @@ from typing import Any
 
 from dmx import cluster, log  # cluster sets Ray's environment before Ray is imported
 from dmx import records as keys
-from dmx.distributed import runner_of
-from dmx.places import SHARED, Places
-from dmx.runner import Job, evaluate_checkpoint
+from dmx.distributed import evaluate, runner_of
+from dmx.runner import Job
 
 import ray  # isort: skip
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip
@@ -115,21 +114,3 @@ def stop(running: Running) -> None:
         with contextlib.suppress(RayError):
             ray.wait([running.actor.close.remote()], timeout=_CLOSE_SECONDS)
     ray.kill(running.actor, no_restart=True)
-
-
-def evaluate(
-    checkpoint_folder: str,
-    data_folder: str,
-    split: str,
-    *,
-    cpus: float,
-    gpus: float,
-    places: Places = SHARED,
-) -> dict[str, float]:
-    """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
-    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
-    threads = max(int(cpus), 1)
-    result: dict[str, float] = ray.get(
-        remote.remote(checkpoint_folder, data_folder, split, threads, places)
-    )
-    return result

@@ -20,7 +20,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
-from dmx.checkpoint import put_back
+from dmx.data.files import put_back
 from dmx.errors import StageError
 from dmx.journal import Journal, expect
 from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing

@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dmx.data.files import write_atomic
 from dmx.errors import CheckpointError, ConfigError, StorageError
 
 logger = logging.getLogger("dmx.storage")
@@ -163,16 +163,19 @@ class ObjectStorage:
         assert isinstance(pointer, dict)
         return pointer
 
-    def pull(self, name: str, folder: Path) -> str | None:
+    def pull(self, name: str, folder: Path, known: str | None = None) -> str | None:
         """Write the newest version of `name` into the new folder `folder`; None if there is none.
+
+        Args:
+            known: a version that is here already; when it is the newest, nothing is written.
 
         Raises:
             CheckpointError: what is stored is not what was written.
         """
         for _ in range(5):  # a newer version may replace the one that is being read
             pointer = self.pointer(name)
-            if pointer is None:
-                return None
+            if pointer is None or pointer["version"] == known:
+                return known if pointer else None
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             if self._pull_files(name, pointer, folder):
@@ -216,12 +219,7 @@ def _sha256(content: bytes) -> str:
 
 def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    write_atomic(path, content)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -9,10 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmx.data.files import replace_folder
+from dmx.data.manifest import MANIFEST_FILE
 from dmx.errors import DataError
 from dmx.object_storage import ObjectStorage, is_url, join
 
-MANIFEST = "manifest.json"
 _VERSION = ".{}.version"
 
 
@@ -62,22 +63,15 @@ class Places:
         name = self._name(folder)
         if name is None:
             return
-        storage = self._storage()
-        pointer = storage.pointer(name)
-        if pointer is None:
-            return
         note = _note(folder)
-        if folder.is_dir() and note.is_file() and note.read_text() == pointer["version"]:
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        known = note.read_text() if folder.is_dir() and note.is_file() else None
         new = folder.parent / f".{folder.name}.pull-{os.getpid()}"
         try:
-            version = storage.pull(name, new)
-            if version is None:
+            version = self._storage().pull(name, new, known)
+            if version is None or version == known:
                 return
             note.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+            replace_folder(new, folder)
             note.write_text(version, encoding="utf-8")
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -140,14 +134,14 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == manifest:
+            here = target / MANIFEST_FILE
+            if here.is_file() and here.read_bytes() == manifest:
                 return target
             new = target.parent / f".{target.name}.new"
             shutil.rmtree(new, ignore_errors=True)
             _copy_files(source, name, new)
-            (new / MANIFEST).write_bytes(manifest)
-            shutil.rmtree(target, ignore_errors=True)
-            new.rename(target)
+            (new / MANIFEST_FILE).write_bytes(manifest)
+            replace_folder(new, target)
     except OSError as error:
         raise DataError(
             f"{source}/{name} cannot be copied to {target} ({error.strerror or error}); give a "
@@ -158,9 +152,9 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
 
 def _source_manifest(source: str, name: str) -> bytes:
     if is_url(source):
-        found = ObjectStorage(source).read(f"{name}/{MANIFEST}")
+        found = ObjectStorage(source).read(f"{name}/{MANIFEST_FILE}")
     else:
-        path = Path(source) / name / MANIFEST
+        path = Path(source) / name / MANIFEST_FILE
         found = path.read_bytes() if path.is_file() else None
     if found is None:
         raise DataError(

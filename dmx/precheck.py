@@ -12,7 +12,7 @@ import torch
 from dmx import records as keys
 from dmx.checkpoint import TransferReport, open_checkpoint, plan_transfer, read_weights
 from dmx.config import RunConfig
-from dmx.data.files import sha256_file
+from dmx.data.files import is_there, sha256_file
 from dmx.data.locate import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError
@@ -175,7 +175,7 @@ def _check_last(stage: StageConfig, folder: Path) -> None:
     last = folder / keys.LAST_DIR
     if stage.search is not None:
         return  # the study checks its own trials
-    if not last.exists() and not (folder / f".{keys.LAST_DIR}.old").exists():
+    if not is_there(last):
         return  # stopped before its first evaluation
     try:
         checkpoint = open_checkpoint(last)

@@ -16,6 +16,7 @@ from dmx import records as keys
 from dmx.checkpoint import open_checkpoint, read_weights, transfer
 from dmx.claim import Claim
 from dmx.config import parse_run_config
+from dmx.data.files import is_there
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.model import Classifier
@@ -125,7 +126,7 @@ class Runner:
         if self._ranks.leads:
             for folder in (last, self._folder / keys.BEST_DIR):
                 places.pull(folder)
-            resume = last.exists() or (last.parent / f".{last.name}.old").exists()
+            resume = is_there(last)
         store = open_store(places.data(self.job.data_folder))
         start = self._take_weights if self._ranks.leads and not resume else None
         self._trainer = Trainer(

@@ -17,6 +17,7 @@ from typing import Any
 
 from dmx import __version__
 from dmx import records as keys
+from dmx.data.files import replace_folder
 from dmx.errors import ConfigError
 from dmx.journal import Journal
 from dmx.study_settings import read_settings
@@ -169,8 +170,7 @@ def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
     new = folder / f".{keys.BEST_DIR}.new"
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(best.checkpoint.path, new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
+    replace_folder(new, target)
     return target
 
 

@@ -56,21 +56,17 @@ class LedgerSearcher(Searcher):
         return Searcher.FINISHED
 
     def _trial(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
-        workers = self._config.workers
         return {
             NUMBER_KEY: number,
             JOB_KEY: {
                 "run_config": run_config,
                 "data_folder": str(self._store.folder),
                 "folder": str(trial_folder(self._folder, number)),
-                "threads": max(int(workers.cpus), 1),
                 "init_from": self._config.init_from,
                 "reinit": self._config.reinit,
                 "places": self._config.places,
                 "patience_seconds": self._config.patience_seconds,
-                "workers": workers.count,
-                "cpus_per_worker": workers.cpus,
-                "gpus_per_worker": workers.gpus,
+                **self._config.workers.of_job(),
                 "within": str(self._folder),
             },
         }

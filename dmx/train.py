@@ -36,7 +36,7 @@ from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.sample_view import write_samples
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
-from dmx.workers import Workers
+from dmx.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
     """What the run would cost; nothing is written."""
     store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
-    threads = args.threads or train_workers.num_cores()
+    threads = args.threads or num_cores()
     cost = costs.run_cost(
         config, store, threads=threads, price_per_gpu_hour=args.price_per_gpu_hour
     )
@@ -196,11 +196,8 @@ def _train(
         run_config=to_dict(config),
         data_folder=str(store.folder),
         folder=str(folder),
-        threads=max(int(workers.cpus), 1),
         init_from=None if args.init_from is None else str(Path(args.init_from).absolute()),
-        workers=workers.count,
-        cpus_per_worker=workers.cpus,
-        gpus_per_worker=workers.gpus,
+        **workers.of_job(),
     )
     events = RunWriter(folder)
     shown = flatten(to_dict(config))
@@ -273,7 +270,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     task = args.task or checkpoint.config.task
     root = _data_root(args, checkpoint.config)
     store = obtain(task, root, allow_sample=True, generate=args.prepare)
-    threads = args.threads or train_workers.num_cores()
+    threads = args.threads or num_cores()
     result = evaluate_checkpoint(args.evaluate, str(store.folder), args.split, threads)
     out = {
         "checkpoint": args.evaluate,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from typing import Any
 
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
 from dmx.runner import Job
-from dmx.workers import Workers, check_batch, share_out
+from dmx.workers import Workers, check_batch, num_cores, share_out
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -51,14 +50,6 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
 
         distributed.check_room(workers, distributed.cluster.local_resources())
     return workers
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:

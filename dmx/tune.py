@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from dmx.folder_sync import FolderSync
 from dmx.live_view import choose_view, write_json
 from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
+from dmx.places import SHARED, Places
 from dmx.resources import shipped_names
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
@@ -114,8 +114,7 @@ def _search(
     def open_study(resources: cluster.Resources) -> StudyConfig:
         budget = _budget(args, task, space, resources)
         _check_space(space, task, budget, overrides)
-        config = _study_config(args, task, space, budget, overrides, folder.name)
-        config = dataclasses.replace(config, places=sync.places)
+        config = _study_config(args, task, space, budget, overrides, folder.name, sync.places)
         tune_search.open_study(args, config, store, folder)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
         return config
@@ -127,8 +126,7 @@ def _search(
         if args.trials_per_gpu == gpu_packing.AUTO:
             fitting = gpu_packing.measure(config, store)
             budget = _budget(args, task, space, resources, trials_per_gpu=fitting)
-            config = _study_config(args, task, space, budget, overrides, folder.name)
-            config = dataclasses.replace(config, places=sync.places)
+            config = _study_config(args, task, space, budget, overrides, folder.name, sync.places)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
         slots = min(slots, args.max_concurrent_trials or slots)
@@ -234,6 +232,7 @@ def _study_config(
     budget: Budget,
     overrides: Mapping[str, Any],
     name: str,
+    places: Places = SHARED,
 ) -> StudyConfig:
     return StudyConfig(
         name=name,
@@ -253,6 +252,7 @@ def _study_config(
         time_budget_seconds=args.time_budget,
         trial_timeout_seconds=args.trial_timeout,
         patience_seconds=args.storage_patience,
+        places=places,
     )
 
 

@@ -114,7 +114,7 @@ class _Session:
             if report is not None:
                 return report
             step = max(self._steps, 0)
-            end = {keys.FAILURE: self._lost, "lost": True, "done": True}
+            end = {keys.FAILURE: self._lost, keys.LOST: True, "done": True}
             return {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, **end}
 
     def stop(self) -> bool:

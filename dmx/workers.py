@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from typing import Any
 
 from dmx.errors import ConfigError
 
@@ -15,6 +17,23 @@ class Workers:
     count: int
     cpus: float
     gpus: float
+
+    def of_job(self) -> dict[str, Any]:
+        """The fields of runner.Job that say it."""
+        return {
+            "threads": max(int(self.cpus), 1),
+            "workers": self.count,
+            "cpus_per_worker": self.cpus,
+            "gpus_per_worker": self.gpus,
+        }
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Workers:

@@ -21,13 +21,13 @@ LAYERS: list[tuple[str, str]] = [
         "cli place_flags workers registry schema overrides records patience journal resources "
         "claim device tensorboard",
     ),
-    ("storage of a cluster", "object_storage places folder_sync"),
     ("objectives", "objectives brackets"),
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
     ("experiment", "config reference space"),
     ("data", "data data.*"),
+    ("storage of a cluster", "object_storage places folder_sync"),
     ("checkpoints", "checkpoint"),
     (
         "training",

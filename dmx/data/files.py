@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,35 @@ def write_atomic(path: Path, content: bytes) -> None:
         fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; a crash leaves the old one whole, at worst as `.X.old`.
+
+    See put_back, which whoever reads such a folder calls first.
+    """
+    old = _old(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Finish what a crash between the two renames of `replace_folder` left undone."""
+    if not folder.exists() and _old(folder).exists():
+        _old(folder).rename(folder)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder exists, or waits to be put back."""
+    return folder.exists() or _old(folder).exists()
+
+
+def _old(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
 
 
 def sha256_file(path: Path) -> str:

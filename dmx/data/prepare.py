@@ -12,11 +12,11 @@ from dmx.data.download import download
 from dmx.data.locate import default_data_root, is_prepared, prepare_command
 from dmx.data.progress import bytes_text, seconds_text
 from dmx.data.readers.base import Reader, Request, check_options, readers_for
-from dmx.data.shards import default_workers
 from dmx.data.source import Source, open_source
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.tasks import Task, task_for, task_names
+from dmx.workers import num_cores
 
 log = logging.getLogger(__name__)
 DOWNLOADS_FOLDER = "downloads"
@@ -64,7 +64,7 @@ def prepare(
         task=task,
         folder=root / task.name,
         source=opened,
-        workers=workers or default_workers(),
+        workers=workers or num_cores(),
         address=address,
         options=dict(options or {}),
         force=force,

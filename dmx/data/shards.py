@@ -12,7 +12,6 @@ import importlib
 import io
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -156,11 +155,3 @@ def read_shards(plan: ShardPlan) -> Iterator[tuple[int, Arrays]]:
 def remove_shards(plan: ShardPlan) -> None:
     """Delete the shards, once the store holds their content."""
     shutil.rmtree(plan.folder, ignore_errors=True)
-
-
-def default_workers() -> int:
-    """The CPUs this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dmx.data.manifest import Manifest
-from dmx.data.shards import default_workers
 from dmx.data.source import Source
 from dmx.errors import ConfigError
 from dmx.registry import Registry
 from dmx.tasks import Task
+from dmx.workers import num_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Request:
     task: Task
     folder: Path
     source: Source | None = None
-    workers: int = field(default_factory=default_workers)
+    workers: int = field(default_factory=num_cores)
     address: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     force: bool = False
