@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from dmx import log
@@ -101,28 +102,42 @@ def run_folder(storage: str, name: str | None, default: str) -> Path:
 def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
     """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C.
 
-    It yields a check that raises KeyboardInterrupt once SIGTERM has come. A loop around foreign
+    It yields a check that raises KeyboardInterrupt once either has come. A loop around foreign
     code calls it: an exception that a signal raises in the middle of that may be lost there.
     """
     asked = threading.Event()
-
-    def handle(*_: object) -> None:
-        asked.set()
-        os.kill(os.getpid(), signal.SIGINT)
 
     def check() -> None:
         if asked.is_set():
             raise KeyboardInterrupt
 
+    def terminate(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        act = signal.getsignal(signal.SIGINT)
+        if not callable(act):  # a shell's job in the background ignores Ctrl-C, but not this
+            raise KeyboardInterrupt
+        act(signal.SIGINT, frame)
+
     try:
-        old = signal.signal(signal.SIGTERM, handle)
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, terminate)
     except ValueError:  # not the main thread: signals are someone else's business
         yield check
         return
+    act = before[signal.SIGINT]
+    if callable(act):
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            asked.set()
+            act(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in before.items():
+            if handler is not None:  # one that was not set from Python cannot be set again
+                signal.signal(number, handler)
 
 
 def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:

@@ -121,8 +121,8 @@ def main(argv: Sequence[str]) -> int:
     if args.resume:
         _check_same(folder, resolved, again)
     try:
-        with cli.terminate_like_interrupt():
-            return _train(args, config, store, folder, workers)
+        with cli.terminate_like_interrupt() as check:
+            return _train(args, config, store, folder, workers, check)
     except KeyboardInterrupt:
         logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
@@ -190,7 +190,12 @@ def _check_same(folder: Path, config: RunConfig, again: str) -> None:
 
 
 def _train(
-    args: argparse.Namespace, config: RunConfig, store: Store, folder: Path, workers: Workers
+    args: argparse.Namespace,
+    config: RunConfig,
+    store: Store,
+    folder: Path,
+    workers: Workers,
+    check: Callable[[], None],
 ) -> int:
     job = Job(
         run_config=to_dict(config),
@@ -221,6 +226,7 @@ def _train(
         with _opened(job, args.address, show) as runner:
             while True:
                 report = runner.step()
+                check()
                 if report.get(keys.FAILURE):
                     logger.error("the run failed: %s", report[keys.FAILURE])
                     events.end("FAILED")

@@ -72,8 +72,15 @@ def test_a_run_and_its_evaluation(tiny_root, tmp_path, capsys):
     assert (tmp_path / "runs" / "a" / "last" / "model.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_continued_by_the_last_line(tiny_root, tmp_path, capsys, monkeypatch, sent):
+@pytest.mark.parametrize(
+    ("sent", "background"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+)
+def test_interrupted_and_continued_by_the_last_line(
+    tiny_root, tmp_path, capsys, monkeypatch, sent, background
+):
+    """A job in the background ignores Ctrl-C, but not SIGTERM."""
+
     class Interrupted(Runner):
         calls = 0
 
@@ -85,7 +92,10 @@ def test_interrupted_and_continued_by_the_last_line(tiny_root, tmp_path, capsys,
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "Runner", Interrupted)
+        ctrl_c = signal.SIG_IGN if background else signal.default_int_handler
+        before = signal.signal(signal.SIGINT, ctrl_c)
         assert main(words(tiny_root, "--name", "part")) == 130
+        assert signal.signal(signal.SIGINT, before) is ctrl_c
     last = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert last[:3] == ["python", "-m", "dmx.train"] and last[-1] == "--resume"
     assert open_checkpoint(tmp_path / "runs" / "part" / "last").metrics["steps"] == 4

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "all" and args.source is None:
         p.error("all needs --source PATH")
     log.setup()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stop as tidily as on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
     try:
         return run(args)
     except DmxError as error:

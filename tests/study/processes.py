@@ -29,6 +29,15 @@ def wait_until(condition, what: str, process: subprocess.Popen[str] | None = Non
         time.sleep(_POLL_SECONDS)
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there and not merely unburied."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 class Command:
     """A command in a process group of its own, as a shell starts it, and all it starts itself."""
 
@@ -73,8 +82,8 @@ class Command:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 with contextlib.suppress(OSError):
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                    if state != "Z" and self.mark.encode() in (entry / "environ").read_bytes():
+                    marked = self.mark.encode() in (entry / "environ").read_bytes()
+                    if marked and runs(int(entry.name)):
                         found.append(int(entry.name))
         return found
 
