@@ -28,6 +28,7 @@ from dmx.errors import StageError
 from dmx.journal import Journal
 from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.past import Past
+from dmx.population import read_exploits
 from dmx.proposals import Proposer, Recorded
 from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
@@ -312,6 +313,7 @@ class Ledger:
             checkpoint=checkpoint,
             error=self.outcomes.get(number, {}).get("error", ""),
             values=dict(zip(self.objectives, values, strict=True)),
+            changes=read_exploits(self.journal.events).get(number, {}),
         )
 
     def close(self) -> None:

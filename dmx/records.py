@@ -29,6 +29,8 @@ PROCESS_SECONDS = "process_seconds"
 TRAIN_SECONDS = "train_seconds"
 PEAK_MEMORY_MB = "peak_memory_mb"
 PARAMETERS = "parameters"
+WAITS = "waits"
+"""The trial has ended a piece of its training and goes on in another (see pbt)."""
 FAILURE = "failure"
 """One line of why the trial cannot go on; a trial that reports it has FAILED."""
 
@@ -88,6 +90,7 @@ class TrialResult:
         checkpoint: its best checkpoint, if one exists on disk.
         error: one line of what failed, or "".
         values: of each objective, by name; NaN where it was not measured.
+        changes: step -> its searched values from then on, where it took over another trial.
     """
 
     trial_id: str
@@ -101,6 +104,7 @@ class TrialResult:
     checkpoint: CheckpointRef | None = None
     error: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

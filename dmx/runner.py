@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dmx import records as keys
+from dmx.adopt import adopt
 from dmx.checkpoint import open_checkpoint, read_weights, transfer
 from dmx.claim import Claim
 from dmx.config import parse_run_config
@@ -31,6 +32,9 @@ class Job:
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
         reinit: parameters that may keep fresh values then (see checkpoint.transfer).
+        stop_at: end this piece at that optimizer step; the run itself goes on in another job.
+        adopt: a checkpoint to go on from with this config's settings, where the run's own last one
+            is not beyond it (see adopt.adopt).
     """
 
     run_config: Mapping[str, Any]
@@ -39,6 +43,8 @@ class Job:
     threads: int = 1
     init_from: str | None = None
     reinit: tuple[str, ...] = field(default=())
+    stop_at: int | None = None
+    adopt: str | None = None
 
 
 class Runner:
@@ -78,8 +84,13 @@ class Runner:
         start = None if resume or self.job.init_from is None else self._take_weights
         self._trainer = Trainer(config, store, on_step=self._on_step, before_training=start)
         if resume:
-            self._trainer.load(open_checkpoint(last))
-            self._resumed = True
+            own = open_checkpoint(last)
+            other = None if self.job.adopt is None else open_checkpoint(Path(self.job.adopt))
+            if other is not None and own.metrics[keys.STEPS] <= other.metrics[keys.STEPS]:
+                adopt(self._trainer, other, own)
+            else:
+                self._trainer.load(own)
+                self._resumed = True
 
     def _take_weights(self, model: Classifier) -> None:
         assert self.job.init_from is not None
@@ -102,7 +113,7 @@ class Runner:
             return self._failed()
         if self._resumed and trainer.metrics:
             self._resumed = False
-            return {**trainer.metrics, "done": trainer.finished}
+            return {**trainer.metrics, **self._ending(trainer)}
         started = time.perf_counter()
         try:
             metrics = trainer.advance()
@@ -113,7 +124,13 @@ class Runner:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
-        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
+        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
+
+    def _ending(self, trainer: Trainer) -> dict[str, bool]:
+        """Whether this piece ends here, and whether the run goes on later."""
+        stop = self.job.stop_at is not None and trainer.step >= self.job.stop_at
+        waits = {keys.WAITS: True} if stop and not trainer.finished else {}
+        return {"done": stop or trainer.finished, **waits}
 
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""

@@ -16,9 +16,11 @@ from dmx.brackets import num_brackets
 from dmx.data.store import Store
 from dmx.ledger import Ledger
 from dmx.objectives import pareto_front
+from dmx.pbt import Population
+from dmx.population import boundaries
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
-from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
+from dmx.study_hooks import LedgerSearcher, PopulationSearcher, Recorder, StudyObserver
 from dmx.trainable import TrialTrainable
 
 from ray import tune  # isort: skip
@@ -102,7 +104,7 @@ def _catch_up(
 
 
 def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:
-    if config.scheduler == "none":
+    if config.scheduler in ("none", "pbt"):
         return RecordingFifo(ledger)
     rungs = {
         "max_steps": config.max_steps,
@@ -111,6 +113,20 @@ def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFi
     }
     brackets = num_brackets(**rungs) if config.scheduler == "hyperband" else 1
     return DurableAsha(ledger, **rungs, brackets=brackets)  # type: ignore[arg-type]
+
+
+def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
+    """Who trains whom, for population based training."""
+    if config.scheduler != "pbt":
+        return None
+    first = config.space.start[0] if config.space.start else next(config.space.corners())
+    run = config.space.run_config(config.task, config.overrides, first)
+    steps = boundaries(
+        every=config.grace_steps,
+        evaluation=run.train.eval_every_steps,
+        max_steps=config.max_steps,
+    )
+    return Population(ledger, steps=steps, seed=config.seed)
 
 
 def _measures_process(config: StudyConfig) -> bool:
@@ -128,15 +144,18 @@ def _fit(
     observers: tuple[StudyObserver, ...],
 ) -> None:
     storage = folder.absolute() / "ray"
+    population = _population(config, ledger)
+    parts = (config, ledger, folder.absolute(), store)
+    search = PopulationSearcher(*parts, population) if population else LedgerSearcher(*parts)
     session = f"session-{int(time.time() * 1000)}"
     tuner = tune.Tuner(
         tune.with_resources(
             TrialTrainable, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
         ),
         tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(config, ledger, folder.absolute(), store),
+            search_alg=search,
             scheduler=scheduler,
-            num_samples=ledger.remaining(),
+            num_samples=-1 if population else ledger.remaining(),
             max_concurrent_trials=slots,
             time_budget_s=config.time_budget_seconds,
             reuse_actors=config.reuse_actors and not _measures_process(config),
@@ -144,7 +163,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=session,
             storage_path=str(storage),
-            callbacks=[Recorder(ledger, scheduler, observers)],
+            callbacks=[Recorder(ledger, scheduler, observers, population)],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
         ),

@@ -37,7 +37,7 @@ class StudyConfig:
     max_steps: int
     grace_steps: int
     reduction_factor: float = 3.0
-    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "pbt", "none"] = "asha"
     sampler: Literal["tpe", "random", "cmaes", "gp", "nsga2"] = "tpe"
     objectives: tuple[str, ...] = DEFAULT
     seed: int = 0

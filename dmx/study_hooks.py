@@ -12,6 +12,7 @@ from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.ledger import Ledger, trial_folder
+from dmx.pbt import Population, copied
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.trainable import JOB_KEY
@@ -78,6 +79,38 @@ class LedgerSearcher(Searcher):
         """Nothing: the ledger is the state."""
 
 
+class PopulationSearcher(LedgerSearcher):
+    """Hands out a population's segments, each as a trial of Ray Tune."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        ledger: Ledger,
+        folder: Path,
+        store: Store,
+        population: Population,
+    ) -> None:
+        super().__init__(config, ledger, folder, store)
+        self._population = population
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next segment; None while the others must catch up first."""
+        while (segment := self._population.next_segment()) is not None:
+            number = segment.number
+            try:
+                found = self._trial(number, self._config.trial_config(segment.point))
+            except ConfigError as error:
+                logger.warning("trial %d cannot be built: %s", number, error)
+                self._ledger.finish(number, "FAILED", str(error))
+                self._population.ended(number)
+                continue
+            found[JOB_KEY]["stop_at"] = segment.until
+            if segment.adopt is not None:
+                found[JOB_KEY]["adopt"] = str(copied(self._folder, number, segment.adopt))
+            return found
+        return Searcher.FINISHED if self._population.finished else None
+
+
 class Recorder(tune.Callback):
     """Tells the ledger how trials end, and shows observers what happens."""
 
@@ -86,8 +119,10 @@ class Recorder(tune.Callback):
         ledger: Ledger,
         scheduler: DurableAsha | RecordingFifo,
         observers: tuple[StudyObserver, ...],
+        population: Population | None = None,
     ) -> None:
         self._ledger, self._scheduler, self._observers = ledger, scheduler, observers
+        self._population = population
         self._shown = {(n, s) for n, steps in ledger.reports.items() for s in steps}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -113,16 +148,20 @@ class Recorder(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself, was stopped by the scheduler, or by the end of the session."""
         number, result = trial.config[NUMBER_KEY], trial.last_result or {}
+        if self._population is not None:
+            self._population.ended(number)
         if result.get(keys.FAILURE):
             self._finish(number, "FAILED", result[keys.FAILURE])
         elif number in self._scheduler.stopped:
             self._finish(number, "PRUNED")
-        elif result.get("done"):
+        elif result.get("done") and not result.get(keys.WAITS):
             self._finish(number, "COMPLETE")
         # else: cut off by the time budget; it stays RUNNING and is continued with --resume.
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's process died again and again."""
+        if self._population is not None:
+            self._population.ended(trial.config[NUMBER_KEY])
         self._finish(trial.config[NUMBER_KEY], "FAILED", _reason(trial))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -78,6 +78,8 @@ class TensorBoardView:
     ) -> None:
         self._folder, self._constants, self._searched = folder, constants, searched
         self._writers: dict[int, RunWriter] = {}
+        self._values: dict[int, dict[str, Any]] = {}
+        self._steps: dict[int, int] = {}
 
     def _writer(self, number: int) -> RunWriter:
         if number not in self._writers:
@@ -87,13 +89,20 @@ class TensorBoardView:
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """The row appears in HParams at once, with a cell for every searched value."""
         flat = flatten(config)
-        values = {k: point.get(k, flat.get(k, "-")) for k in self._searched}
+        # The config says it for this moment; a population's trials change their values.
+        values = {k: flat[k] if k in flat else point.get(k, "-") for k in self._searched}
         group = f"{self._folder.name}/{number:04d}"
         self._writer(number).start({**values, **self._constants}, group)
+        if self._values.get(number, values) != values:
+            rows = "\n".join(f"| {k} | {v} |" for k, v in values.items())
+            text = f"From here on:\n\n| setting | value |\n|---|---|\n{rows}"
+            self._writer(number).text("settings", text, self._steps.get(number, 0))
+        self._values[number] = values
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Scalars against optimizer steps."""
-        self._writer(number).scalars(metrics, int(metrics[keys.STEPS]))
+        self._steps[number] = int(metrics[keys.STEPS])
+        self._writer(number).scalars(metrics, self._steps[number])
 
     def ended(self, result: keys.TrialResult) -> None:
         """The status appears in HParams."""

@@ -60,8 +60,9 @@ def parser() -> cli.Parser:
     )
     p.add_argument(
         "--scheduler",
-        choices=("asha", "hyperband", "none"),
-        help="early stopping (default: asha; none with several objectives)",
+        choices=("asha", "hyperband", "pbt", "none"),
+        help="early stopping, or training as a population (default: asha; with several "
+        "objectives none)",
     )
     p.add_argument(
         "--sampler",
