@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.ledger import Ledger, trial_folder
 from dmx.pbt import Population, copied
+from dmx.population import apply
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.trainable import JOB_KEY
@@ -128,7 +130,8 @@ class Recorder(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial runs."""
         number = trial.config[NUMBER_KEY]
-        point = next((r.params for r in self._ledger.results() if r.number == number), {})
+        own = next((r for r in self._ledger.results() if r.number == number), None)
+        point = apply(own.params, own.changes, math.inf) if own is not None else {}
         for observer in self._observers:
             observer.started(number, point, trial.config[JOB_KEY]["run_config"])
 

@@ -14,6 +14,7 @@ from dmx import records as keys
 from dmx.ledger import trial_folder
 from dmx.objectives import ACCURACY, OBJECTIVES
 from dmx.overrides import flatten
+from dmx.population import apply
 from dmx.tensorboard import RunWriter
 
 logger = logging.getLogger("dmx.study")
@@ -33,11 +34,14 @@ class LogView:
         self._num_trials = num_trials
         self._best = -math.inf
         self._ended = 0
+        self._seen: set[int] = set()
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A trial was launched."""
         values = ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items())
-        logger.info("trial %d starts: %s", number, values)
+        how = "goes on" if number in self._seen else "starts"
+        self._seen.add(number)
+        logger.info("trial %d %s: %s", number, how, values)
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A trial reported."""
@@ -135,12 +139,14 @@ def trials_table(
     """The table of trials, best first; parameters that never varied are left out.
 
     Args:
+        trials: of a population, with the values that each ended with.
         objectives: of a study with several; each but accuracy has a column.
         front: the trials that are marked with a +.
     """
     table = Table(title=title, title_justify="left")
-    params = sorted({key for trial in trials for key in trial.params})
-    varied = [p for p in params if len({repr(t.params.get(p)) for t in trials}) > 1] or params
+    points = {t.number: apply(t.params, t.changes, math.inf) for t in trials}
+    params = sorted({key for point in points.values() for key in point})
+    varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
     table.add_column("trial", justify="right")
     table.add_column("status")
     table.add_column("best dev acc", justify="right")
@@ -165,7 +171,7 @@ def trials_table(
             str(trial.steps),
             f"{trial.seconds:.1f}",
             *(short(_known(trial.values.get(name))) for name in costs),
-            *(short(trial.params.get(name, "-")) for name in varied),
+            *(short(points[trial.number].get(name, "-")) for name in varied),
             style="bold" if trial.number == best else "green" if trial.number in front else None,
         )
     return table
