@@ -12,6 +12,7 @@ from dmx.attention.base import split_name
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, merge
+from dmx.population import check_population
 from dmx.registry import choices_message
 from dmx.schema import from_dict, join, read_yaml, to_dict
 from dmx.space import SearchSpace, load_space
@@ -187,4 +188,9 @@ def _space(
     searched = space.distributions()
     fixed = {k: v for k, v in flatten(to_dict(config)).items() if k not in searched and k != "task"}
     space.check(keys.task, fixed)
+    if keys.search.scheduler == "pbt":
+        check_population(space, keys.search.num_trials)
+    from dmx.sampling import check_sampler  # imports Optuna, which few curricula need
+
+    check_sampler(keys.search.sampler, space)
     return space, fixed

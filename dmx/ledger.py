@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dmx.journal import Journal, expect
 from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.optuna_file import open_optuna
 from dmx.past import Past
+from dmx.population import GENERATION, Exploit
 from dmx.proposals import Proposer, Recorded
 from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
@@ -109,6 +110,8 @@ class Ledger:
         self._live: dict[int, _Live] = {}
         self.reports: dict[int, dict[int, dict[str, Any]]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
+        self.exploits: dict[int, dict[int, Mapping[str, Any]]] = {}
+        self.compared: set[int] = set()
         try:
             for event in self.journal.events:
                 self._note(event)
@@ -136,6 +139,14 @@ class Ledger:
             if event["status"] not in _ENDS:
                 raise StageError(f"{self.journal.path} tells of a trial that {event['status']!r}.")
             self.outcomes[event["trial"]] = event
+        elif event.get("event") == GENERATION:
+            expect(event, step=int, exploits=list)
+            for exploit in event["exploits"]:
+                if not isinstance(exploit, dict):
+                    raise StageError(f"{self.journal.path} tells of an exploit {exploit!r}.")
+                expect(exploit, trial=int, source=int, params=dict)
+                self.exploits.setdefault(exploit["trial"], {})[event["step"]] = exploit["params"]
+            self.compared.add(event["step"])
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -242,6 +253,12 @@ class Ledger:
                 warnings.simplefilter("ignore")
                 live.trial.report(value, step)
         return True
+
+    def compare(self, step: int, exploits: Sequence[Exploit]) -> None:
+        """Record which trials of a population take over others at a step."""
+        made = [{"trial": e.trial, "source": e.source, "params": dict(e.point)} for e in exploits]
+        self.journal.append(event=GENERATION, step=step, exploits=made, time=time.time())
+        self._note(self.journal.events[-1])
 
     def finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
         """Record how a trial ended. A second ending of the same trial is ignored."""
@@ -354,6 +371,7 @@ class Ledger:
             checkpoint=checkpoint,
             error=self.outcomes.get(number, {}).get("error", ""),
             values=dict(zip(self.objectives, values, strict=True)),
+            changes=self.exploits.get(number, {}),
         )
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # Metric keys. Flat on purpose: a nested key silently breaks Ray's keep-best (ray-notes.md, 5).
 DEV_ACCURACY = "dev_accuracy"
@@ -34,6 +34,8 @@ MICRO_BATCH_SIZE = "micro_batch_size"
 """Sequences that go through the model at once; less than asked for after running out of memory."""
 NUM_WORKERS = "num_workers"
 """Processes that train the run together; fewer than asked for after losing machines."""
+WAITS = "waits"
+"""The trial has ended a piece of its training and goes on in another (see pbt)."""
 FAILURE = "failure"
 """One line of why the trial cannot go on; a trial that reports it has FAILED."""
 LOST = "lost"
@@ -65,8 +67,13 @@ OPTUNA_FILE = "optuna.journal"
 JOURNAL_FILE = "journal.jsonl"
 LINEAGE_FILE = "lineage.json"
 
-SAMPLERS = ("tpe", "random", "cmaes", "gp", "nsga2")
+SamplerKind = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
+SAMPLERS = get_args(SamplerKind)
 """How points are proposed; see dmx.sampling."""
+
+SchedulerKind = Literal["asha", "hyperband", "pbt", "none"]
+SCHEDULERS = get_args(SchedulerKind)
+"""What happens to trials that do worse than others; see dmx.scheduler and dmx.pbt."""
 
 TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 
@@ -102,6 +109,7 @@ class TrialResult:
         checkpoint: its best checkpoint, if one exists on disk.
         error: one line of what failed, or "".
         values: of each objective, by name; NaN where it was not measured.
+        changes: step -> its searched values from then on, where it took over another trial.
     """
 
     trial_id: str
@@ -115,6 +123,7 @@ class TrialResult:
     checkpoint: CheckpointRef | None = None
     error: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint, read_weights, transfer
+from dmx.adopt import adopt
+from dmx.checkpoint import Checkpoint, open_checkpoint, read_weights, transfer
 from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.files import is_there
@@ -42,6 +43,9 @@ class Job:
         workers: processes that train it together; more than one need Ray (see dmx.distributed).
         cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
         within: a folder above `folder` that is there while its storage is; None does not look.
+        stop_at: end this piece at that optimizer step; the run itself goes on in another job.
+        adopt: a checkpoint to go on from with this config's settings, where the run's own last one
+            is not beyond it (see adopt.adopt).
     """
 
     run_config: Mapping[str, Any]
@@ -56,6 +60,8 @@ class Job:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     within: str | None = None
+    stop_at: int | None = None
+    adopt: str | None = None
 
 
 class Runner:
@@ -133,9 +139,25 @@ class Runner:
             config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
         )
         if resume:
-            self._trainer.load(open_checkpoint(last))
+            resume = self._go_on(self._trainer, open_checkpoint(last))
         self._trainer.follow_leader()
         self._resumed = self._ranks.from_leader(resume)
+
+    def _go_on(self, trainer: Trainer, own: Checkpoint) -> bool:
+        """Load the own last checkpoint, or the one to adopt where it is no further; which it was.
+
+        Returns:
+            Whether the run goes on from its own.
+        """
+        if self.job.adopt is not None:
+            folder = Path(self.job.adopt)
+            self.job.places.pull(folder)
+            other = open_checkpoint(folder)
+            if own.metrics[keys.STEPS] <= other.metrics[keys.STEPS]:
+                adopt(trainer, other, own)
+                return False
+        trainer.load(own)
+        return True
 
     def _take_weights(self, model: Classifier) -> None:
         if self.job.init_from is not None:
@@ -160,7 +182,7 @@ class Runner:
             return self._failed()
         if self._resumed and trainer.metrics:
             self._resumed = False
-            return {**trainer.metrics, "done": trainer.finished}
+            return {**trainer.metrics, **self._ending(trainer)}
         started = time.perf_counter()
         try:
             metrics = trainer.advance()
@@ -172,7 +194,13 @@ class Runner:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
-        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, "done": trainer.finished}
+        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
+
+    def _ending(self, trainer: Trainer) -> dict[str, bool]:
+        """Whether this piece ends here, and whether the run goes on later."""
+        stop = self.job.stop_at is not None and trainer.step >= self.job.stop_at
+        waits = {keys.WAITS: True} if stop and not trainer.finished else {}
+        return {"done": stop or trainer.finished, **waits}
 
     def _keep(self, trainer: Trainer) -> None:
         """Write the checkpoints; what a storage that fails makes again is only the writing."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
 from dmx.gates import Gate
+from dmx.records import SamplerKind, SchedulerKind
 from dmx.registry import choices_message
 from dmx.schema import from_dict, to_dict
 from dmx.space import SearchSpace
@@ -63,14 +64,15 @@ class SearchConfig:
 
     Attributes:
         space: a search space's name or path. What it searches wins over the curriculum's values.
-        num_trials: trials in all. grace_steps: steps before ASHA may stop a trial; None takes an
-            eighth of the stage's steps. seed: of the sampler.
+        num_trials: trials in all. scheduler, sampler: those of `dmx.tune` (docs/search.md).
+        grace_steps: steps before ASHA or Hyperband may stop a trial, or between two comparisons of
+            a population; None takes an eighth of the stage's steps. seed: of the sampler.
     """
 
     space: str
     num_trials: int = 8
-    scheduler: Literal["asha", "none"] = "asha"
-    sampler: Literal["tpe", "random"] = "tpe"
+    scheduler: SchedulerKind = "asha"
+    sampler: SamplerKind = "tpe"
     grace_steps: int | None = None
     reduction_factor: float = 3.0
     seed: int = 0

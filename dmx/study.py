@@ -20,9 +20,11 @@ from dmx.data.store import Store
 from dmx.errors import DmxError
 from dmx.ledger import Ledger, trial_folder
 from dmx.objectives import pareto_front
+from dmx.pbt import Population
+from dmx.population import boundaries
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
-from dmx.study_hooks import LedgerSearcher, Recorder, StudyObserver
+from dmx.study_hooks import LedgerSearcher, PopulationSearcher, Recorder, StudyObserver
 from dmx.trainable import TrialTrainable
 from dmx.watchdog import Watchdog
 
@@ -123,7 +125,7 @@ def _catch_up(
 
 
 def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:
-    if config.scheduler == "none":
+    if config.scheduler in ("none", "pbt"):
         return RecordingFifo(ledger)
     rungs = {
         "max_steps": config.max_steps,
@@ -132,6 +134,26 @@ def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFi
     }
     brackets = num_brackets(**rungs) if config.scheduler == "hyperband" else 1
     return DurableAsha(ledger, **rungs, brackets=brackets)  # type: ignore[arg-type]
+
+
+def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
+    """Who trains whom, for population based training."""
+    if config.scheduler != "pbt":
+        return None
+    first = config.space.start[0] if config.space.start else next(config.space.corners())
+    run = config.space.run_config(config.task, config.overrides, first)
+    steps = boundaries(
+        every=config.grace_steps,
+        evaluation=run.train.eval_every_steps,
+        max_steps=config.max_steps,
+    )
+    return Population(
+        ledger,
+        steps=steps,
+        seed=config.seed,
+        places=config.places,
+        patience_seconds=config.patience_seconds,
+    )
 
 
 def _measures_process(config: StudyConfig) -> bool:
@@ -150,15 +172,23 @@ def _fit(
     deadline: float,
 ) -> None:
     storage = folder.absolute() / "ray"
+    population = _population(config, ledger)
+    parts = (config, ledger, folder.absolute(), store)
+    search = PopulationSearcher(*parts, population) if population else LedgerSearcher(*parts)
     session = f"session-{uuid.uuid4().hex}"
     watchdog = Watchdog(config.trial_timeout_seconds)
     recorder = Recorder(
-        ledger, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
+        ledger,
+        scheduler,
+        observers,
+        max_failures=config.max_failures,
+        watchdog=watchdog,
+        population=population,
     )
     tuner = tune.Tuner(
         tune.with_resources(TrialTrainable, _trial_resources(config)),
         tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(config, ledger, folder.absolute(), store),
+            search_alg=search,
             scheduler=scheduler,
             num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from dmx.objectives import DEFAULT
 from dmx.patience import PATIENCE_SECONDS
 from dmx.places import SHARED, Places
+from dmx.records import SamplerKind, SchedulerKind
 from dmx.schema import to_dict
 from dmx.space import SearchSpace
 from dmx.workers import Workers, share_out
@@ -45,8 +46,8 @@ class StudyConfig:
     max_steps: int
     grace_steps: int
     reduction_factor: float = 3.0
-    scheduler: Literal["asha", "hyperband", "none"] = "asha"
-    sampler: Literal["tpe", "random", "cmaes", "gp", "nsga2"] = "tpe"
+    scheduler: SchedulerKind = "asha"
+    sampler: SamplerKind = "tpe"
     objectives: tuple[str, ...] = DEFAULT
     seed: int = 0
     cpus_per_trial: float = 1.0

@@ -10,6 +10,7 @@ from dmx import records as keys
 from dmx.data.store import Store
 from dmx.log import console
 from dmx.objectives import OBJECTIVES
+from dmx.population import apply
 from dmx.study_config import StudyConfig
 from dmx.study_view import TensorBoardView, trials_table
 
@@ -50,6 +51,7 @@ def finish(
             s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
         },
         **(front_summary(config.objectives, result) if several else {}),
+        **({"population": population(result)} if config.scheduler == "pbt" else {}),
         "best": None,
         "environment": study_files.environment(),
     }
@@ -60,7 +62,7 @@ def finish(
     assert best.checkpoint is not None
     summary["best"] = {
         "trial": best.number,
-        "params": dict(best.params),
+        "params": apply(best.params, best.changes, best.checkpoint.step),
         keys.DEV_ACCURACY: best.best_dev_accuracy,
         "step": best.checkpoint.step,
         "checkpoint": keys.BEST_DIR,
@@ -81,6 +83,18 @@ def finish(
                 places=config.places,
             )
     return summary
+
+
+def population(result: keys.StudyResult) -> list[dict[str, Any]]:
+    """`population` of study.json: what each trial began with, and what it changed to and when."""
+    return [
+        {
+            "trial": t.number,
+            "params": dict(t.params),
+            "changes": [{"step": s, "params": dict(p)} for s, p in sorted(t.changes.items())],
+        }
+        for t in result.trials
+    ]
 
 
 def front_summary(

@@ -131,6 +131,7 @@ def trial_row(
         **several,
         **{k: trial.metrics.get(k, "") for k in keys.REPORT_KEYS if k != keys.BEST_DEV_ACCURACY},
         **{k: trial.params[k] for k in sorted(trial.params)},
+        **({"changes": json.dumps(trial.changes)} if trial.changes else {}),
         "data": data,
         "error": trial.error,
     }

@@ -13,6 +13,7 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError, StorageError
 from dmx.ledger import Ledger, trial_folder
 from dmx.patience import is_storage_error
+from dmx.pbt import Population, copied
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.trainable import JOB_KEY
@@ -83,12 +84,45 @@ class LedgerSearcher(Searcher):
         """Nothing: the ledger is the state."""
 
 
+class PopulationSearcher(LedgerSearcher):
+    """Hands out a population's segments, each as a trial of Ray Tune."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        ledger: Ledger,
+        folder: Path,
+        store: Store,
+        population: Population,
+    ) -> None:
+        super().__init__(config, ledger, folder, store)
+        self._population = population
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next segment; None while the others must catch up first."""
+        while (segment := self._population.next_segment()) is not None:
+            number = segment.number
+            try:
+                found = self._trial(number, self._config.trial_config(segment.point))
+            except ConfigError as error:
+                logger.warning("trial %d cannot be built: %s", number, error)
+                self._ledger.finish(number, "FAILED", str(error))
+                self._population.ended(number)
+                continue
+            found[JOB_KEY]["stop_at"] = segment.until
+            if segment.adopt is not None:
+                found[JOB_KEY]["adopt"] = str(copied(self._folder, number, segment.adopt))
+            return found
+        return Searcher.FINISHED if self._population.finished else None
+
+
 class Recorder(tune.Callback):
     """Tells the ledger how trials end, and shows observers what happens.
 
     Args:
         max_failures: processes that a trial may lose without getting any further.
         watchdog: knows which processes were killed because they hung.
+        population: hears that a segment has ended, where there is one.
     """
 
     def __init__(
@@ -99,9 +133,11 @@ class Recorder(tune.Callback):
         *,
         max_failures: int,
         watchdog: Watchdog,
+        population: Population | None = None,
     ) -> None:
         self._ledger, self._scheduler, self._observers = ledger, scheduler, observers
         self._max_failures, self._watchdog = max_failures, watchdog
+        self._population = population
         self._shown = {(n, s) for n, steps in ledger.reports.items() for s in steps}
         self._lost: dict[int, int] = {}
 
@@ -109,7 +145,10 @@ class Recorder(tune.Callback):
         """A trial runs."""
         number = trial.config[NUMBER_KEY]
         run_config = trial.config[JOB_KEY]["run_config"]
-        self._show("started", number, self._ledger.point(number), run_config)
+        point = dict(self._ledger.point(number))
+        for _, changed in sorted(self._ledger.exploits.get(number, {}).items()):
+            point.update(changed)
+        self._show("started", number, point, run_config)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -130,11 +169,13 @@ class Recorder(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself, was stopped by the scheduler, or by the end of the session."""
         number, result = trial.config[NUMBER_KEY], trial.last_result or {}
+        if self._population is not None:
+            self._population.ended(number)
         if result.get(keys.FAILURE):
             self._finish(number, "FAILED", result[keys.FAILURE])
         elif number in self._scheduler.stopped:
             self._finish(number, "PRUNED")
-        elif result.get("done"):
+        elif result.get("done") and not result.get(keys.WAITS):
             self._finish(number, "COMPLETE")
         # else: cut off by the time budget; it stays RUNNING and is continued with --resume.
 
@@ -142,6 +183,8 @@ class Recorder(tune.Callback):
         """Tune gives the trial up: its process died too often, or once while it was starting."""
         number = trial.config[NUMBER_KEY]
         self._lost[number] = self._lost.get(number, 0) + 1
+        if self._population is not None:
+            self._population.ended(number)
         if max(trial.run_metadata.num_failures, self._lost[number]) <= self._max_failures:
             self._ledger.requeue(number)
             return

@@ -14,6 +14,7 @@ from dmx import records as keys
 from dmx.ledger import trial_folder
 from dmx.objectives import ACCURACY, OBJECTIVES
 from dmx.overrides import flatten
+from dmx.population import apply
 from dmx.sample_view import write_samples
 from dmx.tensorboard import RunWriter
 
@@ -34,11 +35,14 @@ class LogView:
         self._num_trials = num_trials
         self._best = -math.inf
         self._ended = 0
+        self._seen: set[int] = set()
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A trial was launched."""
         values = ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items())
-        logger.info("trial %d starts: %s", number, values)
+        how = "goes on" if number in self._seen else "starts"
+        self._seen.add(number)
+        logger.info("trial %d %s: %s", number, how, values)
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A trial reported."""
@@ -79,6 +83,8 @@ class TensorBoardView:
     ) -> None:
         self._folder, self._constants, self._searched = folder, constants, searched
         self._writers: dict[int, RunWriter] = {}
+        self._values: dict[int, dict[str, Any]] = {}
+        self._steps: dict[int, int] = {}
 
     def _writer(self, number: int) -> RunWriter:
         if number not in self._writers:
@@ -88,13 +94,19 @@ class TensorBoardView:
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """The row appears in HParams at once, with a cell for every searched value."""
         flat = flatten(config)
-        values = {k: point.get(k, flat.get(k, "-")) for k in self._searched}
+        # The config says it for this moment; a population's trials change their values.
+        values = {k: flat[k] if k in flat else point.get(k, "-") for k in self._searched}
         group = f"{self._folder.name}/{number:04d}"
         self._writer(number).start({**values, **self._constants}, group)
+        if self._values.get(number, values) != values:
+            rows = "\n".join(f"| {k} | {v} |" for k, v in values.items())
+            text = f"From here on:\n\n| setting | value |\n|---|---|\n{rows}"
+            self._writer(number).text("settings", text, self._steps.get(number, 0))
+        self._values[number] = values
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Scalars against optimizer steps; at a new best, what that model says of some samples."""
-        step = int(metrics[keys.STEPS])
+        step = self._steps[number] = int(metrics[keys.STEPS])
         self._writer(number).scalars(metrics, step)
         if metrics.get(keys.BEST_STEP) == step:
             best = trial_folder(self._folder, number) / keys.BEST_DIR
@@ -131,12 +143,14 @@ def trials_table(
     """The table of trials, best first; parameters that never varied are left out.
 
     Args:
+        trials: of a population, with the values that each ended with.
         objectives: of a study with several; each but accuracy has a column.
         front: the trials that are marked with a +.
     """
     table = Table(title=title, title_justify="left")
-    params = sorted({key for trial in trials for key in trial.params})
-    varied = [p for p in params if len({repr(t.params.get(p)) for t in trials}) > 1] or params
+    points = {t.number: apply(t.params, t.changes, math.inf) for t in trials}
+    params = sorted({key for point in points.values() for key in point})
+    varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
     table.add_column("trial", justify="right")
     table.add_column("status")
     table.add_column("best dev acc", justify="right")
@@ -161,7 +175,7 @@ def trials_table(
             str(trial.steps),
             f"{trial.seconds:.1f}",
             *(short(_known(trial.values.get(name))) for name in costs),
-            *(short(trial.params.get(name, "-")) for name in varied),
+            *(short(points[trial.number].get(name, "-")) for name in varied),
             style="bold" if trial.number == best else "green" if trial.number in front else None,
         )
     return table

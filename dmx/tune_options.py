@@ -7,7 +7,7 @@ import argparse
 from dmx import cli, place_flags
 from dmx.errors import ConfigError
 from dmx.patience import PATIENCE_SECONDS
-from dmx.records import SAMPLERS
+from dmx.records import SAMPLERS, SCHEDULERS
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -65,8 +65,9 @@ def parser() -> cli.Parser:
     )
     p.add_argument(
         "--scheduler",
-        choices=("asha", "hyperband", "none"),
-        help="early stopping (default: asha; none with several objectives)",
+        choices=SCHEDULERS,
+        help="early stopping, or training as a population (default: asha; with several "
+        "objectives none)",
     )
     p.add_argument(
         "--sampler",

@@ -10,6 +10,7 @@ from dmx import study_files, study_identity, warm_start
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.objectives import parse_objectives
+from dmx.population import check_population
 from dmx.sampling import check_sampler, independent
 from dmx.space import SearchSpace
 from dmx.study_config import StudyConfig
@@ -28,12 +29,16 @@ def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
             f"--scheduler {args.scheduler} stops trials by accuracy alone and would cut cheap ones "
             f"off the front of --objective {args.objective}; leave it out."
         )
+    if args.scheduler == "pbt" and args.num_trials is not None:
+        check_population(space, args.num_trials)
     check_sampler(args.sampler, space, objectives)
     return objectives
 
 
 def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
     """Create the study's folder, or check that this is the study that is to be continued."""
+    if config.scheduler == "pbt":
+        check_population(config.space, config.num_trials)
     here = warm_start.Here(
         task=config.task,
         space=config.space,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +233,6 @@ def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
     for place, trial in enumerate(json.loads(path.read_text(encoding="utf-8"))["trials"]):
         fixed = FixedTrial(trial["params"])
         params = dict(space.suggest(fixed))
-        assert all(math.isfinite(v) for v in trial["values"])
         found.append(
             Past(
                 params=params,

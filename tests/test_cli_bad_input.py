@@ -37,6 +37,10 @@ TUNE_BAD = {
         [*TUNE, "--objective", "accuracy,latency", "--scheduler", "hyperband"],
         "--scheduler hyperband stops trials by accuracy alone",
     ),
+    "pbt-shapes": (
+        [*TUNE, "--scheduler", "pbt", "--num-trials", "8"],
+        "attention.block_size, model.num_layers cannot be searched",
+    ),
     "objective-cmaes": (
         [*TUNE, "--objective", "accuracy,memory", "--sampler", "cmaes"],
         "cmaes knows one objective only",

@@ -25,13 +25,14 @@ LAYERS: list[tuple[str, str]] = [
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
-    ("experiment", "config reference space"),
+    ("experiment", "config reference space population"),
     ("data", "data data.*"),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("checkpoints", "checkpoint"),
     (
         "training",
-        "process_state ranks micro_batch passes trainer samples runner evaluation maps map_view",
+        "process_state ranks micro_batch passes trainer adopt samples runner evaluation maps "
+        "map_view",
     ),
     ("search", "study_settings sampling past proposals warm_start optuna_file ledger"),
     ("stages", "stages stage_order curriculum_file history"),
@@ -42,7 +43,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "ray",
-        "cluster cluster_size worker_session distributed launch trainable scheduler budget "
+        "cluster cluster_size worker_session distributed launch trainable scheduler pbt budget "
         "study_config watchdog study_hooks",
     ),
     ("study", "study study_view live_view stage_study finals work"),

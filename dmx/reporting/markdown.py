@@ -63,6 +63,9 @@ def render(run: RunReport) -> str:
             parts.append(f"## The Pareto front of {', '.join(run.several)}")
             parts.append(table(tables.front_table(run)))
         parts += _importance(run)
+        if run.search is not None and run.search.scheduler == "pbt":
+            parts.append("## The population: who took over whom")
+            parts.append(table(tables.population_table(run)))
         rungs = stopping.filled_rungs(run)
         if any(r.entries for r in rungs) and run.search is not None:
             parts.append(f"## {stopping.rungs_title(run)}")

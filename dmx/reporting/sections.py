@@ -150,6 +150,10 @@ def _pareto(run: RunReport) -> Section | None:
 
 
 def _rungs(run: RunReport) -> Section | None:
+    if run.search is not None and run.search.scheduler == "pbt":
+        words = "The table of trials shows what each began with."
+        body = join(el("p", words, class_="soft"), table(tables.population_table(run)))
+        return "population", "The population: who took over whom", body
     rungs = stopping.filled_rungs(run)
     plot = stopping.rung_plot(run, rungs)
     if plot is None or run.search is None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx import records as keys
+from dmx.journal import read_journal
 from dmx.objectives import OBJECTIVES
 from dmx.overrides import flatten
+from dmx.population import GENERATION
 from dmx.reporting.labels import base_name
 from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
@@ -101,6 +103,16 @@ def front_table(run: RunReport) -> Table:
     labels = ["dev accuracy, %" if o == "accuracy" else OBJECTIVES[o].label for o in run.several]
     titles = "|>".join(["trial", *labels, *short_names(names)])
     return make(titles, rows)
+
+
+def population_table(run: RunReport) -> Table:
+    """Who took over whom, and with which settings; empty but for population based training."""
+    rows = []
+    for event in read_journal(run.folder / keys.JOURNAL_FILE)[0]:
+        for e in event["exploits"] if event.get("event") == GENERATION else ():
+            settings = ", ".join(f"{k} {short(v)}" for k, v in e["params"].items())
+            rows.append((f"{event['step']:,}", str(e["trial"]), str(e["source"]), settings))
+    return make(">step|>trial|>took over trial|and went on with", rows)
 
 
 def stages_table(run: RunReport) -> Table:

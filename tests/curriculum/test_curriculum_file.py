@@ -146,6 +146,14 @@ def stage(**changes: Any) -> dict[str, Any]:
         ([stage(on_fail={"action": "retry", "times": 0})], ("stages.x.on_fail", "times is 0")),
         ([stage(search={"space": "nowhere"})], ("stages.x", "nowhere")),
         ([stage(search={"space": "softmax"})], ("stages.x", "softmax", "butterfly")),
+        (
+            [stage(search={"space": "butterfly", "scheduler": "pbt"})],
+            ("stages.x", "pbt copies weights", "attention.block_size"),
+        ),
+        (
+            [stage(search={"space": "butterfly", "sampler": "bayes"})],
+            ("stages.x.search.sampler", "'bayes'", "cmaes"),
+        ),
         ([stage(task="text", generate={"num_images": 5})], ("stages.x", "generat")),
         ([stage(cpus=-1)], ("stages.x", "cpus is -1")),
         ([], ("stages must be",)),

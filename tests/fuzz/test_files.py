@@ -38,6 +38,10 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "report", "trial": 0, "step": 2, "metrics": METRICS, "time": 1.0},
     {"event": "outcome", "trial": 0, "status": "COMPLETE", "value": 0.5, "error": "", "time": 2.0},
     {"event": "report", "trial": 1, "step": 2, "metrics": METRICS, "time": 3.0},
+    {
+        **{"event": "generation", "step": 2, "time": 4.0},
+        "exploits": [{"trial": 1, "source": 0, "params": {"optim.learning_rate": 1e-3}}],
+    },
 ]
 STAGES: list[dict[str, Any]] = [
     {"event": "created", "curriculum": "c", "time": 1.0},

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import DataError
+from dmx.journal import encode
 from dmx.leaderboard import gather, to_markdown
 from dmx.report import FORMATS
 from dmx.reporting.board import boards, entries
@@ -79,6 +80,17 @@ def test_unknown_objectives_are_damage(study):
     with pytest.raises(DataError, match="objectives are") as caught:
         collect(change(study, objectives=["accuracy", "beauty"]))
     one_sentence(caught.value)
+
+
+def test_a_population(tmp_path):
+    folder = change(make_study(tmp_path / "p"), scheduler="pbt")
+    exploit = {"trial": 1, "source": 2, "params": {"optim.learning_rate": 0.5}}
+    with (folder / "journal.jsonl").open("ab") as file:
+        file.write(encode({"event": "generation", "step": 4, "exploits": [exploit]}))
+    for name in ("md", "html"):
+        page = FORMATS[name](collect(folder))
+        assert "The population: who took over whom" in page
+    assert "| 4 | 1 | 2 | optim.learning\\_rate 0.5 |" in FORMATS["md"](collect(folder))
 
 
 def test_hyperbands_rungs(tmp_path):

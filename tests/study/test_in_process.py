@@ -30,6 +30,7 @@ from dmx.runner import Job, Runner
 from dmx.space import SearchSpace, load_space
 from dmx.study import StudyConfig, run_study
 from dmx.workers import Workers
+from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK
 
@@ -80,7 +81,7 @@ class Watcher:
 
     def started(self, number, point, config):
         self.heard.append(("started", number))
-        assert config["task"] == TASK and all(k in SEARCHED for k in point)
+        assert config["task"] == TASK and all(k in (*SEARCHED, "optim.weight_decay") for k in point)
 
     def reported(self, number, metrics):
         self.heard.append(("reported", number, metrics[keys.STEPS]))
@@ -258,3 +259,30 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
     (folder / "settings.json").write_text(json.dumps({"objectives": objectives, "task": "x"}))
     table = csv.DictReader(io.StringIO(to_csv(collect(folder))))
     assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(result.front)
+
+
+def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):
+    """Ray's segments, one worker killed, give what the same segments give one by one."""
+    killed: list[int] = []
+    folder = tmp_path / "ray"
+
+    def act(number, metrics):
+        if number == 1 and metrics[keys.STEPS] == 6 and not killed:
+            killed.append(read_claim(trial_folder(folder, 1))["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    config = study_config(
+        tmp_path,
+        name="s",
+        space=test_pbt.rates(tmp_path),
+        num_trials=test_pbt.MEMBERS,
+        grace_steps=4,
+        seed=5,
+        sampler="random",
+        scheduler="pbt",
+    )
+    result = run_study(config, tiny_store, folder, slots=2, observers=(Watcher(act),))
+    assert killed and result.complete
+    test_pbt.train(tmp_path / "plain", tiny_store)
+    assert test_pbt.picture(folder) == test_pbt.picture(tmp_path / "plain")
+    assert sum(len(t.changes) for t in result.trials) == 2

@@ -1,0 +1,327 @@
+"""Population based training: its decisions, its schedule, and kill -9 at every write."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmx import pbt
+from dmx.adopt import adopt
+from dmx.checkpoint import open_checkpoint
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.journal import Journal
+from dmx.ledger import Ledger, trial_folder
+from dmx.optim import build_optimizer
+from dmx.pbt import Population, Segment, copied
+from dmx.population import (
+    FACTORS,
+    apply,
+    boundaries,
+    changeable,
+    check_population,
+    decide,
+    explore,
+)
+from dmx.runner import Job, Runner
+from dmx.schema import to_dict
+from dmx.space import SearchSpace, load_space
+from tests.study.helpers import FIXED, space
+from tests.tiny import TASK, config, one_sentence, trainer
+
+MEMBERS, MAX_STEPS = 5, 12
+SPACE = """
+attention: butterfly
+defaults: {attention.block_size: 16}
+space:
+  optim.learning_rate: {loguniform: [1.0e-4, 3.0e-2]}
+  optim.weight_decay: {choice: [0.0, 1.0e-3, 1.0e-2]}
+  model.dropout: {uniform: [0.0, 0.3]}
+"""
+
+
+def rates(folder: Path) -> SearchSpace:
+    path = folder / "rates.yaml"
+    path.write_text(SPACE)
+    return load_space(str(path), TASK, "pathfinder")
+
+
+# -- decisions ----------------------------------------------------------------------------------
+
+
+def test_when():
+    assert boundaries(every=3, evaluation=2, max_steps=12) == (4, 8, 12)
+    assert boundaries(every=2, evaluation=2, max_steps=7) == (2, 4, 6, 7)
+    assert boundaries(every=50, evaluation=2, max_steps=12) == (12,)
+
+
+def test_the_worst_fifth_copies_the_best(tmp_path):
+    chosen = rates(tmp_path)
+    point = {"optim.learning_rate": 1e-3, "optim.weight_decay": 1e-3, "model.dropout": 0.1}
+    points = {n: {**point, "model.dropout": 0.01 * n} for n in range(10)}
+    scores = {0: 0.5, 1: 0.9, 2: 0.1, 3: 0.6, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.2, 8: 0.6, 9: 0.3}
+    common = {"step": 40, "scores": scores, "points": points, "space": chosen}
+    found = decide(seed=1, **common)
+    assert [e.trial for e in found] == [2, 7] and {e.source for e in found} <= {1, 6}
+    assert decide(seed=1, **common) == found, "a function of its arguments"
+    assert decide(seed=2, **common) != found
+    assert decide(seed=1, **{**common, "step": 80}) != found
+    level = dict.fromkeys(range(10), 0.5)
+    assert decide(seed=1, **{**common, "scores": level}) == (), "nobody is better than another"
+    assert decide(seed=1, **{**common, "scores": {3: 0.5}}) == ()
+
+
+def test_what_changes_stays_in_the_space(tmp_path):
+    chosen = rates(tmp_path)
+    point = {"optim.learning_rate": 2e-2, "optim.weight_decay": 1e-2, "model.dropout": 0.2}
+    moved = fresh = 0
+    for seed in range(400):
+        found = explore(point, chosen, random.Random(seed))
+        assert all(chosen.space[k].holds(v) for k, v in found.items())
+        near = [min(0.2 * f, 0.3) for f in FACTORS]
+        if found["model.dropout"] in near:
+            moved += 1
+        else:
+            fresh += 1
+        rate = found["optim.learning_rate"]
+        assert isinstance(rate, float) and 1e-4 <= rate <= 3e-2
+    assert 0.18 < fresh / 400 < 0.32, "a quarter is drawn anew"
+    choices = {explore(point, chosen, random.Random(s))["optim.weight_decay"] for s in range(40)}
+    assert choices == {0.0, 1e-3, 1e-2}
+
+
+def test_settings_over_time():
+    exploits = {4: {"a": 2}, 8: {"a": 3}}
+    assert [apply({"a": 1, "b": 0}, exploits, s)["a"] for s in (2, 4, 6, 8, 9, 12)] == [
+        *(1, 1, 2, 2, 3, 3)
+    ]
+
+
+def test_what_it_cannot_search(tmp_path):
+    check_population(rates(tmp_path), 4)
+    assert changeable("attention.dropout") and not changeable("attention.block_size")
+    with pytest.raises(ConfigError, match=r"attention\.block_size, attention\.inner") as caught:
+        check_population(space(tmp_path), 8)
+    one_sentence(caught.value)
+    with pytest.raises(ConfigError, match="needs at least 4") as caught:
+        check_population(rates(tmp_path), 3)
+    one_sentence(caught.value)
+    fixed = rates(tmp_path).without(
+        {"optim.learning_rate": 1e-3, "optim.weight_decay": 0.0, "model.dropout": 0.0}
+    )
+    with pytest.raises(ConfigError, match="nothing to change") as caught:
+        check_population(fixed, 8)
+    one_sentence(caught.value)
+
+
+# -- taking over --------------------------------------------------------------------------------
+
+
+def test_a_new_rate_rescales_the_whole_schedule(tiny_store: Store, tmp_path):
+    """Weights and moments of the source; from there the rates of a run that always had the new."""
+    new = {"optim__learning_rate": 2e-3, "optim__weight_decay": 0.01, "model__dropout": 0.2}
+    with trainer(tiny_store, optim__learning_rate=5e-3) as source:
+        source.advance()
+        source.advance()
+        source.save(tmp_path / "source")
+    with trainer(tiny_store, **new) as own:
+        own.advance()
+        own.advance()
+        own.save(tmp_path / "own")
+        best = own.best_accuracy, own.best_step
+    taken = open_checkpoint(tmp_path / "source")
+    wanted = config(**new)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, schedule = build_optimizer([weight], wanted.optim, wanted.train.num_steps)
+    curve = []
+    for _ in range(wanted.train.num_steps):
+        curve.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    with trainer(tiny_store, **new) as made:
+        adopt(made, taken, open_checkpoint(tmp_path / "own"))
+        state = made.model.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in taken.model_state().items())
+        moments = taken.training_state()["optimizer"]["state"]
+        ours = made.optimizer.state_dict()["state"]
+        assert all(torch.equal(ours[i]["exp_avg"], moments[i]["exp_avg"]) for i in moments)
+        assert made.step == 4 and (made.best_accuracy, made.best_step) == best
+        assert {g["weight_decay"] for g in made.optimizer.param_groups} == {0.01}
+        seen = []
+        for step in range(4, wanted.train.num_steps):
+            made._optimizer_step(made.batches(step))
+            seen.append(made.learning_rate)
+    assert seen == pytest.approx(curve[4:], rel=1e-9)
+
+
+# -- the population without Ray -----------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: what runs after it must not write."""
+
+
+def open_population(folder: Path) -> tuple[Ledger, Population]:
+    ledger = Ledger(
+        folder, name="s", space=rates(folder.parent), num_trials=MEMBERS, seed=5, sampler="random"
+    )
+    return ledger, Population(ledger, steps=(4, 8, 12), seed=5)
+
+
+def train(folder: Path, store: Store, slots: int = 1) -> None:
+    """What Ray does: `slots` segments are handed out, and end in another order than they began."""
+    ledger, population = open_population(folder)
+    try:
+        while True:
+            segments = []
+            while len(segments) < slots and (found := population.next_segment()) is not None:
+                segments.append(found)
+            if not segments:
+                assert population.finished, "somebody can always go on"
+                return
+            for segment in reversed(segments):
+                run_segment(folder, store, ledger, segment)
+                population.ended(segment.number)
+    finally:
+        ledger.close()
+
+
+def run_segment(folder: Path, store: Store, ledger: Ledger, segment: Segment) -> None:
+    number, taken = segment.number, None
+    settings = {**FIXED, "train.num_steps": MAX_STEPS}
+    if segment.adopt is not None:
+        taken = str(copied(folder, number, segment.adopt))
+    runner = Runner(
+        Job(
+            run_config=to_dict(ledger.space.run_config(TASK, settings, segment.point)),
+            data_folder=str(store.folder),
+            folder=str(trial_folder(folder, number)),
+            stop_at=segment.until,
+            adopt=taken,
+        )
+    )
+    try:
+        result: dict[str, Any] = {"done": False}
+        while not result["done"]:
+            result = runner.step()
+            assert "failure" not in result, result
+            ledger.report(number, result["steps"], result)
+        if not result.get("waits"):
+            ledger.finish(number, "COMPLETE")
+    finally:
+        runner.close()
+
+
+def picture(folder: Path) -> tuple[Any, ...]:
+    """All that matters: generations, curves, and the weights and settings everybody ended with."""
+    ledger, _ = open_population(folder)
+    generations = [
+        {k: v for k, v in e.items() if k != "time"}
+        for e in ledger.journal.events
+        if e["event"] == "generation"
+    ]
+    curves = {
+        n: {s: m["dev_accuracy"] for s, m in sorted(reports.items())}
+        for n, reports in sorted(ledger.reports.items())
+    }
+    results = [(r.status, dict(r.params), dict(r.changes)) for r in ledger.results()]
+    ledger.close()
+    ends = []
+    for number in range(MEMBERS):
+        for name in ("best", "last"):
+            found = open_checkpoint(trial_folder(folder, number) / name)
+            weights = sum(v.double().abs().sum().item() for v in found.model_state().values())
+            ends.append((number, name, found.metrics["steps"], weights, found.config.optim))
+    return generations, curves, results, ends
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_store: Store) -> Path:
+    folder = tmp_path_factory.mktemp("pbt") / "study"
+    train(folder, tiny_store)
+    return folder
+
+
+def test_a_population(undisturbed):
+    """Two comparisons; whoever copied goes on from the source's weights with its own settings."""
+    generations, curves, results, ends = picture(undisturbed)
+    assert [g["step"] for g in generations] == [4, 8]
+    assert sum(len(g["exploits"]) for g in generations) == 2
+    assert all(list(curve) == [2, 4, 6, 8, 10, 12] for curve in curves.values())
+    for generation in generations:
+        step = generation["step"]
+        scores = {n: curve[step] for n, curve in curves.items()}
+        for exploit in generation["exploits"]:
+            trial, source = exploit["trial"], exploit["source"]
+            assert scores[source] == max(scores.values()) > scores[trial] == min(scores.values())
+            taken = open_checkpoint(copied(undisturbed, trial, step))
+            assert taken.metrics["steps"] == step
+            assert taken.metrics["dev_accuracy"] == scores[source]
+    for number, (status, params, changes) in enumerate(results):
+        assert status == "COMPLETE"
+        last = next(e for e in ends if e[:2] == (number, "last"))
+        now = apply(params, changes, MAX_STEPS)
+        assert last[4].learning_rate == now["optim.learning_rate"]
+        assert last[4].weight_decay == now["optim.weight_decay"]
+
+
+def test_slots_and_turns_change_nothing(undisturbed, tiny_store, tmp_path):
+    train(tmp_path / "study", tiny_store, slots=3)
+    assert picture(tmp_path / "study") == picture(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_any_write_it_ends_the_same(undisturbed, tiny_store, tmp_path, monkeypatch):
+    """At journal lines, before and in the middle of copies, and at checkpoints."""
+    from dmx import trainer as trainer_module
+
+    real_append, real_copy = Journal.append, shutil.copytree
+    real_save = trainer_module.save_checkpoint
+    count, at, dead = [0], [0], [False]
+
+    def moment() -> bool:
+        if dead[0]:
+            raise Killed
+        count[0] += 1
+        dead[0] = count[0] == at[0]
+        return dead[0]
+
+    def append(self, **event):
+        if moment():
+            raise Killed
+        real_append(self, **event)
+
+    def copytree(source, target, *args, **more):
+        if moment():
+            Path(target).mkdir()
+            shutil.copy(Path(source) / "model.pt", target)
+            raise Killed
+        return real_copy(source, target, *args, **more)
+
+    def save(folder, **parts):
+        if moment():
+            raise Killed
+        real_save(folder, **parts)
+
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(pbt.shutil, "copytree", copytree)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save)
+    expected = picture(undisturbed)
+    train(tmp_path / "count", tiny_store)
+    total = count[0]
+    assert picture(tmp_path / "count") == expected
+    near = [i for i in range(1, total + 1) if i % 12 == 7]
+    for kill in near:
+        folder = tmp_path / f"kill-{kill}"
+        count[0], at[0], dead[0] = 0, kill, False
+        with pytest.raises(Killed):
+            train(folder, tiny_store)
+        count[0], at[0], dead[0] = 0, 0, False
+        train(folder, tiny_store)
+        assert picture(folder) == expected, f"killed at write {kill} of {total}"
