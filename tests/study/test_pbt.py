@@ -19,6 +19,7 @@ from dmx.journal import Journal
 from dmx.ledger import Ledger, trial_folder
 from dmx.optim import build_optimizer
 from dmx.pbt import Population, Segment, copied
+from dmx.places import SHARED, Places
 from dmx.population import (
     FACTORS,
     apply,
@@ -166,16 +167,16 @@ class Killed(BaseException):
     """Stands for kill -9: what runs after it must not write."""
 
 
-def open_population(folder: Path) -> tuple[Ledger, Population]:
+def open_population(folder: Path, places: Places = SHARED) -> tuple[Ledger, Population]:
     ledger = Ledger(
         folder, name="s", space=rates(folder.parent), num_trials=MEMBERS, seed=5, sampler="random"
     )
-    return ledger, Population(ledger, steps=(4, 8, 12), seed=5)
+    return ledger, Population(ledger, steps=(4, 8, 12), seed=5, places=places)
 
 
-def train(folder: Path, store: Store, slots: int = 1) -> None:
+def train(folder: Path, store: Store, slots: int = 1, places: Places = SHARED) -> None:
     """What Ray does: `slots` segments are handed out, and end in another order than they began."""
-    ledger, population = open_population(folder)
+    ledger, population = open_population(folder, places)
     try:
         while True:
             segments = []
@@ -185,13 +186,15 @@ def train(folder: Path, store: Store, slots: int = 1) -> None:
                 assert population.finished, "somebody can always go on"
                 return
             for segment in reversed(segments):
-                run_segment(folder, store, ledger, segment)
+                run_segment(folder, store, ledger, segment, places)
                 population.ended(segment.number)
     finally:
         ledger.close()
 
 
-def run_segment(folder: Path, store: Store, ledger: Ledger, segment: Segment) -> None:
+def run_segment(
+    folder: Path, store: Store, ledger: Ledger, segment: Segment, places: Places
+) -> None:
     number, taken = segment.number, None
     settings = {**FIXED, "train.num_steps": MAX_STEPS}
     if segment.adopt is not None:
@@ -203,6 +206,7 @@ def run_segment(folder: Path, store: Store, ledger: Ledger, segment: Segment) ->
             folder=str(trial_folder(folder, number)),
             stop_at=segment.until,
             adopt=taken,
+            places=places,
         )
     )
     try:
@@ -215,6 +219,8 @@ def run_segment(folder: Path, store: Store, ledger: Ledger, segment: Segment) ->
             ledger.finish(number, "COMPLETE")
     finally:
         runner.close()
+        if places.run_url is not None:  # the next segment, and the comparison, are elsewhere
+            shutil.rmtree(trial_folder(folder, number))
 
 
 def picture(folder: Path) -> tuple[Any, ...]:
@@ -273,6 +279,16 @@ def test_a_population(undisturbed):
 def test_slots_and_turns_change_nothing(undisturbed, tiny_store, tmp_path):
     train(tmp_path / "study", tiny_store, slots=3)
     assert picture(tmp_path / "study") == picture(undisturbed)
+
+
+def test_nodes_that_meet_in_object_storage_only(undisturbed, tiny_store, tmp_path):
+    folder = tmp_path / "study"
+    places = Places(run=str(folder), run_url=(tmp_path / "bucket").as_uri())
+    train(folder, tiny_store, places=places)
+    for number in range(MEMBERS):
+        for name in ("best", "last"):
+            places.pull(trial_folder(folder, number) / name)
+    assert picture(folder) == picture(undisturbed)
 
 
 @pytest.mark.slow
