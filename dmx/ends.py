@@ -123,21 +123,23 @@ class _NormSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, order = ctx.saved_tensors
         shape, grad_x = x.shape[1:], torch.empty_like(x)
-        sequences = list(enumerate(order.split(list(ctx.lengths))))
+        with single_thread(x):
+            numbers = torch.arange(len(ctx.lengths))
+            sequence = torch.empty_like(order)
+            sequence[order] = numbers.repeat_interleave(torch.tensor(ctx.lengths))
 
-        def work(share: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, ...]:
+        def work(share: Sequence[slice]) -> tuple[Tensor, ...]:
             grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-            for number, rows in share:
-                chosen = x.index_select(0, rows)
-                _, mean, deviation = torch.native_layer_norm(chosen, shape, scale, shift, ctx.eps)
+            for rows in share:
+                _, mean, deviation = torch.native_layer_norm(x[rows], shape, scale, shift, ctx.eps)
                 dx, dscale, dshift = torch.ops.aten.native_layer_norm_backward(
-                    grad[number].expand_as(chosen).contiguous(),
-                    chosen, shape, mean, deviation, scale, shift, [True] * 3,
+                    grad.index_select(0, sequence[rows]),
+                    x[rows], shape, mean, deviation, scale, shift, [True] * 3,
                 )  # fmt: skip
-                grad_x.index_copy_(0, rows, dx)
+                grad_x[rows] = dx
                 grad_scale += dscale
                 grad_shift += dshift
             return grad_scale, grad_shift
 
-        sums = total(run_shares(work, sequences, [length + 50 for length in ctx.lengths]))
+        sums = total(run_shares(work, row_pieces(x.shape[0])))
         return grad_x, *sums, None, None, None

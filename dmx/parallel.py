@@ -18,8 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024
-"""Rows of a piece: a temporary 128 floats wide then has 512 KB."""
+ROWS_AT_ONCE = (1024, 4096)
+"""The least and the most rows of a piece: a temporary 128 floats wide has half to two megabytes."""
+_PIECES = 16
+"""As many are wanted: every thread needs some, and each costs some 40 calls."""
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -55,9 +57,16 @@ def single_thread(x: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def rows_at_once(rows: int) -> int:
+    """Rows of a piece, where there are so many in all; whatever the number of threads."""
+    least, most = ROWS_AT_ONCE
+    return min(max(least, -(-rows // _PIECES)), most)
+
+
 def row_pieces(rows: int) -> list[slice]:
-    """0..rows-1 as slices of ROWS_AT_ONCE, the last one shorter."""
-    return [slice(a, min(a + ROWS_AT_ONCE, rows)) for a in range(0, rows, ROWS_AT_ONCE)]
+    """0..rows-1 as slices of `rows_at_once`, the last one shorter."""
+    size = rows_at_once(rows)
+    return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
 def run_shares(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dmx.allocator import give_back_memory
+
 
 @dataclass(frozen=True)
 class ProcessState:
@@ -50,5 +52,6 @@ class ProcessState:
         np.random.seed(0)  # nothing of ours draws from these two, but an added attention may
         torch.compiler.reset()
         gc.collect()
+        give_back_memory()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dmx import records as keys
+from dmx.allocator import keep_freed_memory
 from dmx.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
@@ -69,6 +70,8 @@ class Trainer:
         self.store = store
         self.ranks = ranks
         self.device = pick_device(config.train.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = build_model(config).to(self.device)
         if before_training is not None:
             before_training(self.model)

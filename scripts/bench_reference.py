@@ -3,17 +3,19 @@
     python scripts/bench_reference.py --reference PATH [--tasks pathX-nogap text ...]
         [--attentions butterfly softmax ...] [--repeats 5] [--threads 2] [--out docs/benchmarks.md]
 
-Both codes run in this process on the same weights (the reference's, read by dmx.reference), batch
-and threads: first their logits are compared, then steps (forward, backward, AdamW, with dropout)
-are timed in turn, three of ours to each of the reference's. A row has medians and their ratio. CPU
-seconds are those of all threads; other work on the machine disturbs them less. Peak memory is that
-of two steps above the process before them, each code in a process of its own. Loading: a split of
-Path-X images as the reference's pickle and as dmx's store, read in a process of its own.
+Both codes run on the same weights (the reference's, read by dmx.reference), batch and threads,
+each in a process of its own, as its users run it. First their logits are compared. Then steps
+(forward, backward, AdamW, with dropout) are timed in turn, three of ours to each of the
+reference's, while the other waits. A row has medians and their ratio. CPU seconds are those of all
+threads; other work on the machine disturbs them less. Peak memory is that of the first two steps
+above the process before them. Loading: a split of Path-X images as the reference's pickle and as
+dmx's store, read in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -42,10 +44,12 @@ from bench_cases import (
     write_section,
 )
 
+from dmx.allocator import keep_freed_memory
 from dmx.data.manifest import Manifest
 from dmx.data.store import open_store
 from dmx.data.store_writer import StoreWriter
 
+SIDES = ("theirs", "ours")
 TARGETS = {
     "pathX-nogap": 12.0, "pathX-alpha0.75": 8.0, "pathX-alpha1.25": 6.0, "text": 3.0,
     "pathfinder32": 2.5, "image": 1.5, "listops": 1.5,
@@ -70,7 +74,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
-        print(json.dumps(_child(args.reference, *args.child)))
+        what, side, *rest = args.child
+        if what == "steps":
+            _steps(args.reference, side, *rest)
+        else:
+            print(json.dumps(_load_split(side, Path(rest[0]))))
         return
     lines = [
         f"Command: `{' '.join(['python', *_shown(sys.argv)])}`  ",
@@ -101,7 +109,7 @@ def _shown(argv: list[str]) -> list[str]:
 
 def _compare(args: argparse.Namespace, task: str, attention: str) -> str:
     """One row of the table."""
-    ids, labels = batch_of(task)
+    ids, _ = batch_of(task)
     try:
         theirs = reference_model(args.reference, task, attention)
     except ImportError as error:
@@ -110,27 +118,80 @@ def _compare(args: argparse.Namespace, task: str, attention: str) -> str:
     difference = (
         "random" if attention in ("performer", "reformer") else f"{_apart(theirs, ours, ids):.1e}"
     )
-    steps = {"theirs": reference_step(theirs, ids, labels), "ours": our_step(ours, ids, labels)}
-    wall: dict[str, list[float]] = {"theirs": [], "ours": []}
-    cpu: dict[str, list[float]] = {"theirs": [], "ours": []}
-    for step in steps.values():
-        step()  # warm up
-    for _ in range(args.repeats):
-        for side in ("ours", "theirs", "ours", "ours"):
-            start, used = time.perf_counter(), time.process_time()
-            steps[side]()
-            wall[side].append(time.perf_counter() - start)
-            cpu[side].append(time.process_time() - used)
-    seconds = {side: statistics.median(times) for side, times in wall.items()}
-    cpu_ratio = statistics.median(cpu["theirs"]) / statistics.median(cpu["ours"])
-    peak = {side: _in_child(args, "memory", side, task, attention)["mb"] for side in steps}
+    del theirs, ours
+    with contextlib.ExitStack() as open_ones:
+        runners = {
+            side: open_ones.enter_context(_Stepper(args, side, task, attention)) for side in SIDES
+        }
+        for _ in range(args.repeats):
+            for side in ("ours", "theirs", "ours", "ours"):
+                runners[side].step()
+    seconds = {side: statistics.median(r.wall) for side, r in runners.items()}
+    cpu = {side: statistics.median(r.cpu) for side, r in runners.items()}
+    cpu_ratio = cpu["theirs"] / cpu["ours"]
+    peak = {side: r.peak_mb for side, r in runners.items()}
     wanted = f"{TARGETS[task]:g}" if attention == "butterfly" else ""
     return (
         f"| {task} | {attention} | {len(ids)} | {(ids != 0).double().mean():.1%} | {difference} "
         f"| {seconds['theirs']:.3f} | {seconds['ours']:.3f} "
-        f"| **{seconds['theirs'] / seconds['ours']:.1f}** | {cpu_ratio:.1f} | {wanted} "
+        f"| **{seconds['theirs'] / seconds['ours']:.2f}** | {cpu_ratio:.1f} | {wanted} "
         f"| {peak['theirs']:.0f} | {peak['ours']:.0f} | {peak['theirs'] / peak['ours']:.1f} |"
     )
+
+
+class _Stepper:
+    """One code in a process of its own, which does a step when it is told to."""
+
+    def __init__(self, args: argparse.Namespace, side: str, task: str, attention: str) -> None:
+        self._process = subprocess.Popen(
+            _command(args, "steps", side, task, attention),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.peak_mb: float = self._answer()["mb"]
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit(f"a measuring process ended: exit code {self._process.wait()}")
+
+    def step(self) -> None:
+        """One more step, timed over there."""
+        assert self._process.stdin is not None
+        print("step", file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.wall.append(answer["wall"])
+        self.cpu.append(answer["cpu"])
+
+    def __enter__(self) -> _Stepper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # ends its input, and so the process
+
+
+def _steps(checkout: Path, side: str, task: str, attention: str) -> None:
+    """The other end of a _Stepper."""
+    ids, labels = batch_of(task)
+    model: Any = reference_model(checkout, task, attention)
+    make = reference_step
+    if side == "ours":
+        model, make = our_model(task, attention, model.state_dict()), our_step  # type: ignore[assignment]
+        keep_freed_memory()  # as dmx.trainer does
+    step: Callable[[], None] = make(model, ids, labels)
+    before = peak_mb()
+    step(), step()
+    print(json.dumps({"mb": max(peak_mb() - before, 1.0)}), flush=True)
+    for _ in sys.stdin:
+        start, used = time.perf_counter(), time.process_time()
+        step()
+        times = {"wall": time.perf_counter() - start, "cpu": time.process_time() - used}
+        print(json.dumps(times), flush=True)
 
 
 def _apart(theirs: torch.nn.Module, ours: torch.nn.Module, ids: torch.Tensor) -> float:
@@ -144,26 +205,9 @@ def _apart(theirs: torch.nn.Module, ours: torch.nn.Module, ids: torch.Tensor) ->
     return difference
 
 
-def _in_child(args: argparse.Namespace, *what: str) -> dict[str, float]:
+def _command(args: argparse.Namespace, *what: str) -> list[str]:
     command = [sys.executable, __file__, "--reference", str(args.reference)]
-    command += ["--threads", str(args.threads), "--child", *what]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def _child(checkout: Path, what: str, side: str, *rest: str) -> dict[str, float]:
-    if what == "load":
-        return _load_split(side, Path(rest[0]))
-    task, attention = rest
-    ids, labels = batch_of(task)
-    model: Any = reference_model(checkout, task, attention)
-    make = reference_step
-    if side == "ours":
-        model, make = our_model(task, attention, model.state_dict()), our_step  # type: ignore[assignment]
-    step: Callable[[], None] = make(model, ids, labels)
-    before = peak_mb()
-    step(), step()
-    return {"mb": max(peak_mb() - before, 1.0)}
+    return [*command, "--threads", str(args.threads), "--child", *what]
 
 
 def _load_split(side: str, path: Path) -> dict[str, float]:
@@ -198,7 +242,7 @@ def _loading(checkout: Path) -> list[str]:
         }
         args = argparse.Namespace(reference=checkout, threads=1)
         found = {
-            side: _in_child(args, "load", side, str(path))
+            side: json.loads(subprocess.check_output(_command(args, "load", side, str(path))))
             for side, path in (("theirs", pickled), ("ours", stored))
         }
     lines = [

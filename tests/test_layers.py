@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, str]] = [
     (
         "values",
         "cli place_flags workers registry schema overrides records patience journal resources "
-        "claim device tensorboard",
+        "claim device allocator tensorboard",
     ),
     ("objectives", "objectives brackets"),
     ("mathematics", "packing parallel dropout functional ends optim"),

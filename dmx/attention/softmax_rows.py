@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from dmx.dropout import Keeps, draw_seed, int16_threshold, random_int16
 from dmx.functional import NormLinearGradient, total
 from dmx.packing import Bucket
-from dmx.parallel import ROWS_AT_ONCE, run_shares
+from dmx.parallel import rows_at_once, run_shares
 
-SCORES_AT_ONCE = 1 << 16
-"""Attention weights of a piece (256 KB), so that the passes over them stay in cache."""
+SCORES_AT_ONCE = 1 << 18
+"""Attention weights of a piece (1 MB), so that the passes over them stay in cache."""
 
 LONGEST_KEPT = 256
 """Up to this group length the weights are kept for the gradient, else they are computed again."""
@@ -98,10 +98,11 @@ class _Piece:
 
 def _pieces(buckets: Sequence[Bucket], num_heads: int) -> list[_Piece]:
     pieces = []
+    most = rows_at_once(buckets[-1].stop) if buckets else 0
     for bucket in buckets:
         n = bucket.length
         queries = n if n <= LONGEST_KEPT else max(1, min(n, SCORES_AT_ONCE // (num_heads * n)))
-        at_once = max(1, min(SCORES_AT_ONCE // (num_heads * n * n), ROWS_AT_ONCE // n))
+        at_once = max(1, min(SCORES_AT_ONCE // (num_heads * n * n), most // n))
         for first in range(0, bucket.count, at_once):
             count = min(at_once, bucket.count - first)
             pieces.append(_Piece(bucket.start + first * n, count, n, queries))
