@@ -13,7 +13,7 @@ import platform
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _NEVER = 2**31 - 1
 _LARGEST_KEPT_BYTES = 32 * 2**20
-"""Larger pieces are few; among kept ones they would leave gaps. glibc never goes above it itself."""
+"""Larger pieces are few, and kept they would leave gaps. glibc itself never goes above this."""
 
 
 def keep_freed_memory() -> None:

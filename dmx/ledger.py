@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
 from dmx.data.files import put_back
-from dmx.errors import StageError
-from dmx.journal import Journal, expect
 from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.optuna_file import open_optuna
 from dmx.past import Past
-from dmx.population import GENERATION, Exploit
 from dmx.proposals import Proposer, Recorded
 from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
+from dmx.study_record import StudyRecord
 from dmx.warm_start import read_prior
 
 logger = logging.getLogger("dmx.ledger")
@@ -93,7 +90,9 @@ class Ledger:
             objectives=objectives,
             prior=read_prior(folder, space),
         )
-        self.journal = Journal(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
+        record = StudyRecord(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
+        self.record, self.reports, self.outcomes = record, record.reports, record.outcomes
+        self._live: dict[int, _Live] = {}
         try:
             self.study = open_optuna(
                 folder / keys.OPTUNA_FILE,
@@ -104,49 +103,10 @@ class Ledger:
             labels = [OBJECTIVES[o].label for o in objectives]
             if len(labels) > 1 and self.study.metric_names != labels:
                 self.study.set_metric_names(labels)
-        except BaseException:
-            self.journal.close()
-            raise
-        self._live: dict[int, _Live] = {}
-        self.reports: dict[int, dict[int, dict[str, Any]]] = {}
-        self.outcomes: dict[int, dict[str, Any]] = {}
-        self.exploits: dict[int, dict[int, Mapping[str, Any]]] = {}
-        self.compared: set[int] = set()
-        try:
-            for event in self.journal.events:
-                self._note(event)
             self._orphans = self._recover()
         except BaseException:
-            self.journal.close()
+            record.close()
             raise
-
-    def _note(self, event: dict[str, Any]) -> None:
-        """Take up one event of the journal.
-
-        Raises:
-            StageError: dmx did not write it.
-        """
-        if event.get("event") == "report":
-            expect(event, trial=int, step=int, metrics=dict)
-            metrics = event["metrics"]
-            known = {
-                k: _NUMBER for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY) if k in metrics
-            }
-            expect(metrics, **known, steps=int)
-            self.reports.setdefault(event["trial"], {})[event["step"]] = metrics
-        elif event.get("event") == "outcome":
-            expect(event, trial=int, status=str, error=str, value=(*_NUMBER, type(None)))
-            if event["status"] not in _ENDS:
-                raise StageError(f"{self.journal.path} tells of a trial that {event['status']!r}.")
-            self.outcomes[event["trial"]] = event
-        elif event.get("event") == GENERATION:
-            expect(event, step=int, exploits=list)
-            for exploit in event["exploits"]:
-                if not isinstance(exploit, dict):
-                    raise StageError(f"{self.journal.path} tells of an exploit {exploit!r}.")
-                expect(exploit, trial=int, source=int, params=dict)
-                self.exploits.setdefault(exploit["trial"], {})[event["step"]] = exploit["params"]
-            self.compared.add(event["step"])
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -239,12 +199,9 @@ class Ledger:
 
     def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> bool:
         """Record one report; False when this step of this trial is already known."""
-        known = self.reports.setdefault(number, {})
-        if step in known:
+        flat = self.record.report(number, step, metrics)
+        if flat is None:
             return False
-        flat = {k: metrics[k] for k in keys.REPORT_KEYS if k in metrics}
-        self.journal.append(event="report", trial=number, step=step, metrics=flat, time=time.time())
-        known[step] = flat
         live = self._live.get(number)
         value = flat.get(keys.DEV_ACCURACY)
         single = len(self.objectives) == 1  # Optuna has no curves for several objectives
@@ -254,31 +211,15 @@ class Ledger:
                 live.trial.report(value, step)
         return True
 
-    def compare(self, step: int, exploits: Sequence[Exploit]) -> None:
-        """Record which trials of a population take over others at a step."""
-        made = [{"trial": e.trial, "source": e.source, "params": dict(e.point)} for e in exploits]
-        self.journal.append(event=GENERATION, step=step, exploits=made, time=time.time())
-        self._note(self.journal.events[-1])
-
     def finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
         """Record how a trial ended. A second ending of the same trial is ignored."""
         if number in self.outcomes:
             return
         live = self._live.pop(number, None)
-        best, *_ = values = self._values(number)
+        values = self._values(number)
         if status in ("COMPLETE", "PRUNED") and (lacking := missing(self.objectives, values)):
             status, error = "FAILED", error or lacking
-        several = {"values": list(values)} if len(values) > 1 and status != "FAILED" else {}
-        self.journal.append(
-            event="outcome",
-            trial=number,
-            status=status,
-            value=best if math.isfinite(best) else None,
-            **several,
-            error=error,
-            time=time.time(),
-        )
-        self.outcomes[number] = self.journal.events[-1]
+        self.record.finish(number, status, values, error)
         trial = live.trial if live else self._handle(number)
         self._tell(trial, self.outcomes[number])
 
@@ -318,14 +259,6 @@ class Ledger:
                 self.study.tell(trial, state=state, skip_if_finished=True)
 
     # -- reading ----------------------------------------------------------------------------
-
-    def history(self) -> list[tuple[int, int, Mapping[str, Any]]]:
-        """(trial, step, metrics) of every report, in the order it was recorded."""
-        return [
-            (event["trial"], event["step"], event["metrics"])
-            for event in self.journal.events
-            if event.get("event") == "report"
-        ]
 
     def results(self) -> tuple[keys.TrialResult, ...]:
         """Every trial that was started, by number."""
@@ -371,12 +304,12 @@ class Ledger:
             checkpoint=checkpoint,
             error=self.outcomes.get(number, {}).get("error", ""),
             values=dict(zip(self.objectives, values, strict=True)),
-            changes=self.exploits.get(number, {}),
+            changes=self.record.exploits.get(number, {}),
         )
 
     def close(self) -> None:
         """Release the study's folder."""
-        self.journal.close()
+        self.record.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Ray pickles all it is given into a snapshot that nobody reads: leave nothing there."""

@@ -80,10 +80,10 @@ class Population:
         waiting = self._alive() - self._running
         for number in sorted(waiting, key=lambda n: (self._reached(n), n)):
             at = self._reached(number)
-            if at in self._steps[:-1] and at not in self._ledger.compared:
+            if at in self._steps[:-1] and at not in self._ledger.record.compared:
                 continue  # the others must get there first
             until = next((b for b in self._steps if b > at), self._steps[-1])
-            own = self._ledger.exploits.get(number, {})
+            own = self._ledger.record.exploits.get(number, {})
             before = max((b for b in self._steps if b < until), default=0)
             self._running.add(number)
             return Segment(
@@ -112,12 +112,12 @@ class Population:
     def _compare(self) -> None:
         """Decide at the next step that every member has reached."""
         for step in self._steps[:-1]:
-            if step in self._ledger.compared:
+            if step in self._ledger.record.compared:
                 continue
             alive = self._alive()
             if not alive or any(step not in self._ledger.reports.get(n, {}) for n in alive):
                 return
-            reports, changed = self._ledger.reports, self._ledger.exploits
+            reports, changed = self._ledger.reports, self._ledger.record.exploits
             exploits = decide(
                 seed=self._seed,
                 step=step,
@@ -131,7 +131,7 @@ class Population:
                     self._ledger.folder,
                     seconds=self._patience_seconds,
                 )
-            self._ledger.compare(step, exploits)
+            self._ledger.record.compare(step, exploits)
             for e in exploits:
                 settings = ", ".join(f"{k}={v}" for k, v in e.point.items())
                 logger.info(

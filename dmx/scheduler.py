@@ -58,7 +58,7 @@ class DurableAsha(AsyncHyperBandScheduler):
         self._max_steps = max_steps
         self._ledger = ledger
         self.stopped: set[int] = set()
-        for number, step, metrics in ledger.history():
+        for number, step, metrics in ledger.record.history():
             self._decide(number, step, metrics)
 
     def _decide(self, number: int, step: int, metrics: Mapping[str, Any]) -> str:

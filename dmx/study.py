@@ -110,7 +110,7 @@ def _catch_up(
     observers: tuple[StudyObserver, ...],
 ) -> None:
     """Carry out what was decided, and show what was recorded, when a crash came in between."""
-    last = ledger.journal.events[-1] if ledger.journal.events else {}
+    last = ledger.record.journal.events[-1] if ledger.record.journal.events else {}
     ended = [last["trial"]] if last.get("event") == "outcome" else []
     for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
         ledger.finish(number, "PRUNED")

@@ -146,7 +146,7 @@ class Recorder(tune.Callback):
         number = trial.config[NUMBER_KEY]
         run_config = trial.config[JOB_KEY]["run_config"]
         point = dict(self._ledger.point(number))
-        for _, changed in sorted(self._ledger.exploits.get(number, {}).items()):
+        for _, changed in sorted(self._ledger.record.exploits.get(number, {}).items()):
             point.update(changed)
         self._show("started", number, point, run_config)
 

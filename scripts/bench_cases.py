@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import sys
 import warnings
@@ -154,6 +155,9 @@ def reference_model(checkout: Path, name: str, attention: str) -> torch.nn.Modul
         sys.exit(f"{checkout} is no checkout of Solving-LRA-PathX: {code} has no model_wrapper.py")
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
+    with contextlib.suppress(ImportError):  # the module has moved since the reference was written
+        moved = importlib.import_module("transformers.models.reformer.modeling_reformer")
+        sys.modules.setdefault("transformers.modeling_reformer", moved)
     with contextlib.redirect_stdout(io.StringIO()):
         from model_wrapper import ModelForSC
 

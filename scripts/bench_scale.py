@@ -147,7 +147,7 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     began = time.perf_counter()
     write_trials(folder, ledger.results(), "made up")
     made["trials.csv, s"] = f"{time.perf_counter() - began:.2f}"
-    reports = len(ledger.history())
+    reports = len(ledger.record.history())
     ledger.close()
     made["reports"] = f"{reports:,}"
     for name in (keys.JOURNAL_FILE, keys.OPTUNA_FILE):

@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, str]] = [
         "process_state ranks micro_batch passes trainer adopt samples runner evaluation maps "
         "map_view",
     ),
-    ("search", "study_settings sampling past proposals warm_start optuna_file ledger"),
+    ("search", "study_settings sampling past proposals warm_start optuna_file study_record ledger"),
     ("stages", "stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     (

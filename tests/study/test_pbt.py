@@ -228,7 +228,7 @@ def picture(folder: Path) -> tuple[Any, ...]:
     ledger, _ = open_population(folder)
     generations = [
         {k: v for k, v in e.items() if k != "time"}
-        for e in ledger.journal.events
+        for e in ledger.record.journal.events
         if e["event"] == "generation"
     ]
     curves = {

@@ -159,7 +159,9 @@ def test_without_a_scheduler_everything_is_recorded(tmp_path):
             result = {STEPS: step, DEV_ACCURACY: -number, "best_dev_accuracy": 0}
             assert fifo.on_trial_result(None, fake_trial(number, "x"), result) == "CONTINUE"
         fifo.on_trial_complete(None, fake_trial(number, "x"), {**result, STEPS: 6})
-    assert [(n, s) for n, s, _ in ledger.history()] == [(n, s) for n in range(3) for s in (2, 4, 6)]
+    assert [(n, s) for n, s, _ in ledger.record.history()] == [
+        (n, s) for n in range(3) for s in (2, 4, 6)
+    ]
     ledger.close()
 
 
