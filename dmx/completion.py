@@ -23,8 +23,8 @@ from dmx.tasks import task_names
 
 PARSERS = {
     "dmx.tune": ("dmx.tune_options", "parser"),
-    "dmx.train": ("dmx.train", "parser"),
-    "dmx.curriculum": ("dmx.curriculum", "parser"),
+    "dmx.train": ("dmx.train_options", "parser"),
+    "dmx.curriculum": ("dmx.curriculum_options", "parser"),
     "dmx.data": ("dmx.data.__main__", "parser"),
     "dmx.report": ("dmx.reading_options", "report"),
     "dmx.leaderboard": ("dmx.reading_options", "leaderboard"),

@@ -12,20 +12,6 @@ from dmx.runner import Job
 from dmx.workers import Workers, check_batch, num_cores, share_out
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """The options that ask for several workers."""
-    p.add_argument(
-        "--gpus-per-trial", type=int, metavar="N", help="GPUs that share the run's work, by Ray"
-    )
-    p.add_argument(
-        "--workers-per-trial",
-        type=int,
-        metavar="N",
-        help="processes that share the run's work, where there is no GPU",
-    )
-    p.add_argument("--address", help="with several workers: a running Ray cluster for them")
-
-
 def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
     """One worker with all of this machine's cores, or as many as the options say.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dmx import cli, place_flags
+from dmx import cli, compute_flags, place_flags
 from dmx.errors import ConfigError
 from dmx.patience import PATIENCE_SECONDS
 from dmx.records import SAMPLERS, SCHEDULERS
@@ -90,15 +90,7 @@ def parser() -> cli.Parser:
         "--time-budget", type=float, metavar="SECONDS", help="stop then; continue with --resume"
     )
     p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
-    p.add_argument(
-        "--gpus-per-trial", type=float, metavar="N", help="GPUs that share a trial's work"
-    )
-    p.add_argument(
-        "--workers-per-trial",
-        type=int,
-        metavar="N",
-        help="processes that share a trial's work (default: one for each of its GPUs)",
-    )
+    compute_flags.add_options(p, "a trial")
     p.add_argument(
         "--trials-per-gpu",
         metavar="N",
@@ -123,9 +115,6 @@ def parser() -> cli.Parser:
         default=PATIENCE_SECONDS,
         metavar="SECONDS",
         help="wait so long for a storage that is full, read-only or gone (default: 120)",
-    )
-    p.add_argument(
-        "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
     )
     place_flags.add_options(p)
     p.add_argument(

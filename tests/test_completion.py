@@ -77,12 +77,14 @@ def test_options_and_values_of_tune(folder: Path) -> None:
     assert completions("dmx.tune --resume --name b", folder) == ["butterfly-text"]
 
 
-def test_most_commands_are_answered_without_torch_and_ray(folder: Path) -> None:
+def test_commands_are_answered_without_torch_and_ray(folder: Path) -> None:
     """Stand-ins that cannot be imported come first on the path."""
     for name in ("torch", "ray", "optuna", "tensorboard"):
         (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
     path = f"{folder}:{ROOT}"
     assert completions("dmx.tune --attention sof", folder, PYTHONPATH=path) == ["softmax"]
+    assert completions("dmx.train --task text --att", folder, PYTHONPATH=path) == ["--attention"]
+    assert "pathx" in completions("dmx.curriculum p", folder, PYTHONPATH=path)
     assert "listops" in completions("dmx.data l", folder, PYTHONPATH=path)
     assert completions("dmx.leaderboard --format l", folder, PYTHONPATH=path) == ["latex"]
     assert completions("dmx.report runs/b", folder, PYTHONPATH=path) == ["runs/butterfly-text/"]

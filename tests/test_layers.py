@@ -18,8 +18,8 @@ LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
     (
         "values",
-        "cli place_flags workers registry schema overrides records patience journal resources "
-        "claim device allocator tensorboard",
+        "cli compute_flags place_flags workers registry schema overrides records patience journal "
+        "resources claim device allocator tensorboard",
     ),
     ("objectives", "objectives brackets"),
     ("mathematics", "packing parallel dropout functional ends optim"),
@@ -56,8 +56,8 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "commands",
-        "place_options tune_options tune_search train_workers tune train curriculum "
-        "attention_maps completion",
+        "place_options tune_options train_options curriculum_options tune_search train_workers "
+        "tune train curriculum attention_maps completion",
     ),
 ]
 
