@@ -18,8 +18,9 @@ from rich.text import Text
 
 from dmx import log
 from dmx import records as keys
+from dmx.log import short
 from dmx.study_files import finite
-from dmx.study_view import LogView, short
+from dmx.study_view import LogView
 
 Output = Literal["auto", "live", "plain", "json", "quiet"]
 

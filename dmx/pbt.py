@@ -21,6 +21,7 @@ from typing import Any
 from dmx import records as keys
 from dmx.data.files import put_back
 from dmx.ledger import Ledger, trial_folder
+from dmx.log import short
 from dmx.patience import persist
 from dmx.places import SHARED, Places
 from dmx.population import Exploit, apply, decide
@@ -133,7 +134,7 @@ class Population:
                 )
             self._ledger.record.compare(step, exploits)
             for e in exploits:
-                settings = ", ".join(f"{k}={v}" for k, v in e.point.items())
+                settings = ", ".join(f"{k}={short(v)}" for k, v in e.point.items())
                 logger.info(
                     "step %d: trial %d takes over trial %d: %s", step, e.trial, e.source, settings
                 )

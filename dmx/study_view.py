@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dmx import records as keys
 from dmx.ledger import trial_folder
+from dmx.log import short
 from dmx.objectives import ACCURACY, OBJECTIVES
 from dmx.overrides import flatten
 from dmx.population import apply
@@ -19,13 +20,6 @@ from dmx.sample_view import write_samples
 from dmx.tensorboard import RunWriter
 
 logger = logging.getLogger("dmx.study")
-
-
-def short(value: Any) -> str:
-    """A value for a table cell."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)
 
 
 class LogView:
@@ -97,8 +91,9 @@ class TensorBoardView:
         # The config says it for this moment; a population's trials change their values.
         values = {k: flat[k] if k in flat else point.get(k, "-") for k in self._searched}
         group = f"{self._folder.name}/{number:04d}"
-        self._writer(number).start({**values, **self._constants}, group)
-        if self._values.get(number, values) != values:
+        if number not in self._values:  # HParams keeps what it hears first
+            self._writer(number).start({**values, **self._constants}, group)
+        elif self._values[number] != values:
             rows = "\n".join(f"| {k} | {v} |" for k, v in values.items())
             text = f"From here on:\n\n| setting | value |\n|---|---|\n{rows}"
             self._writer(number).text("settings", text, self._steps.get(number, 0))
