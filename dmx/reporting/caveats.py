@@ -98,6 +98,11 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             "The test accuracy is that of one seed, the best of a search; --final-seeds N tells "
             "how much of it is luck."
         )
+    if run.search is not None and run.search.scheduler == "pbt":
+        notes.append(
+            "The settings of a population change while it trains. Trials are listed with those "
+            "they began with, and to train the best one's last settings from the start is another run."
+        )
     if run.memory_of == "process" and run.trials:
         notes.append(
             "Memory is the peak of the worker's process (no GPU): libraries count, and a worker "

@@ -42,6 +42,11 @@ def importances(run: RunReport) -> Importances:
     """
     if run.search is None:
         return Importances(note="A single run searches nothing.")
+    if run.search.scheduler == "pbt":
+        return Importances(
+            note="In a population a trial's values change, and its weights are others' before: "
+            "no result belongs to one value."
+        )
     scored = [t for t in run.trials if math.isfinite(t.best) and t.status != "RUNNING"]
     searched = {k: v for k, v in run.search.searched.items() if any(k in t.params for t in scored)}
     shared = [k for k in searched if all(k in t.params for t in scored)]

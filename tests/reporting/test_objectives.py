@@ -90,6 +90,8 @@ def test_a_population(tmp_path):
     for name in ("md", "html"):
         page = FORMATS[name](collect(folder))
         assert "The population: who took over whom" in page
+        assert "The settings of a population change while it trains." in page
+        assert "no result belongs to one value" in page
     assert "| 4 | 1 | 2 | optim.learning\\_rate 0.5 |" in FORMATS["md"](collect(folder))
 
 
