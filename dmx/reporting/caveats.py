@@ -101,7 +101,8 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
     if run.search is not None and run.search.scheduler == "pbt":
         notes.append(
             "The settings of a population change while it trains. Trials are listed with those "
-            "they began with, and to train the best one's last settings from the start is another run."
+            "they began with, and training the best one's last settings from the start is another "
+            "run."
         )
     if run.memory_of == "process" and run.trials:
         notes.append(
