@@ -8,9 +8,10 @@ a restart has nothing to restore.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -21,6 +22,16 @@ from dmx.objectives import DEFAULT, directions
 from dmx.past import Past, comparable, ranked
 from dmx.sampling import REMEMBERING, independent, make_sampler
 from dmx.space import SearchSpace
+
+
+class _Shared(FrozenTrial):
+    """A trial that a study takes as it is: a deep copy of each was nearly all of a proposal's time.
+
+    Optuna's storages replace what belongs to a trial and never change it in place.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return copy.copy(self)
 
 
 class Recorded(BaseSampler):
@@ -101,6 +112,7 @@ class Proposer:
     num_trials: int
     objectives: tuple[str, ...] = DEFAULT
     prior: tuple[Past, ...] = ()
+    _ended: dict[int, FrozenTrial] = field(default_factory=dict)
     _lived: _Life | None = None
 
     @property
@@ -125,8 +137,14 @@ class Proposer:
             self._lived = self._lived or _Life(self)
             return self._lived.ask(earlier, number, known, after)
         study = self._fresh(earlier)
-        for past in earlier:
-            study.add_trial(self._frozen(past))
+        for index, past in enumerate(earlier):
+            if index not in self._ended:
+                trial = self._frozen(past)
+                if past.place is None:  # it will change
+                    study.add_trial(trial)
+                    continue
+                self._ended[index] = trial
+            study.add_trial(self._ended[index])
         return self._ask(study, number, known)[1]
 
     def _fresh(self, own: Sequence[Past]) -> optuna.Study:
@@ -158,7 +176,7 @@ class Proposer:
         attributes = {}
         if first_generation:
             attributes[NSGAIISampler._get_generation_key()] = 0
-        return create_trial(
+        trial = create_trial(
             state=state,
             params=dict(past.params),
             distributions=dict(past.distributions),
@@ -166,6 +184,8 @@ class Proposer:
             intermediate_values=dict(past.curve) if single else None,
             system_attrs=attributes,
         )
+        trial.__class__ = _Shared
+        return trial
 
     def _source(self) -> list[FrozenTrial]:
         """What CMA-ES begins from: the prior's values that it moves itself."""
