@@ -11,7 +11,7 @@ from typing import Any
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
-from dmx.data.files import replace_folder
+from dmx.data.files import copy_folder
 from dmx.places import SHARED, Places
 from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.worker_session import RAY_DIR, WorkerSession, release
@@ -130,11 +130,7 @@ class DistributedRunner:
     def load_from(self, folder: Path) -> None:
         """Go on from another checkpoint."""
         self.close()
-        last = Path(self.job.folder) / keys.LAST_DIR
-        new = last.parent / f".{last.name}.copy"
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(open_checkpoint(folder).folder, new)
-        replace_folder(new, last)
+        copy_folder(open_checkpoint(folder).folder, Path(self.job.folder) / keys.LAST_DIR)
 
     def close(self) -> None:
         """End all workers: at once where they are at work, in good order where they rest."""

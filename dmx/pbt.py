@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.data.files import put_back
+from dmx.data.files import copy_folder, put_back
 from dmx.ledger import Ledger, trial_folder
 from dmx.log import short
 from dmx.patience import persist
@@ -144,9 +143,5 @@ class Population:
         self._places.pull(source)
         put_back(source)
         target = copied(self._ledger.folder, exploit.trial, exploit.step)
-        new = target.with_name(f".{target.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(source, new)
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
+        copy_folder(source, target)
         self._places.push(target)

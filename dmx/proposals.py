@@ -138,13 +138,10 @@ class Proposer:
             return self._lived.ask(earlier, number, known, after)
         study = self._fresh(earlier)
         for index, past in enumerate(earlier):
-            if index not in self._ended:
-                trial = self._frozen(past)
-                if past.place is None:  # it will change
-                    study.add_trial(trial)
-                    continue
+            trial = self._ended.get(index) or self._frozen(past)
+            if past.place is not None:  # else it will change
                 self._ended[index] = trial
-            study.add_trial(self._ended[index])
+            study.add_trial(trial)
         return self._ask(study, number, known)[1]
 
     def _fresh(self, own: Sequence[Past]) -> optuna.Study:

@@ -147,6 +147,10 @@ class SearchSpace:
                     f"search space {self.name} at {at or 'its defaults'}: {error}"
                 ) from None
 
+    def first(self) -> dict[str, Scalar]:
+        """The first start point, or a corner where there is none."""
+        return dict(self.start[0]) if self.start else next(self.corners())
+
     def corners(self, limit: int = 256) -> Iterator[dict[str, Scalar]]:
         """All combinations of options and bounds; a seeded sample of them where there are more."""
         corners = list(_combinations(self.space, limit))

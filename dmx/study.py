@@ -140,8 +140,7 @@ def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
     """Who trains whom, for population based training."""
     if config.scheduler != "pbt":
         return None
-    first = config.space.start[0] if config.space.start else next(config.space.corners())
-    run = config.space.run_config(config.task, config.overrides, first)
+    run = config.space.run_config(config.task, config.overrides, config.space.first())
     steps = boundaries(
         every=config.grace_steps,
         evaluation=run.train.eval_every_steps,

@@ -17,7 +17,7 @@ from typing import Any
 
 from dmx import __version__
 from dmx import records as keys
-from dmx.data.files import replace_folder
+from dmx.data.files import copy_folder
 from dmx.errors import ConfigError
 from dmx.journal import Journal
 from dmx.study_settings import read_settings
@@ -168,10 +168,7 @@ def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
     if best is None or best.checkpoint is None:
         return None
     target = folder / keys.BEST_DIR
-    new = folder / f".{keys.BEST_DIR}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(best.checkpoint.path, new)
-    replace_folder(new, target)
+    copy_folder(best.checkpoint.path, target)
     return target
 
 

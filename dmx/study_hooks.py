@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from dmx.errors import ConfigError, StorageError
 from dmx.ledger import Ledger, trial_folder
 from dmx.patience import is_storage_error
 from dmx.pbt import Population, copied
+from dmx.population import apply
 from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
 from dmx.trainable import JOB_KEY
@@ -145,9 +147,8 @@ class Recorder(tune.Callback):
         """A trial runs."""
         number = trial.config[NUMBER_KEY]
         run_config = trial.config[JOB_KEY]["run_config"]
-        point = dict(self._ledger.point(number))
-        for _, changed in sorted(self._ledger.record.exploits.get(number, {}).items()):
-            point.update(changed)
+        changes = self._ledger.record.exploits.get(number, {})
+        point = apply(self._ledger.point(number), changes, math.inf)
         self._show("started", number, point, run_config)
 
     def on_trial_result(

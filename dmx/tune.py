@@ -270,7 +270,7 @@ def _dry_run(
     fixed = _fixed(budget, overrides)
     space.check(task.name, fixed)
     out = console()
-    start = dict(space.start[0]) if space.start else next(space.corners())
+    start = space.first()
     out.print(f"data: {store.manifest.label}; {dict(store.manifest.splits)}")
     out.print(f"budget: {budget.reason}; {slots} at once")
     for name, dist in space.distributions().items():

@@ -6,13 +6,12 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import signal
 import sys
 from pathlib import Path
 
 from rich.text import Text
 
-from dmx import log
+from dmx import cli, log
 from dmx.data import listing, show
 from dmx.data.locate import default_data_root, locate
 from dmx.data.prepare import prepare, prepare_all
@@ -133,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "all" and args.source is None:
         p.error("all needs --source PATH")
     log.setup()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
     try:
-        return run(args)
+        with cli.terminate_like_interrupt():
+            return run(args)
     except DmxError as error:
         logger.error("%s", error)
         return EXIT_BAD_INPUT

@@ -87,6 +87,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def copy_folder(source: Path, folder: Path) -> None:
+    """Put a copy of `source` in the place of `folder`, as `replace_folder` does."""
+    new = folder.parent / f".{folder.name}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(source, new)
+    replace_folder(new, folder)
+
+
 def put_back(folder: Path) -> None:
     """Finish what a crash between the two renames of `replace_folder` left undone."""
     if not folder.exists() and _old(folder).exists():

@@ -98,7 +98,7 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             "The test accuracy is that of one seed, the best of a search; --final-seeds N tells "
             "how much of it is luck."
         )
-    if run.search is not None and run.search.scheduler == "pbt":
+    if run.is_population:
         notes.append(
             "The settings of a population change while it trains. Trials are listed with those "
             "they began with, and training the best one's last settings from the start is another "

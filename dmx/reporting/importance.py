@@ -42,7 +42,7 @@ def importances(run: RunReport) -> Importances:
     """
     if run.search is None:
         return Importances(note="A single run searches nothing.")
-    if run.search.scheduler == "pbt":
+    if run.is_population:
         return Importances(
             note="In a population a trial's values change, and its weights are others' before: "
             "no result belongs to one value."

@@ -63,7 +63,7 @@ def render(run: RunReport) -> str:
             parts.append(f"## The Pareto front of {', '.join(run.several)}")
             parts.append(table(tables.front_table(run)))
         parts += _importance(run)
-        if run.search is not None and run.search.scheduler == "pbt":
+        if run.is_population:
             parts.append("## The population: who took over whom")
             parts.append(table(tables.population_table(run)))
         rungs = stopping.filled_rungs(run)

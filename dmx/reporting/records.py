@@ -186,6 +186,11 @@ class RunReport:
         return objectives if len(objectives) > 1 else ()
 
     @property
+    def is_population(self) -> bool:
+        """Whether its trials took over each other's weights (--scheduler pbt)."""
+        return self.search is not None and self.search.scheduler == "pbt"
+
+    @property
     def memory_of(self) -> str:
         """What its memory is measured on: "GPU", "process", or "" where no file tells."""
         if "gpus" not in self.environment:

@@ -150,7 +150,7 @@ def _pareto(run: RunReport) -> Section | None:
 
 
 def _rungs(run: RunReport) -> Section | None:
-    if run.search is not None and run.search.scheduler == "pbt":
+    if run.is_population:
         words = "The table of trials shows what each began with."
         body = join(el("p", words, class_="soft"), table(tables.population_table(run)))
         return "population", "The population: who took over whom", body

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from dmx import pbt
 from dmx.adopt import adopt
 from dmx.checkpoint import open_checkpoint
 from dmx.data.store import Store
@@ -326,7 +325,7 @@ def test_killed_at_any_write_it_ends_the_same(undisturbed, tiny_store, tmp_path,
 
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr(Journal, "append", append)
-    monkeypatch.setattr(pbt.shutil, "copytree", copytree)
+    monkeypatch.setattr(shutil, "copytree", copytree)
     monkeypatch.setattr(trainer_module, "save_checkpoint", save)
     expected = picture(undisturbed)
     train(tmp_path / "count", tiny_store)
