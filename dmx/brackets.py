@@ -56,3 +56,27 @@ class _Split:
 def _split(count: int, factor: float) -> _Split:
     """One for all who ask: every report of a study does, and thousands of trials add up."""
     return _Split(count, factor)
+
+
+def describe_rungs(
+    scheduler: str, *, grace_steps: int, max_steps: int, reduction_factor: float
+) -> str:
+    """Where trials may end or change, in words."""
+    if scheduler == "pbt":
+        return f"pbt, a comparison every {grace_steps:,} steps"
+    if scheduler == "none":
+        return "none, every trial runs its full budget"
+    if scheduler == "hyperband":
+        brackets = num_brackets(
+            grace_steps=grace_steps, max_steps=max_steps, reduction_factor=reduction_factor
+        )
+        return (
+            f"hyperband, {brackets} brackets with rungs from {grace_steps:,} steps, "
+            f"factor {reduction_factor:g}"
+        )
+    steps, at = [], float(grace_steps)
+    while at < max_steps:
+        steps.append(f"{at:,.0f}")
+        at *= reduction_factor
+    where = f"rungs at {', '.join(steps)} steps" if steps else "no rung before the end"
+    return f"{scheduler}, {where}, the best 1/{reduction_factor:g} go on"

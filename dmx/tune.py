@@ -22,6 +22,7 @@ from dmx import (
     tune_search,
 )
 from dmx.attention.base import split_name
+from dmx.brackets import describe_rungs
 from dmx.budget import Budget, fit_budget
 from dmx.data.store import Store
 from dmx.errors import (
@@ -234,6 +235,7 @@ def _study_config(
     name: str,
     places: Places = SHARED,
 ) -> StudyConfig:
+    rungs: dict[str, Any] = {"grace_steps": budget.grace_steps, **tune_search.rungs(args)}
     return StudyConfig(
         name=name,
         task=task.name,
@@ -241,7 +243,7 @@ def _study_config(
         overrides=_fixed(budget, overrides),
         num_trials=budget.num_trials,
         max_steps=budget.max_steps,
-        grace_steps=budget.grace_steps,
+        **rungs,
         scheduler=args.scheduler,
         sampler=args.sampler,
         objectives=args.objectives,
@@ -278,6 +280,13 @@ def _dry_run(
     out.print("first trial:")
     out.print(space.run_config(task.name, fixed, start).to_yaml(), highlight=False)
     config = _study_config(args, task, space, budget, overrides, "dry-run")
+    stops = describe_rungs(
+        config.scheduler,
+        grace_steps=config.grace_steps,
+        max_steps=config.max_steps,
+        reduction_factor=config.reduction_factor,
+    )
+    out.print(f"scheduler: {stops}", highlight=False)
     cost = costs.study_cost(
         config,
         store,

@@ -70,6 +70,19 @@ def parser() -> cli.Parser:
         "objectives none)",
     )
     p.add_argument(
+        "--grace-steps",
+        type=int,
+        metavar="N",
+        help="steps before ASHA may stop a trial, or from one comparison of a population to the "
+        "next (default: a ninth of a full trial)",
+    )
+    p.add_argument(
+        "--reduction-factor",
+        type=float,
+        metavar="F",
+        help="of ASHA and Hyperband: the best 1/F of the trials pass a rung (default: 3)",
+    )
+    p.add_argument(
         "--sampler",
         choices=SAMPLERS,
         default="tpe",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
 from dmx import study_files, study_identity, warm_start
@@ -29,10 +30,35 @@ def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
             f"--scheduler {args.scheduler} stops trials by accuracy alone and would cut cheap ones "
             f"off the front of --objective {args.objective}; leave it out."
         )
+    _check_rungs(args)
     if args.scheduler == "pbt" and args.num_trials is not None:
         check_population(space, args.num_trials)
     check_sampler(args.sampler, space, objectives)
     return objectives
+
+
+def _check_rungs(args: argparse.Namespace) -> None:
+    """Refuse rungs that make no sense, or that nobody would look at."""
+    grace, factor = args.grace_steps, args.reduction_factor
+    if grace is not None and grace < 1:
+        raise ConfigError(f"--grace-steps is {grace}; it must be at least 1.")
+    if factor is not None and not 1 < factor < math.inf:
+        raise ConfigError(f"--reduction-factor is {factor:g}; it must be above 1 and finite.")
+    for option, value, of in (
+        ("--grace-steps", grace, ("asha", "hyperband", "pbt")),
+        ("--reduction-factor", factor, ("asha", "hyperband")),
+    ):
+        if value is not None and args.scheduler not in of:
+            raise ConfigError(
+                f"{option} means nothing to --scheduler {args.scheduler}; leave it out, or choose "
+                f"{' or '.join(of)}."
+            )
+
+
+def rungs(args: argparse.Namespace) -> dict[str, float]:
+    """What was said of the rungs, by StudyConfig's names; they decide a study, as its seed does."""
+    said = {"grace_steps": args.grace_steps, "reduction_factor": args.reduction_factor}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
@@ -52,7 +78,7 @@ def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, fold
     identity, files, notes = warm_start.prepare(
         args.warm_start, Path(args.storage), here, folder, known=known, resume=args.resume
     )
-    settings = study_identity.settings(config, store, identity)
+    settings = {**study_identity.settings(config, store, identity), **rungs(args)}
     study_files.open_folder(folder, settings, resume=args.resume, files=files)
     for note in notes:
         logger.info("%s", note)

@@ -119,15 +119,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def spend(config: StudyConfig, store: Store, folder: Path, *, slots: int, budget: int) -> None:
-    """Run a study, with ever more trials, until it has taken so many optimizer steps."""
+    """Run a study, with ever more trials, until it has taken so many optimizer steps.
+
+    Random search needs more trials than planned where some diverge, and end early.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+    """
     while True:
         logger.info("%s: %d trials", config.name, config.num_trials)
-        trials = run_study(config, store, folder, slots=slots).trials
-        used = sum(trial.steps for trial in trials)
-        if used >= budget or config.scheduler == "none":
+        result = run_study(config, store, folder, slots=slots)
+        if not result.complete:
+            raise KeyboardInterrupt
+        used = sum(trial.steps for trial in result.trials)
+        if used >= budget:
             return
-        more = math.ceil((budget - used) * len(trials) / used)
-        config = dataclasses.replace(config, num_trials=len(trials) + more)
+        count = len(result.trials)
+        more = math.ceil((budget - used) * count / max(used, 1))
+        config = dataclasses.replace(config, num_trials=count + min(more, count))
 
 
 def study(args: argparse.Namespace, method: str, seed: int) -> StudyConfig:

@@ -41,6 +41,17 @@ TUNE_BAD = {
         [*TUNE, "--scheduler", "pbt", "--num-trials", "8"],
         "attention.block_size, model.num_layers cannot be searched",
     ),
+    "grace": ([*TUNE, "--grace-steps", "0"], "--grace-steps is 0; it must be at least 1"),
+    "grace-none": (
+        [*TUNE, "--grace-steps", "3", "--scheduler", "none"],
+        "--grace-steps means nothing to --scheduler none",
+    ),
+    "factor": ([*TUNE, "--reduction-factor", "1"], "--reduction-factor is 1; it must be above 1"),
+    "factor-nan": ([*TUNE, "--reduction-factor", "nan"], "--reduction-factor is nan"),
+    "factor-pbt": (
+        [*TUNE, "--reduction-factor", "4", "--scheduler", "pbt"],
+        "--reduction-factor means nothing to --scheduler pbt; leave it out, or choose asha or",
+    ),
     "objective-cmaes": (
         [*TUNE, "--objective", "accuracy,memory", "--sampler", "cmaes"],
         "cmaes knows one objective only",
@@ -249,6 +260,8 @@ def test_resuming_another_study_is_refused_with_the_difference(
         ([*words, "--resume", "--seed", "4"], "seed was 3, now 4"),
         ([*words, "--resume", "--scheduler", "none"], "scheduler was 'asha', now 'none'"),
         ([*words, "--resume", "--set", "model.dropout=0.5"], "overrides was"),
+        ([*words, "--resume", "--reduction-factor", "4"], "reduction_factor was None, now 4.0"),
+        ([*words, "--resume", "--grace-steps", "5"], "grace_steps was None, now 5"),
     ):
         assert part in refused("dmx.tune", tune.main, changed, roots, capsys)
     assert tree(tmp_path) == before
@@ -270,8 +283,10 @@ def test_resuming_another_study_is_refused_with_the_difference(
 def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
     before = tree(tmp_path)
-    assert tune.main([roots.get(w, w) for w in [*TUNE, "--dry-run"]]) == 0
+    rungs = ["--max-steps", "90", "--grace-steps", "2", "--reduction-factor", "4"]
+    assert tune.main([roots.get(w, w) for w in [*TUNE, *rungs, "--dry-run"]]) == 0
     out = capsys.readouterr().out
+    assert "asha, rungs at 2, 8, 32 steps, the best 1/4 go on" in out
     assert "(tiny)" in out and "search optim.learning_rate: loguniform [0.0001, 0.01]" in out
     assert "Nothing was started" in out and tree(tmp_path) == before
 

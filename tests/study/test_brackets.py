@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dmx.brackets import bracket_of, num_brackets
+from dmx.brackets import bracket_of, describe_rungs, num_brackets
 from dmx.costing.asha import expected_steps
 from dmx.scheduler import DurableAsha
 from tests.study import test_scheduler as asha
@@ -64,3 +64,18 @@ def test_expected_steps_lie_between_asha_and_none():
     asha_steps = expected_steps(**common).expected
     hyperband = expected_steps(**common, hyperband=True).expected
     assert asha_steps < hyperband < 27 * 81
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "grace", "steps", "factor", "said"),
+    [
+        ("asha", 10, 90, 3.0, "asha, rungs at 10, 30 steps, the best 1/3 go on"),
+        ("asha", 90, 90, 3.0, "asha, no rung before the end, the best 1/3 go on"),
+        ("hyperband", 1, 81, 3.0, "hyperband, 5 brackets with rungs from 1 steps, factor 3"),
+        ("pbt", 10, 90, 3.0, "pbt, a comparison every 10 steps"),
+        ("none", 10, 90, 3.0, "none, every trial runs its full budget"),
+    ],
+)
+def test_rungs_in_words(scheduler, grace, steps, factor, said):
+    found = describe_rungs(scheduler, grace_steps=grace, max_steps=steps, reduction_factor=factor)
+    assert found == said
