@@ -15,7 +15,8 @@ from dmx.overrides import flatten, merge
 from dmx.population import check_population
 from dmx.registry import choices_message
 from dmx.schema import from_dict, join, read_yaml, to_dict
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from dmx.stage_order import StageKeys, parents, parents_first, sizes
 from dmx.stages import CurriculumConfig, StageConfig
 from dmx.tasks import task_for

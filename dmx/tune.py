@@ -39,7 +39,8 @@ from dmx.log import console
 from dmx.overrides import flatten, parse_assignments
 from dmx.places import SHARED, Places
 from dmx.resources import shipped_names
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from dmx.study import StudyConfig, run_study
 from dmx.tasks import Task, task_for
 from dmx.tune_options import check_limits, parser

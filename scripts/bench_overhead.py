@@ -27,7 +27,7 @@ from soak_study import FIXED, SPACE, TASK, write_data
 from dmx import records as keys
 from dmx.cluster import check_request, connect
 from dmx.data.store import open_store
-from dmx.space import load_space
+from dmx.space_file import load_space
 from dmx.study import StudyConfig, run_study
 from dmx.study_identity import announce
 

@@ -26,7 +26,8 @@ from soak_study import SPACE, TASK
 from dmx import records as keys
 from dmx.ledger import Ledger, trial_folder
 from dmx.scheduler import DurableAsha
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from dmx.study_files import write_trials
 from dmx.study_view import TensorBoardView
 

@@ -55,7 +55,7 @@ from dmx.reporting.efficiency import (
     table,
 )
 from dmx.reporting.plain import write_csv
-from dmx.space import load_space
+from dmx.space_file import load_space
 from dmx.study import StudyConfig, run_study
 from dmx.tasks import task_for
 

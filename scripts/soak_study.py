@@ -25,7 +25,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store_writer import StoreWriter
 from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.schema import to_dict
-from dmx.space import load_space
+from dmx.space_file import load_space
 
 TASK = "pathfinder16-cl3-d1"
 LENGTH = 256

@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, str]] = [
     ("mathematics", "packing parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
-    ("experiment", "config reference space population"),
+    ("experiment", "config reference space space_file population"),
     ("data", "data data.*"),
     ("storage of a cluster", "object_storage places folder_sync"),
     ("checkpoints", "checkpoint"),

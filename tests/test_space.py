@@ -11,7 +11,8 @@ import pytest
 from dmx.attention import ATTENTIONS
 from dmx.errors import ConfigError
 from dmx.resources import find_yaml, shipped_names
-from dmx.space import SearchSpace, load_space, nested
+from dmx.space import SearchSpace, nested
+from dmx.space_file import load_space
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence
 

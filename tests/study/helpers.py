@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from tests.tiny import SETTINGS, TASK
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,8 @@ from dmx.places import SHARED
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
 from dmx.runner import Job, Runner
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from dmx.study import StudyConfig, run_study
 from dmx.workers import Workers
 from tests.study import test_pbt

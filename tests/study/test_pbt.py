@@ -30,7 +30,8 @@ from dmx.population import (
 )
 from dmx.runner import Job, Runner
 from dmx.schema import to_dict
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from tests.study.helpers import FIXED, space
 from tests.tiny import TASK, config, one_sentence, trainer
 

@@ -18,7 +18,8 @@ from dmx.errors import ConfigError
 from dmx.ledger import Ledger
 from dmx.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
 from dmx.sampling import SAMPLERS, check_sampler, independent, make_sampler
-from dmx.space import SearchSpace, load_space
+from dmx.space import SearchSpace
+from dmx.space_file import load_space
 from tests.study.helpers import space
 from tests.tiny import TASK, one_sentence
 
