@@ -76,9 +76,9 @@ def parser() -> cli.Parser:
     p.add_argument("--space", default=str(SPACE), help="a name or a YAML path (a wide one)")
     p.add_argument("--task", default="image", help="what is trained (default: image)")
     p.add_argument("--data-root", help="prepared data; without it a sample may stand in")
-    p.add_argument("--max-steps", type=int, default=360, help="steps of a full trial (360)")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations (max-steps / 36)")
-    p.add_argument("--grace-steps", type=int, help="ASHA's first rung (max-steps / 36)")
+    p.add_argument("--max-steps", type=int, default=160, help="steps of a full trial (160)")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations (max-steps / 16)")
+    p.add_argument("--grace-steps", type=int, help="ASHA's first rung (max-steps / 16)")
     p.add_argument("--reduction-factor", type=float, default=4.0, help="of ASHA (default: 4)")
     p.add_argument("--batch-size", type=int, default=16, help="sequences per step (default: 16)")
     p.add_argument("--random-trials", type=int, default=27, help="full trials = the budget (27)")
@@ -142,8 +142,8 @@ def spend(config: StudyConfig, store: Store, folder: Path, *, slots: int, budget
 def study(args: argparse.Namespace, method: str, seed: int) -> StudyConfig:
     """The study of one method and one seed."""
     task = task_for(args.task)
-    every = args.eval_every or max(args.max_steps // 36, 1)
-    grace = args.grace_steps or max(args.max_steps // 36, every)
+    every = args.eval_every or max(args.max_steps // 16, 1)
+    grace = args.grace_steps or max(args.max_steps // 16, every)
     fixed: dict[str, Any] = {
         "train.num_steps": args.max_steps,
         "train.eval_every_steps": every,
