@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from dmx.checkpoint import TransferReport
 from dmx.costing.stage import StageCost, stage_cost
 from dmx.curriculum_view import seconds_text
 from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.log import console
 from dmx.precheck import StageData, resolve
 from dmx.stages import CurriculumConfig, StageConfig
+from dmx.transfer import TransferReport
 
 _DEV_SHARE = 0.1
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from dmx.checkpoint import open_checkpoint, transfer
+from dmx.checkpoint import open_checkpoint
 from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import CheckpointError
 from dmx.model import Classifier
 from dmx.places import SHARED, Places
 from dmx.trainer import Trainer
+from dmx.transfer import transfer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dmx import records as keys
-from dmx.checkpoint import TransferReport, open_checkpoint, plan_transfer, read_weights
+from dmx.checkpoint import open_checkpoint
 from dmx.config import RunConfig
 from dmx.data.files import is_there, sha256_file
 from dmx.data.locate import is_prepared, prepare_command
@@ -19,6 +19,7 @@ from dmx.errors import CheckpointError, ConfigError, DataError
 from dmx.history import History, attempt_folder
 from dmx.model import Classifier
 from dmx.stages import CurriculumConfig, StageConfig
+from dmx.transfer import TransferReport, plan_transfer, read_weights
 
 Shapes = Mapping[str, torch.Size]
 _MAX_VARIANTS = 64

@@ -14,7 +14,7 @@ import torch
 
 from dmx import records as keys
 from dmx.adopt import adopt
-from dmx.checkpoint import Checkpoint, open_checkpoint, read_weights, transfer
+from dmx.checkpoint import Checkpoint, open_checkpoint
 from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.files import is_there
@@ -26,6 +26,7 @@ from dmx.places import SHARED, Places
 from dmx.ranks import ALONE, PeerLost, Ranks
 from dmx.samples import predict_samples
 from dmx.trainer import Diverged, Trainer
+from dmx.transfer import read_weights, transfer
 from dmx.workers import check_batch
 
 
@@ -37,7 +38,7 @@ class Job:
         run_config: the experiment (RunConfig as a plain dict).
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
         threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
-        reinit: parameters that may keep fresh values then (see checkpoint.transfer).
+        reinit: parameters that may keep fresh values then (see transfer.transfer).
         places: object storage and local copies, where nodes share no file system.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         workers: processes that train it together; more than one need Ray (see dmx.distributed).

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dmx import cli, costs, train_workers
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint, read_weights
+from dmx.checkpoint import open_checkpoint
 from dmx.config import RunConfig, parse_run_config
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
@@ -37,6 +37,7 @@ from dmx.sample_view import write_samples
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
 from dmx.train_options import parser
+from dmx.transfer import read_weights
 from dmx.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")

@@ -13,17 +13,11 @@ import pytest
 import torch
 
 from dmx import checkpoint
-from dmx.checkpoint import (
-    open_checkpoint,
-    plan_transfer,
-    read_weights,
-    save_checkpoint,
-    tile_positions,
-    transfer,
-)
+from dmx.checkpoint import open_checkpoint, save_checkpoint
 from dmx.errors import CheckpointError
 from dmx.reference import load_model
 from dmx.trainer import build_model
+from dmx.transfer import plan_transfer, read_weights, tile_positions, transfer
 from tests.golden_files import golden
 from tests.tiny import config, one_sentence
 

@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, str]] = [
     ("experiment", "config reference space space_file population"),
     ("data", "data data.*"),
     ("storage of a cluster", "object_storage places folder_sync"),
-    ("checkpoints", "checkpoint"),
+    ("checkpoints", "checkpoint transfer"),
     (
         "training",
         "process_state ranks micro_batch passes trainer adopt samples runner evaluation maps "

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx.checkpoint import POSITION_KEY, open_checkpoint, tile_positions
+from dmx.checkpoint import open_checkpoint
 from dmx.claim import Claim, read_claim
 from dmx.curriculum import continue_command
 from dmx.data.store import Store
@@ -19,6 +19,7 @@ from dmx.errors import StageError
 from dmx.evaluation import Measurement, measure
 from dmx.runner import Job, Runner
 from dmx.schema import to_dict
+from dmx.transfer import POSITION_KEY, tile_positions
 from tests import tiny
 from tests.tiny import one_sentence
 
