@@ -41,8 +41,11 @@ def norm_sum(x: Tensor, norm: nn.LayerNorm, order: Tensor, packing: Packing) -> 
         packing: B sequences; one without tokens sums to zero.
     """
     if not is_fast(x):
-        sums = x.new_zeros(packing.mask.shape[0], x.shape[1])
-        return sums.index_add(0, packing.sequence, norm(x)[order])
+        # Each row's sequence, and not the rows in the tokens' order: what is sorted and scattered
+        # are numbers without a gradient.
+        sequence = torch.empty_like(order)
+        sequence[order] = packing.sequence
+        return x.new_zeros(packing.mask.shape[0], x.shape[1]).index_add(0, sequence, norm(x))
     return _NormSum.apply(x, norm.weight, norm.bias, norm.eps, order, tuple(packing.lengths))
 
 
