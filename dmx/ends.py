@@ -5,6 +5,7 @@ Legend: T rows (tokens), B sequences, D features, V rows of a table.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dmx.dropout import Keeps, dropout
 from dmx.functional import total
+from dmx.packing import Packing
 from dmx.parallel import is_fast, row_pieces, run_shares, single_thread
 
 
@@ -25,24 +27,26 @@ def embed(tables: Sequence[Tensor], indices: Sequence[Tensor], drop: float) -> T
     """
     if not is_fast(tables[0]):
         rows = [F.embedding(i, t) for i, t in zip(indices, tables, strict=True)]
-        return dropout(torch.stack(rows).sum(0), drop, True)
+        return dropout(functools.reduce(torch.add, rows), drop, True)
     return _Embed.apply(drop, tuple(indices), *tables)
 
 
-def norm_sum(x: Tensor, norm: nn.LayerNorm, order: Tensor, lengths: Sequence[int]) -> Tensor:
+def norm_sum(x: Tensor, norm: nn.LayerNorm, order: Tensor, packing: Packing) -> Tensor:
     """[T, D] -> [B, D], the sum of norm(x) over each sequence.
 
     Args:
         x: rows in any order.
         norm: over D.
-        order: [T], which rows are the first sequence's, the second's, and so on.
-        lengths: of the B sequences; one without rows sums to zero.
+        order: [T], the row of each of the packing's tokens.
+        packing: B sequences; one without tokens sums to zero.
     """
     if not is_fast(x):
-        segment = torch.arange(len(lengths), device=x.device)
-        segment = segment.repeat_interleave(torch.tensor(lengths, device=x.device))
-        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, segment, norm(x)[order])
-    return _NormSum.apply(x, norm.weight, norm.bias, norm.eps, order, tuple(lengths))
+        # Each row's sequence, and not the rows in the tokens' order: what is sorted and scattered
+        # are numbers without a gradient.
+        sequence = torch.empty_like(order)
+        sequence[order] = packing.sequence
+        return x.new_zeros(packing.mask.shape[0], x.shape[1]).index_add(0, sequence, norm(x))
+    return _NormSum.apply(x, norm.weight, norm.bias, norm.eps, order, tuple(packing.lengths))
 
 
 class _Embed(torch.autograd.Function):

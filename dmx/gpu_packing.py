@@ -12,7 +12,7 @@ import torch
 
 from dmx import cluster, costs
 from dmx.config import RunConfig, parse_run_config
-from dmx.data.batches import make_batch
+from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.schema import to_dict
@@ -81,24 +81,30 @@ def measure(config: StudyConfig, store: Store) -> int:
 def peak_usage(run_config: Mapping[str, Any], data_folder: str) -> Usage:
     """Train a few steps on the longest examples on this process's GPU; see Usage.
 
-    A configuration that has to shrink its micro-batch takes the GPU whole.
+    The evaluation has batches of its own size. A configuration that has to shrink either takes the
+    GPU whole.
     """
     config: RunConfig = parse_run_config(run_config)
     trainer = Trainer(config, open_store(Path(data_folder)))
     try:
-        split = trainer.store.split("train")
-        order = np.argsort(split.lengths, kind="stable")[-config.train.batch_size :]
-        batch = make_batch(split, order, trainer.length).to(trainer.device)
+        batch = _longest(trainer, "train", config.train.batch_size)
         for _ in range(_STEPS):
             trainer.train_step(batch)
-        with torch.no_grad():
-            for chunk in batch.chunks(trainer.passes.evaluation.size):
-                trainer.passes.logits(chunk)
+        trainer.model.eval()
+        trainer.passes.score(_longest(trainer, "dev", trainer.passes.evaluation.size))
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         # The driver's own part of the process is in no count of torch's.
         context = total - free - torch.cuda.memory_reserved()
         peak = torch.cuda.max_memory_reserved() + context
-        return Usage(peak if trainer.passes.micro.limit is None else total, total)
+        passes = trainer.passes
+        shrunk = passes.micro.limit is not None or passes.evaluation.limit is not None
+        return Usage(total if shrunk else peak, total)
     finally:
         trainer.close()
+
+
+def _longest(trainer: Trainer, split_name: str, count: int) -> Batch:
+    split = trainer.store.split(split_name)
+    order = np.argsort(split.lengths, kind="stable")[-count:]
+    return make_batch(split, order, trainer.length).to(trainer.device)

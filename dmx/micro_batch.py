@@ -14,8 +14,18 @@ from dmx.errors import RunFailedError
 logger = logging.getLogger("dmx.trainer")
 Result = TypeVar("Result")
 
-# CUDA's has a type of its own; what the others say is only known by its text.
-_SIGNS = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What torch's CUDA allocator says has a type of its own; all else is only known by its text. The
+# driver and the libraries speak up where others hold the memory that torch does not: trials share
+# a GPU, and kernels and workspaces are loaded as they are needed.
+_SIGNS = (
+    "can't allocate memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

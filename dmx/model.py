@@ -178,7 +178,7 @@ class Encoder(nn.Module):
     def _packed(self, ids: Tensor, mask: Tensor) -> Tensor:
         with single_thread(ids):
             packing = pack(mask)
-            tokens = ids[mask]
+            tokens = ids[packing.sequence, packing.position]  # ids[mask] would search them again
         x = self.embeddings.packed(tokens, packing.position)
         layout: Layout | None = None
         for block in self.blocks():
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         assert layout is not None
         if self.config.pooling == "cls":
             return self.norm(x[layout.inverse[packing.position == 0]])
-        return norm_sum(x, self.norm, layout.inverse, packing.lengths) / ids.shape[1]
+        return norm_sum(x, self.norm, layout.inverse, packing) / ids.shape[1]
 
 
 class Classifier(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Layout:
         slot: [T] for each row, the token's position within its group, in 0..size-1.
         buckets: cover the rows; longest groups last.
         natural: whether the order is the natural one, as for stride 1 without a masked token.
+        lengths: [G] real tokens of each group with any, ascending.
+        kept: what others compute from a layout once (see dmx.padding).
     """
 
     grouping: Grouping
@@ -65,6 +68,8 @@ class Layout:
     slot: Tensor
     buckets: tuple[Bucket, ...]
     natural: bool
+    lengths: Tensor
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,8 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
     by_count = torch.argsort(counts, stable=True)
     groups = groups[by_count]
     numbers = to_groups(natural, grouping)[by_count]
-    order = numbers[groups]
-    slot = groups.nonzero(as_tuple=True)[1]
+    group, slot = groups.nonzero(as_tuple=True)
+    order = numbers[group, slot]  # numbers[groups] would search them again
     inverse = torch.empty_like(order)
     ascending = torch.arange(order.shape[0], device=order.device)
     inverse[order] = ascending
@@ -144,7 +149,8 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
             buckets.append(Bucket(start, count, length))
             start += count * length
     in_order = len(buckets) <= 1 and torch.equal(order, ascending)
-    return Layout(grouping, order, inverse, slot, tuple(buckets), in_order)
+    lengths = counts[by_count][sizes[0] :]
+    return Layout(grouping, order, inverse, slot, tuple(buckets), in_order, lengths)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -94,13 +94,19 @@ class Passes:
         sums = torch.zeros(2, device=self._device, dtype=torch.float64)  # loss, hits
         size, share = self._eval_batch_size, self._ranks.share
         for batch in eval_batches(data, size, length, self._device, share):
-            random = RandomState(self._device)
-            sums += self.evaluation.run(
-                lambda size, batch=batch: self._score(batch, size),  # type: ignore[misc]
-                before_retry=random.restore,
-            )
+            sums += self.score(batch)
         loss, correct = self._ranks.total(sums).tolist()
         return Evaluation(loss / len(data), correct / len(data), len(data))
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """[2] float64: the sum of the losses, and how many were right, in pieces that fit.
+
+        Raises:
+            RunFailedError: not even one sequence fits the memory.
+        """
+        random = RandomState(self._device)
+        return self.evaluation.run(lambda size: self._score(batch, size), random.restore)
 
     def _score(self, batch: Batch, size: int) -> Tensor:
         """[2] float64: the sum of the losses, and how many were right."""

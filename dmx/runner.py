@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -261,7 +262,8 @@ class Runner:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
+                gc.collect()  # an optimizer and its schedule hold each other, and the weights
                 torch.cuda.empty_cache()
 
 

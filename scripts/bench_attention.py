@@ -2,14 +2,16 @@
 
     python scripts/bench_attention.py [--attentions butterfly nystrom ...]
         [--lengths 1024 2048 ... 65536] [--real 1.0] [--tokens 65536] [--limit 60] [--threads 2]
-        [--out docs/benchmarks.md]
+        [--device cpu] [--out docs/benchmarks.md]
 
 A step is forward, backward and AdamW of the LRA model (2 layers, 2 heads x 32, width 64). Each
 length has the same number of tokens per step (more sequences when they are short), of which the
 fraction `--real` is not masked, so linear growth shows as a constant; the printed time and memory
-are those of one sequence. Each cell runs in a process of its own. An attention leaves the table
-after the first step that takes longer than `--limit` seconds or does not fit into memory. The
-slope is that of log(value) over log(length), fitted to all lengths: 1 is linear, 2 quadratic.
+are those of one sequence. Each cell runs in a process of its own; on a GPU all run in one, since
+to start it takes longer than to measure there, and the peak is what torch allocated. An attention
+leaves the table after the first step that takes longer than `--limit` seconds or does not fit into
+memory. The slope is that of log(value) over log(length), fitted to all lengths: 1 is linear, 2
+quadratic.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a step")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -62,18 +65,24 @@ def main() -> None:
     header = "| attention | " + " | ".join(f"{length:,}" for length in args.lengths)
     lines = [
         f"Command: `python scripts/bench_attention.py {' '.join(sys.argv[1:])}`  ",
-        f"{args.real:.0%} of the tokens real, {args.threads} threads, torch {torch.__version__}. "
+        f"{args.real:.0%} of the tokens real, {_where(args)}, torch {torch.__version__}. "
         "Seconds of a step and peak MB above the model before it, both per sequence; the slopes "
         "are those of log(seconds) and log(MB) over log(length).",
         "",
         f"{header} | slope, time | slope, memory |",
         "|---|" + "---|" * (len(args.lengths) + 2),
     ]
+    print("\n".join(lines), flush=True)
     for name in args.attentions or ATTENTIONS.names():
         lines.append(_row(args, name))
         print(lines[-1], flush=True)
     if args.out:
-        write_section(args.out, "bench_attention", "\n".join(lines))
+        section = "bench_attention" if args.device == "cpu" else "bench_attention_gpu"
+        write_section(args.out, section, "\n".join(lines))
+
+
+def _where(args: argparse.Namespace) -> str:
+    return torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
 
 
 def _row(args: argparse.Namespace, name: str) -> str:
@@ -81,13 +90,14 @@ def _row(args: argparse.Namespace, name: str) -> str:
     found: list[tuple[int, float, float]] = []
     stop = ""
     for length in args.lengths:
-        cell = {"stop": stop} if stop else _in_child(args, name, length)
+        cell = {"stop": stop} if stop else _cell(args, name, length)
         if "stop" in cell:
             stop = str(cell["stop"])
             cells.append(stop)
             continue
         found.append((length, float(cell["seconds"]), float(cell["mb"])))
-        cells.append(f"{cell['seconds']:.3f} s, {cell['mb']:.1f} MB")
+        digits = 3 if args.device == "cpu" else 5
+        cells.append(f"{cell['seconds']:.{digits}f} s, {cell['mb']:.1f} MB")
     slopes = []
     for column in (1, 2):
         points = [(row[0], row[column]) for row in found]
@@ -100,6 +110,17 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     x = [math.log(n) for n, _ in points]
     y = [math.log(value) for _, value in points]
     return statistics.linear_regression(x, y).slope
+
+
+def _cell(args: argparse.Namespace, name: str, length: int) -> dict[str, float | str]:
+    if args.device == "cpu":
+        return _in_child(args, name, length)
+    try:
+        return _measure(args, name, length)
+    except torch.OutOfMemoryError:
+        return {"stop": "out of memory"}
+    except RuntimeError as error:
+        return {"stop": str(error).splitlines()[0][:60]}
 
 
 def _in_child(args: argparse.Namespace, name: str, length: int) -> dict[str, float | str]:
@@ -131,16 +152,28 @@ def _measure(args: argparse.Namespace, name: str, length: int) -> dict[str, floa
     )
     batch = max(1, args.tokens // length)
     ids = torch.randint(1, 256, (batch, length)) * (torch.rand(batch, length) < args.real)
-    step = our_step(model, ids, torch.randint(2, (batch,)))
-    before, seconds = peak_mb(), []
+    labels = torch.randint(2, (batch,))
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        model, ids, labels = model.cuda(), ids.cuda(), labels.cuda()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step, peak = our_step(model, ids, labels), _gpu_mb if on_gpu else peak_mb
+    before, seconds = peak(), []
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
         step()
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if seconds[-1] > args.limit:
             return {"stop": f"over {args.limit:g} s"}
     median = statistics.median(seconds[1:])
-    return {"seconds": median / batch, "mb": max(peak_mb() - before, 0.1) / batch}
+    return {"seconds": median / batch, "mb": max(peak() - before, 0.1) / batch}
+
+
+def _gpu_mb() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 _HERE = Path(__file__).resolve().parent
-FOLDERS = (_HERE / "golden" / "models", _HERE.parents[1] / "shared" / "golden" / "models")
+FOLDERS = (
+    _HERE / "golden" / "models",
+    _HERE.parents[1] / "shared" / "golden" / "models",
+    _HERE.parent / ".gpu" / "golden" / "models",  # what scripts/gpu_pack.py carries
+)
 
-# Every golden model file; those not in the repository are skipped where ../shared is absent.
+# Every golden model file; those not in the repository are skipped where no other folder has them.
 NAMES = [
     "butterfly-sparse-13",
     "butterfly-sparse-14",

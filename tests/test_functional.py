@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dmx.attention import softmax_rows
-from dmx.attention.softmax import SoftmaxMixer
 from dmx.attention.softmax_rows import Projections, attend_rows
 from dmx.ends import embed, norm_sum
 from dmx.functional import norm_linear, residual_linear, residual_mlp, small_linear
-from dmx.packing import Bucket
+from dmx.packing import Bucket, pack
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -131,13 +130,14 @@ def test_norm_sum(threads):
     torch.manual_seed(0)
     lengths = [3, 2, 0, 4, 0]
     inputs, order = [torch.randn(9, 4), torch.randn(4), torch.randn(4)], torch.randperm(9)
+    packing = pack(torch.arange(4) < torch.tensor(lengths)[:, None])
 
     def plain(x, scale, shift):
         rows = F.layer_norm(x, (4,), scale, shift, 1e-5)[order]
         return [torch.stack([part.sum(0) for part in rows.split(lengths)])]
 
     def fast(x, scale, shift):
-        return [norm_sum(x, norm_of(scale, shift), order, lengths)]
+        return [norm_sum(x, norm_of(scale, shift), order, packing)]
 
     assert_equal(gradients(fast, inputs), gradients(plain, inputs))
 
@@ -207,16 +207,3 @@ def test_the_gradient_sees_the_same_dropout(threads, monkeypatch, part, drops):
             ends.append((dropped(*moved)[0].double() * weight).sum())
         slope = float((grad * direction).double().sum())
         assert float((ends[0] - ends[1]) / (2 * step)) == pytest.approx(slope, rel=0.02), number
-
-
-def test_padded_buckets_equal_exact_ones():
-    """The path for accelerators, on the CPU."""
-    torch.manual_seed(0)
-    buckets = []
-    for count, length in ((4, 1), (3, 9), (2, 16), (5, 17), (1, 40)):
-        q, k, v = torch.randn(3, count, 2, length, 4)
-        buckets.append((q, k, v, torch.arange(length).expand(count, -1)))
-    mixer = SoftmaxMixer(0.0)
-    exact, padded = mixer.mix_buckets(buckets, 40), mixer.mix_padded(buckets)
-    for one, other in zip(exact, padded, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ LAYERS: list[tuple[str, str]] = [
         "resources claim device allocator tensorboard",
     ),
     ("objectives", "objectives brackets"),
-    ("mathematics", "packing parallel dropout functional ends optim"),
+    ("mathematics", "packing padding parallel dropout functional ends optim"),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
     ("model", "model"),
     ("experiment", "config reference space space_file population"),

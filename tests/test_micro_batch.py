@@ -32,6 +32,12 @@ def test_what_counts_as_out_of_memory():
         torch.empty(2**58)  # torch's own words on a CPU
     assert is_out_of_memory(real.value)
     assert all(map(is_out_of_memory, ERRORS))
+    outside = (
+        "CUDA error: out of memory\nCUDA kernel errors might be ...",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    )
+    assert all(is_out_of_memory(RuntimeError(text)) for text in outside)
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 

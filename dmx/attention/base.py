@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.errors import ConfigError
@@ -121,6 +122,31 @@ def split_name(name: str) -> tuple[type[AttentionConfig], int | None]:
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in float32 at least: the reference's attention leaves mixed precision."""
     return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+MOST_GROUPS = 65535
+"""torch's fused kernels on CUDA number the batch in a grid's third dimension, which ends here:
+above it they fail or, with dropout, refuse (github.com/pytorch/pytorch/issues/146704)."""
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """F.scaled_dot_product_attention, in pieces where a GPU could not take so many groups at once.
+
+    Args:
+        q, k, v: [n, H, l, Dh]. keep: [n, 1, 1, l] bool, the keys that count. dropout: of weights.
+    """
+    if q.shape[0] <= MOST_GROUPS or q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+    masks = [None] * -(-q.shape[0] // MOST_GROUPS) if keep is None else keep.split(MOST_GROUPS)
+    pieces = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)), masks, strict=True)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(a, b, c, attn_mask=mask, dropout_p=dropout)
+            for a, b, c, mask in pieces
+        ]
+    )
 
 
 class TokenMixer(nn.Module):

@@ -129,6 +129,11 @@ class ButterflyMixer(TokenMixer):
         attend = getattr(self.inner, "attend_packed", None)
         return None if attend is None else attend(x, around, layout)
 
+    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
+        """The inner mixer's `mix_rows`, where it has one."""
+        mix = getattr(self.inner, "mix_rows", None)
+        return None if mix is None else mix(qkv, layout, num_heads)
+
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"block_size={self._grouping.size}, stride={self._grouping.stride}"

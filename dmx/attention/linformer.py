@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.attention.base import (
+    ATTENTIONS,
+    AttentionConfig,
+    MixerContext,
+    TokenMixer,
+    fused_attention,
+    widen,
+)
 from dmx.errors import ConfigError
 
 
@@ -74,7 +81,7 @@ class LinformerMixer(TokenMixer):
             q, k, v = widen(q, k, v)
             hidden = ~mask.bool()[:, None, :, None]
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-            return F.scaled_dot_product_attention(q, self.E @ k, self.E @ v)
+            return fused_attention(q, self.E @ k, self.E @ v)
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """One bucket; see mix_buckets."""
@@ -93,7 +100,7 @@ class LinformerMixer(TokenMixer):
                 q, k, v = widen(q, k, v)
                 near = F.embedding(slot, columns).view(*slot.shape, num_heads, size)  # [n, l, H, k]
                 near = near.permute(0, 2, 3, 1)  # [n, H, k, l]
-                outs.append(F.scaled_dot_product_attention(q, near @ k, near @ v))
+                outs.append(fused_attention(q, near @ k, near @ v))
         return outs
 
     def extra_repr(self) -> str:

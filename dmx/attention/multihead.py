@@ -55,8 +55,17 @@ class MultiHead(nn.Module):
             if out is not None:
                 return out
         qkv, x = norm_linear(x, norm, weight, bias)  # [T, 3 * H * Dh]
-        mixed = self._mix_buckets(qkv, layout)
+        mixed = self._mix_rows(qkv, layout)
         return residual_linear(x, mixed, self.output, dropout.rate)
+
+    def _mix_rows(self, qkv: Tensor, layout: Layout) -> Tensor:
+        """[T, 3 * H * Dh] -> [T, H * Dh], on an accelerator by the mixer's own way."""
+        mix = getattr(self.mixer, "mix_rows", None)
+        if mix is not None and qkv.device.type != "cpu":
+            mixed: Tensor | None = mix(qkv, layout, self.num_heads)
+            if mixed is not None:
+                return mixed
+        return self._mix_buckets(qkv, layout)
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.attention.base import (
+    ATTENTIONS,
+    AttentionConfig,
+    MixerContext,
+    TokenMixer,
+    fused_attention,
+    widen,
+)
 from dmx.errors import ConfigError
 
 _ITERATIONS = 6
@@ -95,13 +102,13 @@ class NystromMixer(TokenMixer):
             keep = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None, :]
             q, k = q.masked_fill(hidden, 0.0), k.masked_fill(hidden, 0.0)
             if self.num_landmarks == length:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+                out = fused_attention(q, k, v, keep)
             else:
                 segments = (self.num_landmarks, length // self.num_landmarks)
                 q_m = q.unflatten(2, segments).mean(dim=3)  # [B, H, m, Dh]
                 k_m = k.unflatten(2, segments).mean(dim=3)
-                summary = F.scaled_dot_product_attention(q_m, k, v, attn_mask=keep)
-                out = F.scaled_dot_product_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
+                summary = fused_attention(q_m, k, v, keep)
+                out = fused_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
             if self.conv is None:
                 return out
             return out + self._convolve(v.masked_fill(hidden, 0.0), None)
@@ -127,7 +134,7 @@ class NystromMixer(TokenMixer):
                 q, k, v = widen(q, k, v)
                 wide.append((q, k, v, slot))
             if self.num_landmarks == full_length:
-                outs = [F.scaled_dot_product_attention(q, k, v) for q, k, v, _ in wide]
+                outs = [fused_attention(q, k, v) for q, k, v, _ in wide]
             else:
                 outs = self._through_landmarks(wide, full_length)
             if self.conv is not None:
@@ -145,8 +152,8 @@ class NystromMixer(TokenMixer):
         inverses = self._inverse(torch.cat(q_ms), torch.cat(k_ms)).split([len(x) for x in q_ms])
         outs = []
         for (q, k, v, _), q_m, k_m, inverse in zip(buckets, q_ms, k_ms, inverses, strict=True):
-            summary = F.scaled_dot_product_attention(q_m, k, v)
-            outs.append(F.scaled_dot_product_attention(q, k_m, inverse @ summary))
+            summary = fused_attention(q_m, k, v)
+            outs.append(fused_attention(q, k_m, inverse @ summary))
         return outs
 
     def _landmarks(self, x: Tensor, slot: Tensor, full_length: int) -> Tensor:

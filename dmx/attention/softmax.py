@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
+from dmx.attention.base import (
+    ATTENTIONS,
+    AttentionConfig,
+    MixerContext,
+    TokenMixer,
+    fused_attention,
+)
 from dmx.attention.softmax_rows import Projections, attend_rows
 from dmx.packing import Layout
+from dmx.padding import pad_rows, padded_batches, unpad_rows
 from dmx.parallel import is_fast
-
-WIDTH_STEP = 16
-"""On an accelerator groups are padded to multiples of this, for few and large kernels."""
-
-Heads = tuple[Tensor, Tensor, Tensor, Tensor]
-"""A bucket's q, k, v [n, H, l, Dh] and slot [n, l]."""
 
 
 @ATTENTIONS.register("softmax")
@@ -66,35 +65,25 @@ class SoftmaxMixer(TokenMixer):
         """Attention among the real tokens of each group; positions do not matter."""
         return self._attend(q, k, v, None)
 
-    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
-        """Bucket by bucket on a CPU; elsewhere with similar lengths padded and run together."""
-        if not buckets or buckets[0][0].device.type == "cpu":
-            return super().mix_buckets(buckets, full_length)
-        return self.mix_padded(buckets)
+    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+        """[T, 3 * H * Dh] -> [T, H * Dh] in few calls: groups of similar length run together.
 
-    def mix_padded(self, buckets: Sequence[Heads]) -> list[Tensor]:
-        """`mix_buckets` with one call per multiple of WIDTH_STEP: padding is masked as a key.
-
-        Written for CUDA, where dozens of small kernels cost more than the padding. It is tested
-        for equality on a CPU; its speed has not been measured.
+        For accelerators, where the hundreds of small kernels of `mix_real` for each length cost
+        more than the padding, which is masked as a key. Nothing in it makes the host wait. It is
+        tested for equality on a CPU; its speed has not been measured.
         """
-        widths = [-(-q.shape[2] // WIDTH_STEP) * WIDTH_STEP for q, *_ in buckets]
-        outs: dict[int, Tensor] = {}
-        for width in dict.fromkeys(widths):
-            same = [i for i, w in enumerate(widths) if w == width]
-            q, k, v = (
-                torch.cat(
-                    [F.pad(buckets[i][j], (0, 0, 0, width - buckets[i][j].shape[2])) for i in same]
-                )
-                for j in range(3)
-            )
-            counts = [buckets[i][0].shape[0] for i in same]
-            lengths = q.new_tensor([buckets[i][0].shape[2] for i in same], dtype=torch.long)
-            lengths = lengths.repeat_interleave(lengths.new_tensor(counts))
-            keep = torch.arange(width, device=q.device) < lengths[:, None]
-            out = self._attend(q, k, v, keep[:, None, None, :]).split(counts)
-            outs |= {i: o[:, :, : buckets[i][0].shape[2]] for i, o in zip(same, out, strict=True)}
-        return [outs[i] for i in range(len(buckets))]
+        batches = padded_batches(layout)
+        parts = qkv.split([p.rows for p in batches]) if len(batches) > 1 else [qkv] * len(batches)
+        outs = []
+        for padded, rows in zip(batches, parts, strict=True):
+            heads = pad_rows(rows, padded).unflatten(2, (3, num_heads, -1))
+            q, k, v = heads.permute(2, 0, 3, 1, 4)  # [n, H, w, Dh]
+            keep = None if padded.keep is None else padded.keep[:, None, None, :]
+            out = self._attend(q, k, v, keep).transpose(1, 2).flatten(2)
+            outs.append(unpad_rows(out, padded))
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat(outs) if outs else qkv.new_zeros(0, qkv.shape[1] // 3)
 
     def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
         """The whole branch of a block by `attend_rows`, or None where that is not faster."""
@@ -106,9 +95,7 @@ class SoftmaxMixer(TokenMixer):
         dropout = self.dropout if self.training else 0.0
         with torch.autocast(q.device.type, enabled=False):
             # fp32, as in the reference: its attention leaves mixed precision.
-            return F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), attn_mask=keep, dropout_p=dropout
-            )
+            return fused_attention(q.float(), k.float(), v.float(), keep, dropout)
 
 
 def _kept_keys(mask: Tensor) -> Tensor:
