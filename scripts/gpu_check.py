@@ -3,9 +3,9 @@
     python scripts/gpu_pack.py                      where there is a network: fills .gpu/
     python3 scripts/gpu_check.py --out DIR          on the machine, beside .gpu/
 
-Nothing is installed but into /tmp; dmx runs from the source tree, so that the machine's own torch is
-used even where it is older than the one setup.cfg asks for. Parts, each in a process of its own with
-a time of its own, so that one that fails or hangs costs the others nothing:
+Nothing is installed but into /tmp; dmx runs from the source tree, so that the machine's own torch
+is used even where it is older than the one setup.cfg asks for. Parts, each in a process of its own
+with a time of its own, so that one that fails or hangs costs the others nothing:
 
     device       nvidia-smi, versions, the two ceilings: copy and bf16 matrix product
     tests        tests/gpu without Ray
