@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from dmx import (
 )
 from dmx.attention.base import split_name
 from dmx.budget import Budget, fit_budget
+from dmx.costing.stand_in import DryData, dry_data
 from dmx.data.store import Store
 from dmx.errors import (
     EXIT_FAILED,
@@ -35,6 +37,7 @@ from dmx.errors import (
 from dmx.folder_sync import FolderSync
 from dmx.live_view import choose_view, write_json
 from dmx.log import console
+from dmx.object_storage import is_url
 from dmx.overrides import flatten, parse_assignments
 from dmx.places import SHARED, Places
 from dmx.resources import shipped_names
@@ -64,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     args.objectives = tune_search.choose(args, space)
     if args.final_seeds < 0:
         raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
-    costs.check_price(args.price_per_gpu_hour)
+    costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
     if args.time_budget is not None and not args.time_budget > 0:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     check_limits(args)
@@ -76,16 +79,13 @@ def main(argv: Sequence[str]) -> int:
     if not args.dry_run:
         sync.restore()
         _check_free(folder, resume=args.resume)
-    store = place_options.open_data(
-        places,
-        task.name,
-        args.data_root,
-        allow_sample=args.address is None,
-        generate=args.prepare and not args.dry_run,
-        address=args.address,
-    )
     if args.dry_run:
-        return _dry_run(args, task, space, overrides, store)
+        root = None if args.data_root is None else Path(args.data_root)
+        opened = functools.partial(_open_data, args, task, places)
+        generate = args.prepare and not is_url(args.data_root or "")
+        with dry_data(task, root, opened, generate=generate) as data:
+            return _dry_run(args, task, space, overrides, data, folder)
+    store = _open_data(args, task, places)
     again = cli.command_line(MODULE, argv, add="--resume")
     try:
         with cli.terminate_like_interrupt():
@@ -96,6 +96,17 @@ def main(argv: Sequence[str]) -> int:
     except StorageError as error:
         logger.error("%s\n%s", error, again)
         return EXIT_FAILED
+
+
+def _open_data(args: argparse.Namespace, task: Task, places: Places) -> Store:
+    return place_options.open_data(
+        places,
+        task.name,
+        args.data_root,
+        allow_sample=args.address is None,
+        generate=args.prepare and not args.dry_run,
+        address=args.address,
+    )
 
 
 def _search(
@@ -261,7 +272,8 @@ def _dry_run(
     task: Task,
     space: SearchSpace,
     overrides: Mapping[str, Any],
-    store: Store,
+    data: DryData,
+    folder: Path,
 ) -> int:
     with cluster.connect(args.address) if args.address else _Local() as resources:
         budget = _budget(args, task, space, resources)
@@ -269,21 +281,23 @@ def _dry_run(
         slots = min(slots, args.max_concurrent_trials or slots)
     fixed = _fixed(budget, overrides)
     space.check(task.name, fixed)
+    config = _study_config(args, task, space, budget, overrides, folder.name)
+    tune_search.check_study(args, config, data.store, folder)
     out = console()
     start = space.first()
-    out.print(f"data: {store.manifest.label}; {dict(store.manifest.splits)}")
+    out.print(f"data: {data.words}", highlight=False)
     out.print(f"budget: {budget.reason}; {slots} at once")
     for name, dist in space.distributions().items():
         out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
     out.print("first trial:")
     out.print(space.run_config(task.name, fixed, start).to_yaml(), highlight=False)
-    config = _study_config(args, task, space, budget, overrides, "dry-run")
     cost = costs.study_cost(
         config,
-        store,
+        data.store,
         slots=slots,
         final_seeds=args.final_seeds,
         price_per_gpu_hour=args.price_per_gpu_hour,
+        num_dev=data.num_dev,
     )
     for line in costs.describe(cost):
         out.print(line, highlight=False)

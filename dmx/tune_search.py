@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from dmx import study_files, study_identity, warm_start
 from dmx.data.store import Store
@@ -25,9 +26,15 @@ def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
     if args.scheduler is None:
         args.scheduler = "asha" if len(objectives) == 1 else "none"
     if len(objectives) > 1 and args.scheduler != "none":
+        why = (
+            "copies weights between trials by accuracy alone, and its trials share one size: "
+            "there is no front to find for"
+            if args.scheduler == "pbt"
+            else "stops trials by accuracy alone and would cut cheap ones off the front of"
+        )
         raise ConfigError(
-            f"--scheduler {args.scheduler} stops trials by accuracy alone and would cut cheap ones "
-            f"off the front of --objective {args.objective}; leave it out."
+            f"--scheduler {args.scheduler} {why} --objective {args.objective}; leave --scheduler "
+            "out, or give --objective accuracy."
         )
     if args.scheduler == "pbt" and args.num_trials is not None:
         check_population(space, args.num_trials)
@@ -35,8 +42,14 @@ def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
     return objectives
 
 
-def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
-    """Create the study's folder, or check that this is the study that is to be continued."""
+def check_study(
+    args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the study's settings, the files it keeps of earlier ones); nothing is written.
+
+    Raises:
+        ConfigError, StageError: the search is impossible, or an earlier study cannot be used.
+    """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)
     here = warm_start.Here(
@@ -52,10 +65,18 @@ def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, fold
     identity, files, notes = warm_start.prepare(
         args.warm_start, Path(args.storage), here, folder, known=known, resume=args.resume
     )
-    settings = study_identity.settings(config, store, identity)
-    study_files.open_folder(folder, settings, resume=args.resume, files=files)
     for note in notes:
         logger.info("%s", note)
     if alone := independent(config.sampler, config.space):
         names = ", ".join(alone)
         logger.info("sampler %s draws at random, each by itself: %s", args.sampler, names)
+    settings = study_identity.settings(config, store, identity)
+    if args.resume:
+        study_files.check_same(folder, settings)
+    return settings, files
+
+
+def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
+    """Create the study's folder, or check that this is the study that is to be continued."""
+    settings, files = check_study(args, config, store, folder)
+    study_files.open_folder(folder, settings, resume=args.resume, files=files)
