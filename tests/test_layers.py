@@ -57,7 +57,7 @@ LAYERS: list[tuple[str, str]] = [
     (
         "commands",
         "place_options tune_options train_options curriculum_options tune_search train_workers "
-        "tune train curriculum attention_maps completion",
+        "tune train curriculum attention_maps completion __main__",
     ),
 ]
 
