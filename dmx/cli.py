@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dmx import log
 from dmx.errors import (
@@ -30,6 +30,13 @@ from dmx.errors import (
 logger = logging.getLogger("dmx")
 
 
+_NEVER_EMPTY = (
+    *("storage", "data_root", "space", "warm_start", "config", "init_from", "evaluate", "out"),
+    *("source", "address", "run", "runs", "checkpoint", "curriculum"),
+)
+"""Arguments that name a place."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, and whose help shows examples as they are."""
 
@@ -41,6 +48,12 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Refuse an empty path, which is a shell variable that was not set, not the folder here."""
+        if not arg_string and action.dest in _NEVER_EMPTY:
+            raise argparse.ArgumentError(action, "it is empty; give a value, or leave it out")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""

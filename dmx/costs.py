@@ -27,6 +27,8 @@ __all__ = ["Cost", "check_price", "describe", "run_cost", "study_cost", "to_plai
 _MOST_KINDS = 16
 """Models of different size that are counted, of all that a space can propose."""
 _COUNT_SECONDS = 20.0
+_MOST_SIMULATED = 300
+"""Trials of a study whose early stopping is simulated."""
 
 
 def study_cost(
@@ -37,26 +39,19 @@ def study_cost(
     final_seeds: int = 0,
     price_per_gpu_hour: float | None = None,
     probe_seconds: float = 6.0,
+    num_dev: int | None = None,
 ) -> Cost:
     """Estimate a study: count models at the space's corners, time the cheapest and the dearest.
 
     Args:
         slots: trials at once. probe_seconds: for each of the two; 0 measures nothing.
+        num_dev: examples of the dev split; None takes the store's.
     """
     check_price(price_per_gpu_hour)
     points = [*map(dict, config.space.start), *config.space.corners()]
     runs = [config.space.run_config(config.task, config.overrides, point) for point in points]
     every = runs[0].train.eval_every_steps
-    steps = expected_steps(
-        num_trials=config.num_trials,
-        max_steps=config.max_steps,
-        grace_steps=config.grace_steps,
-        reduction_factor=config.reduction_factor,
-        eval_every_steps=every,
-        slots=slots,
-        early_stopping=config.scheduler in ("asha", "hyperband"),
-        hyperband=config.scheduler == "hyperband",
-    )
+    steps = _steps(config, every, slots)
     return _cost(
         f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",
         runs,
@@ -70,7 +65,29 @@ def study_cost(
         final_steps=final_seeds * config.max_steps,
         price_per_gpu_hour=price_per_gpu_hour,
         probe_seconds=probe_seconds,
+        num_dev=num_dev,
     )
+
+
+def _steps(config: StudyConfig, every: int, slots: int) -> ExpectedSteps:
+    """Steps of the whole study; of a long one a part is simulated and stands for the rest.
+
+    The simulation's time grows with the square of the trials, and the share that is saved hardly
+    changes any more.
+    """
+    simulated = min(config.num_trials, _MOST_SIMULATED)
+    part = expected_steps(
+        num_trials=simulated,
+        max_steps=config.max_steps,
+        grace_steps=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+        eval_every_steps=every,
+        slots=min(slots, simulated),
+        early_stopping=config.scheduler in ("asha", "hyperband"),
+        hyperband=config.scheduler == "hyperband",
+    )
+    more = config.num_trials / simulated
+    return ExpectedSteps(full=config.num_trials * config.max_steps, expected=part.expected * more)
 
 
 def run_cost(
@@ -80,8 +97,9 @@ def run_cost(
     threads: int,
     price_per_gpu_hour: float | None = None,
     probe_seconds: float = 6.0,
+    num_dev: int | None = None,
 ) -> Cost:
-    """Estimate a single run."""
+    """Estimate a single run; `num_dev` as in study_cost."""
     check_price(price_per_gpu_hour)
     train = config.train
     on_gpu = train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available())
@@ -99,6 +117,7 @@ def run_cost(
         final_steps=0,
         price_per_gpu_hour=price_per_gpu_hour,
         probe_seconds=probe_seconds,
+        num_dev=num_dev,
     )
 
 
@@ -108,7 +127,13 @@ def largest(runs: list[RunConfig], store: Store) -> RunConfig:
 
 
 def _cost(
-    what: str, runs: list[RunConfig], store: Store, *, probe_seconds: float, **rest: Any
+    what: str,
+    runs: list[RunConfig],
+    store: Store,
+    *,
+    probe_seconds: float,
+    num_dev: int | None,
+    **rest: Any,
 ) -> Cost:
     kinds = _kinds(runs)
     counted = _counted(list(kinds.values()), store)
@@ -120,7 +145,8 @@ def _cost(
         ends = [counted[0], counted[-1]] if len(counted) > 1 else [counted[0]]
         threads = max(int(rest["cpus_per_trial"]), 1)
         probes = tuple(
-            probe_step(run, store, num_threads=threads, seconds=probe_seconds) for _, run, _ in ends
+            probe_step(run, store, num_threads=threads, seconds=probe_seconds, num_dev=num_dev)
+            for _, run, _ in ends
         )
     return Cost(
         what=what,

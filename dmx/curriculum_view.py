@@ -21,6 +21,7 @@ from dmx.tensorboard import RunWriter
 logger = logging.getLogger("dmx.curriculum")
 TENSORBOARD_DIR = "tensorboard"
 STAGE_NUMBER = "stage_number"
+_STAGES = "stages/"
 _CURVE_KEYS = (
     *(keys.DEV_ACCURACY, keys.DEV_LOSS, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY),
     *(keys.LEARNING_RATE, keys.SAMPLES_PER_SECOND),
@@ -95,8 +96,11 @@ class TensorBoardView:
     def _started(self, history: History, event: Mapping[str, Any]) -> None:
         config = event["config"]
         shown = {"task": config["task"], "attention": config["attention"]["name"]}
-        writer = self._writer(self._run_name(event["stage"], event["attempt"]))
-        writer.start({**shown, "stage": event["stage"]})
+        if isinstance(label := event["data"].get("label"), str):
+            shown["data"] = label
+        name = self._run_name(event["stage"], event["attempt"])
+        row = f"{self._folder.parent.name}/{name.removeprefix(_STAGES)}"
+        self._writer(name).start({**shown, "stage": event["stage"]}, row)
         for curve, chain in self._chains(event["stage"]):
             number = 1 + [s.name for s in chain].index(event["stage"])
             step = self._offset(history, chain, event["stage"])
@@ -156,7 +160,7 @@ class TensorBoardView:
 
     @staticmethod
     def _run_name(stage: str, attempt: int) -> str:
-        return f"stages/{stage}" + (f"-attempt-{attempt}" if attempt else "")
+        return f"{_STAGES}{stage}" + (f"-attempt-{attempt}" if attempt else "")
 
     def _writer(self, name: str) -> RunWriter:
         if name not in self._writers:

@@ -102,7 +102,7 @@ def _costs(
     most = max(threads.values())
     if device == "cuda":
         device = torch.cuda.get_device_name()
-    where = f"{device}, {most} threads" if device == "cpu" else device
+    where = f"{device}, {most} thread{'s' * (most > 1)}" if device == "cpu" else device
     table = Table(title=f"what it costs, measured on this device ({where})", title_justify="left")
     table.add_column("stage")
     for column in ("parameters", "real tokens", "GFLOPs a step", "memory", "step", "dev pass"):

@@ -57,10 +57,10 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
+    new = path.parent / f".{path.name}.new-{os.getpid()}"
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(21, "it is a folder; name a file")
         new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:

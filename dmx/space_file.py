@@ -104,7 +104,11 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 
 def _distributions(value: object, where: str) -> dict[str, Distribution]:
-    return {k: _distribution(v, f"{where}.{k}") for k, v in _mapping(value, where).items()}
+    found = _mapping(value, where)
+    for key in ("when", "start"):  # indented by mistake, it would be told to be a distribution
+        if key in found:
+            raise ConfigError(f"{where}.{key}: `{key}` stands beside `space`, not in it.")
+    return {k: _distribution(v, f"{where}.{k}") for k, v in found.items()}
 
 
 def _distribution(value: object, where: str) -> Distribution:

@@ -30,6 +30,28 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _as_text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=1, sort_keys=True)
+
+
+def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """See that the folder holds the study with these settings; nothing is written.
+
+    Raises:
+        ConfigError: it holds none, or another one.
+        StageError: its settings are damaged.
+    """
+    if not (folder / keys.SETTINGS_FILE).exists():
+        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
+    old, new = read_settings(folder), json.loads(_as_text(settings))
+    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    if changed:
+        was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
+        raise ConfigError(
+            f"{folder} holds another study ({was}); repeat its settings or give --name."
+        )
+
+
 def open_folder(
     folder: Path,
     settings: Mapping[str, Any],
@@ -48,22 +70,13 @@ def open_folder(
             or holds a study with other settings.
         StageError: the study is damaged, or another process works on it.
     """
-    file = folder / keys.SETTINGS_FILE
-    if resume and not file.exists():
-        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
-    text = json.dumps(settings, indent=1, sort_keys=True)
     if resume:
-        old = read_settings(folder)
-        changed = sorted(k for k in {*old, *settings} if old.get(k) != json.loads(text).get(k))
-        if changed:
-            was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
-            raise ConfigError(
-                f"{folder} holds another study ({was}); repeat its settings or give --name."
-            )
+        check_same(folder, settings)
         Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray starts
         return
+    text = _as_text(settings)
     try:
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)

@@ -62,16 +62,23 @@ class StudyRecord:
         elif event.get("event") == "outcome":
             expect(event, trial=int, status=str, error=str, value=(*_NUMBER, type(None)))
             if event["status"] not in _ENDS:
-                raise StageError(f"{self.journal.path} tells of a trial that {event['status']!r}.")
+                raise self._foreign(f"a trial that {str(event['status'])[:40]!r}")
             self.outcomes[event["trial"]] = event
         elif event.get("event") == GENERATION:
             expect(event, step=int, exploits=list)
             for exploit in event["exploits"]:
                 if not isinstance(exploit, dict):
-                    raise StageError(f"{self.journal.path} tells of an exploit {exploit!r}.")
+                    raise self._foreign(f"a takeover {str(exploit)[:40]!r}")
                 expect(exploit, trial=int, source=int, params=dict)
                 self.exploits.setdefault(exploit["trial"], {})[event["step"]] = exploit["params"]
             self.compared.add(event["step"])
+
+    def _foreign(self, what: str) -> StageError:
+        """What to say of an event that dmx cannot have written."""
+        return StageError(
+            f"{self.journal.path} tells of {what}, so dmx did not write it; restore the journal "
+            "from a backup, or start under a new name."
+        )
 
     def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         """Record one report; its flat metrics, or None when this step of this trial is known."""

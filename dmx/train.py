@@ -20,6 +20,7 @@ from dmx import cli, costs, train_workers
 from dmx import records as keys
 from dmx.checkpoint import open_checkpoint
 from dmx.config import RunConfig, parse_run_config
+from dmx.costing.stand_in import dry_data
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.device import pick_device
@@ -55,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
     workers = train_workers.choose(args, config)
     if args.address is None:
         pick_device(config.train.device)
-    costs.check_price(args.price_per_gpu_hour)
+    costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
+    if args.init_from is not None:
+        read_weights(Path(args.init_from))  # a wrong path is found before anything is written
     if args.dry_run:
         return _dry_run(args, config)
     folder = _folder(args, config)
-    if args.init_from is not None:
-        read_weights(Path(args.init_from))  # a wrong path is found before anything is written
     store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
     resolved = config.resolved(
         vocab_size=max(config.task_info.vocab_size, store.manifest.vocab_size),
@@ -79,13 +80,21 @@ def main(argv: Sequence[str]) -> int:
 
 def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
     """What the run would cost; nothing is written."""
-    store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
-    threads = args.threads or num_cores()
-    cost = costs.run_cost(
-        config, store, threads=threads, price_per_gpu_hour=args.price_per_gpu_hour
-    )
+    root = _data_root(args, config)
+
+    def prepared() -> Store:
+        return obtain(config.task, root, allow_sample=True, generate=False)
+
+    with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
+        cost = costs.run_cost(
+            config,
+            data.store,
+            threads=args.threads or num_cores(),
+            price_per_gpu_hour=args.price_per_gpu_hour,
+            num_dev=data.num_dev,
+        )
     out = console()
-    out.print(f"data: {store.manifest.label}; {dict(store.manifest.splits)}")
+    out.print(f"data: {data.words}", highlight=False)
     for line in costs.describe(cost):
         out.print(line, highlight=False)
     out.print("Nothing was started (--dry-run).")
@@ -155,9 +164,8 @@ def _train(
     )
     events = RunWriter(folder)
     shown = flatten(to_dict(config))
-    events.start(
-        {**{k: "-" if v is None else v for k, v in shown.items()}, "data": store.manifest.label}
-    )
+    values = {k: "-" if v is None else v for k, v in shown.items()}
+    events.start({**values, "data": store.manifest.label}, folder.name)
     events.layout()
     logger.info("run %s on data: %s", folder, store.manifest.label)
     columns = (

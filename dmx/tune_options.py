@@ -15,7 +15,8 @@ EXAMPLES = """\
   python -m dmx.tune --attention butterfly-64 --task listops --num-trials 32 --max-steps 2000
       block_size is fixed to 64, the rest is searched
   python -m dmx.tune --attention softmax --task text --set model.num_layers=4
-      any setting can be fixed; python -m dmx.train --help lists them
+      any setting can be fixed; python -m dmx.train --attention softmax --task text --show
+      lists them
   python -m dmx.tune --attention butterfly --task text --resume
       continue after Ctrl-C, a crash or a time budget
   python -m dmx.tune --attention butterfly --task text --objective accuracy,latency

@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from dmx import study_files, study_identity, warm_start
 from dmx.data.store import Store
@@ -26,9 +27,15 @@ def choose(args: argparse.Namespace, space: SearchSpace) -> tuple[str, ...]:
     if args.scheduler is None:
         args.scheduler = "asha" if len(objectives) == 1 else "none"
     if len(objectives) > 1 and args.scheduler != "none":
+        why = (
+            "copies weights between trials by accuracy alone, and its trials share one size: "
+            "there is no front to find for"
+            if args.scheduler == "pbt"
+            else "stops trials by accuracy alone and would cut cheap ones off the front of"
+        )
         raise ConfigError(
-            f"--scheduler {args.scheduler} stops trials by accuracy alone and would cut cheap ones "
-            f"off the front of --objective {args.objective}; leave it out."
+            f"--scheduler {args.scheduler} {why} --objective {args.objective}; leave --scheduler "
+            "out, or give --objective accuracy."
         )
     _check_rungs(args)
     if args.scheduler == "pbt" and args.num_trials is not None:
@@ -61,8 +68,14 @@ def rungs(args: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
-    """Create the study's folder, or check that this is the study that is to be continued."""
+def check_study(
+    args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the study's settings, the files it keeps of earlier ones); nothing is written.
+
+    Raises:
+        ConfigError, StageError: the search is impossible, or an earlier study cannot be used.
+    """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)
     here = warm_start.Here(
@@ -78,10 +91,18 @@ def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, fold
     identity, files, notes = warm_start.prepare(
         args.warm_start, Path(args.storage), here, folder, known=known, resume=args.resume
     )
-    settings = {**study_identity.settings(config, store, identity), **rungs(args)}
-    study_files.open_folder(folder, settings, resume=args.resume, files=files)
     for note in notes:
         logger.info("%s", note)
     if alone := independent(config.sampler, config.space):
         names = ", ".join(alone)
         logger.info("sampler %s draws at random, each by itself: %s", args.sampler, names)
+    settings = {**study_identity.settings(config, store, identity), **rungs(args)}
+    if args.resume:
+        study_files.check_same(folder, settings)
+    return settings, files
+
+
+def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
+    """Create the study's folder, or check that this is the study that is to be continued."""
+    settings, files = check_study(args, config, store, folder)
+    study_files.open_folder(folder, settings, resume=args.resume, files=files)

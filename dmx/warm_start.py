@@ -132,7 +132,10 @@ def prepare(
 def _settings(run: Path, here: Here) -> dict[str, Any]:
     found = read_settings(run, "leave this --warm-start out")
     if not found:
-        raise ConfigError(f"--warm-start {run}: there is no study in that folder.")
+        raise ConfigError(
+            f"--warm-start {run}: there is no study in that folder; give a study's path, or its "
+            "name below --storage."
+        )
     attention = found.get("attention")
     if attention != here.space.attention:
         raise ConfigError(

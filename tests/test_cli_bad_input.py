@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dmx import cli, train, tune
+from dmx import __main__ as dmx_main
+from dmx import cli, costs, train, tune
 from dmx.cli import run_folder
+from dmx.completion import PARSERS
 from dmx.errors import ConfigError
 from dmx.journal import Journal
 from tests.tiny import SETTINGS, TASK, one_sentence, write_tiny
@@ -37,6 +39,25 @@ TUNE_BAD = {
         [*TUNE, "--objective", "accuracy,latency", "--scheduler", "hyperband"],
         "--scheduler hyperband stops trials by accuracy alone",
     ),
+    "objective-pbt": (
+        [*TUNE, "--objective", "accuracy,latency", "--scheduler", "pbt"],
+        "--scheduler pbt copies weights between trials by accuracy alone",
+    ),
+    "price": ([*TUNE, "--price-per-gpu-hour", "2"], "add --dry-run, or leave it out"),
+    "dry-resume": ([*TUNE, "--dry-run", "--resume"], "there is no study to resume in"),
+    "dry-warm": ([*TUNE, "--dry-run", "--warm-start", "none"], "its name below --storage"),
+    "dry-pbt": (
+        [*TUNE, "--dry-run", "--scheduler", "pbt"],
+        "attention.block_size, model.num_layers cannot be searched",
+    ),
+    "dry-no-prepare": (
+        ["--attention", "softmax", "--task", "listops", "--dry-run", "--no-prepare"],
+        "python -m dmx.data listops",
+    ),
+    "storage-empty": ([*TUNE, "--storage", ""], "argument --storage: it is empty"),
+    "space-empty": ([*TUNE, "--space", ""], "argument --space: it is empty"),
+    "warm-empty": ([*TUNE, "--warm-start", ""], "argument --warm-start: it is empty"),
+    "address-empty": ([*TUNE, "--address", ""], "argument --address: it is empty"),
     "pbt-shapes": (
         [*TUNE, "--scheduler", "pbt", "--num-trials", "8"],
         "attention.block_size, model.num_layers cannot be searched",
@@ -142,6 +163,11 @@ TRAIN_BAD = {
     "name-long": ([*TRAIN, "--name", "x" * 300], "cannot be written (File name too long)"),
     "storage-file": ([*TRAIN, "--storage", "bad.yaml"], "cannot be written (Not a directory)"),
     "resume-nothing": ([*TRAIN, "--resume"], "there is no run to resume"),
+    "price": ([*TRAIN, "--price-per-gpu-hour", "2"], "add --dry-run, or leave it out"),
+    "root-empty": ([*TRAIN, "--data-root", ""], "argument --data-root: it is empty"),
+    "config-empty": (["--config", ""], "argument --config: it is empty"),
+    "evaluate-empty": (["--evaluate", ""], "argument --evaluate: it is empty"),
+    "init-dry": ([*TRAIN, "--init-from", "nowhere", "--dry-run"], "nowhere does not exist"),
     "init-none": ([*TRAIN, "--init-from", "nowhere"], "nowhere does not exist"),
     "init-text": ([*TRAIN, "--init-from", "bad.yaml"], "cannot be read as a weights-only file"),
     "data-none": (
@@ -291,11 +317,35 @@ def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):
     assert "Nothing was started" in out and tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("module", [tune, train])
+def test_a_dry_run_generates_no_data(module, tmp_path, capsys, monkeypatch):
+    """It measures on a stand-in where the run itself would generate its data, and says so."""
+    asked = []
+
+    def cost(config, store, *, num_dev, **rest):
+        asked.append((store.manifest.task, num_dev))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(costs, "run_cost", cost)
+    monkeypatch.setattr(costs, "study_cost", cost)
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="enough"):
+        module.main(["--attention", "softmax", "--task", "listops", "--dry-run"])
+    assert asked == [("listops", 2000)] and tree(tmp_path) == before
+
+
 def test_show_is_a_config_that_reads_back(roots, tmp_path, capsys):
     assert train.main([roots.get(w, w) for w in [*TRAIN, "train.seed=77", "--show"]]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     assert train.main(["--config", "shown.yaml", "--show"]) == 0
     assert "seed: 77" in capsys.readouterr().out
+
+
+def test_the_package_lists_its_commands(capsys):
+    assert dmx_main.main([]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in listed[:-1]] == list(PARSERS)
+    assert "python -m dmx.tune --help" in refused("dmx", dmx_main.main, ["tune"], {}, capsys)
 
 
 @pytest.mark.parametrize("name", ["ü b", "a.b", "x" * 200])

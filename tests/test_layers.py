@@ -56,8 +56,8 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "commands",
-        "place_options tune_options train_options curriculum_options tune_search train_workers "
-        "tune train curriculum attention_maps completion",
+        "place_options tune_options train_options curriculum_options tune_search tune_plan "
+        "tune_dryrun train_workers tune train curriculum attention_maps completion __main__",
     ),
 ]
 

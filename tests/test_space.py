@@ -218,6 +218,10 @@ BAD = {
         "attention: butterfly\ntasks: {text: [1]}\n",
         "tasks.text must be a mapping",
     ),
+    "when-in-space": (
+        "attention: butterfly\nspace: {when: [{if: {}}]}\n",
+        "space.when: `when` stands beside `space`, not in it",
+    ),
     "when-mapping": ("attention: butterfly\nwhen: {if: 1}\n", "when must be a list"),
     "when-text": ("attention: butterfly\nwhen: [x]\n", "when[0] must be a mapping"),
     "when-keys": ("attention: butterfly\nwhen: [{iff: {}}]\n", "when[0]: 'iff' is not a key"),

@@ -94,11 +94,16 @@ class Cost:
         return None if self.price_per_gpu_hour is None else self.gpu_hours * self.price_per_gpu_hour
 
 
-def check_price(price: float | None) -> None:
-    """Refuse a price that is none.
+def check_price(price: float | None, *, dry_run: bool = True) -> None:
+    """Refuse a price that is none, or that no estimate would use.
 
     Raises:
-        ConfigError: it is negative or not a number.
+        ConfigError: it is negative or not a number, or given without --dry-run.
     """
+    if price is not None and not dry_run:
+        raise ConfigError(
+            "--price-per-gpu-hour is for --dry-run, which starts nothing; add --dry-run, or leave "
+            "it out."
+        )
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price-per-gpu-hour is {price}; it must not be negative.")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from dmx.data.locate import default_data_root, is_prepared
 from dmx.data.manifest import Manifest
+from dmx.data.readers import listops_generated
+from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DmxError
 from dmx.tasks import Task
 
 _NUM_EXAMPLES = 8
-GENERATED, RANDOM = "freshly generated images", "random tokens"
+GENERATED, RANDOM = "freshly generated images", "random tokens of the full length"
 
 
 @contextlib.contextmanager
@@ -47,6 +51,49 @@ def stand_in(task: Task) -> Iterator[Store]:
                 other = ids[::-1].copy() if task.paired else None
                 writer.add("train", ids, number % task.num_classes, other)
         yield open_store(folder)
+
+
+@dataclass(frozen=True)
+class DryData:
+    """What a dry run measures on.
+
+    Attributes:
+        num_dev: examples of the dev split; None where they are the store's. words: for the user.
+    """
+
+    store: Store
+    num_dev: int | None
+    words: str
+
+
+@contextlib.contextmanager
+def dry_data(
+    task: Task, root: Path | None, obtain: Callable[[], Store], *, generate: bool
+) -> Iterator[DryData]:
+    """The task's data; a stand-in where the run itself would generate them, as nothing is written.
+
+    Args:
+        root: the data root; None is the default one. obtain: opens data that are there.
+        generate: the run may generate data.
+
+    Raises:
+        DataError: see obtain.
+    """
+    root = default_data_root() if root is None else root
+    if not generate or not task.generated or is_prepared(task.name, root):
+        store = obtain()
+        yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
+        return
+    with stand_in(task) as store:
+        words = (
+            f"{task.name} is not in {root}; the run would generate it. Measured on "
+            f"{store.manifest.data_name}"
+        )
+        yield DryData(store, _NUM_DEV[task.family], words)
+
+
+_NUM_DEV = {"listops": listops_generated.SIZES["dev"], "pathfinder": NUM_IMAGES // 10}
+"""Examples of the dev split that is generated without options."""
 
 
 def _examples(task: Task) -> tuple[list[npt.NDArray[np.uint16]], str]:

@@ -25,7 +25,8 @@ def describe(cost: Cost) -> list[str]:
         f"moved, {scaled(low.tokens)} real tokens"
     )
     needed = _range(min(memory), max(memory), "B", 1024)
-    lines.append(f"  memory for weights, optimizer and activations: {needed}")
+    process = "" if cost.gpus_per_trial else "; the process itself needs about 400 MiB more"
+    lines.append(f"  memory for weights, optimizer and activations: {needed}{process}")
     peaks = [p.peak_memory_bytes for p in cost.probes if p.peak_memory_bytes is not None]
     if peaks:
         lines.append(f"  memory measured on the GPU: {_range(min(peaks), max(peaks), 'B', 1024)}")

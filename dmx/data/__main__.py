@@ -30,7 +30,6 @@ python -m dmx.data TASK [--source PATH]      prepare a task; without a source it
 
 
 EXAMPLES = """\
-examples:
   python -m dmx.data listops
       generate ListOps with the published number of expressions
   python -m dmx.data pathX-cl14_nogap --num-images 20000 --workers 8
@@ -43,15 +42,14 @@ examples:
 tasks: """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """All options of all four commands."""
-    p = argparse.ArgumentParser(
+    p = cli.Parser(
         prog="python -m dmx.data",
-        usage=USAGE,
-        epilog=EXAMPLES + ", ".join(task_names()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description="Prepare, list and show the data of the tasks.",
+        examples=EXAMPLES + ", ".join(task_names()),
     )
+    p.usage = USAGE
     p.add_argument("what", metavar="TASK|all|list|show", help="a task, or one of the three words")
     p.add_argument("task", nargs="?", help="after `show`: the task")
     p.add_argument("--data-root", type=Path, help="default: $DMX_DATA_ROOT, else ./data")
@@ -63,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of a generated set")
     p.add_argument("--render", choices=("original", "lra"), help="look of generated images")
     p.add_argument("--num-train", type=int, help="expressions of generated ListOps")
-    p.add_argument("--num-dev", type=int)
-    p.add_argument("--num-test", type=int)
+    p.add_argument("--num-dev", type=int, help="the same of its dev split")
+    p.add_argument("--num-test", type=int, help="the same of its test split")
     p.add_argument("--verify", action="store_true", help="list: check every whole file")
     p.add_argument("--split", default="train", choices=("train", "dev", "test"), help="show")
     p.add_argument("--num", type=int, default=10, help="show: how many examples")
@@ -104,17 +102,20 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
     """Print what the data look like, and write the picture if one is asked for."""
     store = locate(args.task, root, allow_sample=True)
     split = store.split(args.split)
+    image = task_for(args.task).image_side is not None
+    texts = [] if image else list(show.snippets(store, args.split, args.num))
+    pictured = show.strip(store, args.split, args.num) if image else None
     out = log.console()
     out.print(show.headline(store, args.split), markup=False)
     out.print(show.classes(store, args.split))
-    if task_for(args.task).image_side is not None:
+    if pictured is not None:
         dark = (split.gather(range(min(len(split), 1000)), store.manifest.max_length) == 0).mean()
         out.print(f"black pixels (masked by the reference): {dark:.1%}")
         path = args.out or Path(f"{store.manifest.task}-{args.split}.png")
-        picture = show.strip(store, args.split, args.num)
+        picture = pictured
     else:
         out.print(show.histogram(split.lengths, store.manifest.max_length))
-        for line in show.snippets(store, args.split, args.num):
+        for line in texts:
             out.print(Text(line))  # a text, not markup: snippets hold brackets
         path, picture = args.out, show.length_picture(split, store.manifest)
     if path is not None:
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         with cli.terminate_like_interrupt():
             return run(args)
     except DmxError as error:
-        logger.error("%s", error)
+        sys.stderr.write(f"{p.prog}: {error}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         command = shlex.join(sys.argv[1:] if argv is None else argv)

@@ -88,6 +88,11 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
         )
     if not run.complete:
         severe.append(_incomplete(run))
+    if run.kind == "study" and run.trials and run.count("FAILED") == len(run.trials):
+        severe.append(
+            f"All trials failed, the first because: {run.trials[0].error or 'unknown'}. There is "
+            "no result; the column error of the trials says more."
+        )
     if task is not None and task.family == "text" and not run.is_sample:
         notes.append(
             "Text has no validation set of its own: dev is test, as in the reference, so the best "

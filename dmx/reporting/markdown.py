@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from dmx.reporting import stopping, tables
@@ -10,7 +11,7 @@ from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table
-from dmx.reporting.text import train_command
+from dmx.reporting.text import MISSING, train_command
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
@@ -49,12 +50,16 @@ def render(run: RunReport) -> str:
     test = tables.ours(run)
     seeds = f" over {len(run.finals.seeds)} seeds" if run.finals else ""
     best = run.best_trial
-    parts.append(f"Test accuracy: {test} %{seeds}.")
-    if best is not None:
-        parts.append(f"Best dev accuracy: {100 * best.best:.2f} % (trial {best.number}).")
+    if test != MISSING:
+        parts.append(f"Test accuracy: {test} %{seeds}.")
+    if best is not None and math.isfinite(best.best):
+        where = {"study": f"trial {best.number}", "run": "", "curriculum": "last stage"}[run.kind]
+        what = "Dev accuracy" if run.stages else "Best dev accuracy"
+        parts.append(f"{what}: {100 * best.best:.2f} %{f' ({where})' if where else ''}.")
     command = train_command(run)
     if command:
-        parts += ["## Best configuration", f"```\n{command}\n```"]
+        title = "Last configuration" if run.stages else "Best configuration"
+        parts += [f"## {title}", f"```\n{command}\n```"]
     if run.stages:
         parts += ["## Stages", table(tables.stages_table(run))]
     if run.kind == "study" and run.trials:

@@ -129,6 +129,7 @@ class Stage:
     name: str
     task: str
     data: str = ""
+    data_checksum: str = ""
     status: str = ""
     parent: str | None = None
     steps: int = 0

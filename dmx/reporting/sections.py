@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from dmx import records as keys
 from dmx.objectives import ACCURACY
 from dmx.reporting import figures, stopping, tables
@@ -16,6 +18,8 @@ from dmx.reporting.text import train_command
 
 Section = tuple[str, str, Markup]
 """(anchor, title, content)."""
+_MANY_ROWS, _FIRST_ROWS = 40, 25
+"""A longer table of trials is folded after its best ones: the figures below it are read first."""
 
 
 def all_sections(run: RunReport) -> list[Section]:
@@ -86,7 +90,18 @@ def _stages(run: RunReport) -> Section | None:
 def _trials(run: RunReport) -> Section | None:
     if run.kind != "study" or not run.trials:
         return None
-    return "trials", "Trials", table(tables.trials_table(run))
+    data = tables.trials_table(run)
+    if len(data.rows) <= _MANY_ROWS:
+        return "trials", "Trials", table(data)
+    summary = el("summary", f"The other {len(data.rows) - _FIRST_ROWS} trials")
+    rest = el("details", summary, table(_part(data, slice(_FIRST_ROWS, None))))
+    words = el("p", f"The best {_FIRST_ROWS} of {len(data.rows)}.", class_="soft")
+    first = table(_part(data, slice(_FIRST_ROWS)))
+    return "trials", "Trials", join(words, first, rest)
+
+
+def _part(data: Table, rows: slice) -> Table:
+    return dataclasses.replace(data, rows=data.rows[rows], styles=data.styles[rows])
 
 
 def _history(run: RunReport) -> Section | None:

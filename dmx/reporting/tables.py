@@ -158,7 +158,9 @@ def published_table(run: RunReport, published: Published, sources: set[str] | No
         return make("model|>accuracy", rows, styles)
     seeds = len(run.finals.seeds) if run.finals else 1
     mark = "" if run.data == run.task else f" on {run.data}"
-    rows.append((f"ours: {run.attention}{mark}", ours(run), f"{seeds} seed{'s' * (seeds > 1)}"))
+    accuracy = ours(run)
+    remark = "no test yet" if accuracy == MISSING else f"{seeds} seed{'s' * (seeds > 1)}"
+    rows.append((f"ours: {run.attention}{mark}", accuracy, remark))
     styles.append("ours")
     group = ""
     for row in published.of(column):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx import records as keys
 from dmx.curriculum_view import STAGE_NUMBER, TENSORBOARD_DIR, TensorBoardView, seconds_text
@@ -54,6 +55,14 @@ def test_one_curve_over_all_stages(tmp_path: Path) -> None:
     assert [value for _, value in curve] == [*GOOD, *GOOD, *[0.9] * 4, *GOOD]
     numbers = dict(points(folder, "curriculum", STAGE_NUMBER))
     assert [numbers[s] for s in (2, 10, 18, 32)] == [1, 2, 2, 3]
+    rows = {
+        stage: read(folder, f"stages/{stage}").PluginTagToContent("hparams")
+        for stage in ("a", "b-attempt-1")
+    }
+    for stage, found in rows.items():
+        started = HParamsPluginData.FromString(found["_hparams_/session_start_info"])
+        assert started.session_start_info.group_name == f"run/{stage}"
+        assert started.session_start_info.hparams["data"].string_value.endswith("(tiny)")
     boundaries = read(folder, "curriculum").Tensors("stage/text_summary")
     assert [e.step for e in boundaries] == [0, 8, 16, 24]
     assert points(folder, "stages/b-attempt-1", keys.DEV_ACCURACY)[0] == (2, 0.9)

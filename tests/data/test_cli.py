@@ -160,3 +160,35 @@ def test_read_only_root(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     (tmp_path / "locked").mkdir(mode=0o555)
     assert main(["listops", "--data-root", "locked/data", "--num-train", "5"]) == 2
     assert "permission denied" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["show"], "show needs a task"),
+        (["all"], "all needs --source PATH"),
+        (["listops", "text"], "unexpected 'text'"),
+        (["list", "--data-root", ""], "argument --data-root: it is empty"),
+        (["listops", "--source", ""], "argument --source: it is empty"),
+        (["lisotps"], "did you mean 'listops'?"),
+        (["listops", "--num-train", "0"], "--num-train must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, message, tmp_path, capsys) -> None:
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert err.startswith("python -m dmx.data: ") and list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_number_to_show_is_said_before_anything_is_shown(capsys) -> None:
+    sizes = ["--num-train", "4", "--num-dev", "2", "--num-test", "2", "--workers", "1"]
+    assert main(["listops", *sizes]) == 0
+    capsys.readouterr()
+    assert main(["show", "listops", "--num", "5"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--num 5 must lie in 1..4" in err

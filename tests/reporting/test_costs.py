@@ -267,6 +267,9 @@ def test_run_and_study_of_real_data(tiny_store: Store) -> None:
         max_steps=8,
         grace_steps=2,
     )
+    many = costs._steps(dataclasses.replace(config, num_trials=10**9), 2, 4)
+    few = costs._steps(dataclasses.replace(config, num_trials=costs._MOST_SIMULATED), 2, 4)
+    assert many.full == 8 * 10**9 and many.saved == pytest.approx(few.saved)
     study = costs.study_cost(config, tiny_store, slots=2, price_per_gpu_hour=1, probe_seconds=0.1)
     assert study.num_kinds == 2, "learning rates cost nothing"
     assert study.weights == (2, 2) and len(study.probes) == 2
@@ -279,7 +282,7 @@ def test_no_time_is_promised_for_a_gpu_that_is_not_here(tiny_store: Store, monke
     cost = costs._cost(
         "x", [_config("none")], tiny_store, probe_seconds=0.1,
         steps=ExpectedSteps(full=8, expected=8.0), num_trials=1, evaluations=1.0,
-        cpus_per_trial=1.0, gpus_per_trial=1.0, slots=1,
+        cpus_per_trial=1.0, gpus_per_trial=1.0, slots=1, num_dev=None,
     )  # fmt: skip
     assert not cost.probes and "no GPU" in costs.describe(cost)[-1]
 
@@ -288,3 +291,5 @@ def test_no_time_is_promised_for_a_gpu_that_is_not_here(tiny_store: Store, monke
 def test_impossible_price(price: float) -> None:
     with pytest.raises(ConfigError, match="--price-per-gpu-hour"):
         costs.check_price(price)
+    with pytest.raises(ConfigError, match="add --dry-run"):
+        costs.check_price(2.0, dry_run=False)

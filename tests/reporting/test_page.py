@@ -17,6 +17,7 @@ from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.collect import collect
 from dmx.reporting.html import render
 from dmx.reporting.markdown import escape as markdown_escape
+from dmx.reporting.markdown import render as markdown
 from dmx.reporting.markup import Markup, el, join
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 
@@ -146,6 +147,34 @@ def test_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert rows[0]["attention.block_size"] == "32" and rows[3]["error"]
 
 
+def test_a_study_of_failures_says_so(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s", [("FAILED", 32, 1e-3, {})] * 2, best=None)
+    run = collect(folder)
+    assert any(
+        c.text.startswith("All trials failed, the first because: the loss is not finite.")
+        for c in caveats(run)
+        if c.level == "severe"
+    )
+    for text in (Page(render(run)).text, markdown(run)):
+        assert "All trials failed" in text and "1 seed" not in text and "no test yet" in text
+    assert "Test accuracy:" not in markdown(run)
+
+
+def test_a_long_table_of_trials_is_folded(tmp_path: Path) -> None:
+    trials = [("COMPLETE", 32, 1e-3, {8: 0.3 + n / 1000}) for n in range(60)]
+    page = Page(render(collect(make_study(tmp_path / "s", trials))))
+    assert "The best 25 of 60." in page.text and "The other 35 trials" in page.text
+    shown, _, folded = page.text.partition("The other 35 trials")
+    assert "35.90" in shown and "30.00" in folded.partition("Optimisation and learning")[0]
+
+
+def test_markdown_of_a_curriculum_speaks_of_stages(tmp_path: Path) -> None:
+    run = collect(make_curriculum(tmp_path / "c"))
+    assert run.data_checksum == "ab" * 32
+    text = markdown(run)
+    assert "## Last configuration" in text and "(last stage)" in text and "(trial" not in text
+
+
 def test_markdown_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert markdown_escape("a|b\n<c> *d*") == r"a\|b \<c\> \*d\*"
     folder = make_study(tmp_path / "s", error="x | y\n# z <b>")
@@ -173,6 +202,9 @@ def test_bad_input_is_one_sentence_and_code_2(tmp_path: Path, capsys) -> None:
         [str(folder), "--out", str(tmp_path / "no" / "r.html")],
         [str(folder), "--out", str(tmp_path / "file" / "r.html")],
         [str(folder), "--out", str(tmp_path)],
+        [str(folder), "--out", ""],
+        [str(folder), "--out", "/"],
+        [""],
         ["--wrong"],
     ]
     for argv in bad:

@@ -20,6 +20,7 @@ from dmx.journal import Journal, encode
 from dmx.ledger import Ledger, trial_folder
 from dmx.records import best_trial
 from dmx.sampling import make_sampler
+from dmx.study_record import StudyRecord
 from tests.study.helpers import space
 from tests.tiny import one_sentence
 
@@ -152,6 +153,23 @@ def test_a_repeated_report_counts_once(tmp_path):
     assert len(journal_lines(tmp_path / "a", "report")) == 1
     assert len(journal_lines(tmp_path / "a", "outcome")) == 1
     assert picture(tmp_path / "a")[0][1:4:2] == ("COMPLETE", [0.5])
+
+
+@pytest.mark.parametrize(
+    ("event", "part"),
+    [
+        ({"event": "outcome", "trial": 0, "status": "LOST", "value": 0.5, "error": ""}, "'LOST'"),
+        ({"event": "generation", "step": 2, "exploits": ["x"]}, "a takeover 'x'"),
+        ({"event": "generation", "step": 2, "exploits": [{"trial": 1}]}, "no sound source"),
+    ],
+)
+def test_what_dmx_did_not_write_is_refused_with_a_remedy(tmp_path, event, part):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "journal.jsonl").write_bytes(encode(event))
+    with pytest.raises(StageError) as caught:
+        StudyRecord(tmp_path / "a" / "journal.jsonl")
+    assert part in str(caught.value) and "restore the journal from a backup" in str(caught.value)
+    one_sentence(caught.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, None])
