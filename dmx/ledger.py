@@ -19,30 +19,18 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx import records as keys
-from dmx.data.files import put_back
 from dmx.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.optuna_file import open_optuna
-from dmx.past import Past
+from dmx.past import ASKED_AFTER, Past, past_trials
 from dmx.proposals import Proposer, Recorded
 from dmx.sampling import REMEMBERING
 from dmx.space import SearchSpace
 from dmx.study_record import StudyRecord
+from dmx.trial_results import trial_result
 from dmx.warm_start import read_prior
 
 logger = logging.getLogger("dmx.ledger")
 TRIALS_DIR = "trials"
-_NUMBER = (int, float)
-_ENDS = ("COMPLETE", "PRUNED", "FAILED")
-
-_ASKED_AFTER = "asked_after"
-"""How many trials had ended when this one was proposed; samplers with generations need it."""
-_STATUS: dict[TrialState, keys.TrialStatus] = {
-    TrialState.COMPLETE: "COMPLETE",
-    TrialState.PRUNED: "PRUNED",
-    TrialState.FAIL: "FAILED",
-    TrialState.RUNNING: "RUNNING",
-    TrialState.WAITING: "RUNNING",
-}
 
 
 @dataclass
@@ -154,9 +142,9 @@ class Ledger:
             self._next = trial.number + 1
         after = len(self.outcomes)
         if self._proposer.kind in REMEMBERING:
-            after = trial.user_attrs.get(_ASKED_AFTER, after)
-            if _ASKED_AFTER not in trial.user_attrs:
-                trial.set_user_attr(_ASKED_AFTER, after)
+            after = trial.user_attrs.get(ASKED_AFTER, after)
+            if ASKED_AFTER not in trial.user_attrs:
+                trial.set_user_attr(ASKED_AFTER, after)
         number = trial.number
         start = self.space.start[number] if number < len(self.space.start) else {}
         fixed = self._frozen(number).system_attrs.get("fixed_params", {})  # enqueued by hand
@@ -175,25 +163,7 @@ class Ledger:
 
     def _past(self, number: int) -> list[Past]:
         """The trials before one, as a sampler may see them."""
-        places = {n: place for place, n in enumerate(self.outcomes)}
-        found = []
-        for frozen in self.study.get_trials(deepcopy=False)[:number]:
-            outcome = self.outcomes.get(frozen.number)
-            values = None
-            if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
-                values = tuple(outcome.get("values") or (outcome["value"],))
-            found.append(
-                Past(
-                    params=frozen.params,
-                    distributions=frozen.distributions,
-                    state=frozen.state,
-                    values=values,
-                    curve=frozen.intermediate_values,
-                    asked_after=frozen.user_attrs.get(_ASKED_AFTER, 0),
-                    place=places.get(frozen.number),
-                )
-            )
-        return found
+        return past_trials(self.study.get_trials(deepcopy=False)[:number], self.outcomes)
 
     # -- telling ----------------------------------------------------------------------------
 
@@ -280,30 +250,14 @@ class Ledger:
 
     def _result(self, frozen: FrozenTrial) -> keys.TrialResult:
         number = frozen.number
-        reports = self.reports.get(number, {})
-        last = reports[max(reports)] if reports else {}
-        best, *_ = values = self._values(number)
-        folder = trial_folder(self.folder, number) / keys.BEST_DIR
-        if frozen.state.is_finished():  # else its process may be at work there
-            put_back(folder)
-        checkpoint = None
-        if folder.is_dir():
-            checkpoint = keys.CheckpointRef(
-                path=folder, step=int(last.get(keys.BEST_STEP, 0)), dev_accuracy=best
-            )
-        params = self._live[number].point if number in self._live else dict(frozen.params)
-        return keys.TrialResult(
-            trial_id=f"{number:04d}",
-            number=number,
-            status=_STATUS[frozen.state],
-            params=params,
-            metrics=last,
-            best_dev_accuracy=best,
-            steps=int(last.get(keys.STEPS, 0)),
-            seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
-            checkpoint=checkpoint,
+        live = self._live.get(number)
+        return trial_result(
+            frozen,
+            folder=trial_folder(self.folder, number) / keys.BEST_DIR,
+            params=live.point if live else dict(frozen.params),
+            reports=self.reports.get(number, {}),
+            values=dict(zip(self.objectives, self._values(number), strict=True)),
             error=self.outcomes.get(number, {}).get("error", ""),
-            values=dict(zip(self.objectives, values, strict=True)),
             changes=self.record.exploits.get(number, {}),
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,40 @@ class Past:
     asked_after: int = 0
     place: int | None = None
     group: str = ""
+
+
+ASKED_AFTER = "asked_after"
+"""A trial's attribute in Optuna: how many had ended when it was proposed; samplers with generations
+need it."""
+
+
+def past_trials(
+    trials: Sequence[FrozenTrial], outcomes: Mapping[int, Mapping[str, Any]]
+) -> list[Past]:
+    """A study's own trials, from Optuna's record of their points and the journal's of their ends.
+
+    Args:
+        outcomes: trial -> its ending (see study_record), in the order in which they ended.
+    """
+    places = {n: place for place, n in enumerate(outcomes)}
+    found = []
+    for frozen in trials:
+        outcome = outcomes.get(frozen.number)
+        values = None
+        if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
+            values = tuple(outcome.get("values") or (outcome["value"],))
+        found.append(
+            Past(
+                params=frozen.params,
+                distributions=frozen.distributions,
+                state=frozen.state,
+                values=values,
+                curve=frozen.intermediate_values,
+                asked_after=frozen.user_attrs.get(ASKED_AFTER, 0),
+                place=places.get(frozen.number),
+            )
+        )
+    return found
 
 
 def comparable(prior: Sequence[Past], own: Sequence[Past]) -> list[Past]:

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dmx import cluster  # sets Ray's environment before Ray is imported
 from dmx import records as keys
@@ -24,7 +23,13 @@ from dmx.pbt import Population
 from dmx.population import boundaries
 from dmx.scheduler import DurableAsha, RecordingFifo
 from dmx.study_config import StudyConfig
-from dmx.study_hooks import LedgerSearcher, PopulationSearcher, Recorder, StudyObserver
+from dmx.study_hooks import (
+    LedgerSearcher,
+    OutOfTime,
+    PopulationSearcher,
+    Recorder,
+    StudyObserver,
+)
 from dmx.trainable import TrialTrainable
 from dmx.watchdog import Watchdog
 
@@ -196,7 +201,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=session,
             storage_path=str(storage),
-            stop=_OutOfTime(deadline),
+            stop=OutOfTime(deadline),
             callbacks=[recorder, watchdog],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             verbose=0,
@@ -208,21 +213,6 @@ def _fit(
         except Exception as error:
             raise _own_error(error) from None
     shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
-
-
-class _OutOfTime(tune.Stopper):
-    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial by itself."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Everything, once the time is over."""
-        return time.monotonic() >= self._deadline
 
 
 def _own_error(error: BaseException) -> BaseException:

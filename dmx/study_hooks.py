@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -207,6 +208,21 @@ class Recorder(tune.Callback):
                 if not is_storage_error(error):
                     raise
                 logger.warning("%s cannot write: %s.", type(observer).__name__, error.strerror)
+
+
+class OutOfTime(tune.Stopper):
+    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Everything, once the time is over."""
+        return time.monotonic() >= self._deadline
 
 
 def _reason(trial: Any) -> str:

@@ -34,7 +34,11 @@ LAYERS: list[tuple[str, str]] = [
         "process_state ranks micro_batch passes trainer adopt samples runner evaluation maps "
         "map_view",
     ),
-    ("search", "study_settings sampling past proposals warm_start optuna_file study_record ledger"),
+    (
+        "search",
+        "study_settings sampling past proposals warm_start optuna_file study_record trial_results "
+        "ledger",
+    ),
     ("stages", "stages stage_order curriculum_file history"),
     ("plans", "edits planner precheck promotion stage_data"),
     (

@@ -65,14 +65,25 @@ def summarise(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
     reached = [p["share_of_budget"] for p in pairs if p["share_of_budget"] is not None]
     shares = [*reached, *[math.inf] * (len(pairs) - len(reached))]
     median = statistics.median(shares)
+    random = statistics.fmean(p["random_best"] for p in pairs)
+    asha = [c for c in curves if c.method == "tpe+asha"]
     return {
         "budget_steps": budget,
         "seeds": pairs,
-        "random_best_mean": statistics.fmean(p["random_best"] for p in pairs),
+        "random_best_mean": random,
         "tpe_asha_best_mean": statistics.fmean(p["tpe_asha_best"] for p in pairs),
         "seeds_that_reached": len(reached),
         "median_share_of_budget": median if math.isfinite(median) else None,
+        "mean_share_of_budget": _mean_reaches(asha, random, budget),
     }
+
+
+def _mean_reaches(curves: Sequence[Curve], accuracy: float, budget: float) -> float | None:
+    """The share of the budget after which the curves' mean has the accuracy; None for never."""
+    for steps in sorted({s for c in curves for s, _ in c.points}):
+        if statistics.fmean(c.at(steps) for c in curves) >= accuracy:  # NaN before the first report
+            return steps / budget
+    return None
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
@@ -91,6 +102,12 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
             else f", after {100 * share:.0f} % of the compute (median of all seeds)"
         ),
     ]
+    share = summary["mean_share_of_budget"]
+    when = "within the budget it does not" if share is None else f"after {share:.0%} of the compute"
+    lines.append(
+        "TPE with ASHA's mean over the seeds reaches the mean of random search's final bests: "
+        + when
+    )
     if "not LRA" in summary["data"]:
         lines.append("The data are a sample, not LRA.")
     return lines

@@ -106,13 +106,16 @@ def test_summary_by_hand() -> None:
     assert found["tpe_asha_best_mean"] == pytest.approx(0.7)
     assert found["seeds_that_reached"] == 1
     assert found["median_share_of_budget"] is None, "of 20 % and never"
+    assert found["mean_share_of_budget"] is None, "0.7 at the end, and 0.8 is wanted"
     assert [p["tpe_asha_steps"] for p in found["seeds"]] == [20, None]
     json.dumps(found, allow_nan=False)
     words = " ".join(describe({**found, "task": "t", "attention": "a", "data": "x, not LRA"}))
     assert "the median is beyond the budget" in words and "not LRA." in words
+    assert "final bests: within the budget it does not" in words
     better = [*_curves()[:3], Curve(method="tpe+asha", seed=1, points=((40, 0.95),))]
     found = summarise(better, 100)
     assert found["median_share_of_budget"] == pytest.approx(0.3)
+    assert found["mean_share_of_budget"] == pytest.approx(0.4), "(0.7 + 0.95) / 2 after 40 steps"
     words = " ".join(describe({**found, "task": "t", "attention": "a", "data": "x"}))
     assert "in 2 of 2 seeds, after 30 % of the compute (median of all seeds)" in words
 

@@ -1,0 +1,62 @@
+"""A trial's result, from what Optuna, the journal and its checkpoint say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from dmx import records as keys
+from dmx.data.files import put_back
+
+_STATUS: dict[TrialState, keys.TrialStatus] = {
+    TrialState.COMPLETE: "COMPLETE",
+    TrialState.PRUNED: "PRUNED",
+    TrialState.FAIL: "FAILED",
+    TrialState.RUNNING: "RUNNING",
+    TrialState.WAITING: "RUNNING",
+}
+
+
+def trial_result(
+    frozen: FrozenTrial,
+    *,
+    folder: Path,
+    params: Mapping[str, Any],
+    reports: Mapping[int, Mapping[str, Any]],
+    values: Mapping[str, float],
+    error: str,
+    changes: Mapping[int, Mapping[str, Any]],
+) -> keys.TrialResult:
+    """Put them together.
+
+    Args:
+        folder: of its best checkpoint, if there is one. params: its searched values.
+        reports: step -> metrics. values: of each objective, accuracy first.
+        error, changes: see TrialResult.
+    """
+    last = reports[max(reports)] if reports else {}
+    best = next(iter(values.values()))
+    if frozen.state.is_finished():  # else its process may be at work there
+        put_back(folder)
+    checkpoint = None
+    if folder.is_dir():
+        checkpoint = keys.CheckpointRef(
+            path=folder, step=int(last.get(keys.BEST_STEP, 0)), dev_accuracy=best
+        )
+    return keys.TrialResult(
+        trial_id=f"{frozen.number:04d}",
+        number=frozen.number,
+        status=_STATUS[frozen.state],
+        params=params,
+        metrics=last,
+        best_dev_accuracy=best,
+        steps=int(last.get(keys.STEPS, 0)),
+        seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
+        checkpoint=checkpoint,
+        error=error,
+        values=values,
+        changes=changes,
+    )
