@@ -19,7 +19,7 @@ from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.files import is_there
 from dmx.data.store import open_store
-from dmx.errors import DmxError, StorageError
+from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.model import Classifier
 from dmx.patience import PATIENCE_SECONDS, persist
 from dmx.places import SHARED, Places
@@ -77,6 +77,9 @@ class Runner:
         ranks: the processes that train it together, each with a Runner; the leader alone claims
             the folder and writes.
 
+    Attributes:
+        taken_over: it failed since another process continues the run; nobody asks this one.
+
     Raises:
         PeerLost: another process is gone; from every method.
     """
@@ -95,6 +98,7 @@ class Runner:
         self._claim: Claim | None = None
         self._failure: str | None = None
         self._lost = False
+        self.taken_over = False
         self._resumed = False
         self._busy_seconds = 0.0
         torch.set_num_threads(job.threads)
@@ -124,6 +128,7 @@ class Runner:
                 Path(place).stat()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self._folder)
+        job.places.claim(self._folder, self._claim)
 
     def _build(self) -> None:
         config, places = parse_run_config(self.job.run_config), self.job.places
@@ -207,17 +212,19 @@ class Runner:
         best = trainer.best_step == trainer.step
         notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
 
+        claim = self._claim
+        assert claim is not None
+
         def save() -> None:
-            assert self._claim is not None
-            self._claim.check()
+            claim.check()
             if best:
-                trainer.save(self._folder / keys.BEST_DIR, notes)
-            trainer.save(self._folder / keys.LAST_DIR)
+                trainer.save(self._folder / keys.BEST_DIR, notes, claim.check)
+            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
 
         self._persist(save)
         if best:
-            self.job.places.push(self._folder / keys.BEST_DIR)
-        self.job.places.push(self._folder / keys.LAST_DIR)
+            self.job.places.push(self._folder / keys.BEST_DIR, claim)
+        self.job.places.push(self._folder / keys.LAST_DIR, claim)
 
     @property
     def failed(self) -> bool:
@@ -240,9 +247,12 @@ class Runner:
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""
         self._lost = isinstance(error, StorageError)
+        self.taken_over = isinstance(error, TakenOverError)
         own = isinstance(error, DmxError | Diverged)
         text = str(error) if own else f"{type(error).__name__}: {error}"
         self._failure = next(iter(text.splitlines()), "") or type(error).__name__
+        if self.taken_over:  # the folder is another's
+            return
         with contextlib.suppress(OSError):
             (self._folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
