@@ -58,6 +58,8 @@ class _Session:
         from ray import train
         from ray.train import torch as torch_train
 
+        from dmx.torch_group import NodesTorchConfig
+
         # The names stand for the second version of Ray Train; type checkers see the first.
         v2: Any = train
         v2_torch: Any = torch_train
@@ -70,7 +72,7 @@ class _Session:
             trainer = v2_torch.TorchTrainer(
                 _train,
                 train_loop_config={"session": session, "job": job},
-                torch_config=v2_torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+                torch_config=NodesTorchConfig(backend="nccl" if on_gpu else "gloo"),
                 scaling_config=v2.ScalingConfig(
                     num_workers=(1, job.workers), use_gpu=on_gpu, resources_per_worker=each
                 ),
@@ -85,7 +87,7 @@ class _Session:
             self._hold("reservation", f"train-{trainer.train_run_context.run_id}")
             trainer.fit()
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = _reason(error)
         self._lose(reason)
 
     def _hold(self, what: str, name: str) -> None:
@@ -165,6 +167,13 @@ class _Session:
             self._news.notify_all()
 
 
+def _reason(error: Exception) -> str:
+    """One line; Ray Train's first one is a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    heading = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(lines[: 1 + heading]) or type(error).__name__
+
+
 def release(folder: Path) -> None:
     """Give back what a run in `folder` occupies; its workers end, wherever they are.
 
@@ -208,6 +217,8 @@ def _train(config: dict[str, Any]) -> None:
             return
         while ranks.from_leader(ranks.leads and ask(session.go.remote())):
             report = runner.step()
+            if runner.taken_over:  # the run goes on, elsewhere
+                return
             if ranks.leads or runner.failed:
                 ask(session.deliver.remote(report))
             if report["done"]:
