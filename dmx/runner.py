@@ -46,6 +46,8 @@ class Job:
         stop_at: end this piece at that optimizer step; the run itself goes on in another job.
         adopt: a checkpoint to go on from with this config's settings, where the run's own last one
             is not beyond it (see adopt.adopt).
+        takes_over: a former process of the run was given up, or would be by whoever starts this
+            one; where it still holds the folder, cut off with its host, it is not waited for.
     """
 
     run_config: Mapping[str, Any]
@@ -62,6 +64,7 @@ class Job:
     within: str | None = None
     stop_at: int | None = None
     adopt: str | None = None
+    takes_over: bool = False
 
 
 class Runner:
@@ -127,7 +130,7 @@ class Runner:
             if place is not None:
                 Path(place).stat()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self._folder)
+        self._claim = Claim(self._folder, take_over=job.takes_over)
         job.places.claim(self._folder, self._claim)
 
     def _build(self) -> None:

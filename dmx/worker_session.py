@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -46,6 +47,7 @@ class _Session:
         self._report: dict[str, Any] | None = None
         self._steps = -1  # of the latest report
         self._starts = 0  # of worker groups since then
+        self._groups = 0
         self._resting = False
         self._begun = False
         self._stopped = False
@@ -132,17 +134,22 @@ class _Session:
 
     # -- what the workers call --------------------------------------------------------------
 
-    def started(self, placement_group: str) -> bool:
-        """A group of workers is there, in this placement group; whether it may begin."""
+    def started(self, placement_group: str) -> tuple[bool, bool]:
+        """A group of workers is there, in this placement group.
+
+        Returns:
+            Whether it may begin, and whether it is in another's place, which was given up.
+        """
         self._hold("placement_group", placement_group)
         with self._news:
             self._begun = True
             self._news.notify_all()
             self._starts += 1
+            self._groups += 1
             allowed = self._starts <= 1 + _MAX_RESTARTS
         if not allowed:
             self._lose(f"its workers died {_MAX_RESTARTS + 1} times without getting any further")
-        return allowed
+        return allowed, self._groups > 1
 
     def go(self) -> bool:
         """Wait until the next report is wanted; False where none will be."""
@@ -208,8 +215,11 @@ def _train(config: dict[str, Any]) -> None:
     ranks = Group()
     place = ray.util.get_current_placement_group()
     assert place is not None  # Ray Train gives every group of workers one
-    if not ranks.from_leader(ranks.leads and ask(session.started.remote(place.id.hex()))):
+    begins = ask(session.started.remote(place.id.hex())) if ranks.leads else None
+    allowed, again = ranks.from_leader(begins)
+    if not allowed:
         return
+    job = dataclasses.replace(job, takes_over=job.takes_over or again)
     runner = Runner(job, ranks=ranks)
     try:
         if runner.failed:  # the others wait for this one; they end with the session

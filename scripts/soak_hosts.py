@@ -84,14 +84,16 @@ def cut_head(study: HostStudy, hosts: RayHosts, host: Host, kind: str, total: in
         time.sleep(SHORT_SECONDS)
         host.link(True)
     elif kind == "head-long":
-        wait_until(lambda: not any(w.runs("raylet") for w in hosts.workers), "end of the workers")
+        gone = lambda: not any(w.runs("raylet") for w in hosts.workers)  # noqa: E731
+        wait_until(gone, "end of the workers' nodes", LIMIT_SECONDS)
         host.link(True)
         for worker in hosts.workers:
             hosts.join_again(worker)
     else:
-        wait_until(lambda: not host.runs("raylet") or study.ended(), "end of the driver's node")
+        gone = lambda: study.ended() or not host.runs("raylet")  # noqa: E731
+        wait_until(gone, "end of the driver's node", LIMIT_SECONDS)
         host.link(True)
-        wait_until(study.ended, "end of the driver")
+        wait_until(study.ended, "end of the driver", LIMIT_SECONDS)
         hosts.join_again(host)
         study.start()
     study.until(total + 1)

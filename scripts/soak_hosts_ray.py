@@ -110,7 +110,7 @@ class RayHosts:
     def join_again(self, host: Host) -> float:
         """Once its node, given up while it was away, has ended: seconds that took."""
         began = time.monotonic()
-        wait_until(lambda: not host.runs("raylet"), f"end of the node on {host.name}")
+        wait_until(lambda: not host.runs("raylet"), f"end of the node on {host.name}", 600)
         seconds = time.monotonic() - began
         host.run(["ray", "stop", "--force"], self.env, START_SECONDS)
         self.join(host)

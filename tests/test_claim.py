@@ -145,3 +145,20 @@ def test_a_driver_that_comes_back_leaves_the_journal_alone(tmp_path, no_locks):
 def test_a_journal_needs_no_locks_but_heeds_them(tmp_path, monkeypatch):
     with Journal(tmp_path / "journal.jsonl"), pytest.raises(StageError, match="in use"):
         Journal(tmp_path / "journal.jsonl")
+
+
+def test_whoever_was_given_up_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """It holds the lock: cut off from Ray's network, say, but not from the storage's."""
+    monkeypatch.setattr(claim, "TAKE_OVER_SECONDS", 0.2)
+    former = Claim(tmp_path)
+    with pytest.raises(StageError, match="still written"):
+        Claim(tmp_path, wait_seconds=0.0)
+    former.check()
+    successor = Claim(tmp_path, take_over=True)
+    assert f"taken over from process {os.getpid()}" in caplog.text
+    successor.check()
+    with pytest.raises(TakenOverError):
+        former.check()
+    former.release()
+    successor.check()
+    successor.release()
