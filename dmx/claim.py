@@ -30,7 +30,7 @@ logger = logging.getLogger("dmx.claim")
 CLAIM_FILE = "claim.json"
 WAIT_SECONDS = 120.0
 TAKE_OVER_SECONDS = 10.0
-"""A killed process frees its lock at once; one that was cut off with its host keeps it for minutes."""
+"""A killed process frees its lock at once; one that is cut off with its host, after minutes."""
 _POLL_SECONDS = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 

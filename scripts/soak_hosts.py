@@ -53,16 +53,17 @@ def moved(study: HostStudy, trial: int, claim: dict[str, Any], steps: int) -> bo
 
 def cut_worker(
     study: HostStudy, hosts: RayHosts, kind: str, trial: int, claim: dict[str, Any]
-) -> None:
-    """Do something to the host that works on a trial; back when the trial has got further."""
+) -> float:
+    """Do something to the host that works on a trial, and make it good; when the trial went on."""
     host = hosts.host_of(claim)
     assert host is not None
     known = progress(study, trial)
     if kind == "host":
         host.die()
         wait_until(lambda: moved(study, trial, claim, known), "move of a trial", LIMIT_SECONDS)
+        heard = time.monotonic()
         hosts.replace(host)
-        return
+        return heard
     if kind == "zombie":
         host.send(claim["pid"], signal.SIGSTOP)
     host.link(False)
@@ -70,15 +71,17 @@ def cut_worker(
         time.sleep(SHORT_SECONDS)  # the fault itself, not a hope
         host.link(True)
         study.until(known + 1, trial)
-        return
+        return time.monotonic()
     wait_until(lambda: moved(study, trial, claim, known), "move of a trial", LIMIT_SECONDS)
+    heard = time.monotonic()
     host.send(claim["pid"], signal.SIGCONT)  # it may write at once, long before its node ends
     host.link(True)
     logger.info("the node on %s ended %.1f s after its return", host.name, hosts.join_again(host))
+    return heard
 
 
-def cut_head(study: HostStudy, hosts: RayHosts, host: Host, kind: str, total: int) -> None:
-    """Cut the head, or the driver's own host; back when the study has got further."""
+def cut_head(study: HostStudy, hosts: RayHosts, host: Host, kind: str, total: int) -> float:
+    """Cut the head, or the driver's own host, and make it good; when the study went on."""
     host.link(False)
     if kind == "head":
         time.sleep(SHORT_SECONDS)
@@ -97,6 +100,7 @@ def cut_head(study: HostStudy, hosts: RayHosts, host: Host, kind: str, total: in
         hosts.join_again(host)
         study.start()
     study.until(total + 1)
+    return time.monotonic()
 
 
 def hurt(
@@ -108,21 +112,21 @@ def hurt(
     if kind in ("head", "head-long", "desk"):
         done.disturbed.update(n for n, _ in running)
         began = time.monotonic()
-        cut_head(study, hosts, driver if kind == "desk" else hosts.head, kind, at)
+        heard = cut_head(study, hosts, driver if kind == "desk" else hosts.head, kind, at)
     elif not running:
         return
     else:
         trial, claim = draw.choice(running)
         done.disturbed.add(trial)
         began = time.monotonic()
-        cut_worker(study, hosts, kind, trial, claim)
+        heard = cut_worker(study, hosts, kind, trial, claim)
         now = study.claim(trial)
         if kind == "short" and now and now["token"] != claim["token"]:
             done.faults.append(f"3 s without a network moved trial {trial}")
     done.kills.append(f"{kind} @{at}")
     if not study.ended():
         done.restarts += kind not in ("short", "head")
-        done.seconds.append(time.monotonic() - began)
+        done.seconds.append(heard - began)
 
 
 def run_round(
