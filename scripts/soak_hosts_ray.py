@@ -58,7 +58,8 @@ class RayHosts:
     """
 
     def __init__(self, folder: Path, *, workers: int, quick: bool, locks: bool) -> None:
-        self._network = Network(folder / "hosts")
+        self.folder = folder
+        self._network = Network(folder)
         self._token = secrets.token_hex(16)
         path = [str(ROOT)]
         if not locks:

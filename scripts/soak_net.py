@@ -1,9 +1,9 @@
 """Several hosts on one machine, made of namespaces, for soak_hosts.py; it is no command.
 
 A host has a network, processes, a name, /tmp, /dev/shm and a disk (/mnt) of its own, and sees all
-other folders. Its name resolves to 127.0.1.1, as Debian's installer has it, and nothing else
-resolves. No namespace has a name: all are gone with their processes, and those end with this one,
-however it ends, since each host reads from a pipe that is held here.
+other folders, and the shared one wherever it is. Its name resolves to 127.0.1.1, as Debian's
+installer has it, and nothing else resolves. No namespace has a name: all are gone with their
+processes, and those end with this one, however it ends, since each host reads from its pipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ mount --bind "$2/hosts" /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
 mount --bind "$2/disk" /mnt
 mount -t tmpfs -o size=2g none /dev/shm
-mount --bind "$2/tmp" /tmp
+case "$3" in /tmp/*)
+    mkdir -p "$2/tmp/${3#/tmp/}" && mount --bind "$3" "$2/tmp/${3#/tmp/}" ;;
+esac
+mount --rbind "$2/tmp" /tmp
 echo ready
 read -r _
 """
@@ -76,15 +79,16 @@ def _ip(*words: str, at: int | None = None) -> None:
 class Host:
     """One host; `start` and `run` do something on it."""
 
-    def __init__(self, name: str, number: int, folder: Path, switch: int) -> None:
+    def __init__(self, name: str, number: int, shared: Path, switch: int) -> None:
         self.name, self.address, self.alive = name, f"{SUBNET}.{number}", True
+        folder = shared / "hosts" / f"{number}-{name}"
         self.home = folder / "home"
         for part in ("home", "disk"):
             (folder / part).mkdir(parents=True)
         self._tmp = Path(tempfile.mkdtemp(prefix=f"host-{name}-", dir="/tmp"))
         (folder / "tmp").symlink_to(self._tmp)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
-        self._process = _start(_INIT, folder / "log", name, str(folder))
+        self._process = _start(_INIT, folder / "log", name, str(folder), str(shared))
         self._inside, self._switch, self._port = _inner(self._process), switch, f"port{number}"
         port, inside = self._port, str(self._inside)
         _ip("link", "add", port, "netns", str(switch), "type", "veth",
@@ -112,7 +116,7 @@ class Host:
             process.kill()
             raise
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, words, out)
+            raise RuntimeError(f"{' '.join(words)} on {self.name}: {process.returncode}\n{out}")
         return str(out)
 
     def link(self, up: bool) -> None:
@@ -148,20 +152,19 @@ class Network:
     """A switch, and hosts on it.
 
     Args:
-        folder: where hosts keep their files; all hosts see it, under the same path.
+        shared: a folder that all hosts see, under the same path; their own ones lie below it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self._switch = _start(_SWITCH, folder / "log")
+    def __init__(self, shared: Path) -> None:
+        self._shared = shared.absolute()
+        (shared / "hosts").mkdir(parents=True)
+        self._switch = _start(_SWITCH, shared / "hosts" / "log")
         self._hosts: list[Host] = []
 
     def add(self, name: str) -> Host:
         """One more host; each has an address of its own, and no other ever gets it again."""
         number = len(self._hosts) + 1
-        folder = self._folder / f"{number}-{name}"
-        self._hosts.append(Host(name, number, folder, _inner(self._switch)))
+        self._hosts.append(Host(name, number, self._shared, _inner(self._switch)))
         return self._hosts[-1]
 
     @property
