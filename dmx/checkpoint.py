@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,14 +29,17 @@ def save_checkpoint(
     config: RunConfig,
     metrics: Mapping[str, Any],
     notes: Mapping[str, str] | None = None,
+    before_replacing: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a checkpoint directory; at every moment the old one or the new one is whole on disk.
 
     Args:
         notes: further text files of it, by name; no reader of a checkpoint needs them.
+        before_replacing: may raise, which leaves the old one; writing can have taken long.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.parent / f".{folder.name}.new-{os.getpid()}"
+    # Containers and hosts have process ids of their own: those of two writers may be equal.
+    new = folder.parent / f".{folder.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
     for stale in folder.parent.glob(f".{folder.name}.new-*"):  # of a killed process
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
@@ -44,6 +48,7 @@ def save_checkpoint(
             (new / name).write_text(text, encoding="utf-8")
             fsync_path(new / name)
         write_files(new, model_state, training_state, config, metrics)
+        before_replacing()
         replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -25,7 +25,9 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray
+import ray  # isort: skip
+from ray._private import ray_constants  # isort: skip
+from ray.exceptions import AuthenticationError, RayError  # isort: skip
 
 logger = logging.getLogger("dmx.cluster")
 __all__ = ["Resources", "check_request", "connect", "local_resources", "terminate_like_interrupt"]
@@ -64,25 +66,58 @@ def connect(address: str | None) -> Iterator[Resources]:
         if address is None:
             here = local_resources()
             # "local" and not the default: a stale file of an older cluster must not be joined.
-            ray.init(
-                address="local",
-                num_cpus=here.num_cpus,
-                include_dashboard=False,
-                dashboard_host="127.0.0.1",
-                **options,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=here.num_cpus,
+                    include_dashboard=False,
+                    dashboard_host="127.0.0.1",
+                    **options,
+                )
         else:
             _reach(address)
             ray.init(address=address, **options)
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]} "
-            "(one that wants a token stays silent, too: see docs/security.md)"
-        ) from None
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
+        raise ConfigError(_why_not(address, error)) from None
     try:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within the block Ray starts at 127.0.0.1, where no other host reaches it.
+
+    It has a switch for this, for Windows and macOS, which is read when Ray is imported. A node
+    address of 127.0.0.1 it replaces by the host's own, at which all its services listen.
+    """
+    switch = "ENABLE_RAY_CLUSTER"
+    before = getattr(ray_constants, switch, True)
+    setattr(ray_constants, switch, False)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, switch, before)
+
+
+def _why_not(address: str | None, error: BaseException) -> str:
+    """What Ray's refusal means; it says so only in the error behind its error."""
+    said = f"{error} {error.__cause__}"
+    if isinstance(error, AuthenticationError) or "AuthToken" in said:
+        return (
+            f"the Ray cluster at --address {address} wants a token, and this host has another one "
+            "or none (see docs/security.md)."
+        )
+    if "No node info found" in said:
+        return (
+            f"the Ray cluster at --address {address} has no node on this host, and a driver needs "
+            f"one; start it without CPUs: ray start --address={address} --num-cpus=0"
+        )
+    return (
+        f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]} "
+        "(one that wants a token may stay silent, too: see docs/security.md)"
+    )
 
 
 def _reach(address: str) -> None:

@@ -41,5 +41,9 @@ class StorageError(RunFailedError):
     """The storage stayed full, read-only or unreachable; what was kept can be continued."""
 
 
+class TakenOverError(StorageError):
+    """Another process continues the run, since this one was away for long; it must not write."""
+
+
 class StageError(DmxError):
     """A curriculum stage cannot be launched, or its journal contradicts its configuration."""

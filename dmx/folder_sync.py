@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from dmx import records as keys
+from dmx.claim import CLAIM_FILE
 from dmx.errors import DmxError, StageError
 from dmx.object_storage import POINTER_SUFFIX, ObjectStorage, files_below
 from dmx.places import Places
@@ -66,7 +67,7 @@ class FolderSync:
                 if plain != name:
                     if checkpoints and plain.endswith(f"/{keys.BEST_DIR}"):
                         self.places.pull(self._folder / plain)
-                elif "@" not in name:
+                elif "@" not in name and not name.endswith(f"/{CLAIM_FILE}"):
                     self._storage.download(name, self._folder / name)
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in state.iterdir():
@@ -166,6 +167,8 @@ class FolderSync:
 def _is_workers(name: Path) -> bool:
     """Checkpoints of trials and stages are pushed by their workers; the run's own best/ is not."""
     parts = name.parts
+    if name.name == CLAIM_FILE:  # of this node; object storage has that of the node at work
+        return True
     return bool(_SKIPPED & set(parts)) or (keys.BEST_DIR in parts and len(parts) > 2)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import zlib
@@ -18,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dmx.errors import StageError, StorageError
+from dmx.claim import Claim
+from dmx.errors import StageError, StorageError, TakenOverError
 from dmx.patience import persist
 
 
@@ -104,18 +104,16 @@ class Journal:
         self.path = path
         self._patience_seconds = patience_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (path.parent / f".{path.name}.lock").open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+            self._claim = persist(self._claimed, path, seconds=patience_seconds)
+        except StageError:
             raise StageError(
                 f"{path.parent} is in use by another dmx process; wait or stop it."
             ) from None
         try:
             self.events, sound = read_journal(path)
         except StageError:
-            self._lock.close()
+            self._claim.release()
             raise
         fresh = not path.exists()
         # Unbuffered: a failed write is not tried a second time at close.
@@ -127,15 +125,30 @@ class Journal:
             os.fsync(descriptor)
             os.close(descriptor)
 
+    def _claimed(self) -> Claim:
+        return Claim(self.path.parent, wait_seconds=0.0, file=f".{self.path.name}.lock")
+
+    def check(self) -> None:
+        """See that no other process has opened it since, whatever became of the lock.
+
+        Raises:
+            TakenOverError: one has; this one may have been cut off for a while.
+        """
+        with contextlib.suppress(OSError):  # a storage that is away is the writer's to wait for
+            self._claim.check()
+
     def append(self, **event: Any) -> None:
         """Write one event; when this returns, it survives a power cut.
 
         Raises:
             StorageError: the disk is full or gone; the journal is as it was before.
+            TakenOverError: another process writes it now; nothing was changed.
         """
         line = encode(event)
         try:
             persist(lambda: self._write(line), self.path, seconds=self._patience_seconds)
+        except TakenOverError:
+            raise
         except StorageError:
             with contextlib.suppress(OSError, ValueError):
                 self._file.truncate(self._size)
@@ -145,6 +158,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """Write a line; a second call begins by undoing what the first one left."""
+        self.check()
         if self._file.closed or os.fstat(self._file.fileno()).st_size != self._size:
             self._reopen()
         try:
@@ -171,7 +185,7 @@ class Journal:
     def close(self) -> None:
         """Release the lock."""
         self._file.close()
-        self._lock.close()
+        self._claim.release()
 
     def __enter__(self) -> Self:
         return self

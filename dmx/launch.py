@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,7 @@ def wait_any(
                 running.job.folder,
                 reason,
             )
+            running.job = dataclasses.replace(running.job, takes_over=True)
             _launch(running)
             continue
         if report.get(keys.STEPS, 0) > running.steps:

@@ -133,6 +133,7 @@ class Ledger:
         The first trials are the space's start points. A proposal is a function of the seed, the
         number and the record alone (see sampling), so that a restart changes nothing.
         """
+        self.record.journal.check()  # asking writes into Optuna's file
         if self._orphans:
             trial = self._handle(self._orphans.pop(0))
         else:

@@ -124,8 +124,12 @@ class ObjectStorage:
 
     # -- folders ----------------------------------------------------------------------------
 
-    def push(self, folder: Path, name: str) -> str:
-        """Store a folder's files as the newest version of `name`; its version comes back."""
+    def push(self, folder: Path, name: str, before: Callable[[], None] = lambda: None) -> str:
+        """Store a folder's files as the newest version of `name`; its version comes back.
+
+        Args:
+            before: called before the version counts; may raise.
+        """
         contents = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
         entries = {n: {"bytes": len(c), "sha256": _sha256(c)} for n, c in contents.items()}
         version = _sha256(json.dumps(entries, sort_keys=True).encode())[:16]
@@ -135,6 +139,7 @@ class ObjectStorage:
         for file, content in contents.items():
             self.write(f"{name}@{version}/{file}", content)
         pointer = json.dumps({"version": version, "files": entries}, indent=1)
+        before()
         self.write(name + POINTER_SUFFIX, pointer.encode())
         if old is not None:
             self._forget(f"{name}@{old['version']}")

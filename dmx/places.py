@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmx.claim import CLAIM_FILE, Claim, taken_over
 from dmx.data.files import replace_folder
 from dmx.data.manifest import MANIFEST_FILE
 from dmx.errors import DataError
@@ -42,16 +44,43 @@ class Places:
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def push(self, folder: Path) -> None:
+    def claim(self, folder: Path, claim: Claim) -> None:
+        """Say in object storage as well who writes a folder from now on."""
+        name = self._name(folder)
+        if name is not None:
+            self._storage().write(f"{name}/{CLAIM_FILE}", json.dumps(claim.holder).encode())
+
+    def push(self, folder: Path, claim: Claim | None = None) -> None:
         """Bring a checkpoint folder of this node to object storage, as a whole.
+
+        Args:
+            claim: of the folder that it lies in, where that was claimed.
 
         Raises:
             StorageError: it does not answer for a minute and more.
+            TakenOverError: another node has claimed it since.
         """
         name = self._name(folder)
         if name is not None:
-            version = self._storage().push(folder, name)
+
+            def check() -> None:
+                if claim is not None:
+                    self._check(folder.parent, claim)
+
+            version = self._storage().push(folder, name, check)
             _note(folder).write_text(version, encoding="utf-8")
+
+    def _check(self, folder: Path, claim: Claim) -> None:
+        """Locks do not reach other nodes here; only what the last one wrote tells."""
+        name = self._name(folder)
+        raw = None if name is None else self._storage().read(f"{name}/{CLAIM_FILE}")
+        try:
+            found = json.loads(raw or b"{}")
+            ours = found["token"] == claim.token
+        except (ValueError, LookupError, TypeError, RecursionError):
+            found, ours = {}, False
+        if raw is not None and not ours:
+            raise taken_over(f"{self.run_url}/{name}", found)
 
     def pull(self, folder: Path) -> None:
         """Bring a checkpoint folder to this node if another node has a newer one, or any.

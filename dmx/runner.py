@@ -20,7 +20,7 @@ from dmx.claim import Claim
 from dmx.config import parse_run_config
 from dmx.data.files import is_there
 from dmx.data.store import open_store
-from dmx.errors import DmxError, StorageError
+from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.model import Classifier
 from dmx.patience import PATIENCE_SECONDS, persist
 from dmx.places import SHARED, Places
@@ -48,6 +48,8 @@ class Job:
         stop_at: end this piece at that optimizer step; the run itself goes on in another job.
         adopt: a checkpoint to go on from with this config's settings, where the run's own last one
             is not beyond it (see adopt.adopt).
+        takes_over: a former process of the run was given up, or would be by whoever starts this
+            one; where it still holds the folder, cut off with its host, it is not waited for.
     """
 
     run_config: Mapping[str, Any]
@@ -64,6 +66,7 @@ class Job:
     within: str | None = None
     stop_at: int | None = None
     adopt: str | None = None
+    takes_over: bool = False
 
 
 class Runner:
@@ -78,6 +81,9 @@ class Runner:
         job: the run. on_step: see Trainer.
         ranks: the processes that train it together, each with a Runner; the leader alone claims
             the folder and writes.
+
+    Attributes:
+        taken_over: it failed since another process continues the run; nobody asks this one.
 
     Raises:
         PeerLost: another process is gone; from every method.
@@ -97,6 +103,7 @@ class Runner:
         self._claim: Claim | None = None
         self._failure: str | None = None
         self._lost = False
+        self.taken_over = False
         self._resumed = False
         self._busy_seconds = 0.0
         torch.set_num_threads(job.threads)
@@ -125,7 +132,8 @@ class Runner:
             if place is not None:
                 Path(place).stat()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self._folder)
+        self._claim = Claim(self._folder, take_over=job.takes_over)
+        job.places.claim(self._folder, self._claim)
 
     def _build(self) -> None:
         config, places = parse_run_config(self.job.run_config), self.job.places
@@ -209,17 +217,19 @@ class Runner:
         best = trainer.best_step == trainer.step
         notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
 
+        claim = self._claim
+        assert claim is not None
+
         def save() -> None:
-            assert self._claim is not None
-            self._claim.check()
+            claim.check()
             if best:
-                trainer.save(self._folder / keys.BEST_DIR, notes)
-            trainer.save(self._folder / keys.LAST_DIR)
+                trainer.save(self._folder / keys.BEST_DIR, notes, claim.check)
+            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
 
         self._persist(save)
         if best:
-            self.job.places.push(self._folder / keys.BEST_DIR)
-        self.job.places.push(self._folder / keys.LAST_DIR)
+            self.job.places.push(self._folder / keys.BEST_DIR, claim)
+        self.job.places.push(self._folder / keys.LAST_DIR, claim)
 
     @property
     def failed(self) -> bool:
@@ -242,9 +252,12 @@ class Runner:
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""
         self._lost = isinstance(error, StorageError)
+        self.taken_over = isinstance(error, TakenOverError)
         own = isinstance(error, DmxError | Diverged)
         text = str(error) if own else f"{type(error).__name__}: {error}"
         self._failure = next(iter(text.splitlines()), "") or type(error).__name__
+        if self.taken_over:  # the folder is another's
+            return
         with contextlib.suppress(OSError):
             (self._folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
 

@@ -72,6 +72,8 @@ class LedgerSearcher(Searcher):
                 "patience_seconds": self._config.patience_seconds,
                 **self._config.workers.of_job(),
                 "within": str(self._folder),
+                # The study's journal is ours, so whoever still works on a trial was given up.
+                "takes_over": True,
             },
         }
 

@@ -237,9 +237,15 @@ class Trainer:
         manifest = self.store.manifest
         return {"data": manifest.label, "is_sample": manifest.is_sample, "task": self.config.task}
 
-    def save(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Write a checkpoint directory, atomically; `notes` are further text files in it."""
-        save_checkpoint(folder, **self._checkpoint_parts(), notes=notes)
+    def save(
+        self,
+        folder: Path,
+        notes: Mapping[str, str] | None = None,
+        before_replacing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write a checkpoint directory, atomically; see save_checkpoint."""
+        parts = self._checkpoint_parts()
+        save_checkpoint(folder, **parts, notes=notes, before_replacing=before_replacing)
 
     def save_into(self, folder: Path) -> None:
         """Write the checkpoint's files into an existing folder whose atomicity is another's job."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -46,6 +47,7 @@ class _Session:
         self._report: dict[str, Any] | None = None
         self._steps = -1  # of the latest report
         self._starts = 0  # of worker groups since then
+        self._groups = 0
         self._resting = False
         self._begun = False
         self._stopped = False
@@ -57,6 +59,8 @@ class _Session:
         """Run Ray Train to its end."""
         from ray import train
         from ray.train import torch as torch_train
+
+        from dmx.torch_group import NodesTorchConfig
 
         # The names stand for the second version of Ray Train; type checkers see the first.
         v2: Any = train
@@ -70,7 +74,7 @@ class _Session:
             trainer = v2_torch.TorchTrainer(
                 _train,
                 train_loop_config={"session": session, "job": job},
-                torch_config=v2_torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+                torch_config=NodesTorchConfig(backend="nccl" if on_gpu else "gloo"),
                 scaling_config=v2.ScalingConfig(
                     num_workers=(1, job.workers), use_gpu=on_gpu, resources_per_worker=each
                 ),
@@ -85,7 +89,7 @@ class _Session:
             self._hold("reservation", f"train-{trainer.train_run_context.run_id}")
             trainer.fit()
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = _reason(error)
         self._lose(reason)
 
     def _hold(self, what: str, name: str) -> None:
@@ -130,17 +134,22 @@ class _Session:
 
     # -- what the workers call --------------------------------------------------------------
 
-    def started(self, placement_group: str) -> bool:
-        """A group of workers is there, in this placement group; whether it may begin."""
+    def started(self, placement_group: str) -> tuple[bool, bool]:
+        """A group of workers is there, in this placement group.
+
+        Returns:
+            Whether it may begin, and whether it is in another's place, which was given up.
+        """
         self._hold("placement_group", placement_group)
         with self._news:
             self._begun = True
             self._news.notify_all()
             self._starts += 1
+            self._groups += 1
             allowed = self._starts <= 1 + _MAX_RESTARTS
         if not allowed:
             self._lose(f"its workers died {_MAX_RESTARTS + 1} times without getting any further")
-        return allowed
+        return allowed, self._groups > 1
 
     def go(self) -> bool:
         """Wait until the next report is wanted; False where none will be."""
@@ -163,6 +172,13 @@ class _Session:
             if not failed:
                 self._steps, self._starts = report[keys.STEPS], 0
             self._news.notify_all()
+
+
+def _reason(error: Exception) -> str:
+    """One line; Ray Train's first one is a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    heading = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(lines[: 1 + heading]) or type(error).__name__
 
 
 def release(folder: Path) -> None:
@@ -199,8 +215,11 @@ def _train(config: dict[str, Any]) -> None:
     ranks = Group()
     place = ray.util.get_current_placement_group()
     assert place is not None  # Ray Train gives every group of workers one
-    if not ranks.from_leader(ranks.leads and ask(session.started.remote(place.id.hex()))):
+    begins = ask(session.started.remote(place.id.hex())) if ranks.leads else None
+    allowed, again = ranks.from_leader(begins)
+    if not allowed:
         return
+    job = dataclasses.replace(job, takes_over=job.takes_over or again)
     runner = Runner(job, ranks=ranks)
     try:
         if runner.failed:  # the others wait for this one; they end with the session
@@ -208,6 +227,8 @@ def _train(config: dict[str, Any]) -> None:
             return
         while ranks.from_leader(ranks.leads and ask(session.go.remote())):
             report = runner.step()
+            if runner.taken_over:  # the run goes on, elsewhere
+                return
             if ranks.leads or runner.failed:
                 ask(session.deliver.remote(report))
             if report["done"]:

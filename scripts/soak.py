@@ -13,102 +13,22 @@ undisturbed process, the best checkpoint is what its metrics say. Exit code 0 if
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import random
-import statistics
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_cases import write_section
 from soak_cluster import Nodes, children, kill
-from soak_study import (
-    command,
-    differences,
-    journal,
-    lost_and_twice,
-    retrained,
-    violations,
-    write_data,
-)
+from soak_rounds import Round, Study, judge, table
+from soak_study import command, journal, write_data
 
 from dmx import log
 
 logger = logging.getLogger("dmx.soak")
-LIMIT_SECONDS = 600.0
 KINDS = ["driver", "worker", "node"]
-_POLL_SECONDS = 0.02
-
-
-@dataclass
-class Round:
-    """What was done to one study, and what came of it."""
-
-    number: int
-    place: str
-    slots: int
-    kills: list[str] = field(default_factory=list)
-    restarts: int = 0
-    seconds: list[float] = field(default_factory=list)
-    disturbed: set[int] = field(default_factory=set)
-    faults: list[str] = field(default_factory=list)
-    lost: int = 0
-    twice: int = 0
-
-
-class Study:
-    """One study under way: its command, started again and again."""
-
-    def __init__(self, words: list[str], study: Path, log_file: Path) -> None:
-        self.words, self.study, self.log_file = words, study, log_file
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the command; a second time with --resume."""
-        more = ["--resume"] if (self.study / "settings.json").exists() else []
-        with self.log_file.open("ab") as out:
-            self.process = subprocess.Popen(
-                [*self.words, *more], stdout=out, stderr=out, start_new_session=True
-            )
-
-    def ended(self) -> bool:
-        """Whether the command has ended by itself."""
-        assert self.process is not None
-        return self.process.poll() is not None
-
-    def until(self, count: int, trial: int | None = None) -> bool:
-        """Wait for `count` events (reports of `trial`, if given); False when it ended first."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while True:
-            events = journal(self.study)
-            if trial is not None:
-                events = [e for e in events if e["trial"] == trial]
-            if len(events) >= count:
-                return True
-            if self.ended():
-                return False
-            if time.monotonic() > deadline:
-                raise SystemExit(f"nothing happens any more; see {self.log_file}")
-            time.sleep(_POLL_SECONDS)
-
-    def workers(self) -> list[tuple[int, int]]:
-        """(trial, process id) of the trials at work, from their claims."""
-        ended = {e["trial"] for e in journal(self.study) if e["event"] == "outcome"}
-        found = []
-        for claim in sorted(self.study.glob("trials/*/claim.json")):
-            number = int(claim.parent.name)
-            try:
-                pid = int(json.loads(claim.read_text())["pid"])
-                os.kill(pid, 0)
-            except (OSError, ValueError, KeyError):
-                continue
-            if number not in ended:
-                found.append((number, pid))
-        return found
 
 
 def hurt(
@@ -170,45 +90,8 @@ def run_round(
         if study.until(at):
             hurt(study, done, nodes, kinds, draw, at)
     study.until(10**9)
-    assert study.process is not None
-    if study.process.returncode != 0:
-        done.faults.append(f"exit code {study.process.returncode}, see {study.log_file}")
-        return done
-    if "Traceback" in study.log_file.read_text(errors="replace"):
-        done.faults.append(f"a traceback in {study.log_file}")
-    done.lost, done.twice = lost_and_twice(study.study, trials)
-    done.faults += violations(study.study, trials, folder)
-    if slots == 1:
-        done.faults += differences(study.study, folder / "runs" / "whole")
-    for trial in sorted(done.disturbed)[:3]:
-        done.faults += retrained(study.study, folder, trial)
+    judge(done, study, trials, folder, folder / "runs" / "whole")
     return done
-
-
-def table(rounds: list[Round], trials: int, events: int, seconds: float) -> str:
-    """The table in Markdown, and one sentence."""
-    lines = [
-        "| round | Ray | at once | killed (after event) | restarts | to first new step, s | lost "
-        "| twice | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rounds:
-        waits = ", ".join(f"{s:.1f}" for s in r.seconds)
-        verdict = "; ".join(r.faults) or ("equal, bit for bit" if r.slots == 1 else "consistent")
-        lines.append(
-            f"| {r.number} | {r.place} | {r.slots} | {', '.join(r.kills)} | {r.restarts} | {waits} "
-            f"| {r.lost} | {r.twice} | {verdict} |"
-        )
-    good = sum(not (r.faults or r.lost or r.twice) for r in rounds)
-    waits = [s for r in rounds for s in r.seconds]
-    lines += [
-        "",
-        f"{good} of {len(rounds)} rounds without loss; {trials} trials and {events} events a "
-        f"study, {seconds:.0f} s undisturbed; {sum(len(r.kills) for r in rounds)} kills; from a "
-        f"kill to the first new step {statistics.median(waits):.1f} s (median), "
-        f"{max(waits):.1f} s (longest); load {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores.",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -248,7 +131,8 @@ def main() -> int:
             )  # fmt: skip
             rounds.append(done)
             logger.info("%s", done)
-            text = table(rounds, args.trials, total, seconds)
+            size = f"{args.trials} trials and {total} events a study, {seconds:.0f} s undisturbed"
+            text = table(rounds, size, "kills", "Ray")
             if args.out is not None:
                 write_section(args.out, "soak", text)
     finally:
@@ -257,7 +141,7 @@ def main() -> int:
         for pid in children(os.getpid())[1:]:
             kill(pid)
     sys.stdout.write(text + "\n")
-    return 1 if any(r.faults or r.lost or r.twice for r in rounds) else 0
+    return 0 if all(r.sound for r in rounds) else 1
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "ray",
-        "cluster cluster_size worker_session distributed launch trainable scheduler pbt budget "
-        "study_config watchdog study_hooks",
+        "cluster cluster_size torch_group worker_session distributed launch trainable scheduler "
+        "pbt budget study_config watchdog study_hooks",
     ),
     ("study", "study study_view live_view stage_study finals work"),
     ("study's end", "study_end study_identity curriculum_view dryrun"),
@@ -70,6 +70,7 @@ RAY = [
     "cluster",
     "distributed",
     "worker_session",
+    "torch_group",
     "gpu_packing",
     "launch",
     "trainable",
