@@ -1,6 +1,6 @@
 """A clean GPU for each test, or a skipped one. `DMX_GPU_TESTS_ON=cpu` tries the tests themselves.
 
-On a CPU what needs no memory or stream of a GPU runs, so that minutes on a borrowed GPU are not spent on
+On a CPU what needs no memory or stream of a GPU runs, so that a GPU's minutes are not spent on
 mistakes of a test. Nothing here is evidence about CUDA then.
 """
 
