@@ -49,7 +49,6 @@ class Ledger:
         num_trials: trials of the whole study. seed: of the sampler.
         sampler: see sampling.make_sampler. objectives: names, see objectives.OBJECTIVES.
         patience_seconds: how long a write waits for the storage.
-        explores: see proposals.Proposer.
 
     Raises:
         StageError: the study is damaged, or another process works on it.
@@ -66,7 +65,6 @@ class Ledger:
         sampler: str = "tpe",
         objectives: tuple[str, ...] = DEFAULT,
         patience_seconds: float = 0.0,
-        explores: bool = False,
     ) -> None:
         self.folder = folder
         self.space = space
@@ -79,7 +77,6 @@ class Ledger:
             num_trials=num_trials,
             objectives=objectives,
             prior=read_prior(folder, space),
-            explores=explores,
         )
         record = StudyRecord(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
         self.record, self.reports, self.outcomes = record, record.reports, record.outcomes

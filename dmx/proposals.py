@@ -64,17 +64,15 @@ class _Seeded(BaseSampler):
     left in the storage, nor on the session that draws.
     """
 
-    def __init__(
-        self, proposer: Proposer, number: int, prior: Sequence[FrozenTrial], kind: str
-    ) -> None:
+    def __init__(self, proposer: Proposer, number: int, prior: Sequence[FrozenTrial]) -> None:
         self._make = lambda name: make_sampler(
-            kind,
+            proposer.kind,
             zlib.crc32(f"{proposer.seed}/{number}/{name}".encode()),
             proposer.num_trials,
             prior,
         )
         self._together = self._make("")
-        self._alone = frozenset(independent(kind, proposer.space))
+        self._alone = frozenset(independent(proposer.kind, proposer.space))
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
         """What is drawn together.
@@ -106,10 +104,6 @@ class Proposer:
     Attributes:
         kind: one of SAMPLERS. seed: of the study. num_trials: of the whole study.
         objectives: names. prior: finished trials of earlier studies (see warm_start).
-        explores: draw every third point of TPE at random, as BOHB does (Falkner et al. 2018,
-            arXiv 1807.01774). TPE soon proposes the surroundings of the few good trials it has,
-            where choices and numbers have settled together; it would see nothing else any more.
-            Where bad trials are stopped early, looking elsewhere costs little.
     """
 
     kind: str
@@ -118,7 +112,6 @@ class Proposer:
     num_trials: int
     objectives: tuple[str, ...] = DEFAULT
     prior: tuple[Past, ...] = ()
-    explores: bool = False
     _ended: dict[int, FrozenTrial] = field(default_factory=dict)
     _lived: _Life | None = None
 
@@ -140,8 +133,6 @@ class Proposer:
             return self.space.suggest(FixedTrial(dict(known)))
         except ValueError:  # something is still open
             pass
-        if self._at_random(number):
-            return self._ask(self._fresh(()), number, known, "random")[1]
         if self.kind in REMEMBERING:
             self._lived = self._lived or _Life(self)
             return self._lived.ask(earlier, number, known, after)
@@ -153,10 +144,6 @@ class Proposer:
             study.add_trial(trial)
         return self._ask(study, number, known)[1]
 
-    def _at_random(self, number: int) -> bool:
-        """Whether a trial is one that explores; a function of its number, as all of a proposal."""
-        return self.explores and self.kind == "tpe" and number % 3 == 2
-
     def _fresh(self, own: Sequence[Past]) -> optuna.Study:
         """A study in memory that knows the earlier studies."""
         study = optuna.create_study(directions=directions(self.objectives))
@@ -165,9 +152,9 @@ class Proposer:
         return study
 
     def _ask(
-        self, study: optuna.Study, number: int, known: Mapping[str, Any], kind: str = ""
+        self, study: optuna.Study, number: int, known: Mapping[str, Any]
     ) -> tuple[Trial, dict[str, Any]]:
-        study.sampler = _Seeded(self, number, self._source(), kind or self.kind)
+        study.sampler = _Seeded(self, number, self._source())
         if known:
             study.enqueue_trial(dict(known))
         trial = study.ask()

@@ -65,7 +65,6 @@ def run_study(
         sampler=config.sampler,
         patience_seconds=config.patience_seconds,
         objectives=config.objectives,
-        explores=config.scheduler in ("asha", "hyperband"),
     )
     try:
         scheduler = _scheduler(config, ledger)

@@ -108,7 +108,7 @@ def live_points(kind: str, objectives: tuple[str, ...], folder: Path, count: int
     proposer = Proposer(kind=kind, space=chosen, seed=3, num_trials=count, objectives=objectives)
     points = []
     for number in range(count):
-        study.sampler = _Seeded(proposer, number, [], kind)
+        study.sampler = _Seeded(proposer, number, [])
         if number < len(chosen.start):
             study.enqueue_trial(dict(chosen.start[number]))
         trial = study.ask()
@@ -143,36 +143,6 @@ def test_a_replay_is_the_sampler_that_lived_on(tmp_path, case):
     key = {"cmaes": "cmawm:generation", "nsga2": "NSGAIISampler:generation"}[case[0]]
     generations = [t.system_attrs.get(key, 0) for t in study.trials]
     assert max(generations) >= 2, "there were several generations"
-
-
-def test_every_third_point_looks_elsewhere(tmp_path):
-    """Where trials are stopped early: two kinds of pasts change the others, and not these."""
-
-    def points(better: float) -> list[dict[str, Any]]:
-        folder = tmp_path / f"{better}"
-        ledger = Ledger(
-            folder, name="s", space=space(tmp_path), num_trials=40, seed=3, explores=True
-        )
-        found = []
-        while (asked := ledger.next_trial()) is not None:
-            number, point = asked
-            found.append(point)
-            value = 0.9 - 0.1 * abs(math.log10(point["optim.learning_rate"]) - better)
-            ledger.report(number, 2, {"steps": 2, "dev_accuracy": value})
-            ledger.finish(number, "COMPLETE")
-        ledger.close()
-        return found
-
-    low, high = points(-4.0), points(-1.0)
-    same = [n for n in range(40) if low[n] == high[n]]
-    startup = [*range(10)]
-    assert same == sorted({*startup, *range(2, 40, 3)})
-
-    def mean_rate(found: list[dict[str, Any]], numbers: list[int]) -> float:
-        return sum(math.log10(found[n]["optim.learning_rate"]) for n in numbers) / len(numbers)
-
-    others = [n for n in range(20, 40) if n % 3 != 2]
-    assert mean_rate(high, others) > mean_rate(low, others) + 0.5, "those follow what was good"
 
 
 def test_cmaes_converges(tmp_path):
