@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dmx import cli, reading_options
 from dmx.errors import EXIT_OK, ConfigError
+from dmx.object_storage import is_url
 from dmx.reading_options import REPORT_FILE
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     args = reading_options.report().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
-    run = collect(Path(args.run))
+    run = collect(run_path(args.run))
     text = printable(FORMATS[args.format](run))
     target = args.out
     if target is None and args.format == "html":
@@ -44,6 +45,17 @@ def main(argv: Sequence[str]) -> int:
     write_whole(Path(target), text)
     sys.stdout.write(f"{target}\n")
     return EXIT_OK
+
+
+def run_path(text: str) -> Path:
+    """The path of a run.
+
+    Raises:
+        ConfigError: it is a URL; its files are read many times, and from here.
+    """
+    if is_url(text):
+        raise ConfigError(f"RUN {text} is in object storage; copy its folder here and name that.")
+    return Path(text)
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx import cli, leaderboard
+from dmx import cli, leaderboard, report
+from dmx.errors import ConfigError
 from dmx.leaderboard import cell_text, gather, latex_escape
 from dmx.reporting.board import boards, entries
 from tests.reporting.makers import make_curriculum, make_run, make_study
@@ -139,3 +140,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run("x", leaderboard.main, [str(root / "short"), "--out", str(target)])
     assert caught.value.code == 2 and not target.parent.exists()
+
+
+@pytest.mark.parametrize("command", [report.main, leaderboard.main])
+def test_a_run_in_object_storage_is_told_apart(command) -> None:
+    with pytest.raises(ConfigError, match=r"RUN s3://b/run is in object storage; copy its folder"):
+        command(["s3://b/run"])
