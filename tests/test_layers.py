@@ -85,7 +85,8 @@ RAY = [
     "data.ray_shards",
 ]
 OPTUNA = [
-    *("sampling", "past", "proposals", "warm_start", "optuna_file", "ledger", "study_files"),
+    *("sampling", "past", "proposals", "warm_start", "optuna_file", "trial_results", "ledger"),
+    "study_files",
     *("reporting.reading", "reporting.importance"),
 ]
 # What a file imports only once it was asked for several workers.
