@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dmx import records as keys
 from dmx.data.files import put_back
 
-_STATUS: dict[TrialState, keys.TrialStatus] = {
+STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "PRUNED",
     TrialState.FAIL: "FAILED",
@@ -49,7 +49,7 @@ def trial_result(
     return keys.TrialResult(
         trial_id=f"{frozen.number:04d}",
         number=frozen.number,
-        status=_STATUS[frozen.state],
+        status=STATUS[frozen.state],
         params=params,
         metrics=last,
         best_dev_accuracy=best,

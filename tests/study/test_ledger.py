@@ -14,7 +14,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from dmx import ledger as ledger_module
+from dmx import trial_results
 from dmx.errors import DmxError, StageError
 from dmx.journal import Journal, encode
 from dmx.ledger import Ledger, trial_folder
@@ -327,7 +327,7 @@ def test_more_trials_may_be_asked_for_later(tmp_path):
 
 
 def test_states_are_the_four(tmp_path):
-    assert set(ledger_module._STATUS) == set(TrialState)
+    assert set(trial_results.STATUS) == set(TrialState)
 
 
 def test_proposals_do_not_scan_for_waiting_trials(tmp_path, monkeypatch):
