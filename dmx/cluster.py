@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.cli import terminate_like_interrupt
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, RunFailedError
 from dmx.workers import num_cores
 
 # Read by Ray at import. The trial's files are ours, so Ray must not move the working directory,
@@ -66,14 +66,7 @@ def connect(address: str | None) -> Iterator[Resources]:
         if address is None:
             here = local_resources()
             # "local" and not the default: a stale file of an older cluster must not be joined.
-            with _on_loopback():
-                ray.init(
-                    address="local",
-                    num_cpus=here.num_cpus,
-                    include_dashboard=False,
-                    dashboard_host="127.0.0.1",
-                    **options,
-                )
+            _start_here(num_cpus=here.num_cpus, **options)
         else:
             _reach(address)
             ray.init(address=address, **options)
@@ -83,6 +76,37 @@ def connect(address: str | None) -> Iterator[Resources]:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+def _start_here(**options: Any) -> None:
+    """Start a private Ray, twice where the first is too slow.
+
+    Ray gives its own processes 30 s to start, which a busy machine may need for them.
+
+    Raises:
+        RunFailedError: it does not start; nothing is lost by that.
+    """
+    for last in (False, True):
+        try:
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    dashboard_host="127.0.0.1",
+                    **options,
+                )
+            return
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError):
+            raise
+        except Exception as error:  # Ray has no type for this
+            ray.shutdown()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if last:
+                raise RunFailedError(
+                    f"Ray did not start on this machine: {reason.rstrip('.')}. Its logs are in "
+                    "/tmp/ray/session_latest/logs; on a busy machine, try again."
+                ) from None
+            logger.warning("Ray did not start in time; trying once more")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import FileWriter
 
 from dmx import records as keys
+from dmx.quiet_threads import keep_writers_quiet
 
 COLUMNS_FILE = "hparams.json"
 _METRICS = (
@@ -70,6 +71,7 @@ class RunWriter:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        keep_writers_quiet()
         self._writer = FileWriter(str(folder), flush_secs=2)
 
     def start(self, values: Mapping[str, Any], group: str = "") -> None:

@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +136,11 @@ def _unpack_wheels() -> None:
     if not wheels:
         raise FileNotFoundError(f"no wheels in {PACK}: what the machine has must do")
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(SITE)
+        shutil.unpack_archive(wheel, SITE, "zip")
 
 
 def _unpack_ray() -> None:
-    with tarfile.open(PACK / "ray.tar.xz") as packed:
-        packed.extractall(RAY_SITE, filter="tar")
+    shutil.unpack_archive(PACK / "ray.tar.xz", RAY_SITE, "xztar", filter="data")
 
 
 def _run(args: argparse.Namespace, part: Part, words: list[str], ends: float) -> int | str:

@@ -93,11 +93,14 @@ def _pack_ray(target: Path, python: str) -> None:
     folder.mkdir(exist_ok=True)
     _download(folder, ["ray"], python)
     (wheel,) = folder.glob("ray-*.whl")
+    shutil.unpack_archive(wheel, folder / "site", "zip")  # leaves out what would lie outside
     with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if not n.startswith(LEFT_OUT)]
-        for name in names:
-            place = Path(archive.extract(name, folder / "site"))
-            place.chmod(archive.getinfo(name).external_attr >> 16 or 0o644)
+        for entry in archive.infolist():
+            place = folder / "site" / entry.filename
+            if place.is_file():
+                place.chmod(entry.external_attr >> 16 or 0o644)
+    for name in LEFT_OUT:
+        shutil.rmtree(folder / "site" / name)
     with tarfile.open(packed, "w:xz", preset=4) as out:
         out.add(folder / "site", arcname=".")
     shutil.rmtree(folder)
@@ -105,13 +108,14 @@ def _pack_ray(target: Path, python: str) -> None:
 
 def _say_size(target: Path) -> None:
     own = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split("\n")
-    tree = sum((ROOT / name).stat().st_size for name in tracked if (ROOT / name).is_file())
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+    files = [ROOT / name for name in tracked.splitlines()]
+    tree = sum(file.stat().st_size for file in files if file.is_file())
     total = (own + tree) / 2**20
     print(f".gpu: {own / 2**20:.1f} MiB, the tree: {tree / 2**20:.1f} MiB, together {total:.1f}")
     if total > LIMIT_MB - 1:
         sys.exit(f"more than {LIMIT_MB} MiB may not travel: pack --without-ray")
-    print("now, in one call of `run`: see the top of scripts/gpu_check.py")
+    print("now, on the machine with the GPU: see the top of scripts/gpu_check.py")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from dmx import cluster
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, RunFailedError
 from tests.study.helpers import environment
 from tests.tiny import one_sentence
 
@@ -68,6 +68,33 @@ def test_rays_refusals_are_one_sentence(monkeypatch, error, said):
     assert address in text and "\n" not in text
     if "--num-cpus" not in text:  # which ends with a command
         one_sentence(refused.value)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
+    """Ray has no type of its own for a node that took longer than 30 s."""
+    calls = []
+
+    def init(**options):
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("The current node timed out during startup. This could\nhappen")
+
+    ray = SimpleNamespace(
+        init=init,
+        shutdown=lambda: calls.append("shutdown"),
+        is_initialized=lambda: False,
+        cluster_resources=lambda: {"CPU": 2.0},
+    )
+    monkeypatch.setattr(cluster, "ray", ray)
+    if failures == 1:
+        with cluster.connect(None):
+            pass
+        assert calls == ["init", "shutdown", "init", "shutdown"]
+    else:
+        with pytest.raises(RunFailedError, match="Ray did not start on this machine: The current"):
+            cluster._start_here()
+        assert calls == ["init", "shutdown", "init", "shutdown"]
 
 
 def test_gloo_listens_where_the_node_is(monkeypatch):

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, str]] = [
     (
         "values",
         "cli compute_flags place_flags workers registry schema overrides records patience journal "
-        "resources claim device allocator tensorboard",
+        "resources claim device allocator quiet_threads tensorboard",
     ),
     ("objectives", "objectives brackets"),
     ("mathematics", "packing padding parallel dropout functional ends optim"),

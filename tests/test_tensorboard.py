@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from dmx.reporting.reading import read_scalars
 from dmx.tensorboard import Column, RunWriter, announce_study
@@ -58,3 +60,21 @@ def test_one_layout_per_study(tmp_path: Path) -> None:
         by_samples = layout["accuracy"]["dev accuracy by training samples"]
         assert by_samples == ["^by_samples/dev_accuracy$"]
         assert layout["loss"] == {"dev loss": ["^dev_loss$"], "train loss": ["^train_loss$"]}
+
+
+def test_a_writer_on_a_full_disk_prints_nothing_and_tells_the_next_write(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda caught: shown.append(caught.exc_type))
+    writer = RunWriter(tmp_path / "run")
+    inner = writer._writer.event_writer._async_writer._worker
+    inner._record_writer.write = lambda data: (_ for _ in ()).throw(OSError(28, "no space"))
+    writer._writer.add_summary(Summary(value=[Summary.Value(tag="a", simple_value=1.0)]), 1)
+    inner.join(timeout=60)
+    assert not inner.is_alive()
+    with pytest.raises(OSError, match="no space"):
+        writer.flush()
+    assert shown == []
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    assert shown == [ZeroDivisionError], "others are shown as ever"
