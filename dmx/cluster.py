@@ -96,9 +96,9 @@ def _start_here(**options: Any) -> None:
                     **options,
                 )
             return
-        except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError):
-            raise
-        except Exception as error:  # Ray has no type for this
+        except Exception as error:
+            if type(error) is not Exception:  # Ray has no type of its own for this
+                raise
             ray.shutdown()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if last:
