@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import math
 
+LEAST_FACTOR = 1.1
+"""Of reduction factors: nearer to 1 there are thousands of rungs, and none of them decides much."""
+
 
 def num_brackets(*, grace_steps: float, max_steps: float, reduction_factor: float) -> int:
     """Brackets of Hyperband (Li et al. 2018, arXiv 1603.06560).

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dmx.brackets import LEAST_FACTOR
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
 from dmx.gates import Gate
@@ -82,8 +84,11 @@ class SearchConfig:
             raise ConfigError(f"num_trials is {self.num_trials}; it must be at least 1.")
         if self.grace_steps is not None and self.grace_steps < 1:
             raise ConfigError(f"grace_steps is {self.grace_steps}; it must be at least 1.")
-        if self.reduction_factor <= 1:
-            raise ConfigError(f"reduction_factor is {self.reduction_factor}; it must be above 1.")
+        if not LEAST_FACTOR <= self.reduction_factor < math.inf:
+            raise ConfigError(
+                f"reduction_factor is {self.reduction_factor}; it must be at least {LEAST_FACTOR} "
+                "and finite."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,17 @@ from dmx.log import console
 from dmx.tune_plan import Plan
 
 
+def _resources(address: str | None) -> contextlib.AbstractContextManager[cluster.Resources]:
+    """Of this machine without starting Ray; only of a cluster must Ray be asked."""
+    if address is None:
+        return contextlib.nullcontext(cluster.local_resources())
+    return cluster.connect(address)
+
+
 def show(plan: Plan, data: DryData, folder: Path) -> int:
     """Check all that the study would check, print, and start nothing."""
     args, task, space = plan.args, plan.task, plan.space
-    here = contextlib.nullcontext(cluster.local_resources)
-    with cluster.connect(args.address) if args.address else here as found:
-        resources = found() if callable(found) else found
+    with _resources(args.address) as resources:
         budget = plan.budget(resources)
         slots = cluster.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
         slots = min(slots, args.max_concurrent_trials or slots)

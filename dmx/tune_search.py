@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx import study_files, study_identity, warm_start
+from dmx.brackets import LEAST_FACTOR
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.objectives import parse_objectives
@@ -49,8 +50,10 @@ def _check_rungs(args: argparse.Namespace) -> None:
     grace, factor = args.grace_steps, args.reduction_factor
     if grace is not None and grace < 1:
         raise ConfigError(f"--grace-steps is {grace}; it must be at least 1.")
-    if factor is not None and not 1 < factor < math.inf:
-        raise ConfigError(f"--reduction-factor is {factor:g}; it must be above 1 and finite.")
+    if factor is not None and not LEAST_FACTOR <= factor < math.inf:
+        raise ConfigError(
+            f"--reduction-factor is {factor:.10g}; it must be at least {LEAST_FACTOR} and finite."
+        )
     for option, value, of in (
         ("--grace-steps", grace, ("asha", "hyperband", "pbt")),
         ("--reduction-factor", factor, ("asha", "hyperband")),

@@ -67,7 +67,14 @@ TUNE_BAD = {
         [*TUNE, "--grace-steps", "3", "--scheduler", "none"],
         "--grace-steps means nothing to --scheduler none",
     ),
-    "factor": ([*TUNE, "--reduction-factor", "1"], "--reduction-factor is 1; it must be above 1"),
+    "factor": (
+        [*TUNE, "--reduction-factor", "1"],
+        "--reduction-factor is 1; it must be at least 1.1",
+    ),
+    "factor-near-1": (
+        [*TUNE, "--reduction-factor", "1.0000001"],
+        "--reduction-factor is 1.0000001; it must be at least 1.1 and finite",
+    ),
     "factor-nan": ([*TUNE, "--reduction-factor", "nan"], "--reduction-factor is nan"),
     "factor-pbt": (
         [*TUNE, "--reduction-factor", "4", "--scheduler", "pbt"],
