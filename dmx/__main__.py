@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dmx import cli
-from dmx.completion import PARSERS, parser_of
+from dmx.commands.completion import PARSERS, parser_of
 from dmx.errors import EXIT_OK, ConfigError
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dmx import cli, map_view, maps, reading_options
+from dmx import cli
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
+from dmx.commands import reading_options
 from dmx.data.batches import make_batch
 from dmx.data.files import explained
 from dmx.data.obtain import obtain
@@ -21,9 +21,11 @@ from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.log import console
-from dmx.samples import choose_samples
 from dmx.tensorboard import RunWriter
-from dmx.trainer import Trainer
+from dmx.training import map_view, maps
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.samples import choose_samples
+from dmx.training.trainer import Trainer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,8 +13,8 @@ import yaml
 from dmx.attention import AttentionConfig, MixerContext
 from dmx.attention.butterfly import ButterflyConfig
 from dmx.errors import ConfigError
-from dmx.model import ModelConfig
-from dmx.optim import OptimConfig
+from dmx.nn.model import ModelConfig
+from dmx.nn.optim import OptimConfig
 from dmx.overrides import flatten, lay, merge
 from dmx.schema import from_dict, to_dict
 from dmx.tasks import Task, task_for

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmx import cli, reading_options
+from dmx import cli
+from dmx.commands import reading_options
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.registry import choices_message
 from dmx.report import printable, run_path, write_whole

@@ -69,11 +69,11 @@ LINEAGE_FILE = "lineage.json"
 
 SamplerKind = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 SAMPLERS = get_args(SamplerKind)
-"""How points are proposed; see dmx.sampling."""
+"""How points are proposed; see dmx.search.sampling."""
 
 SchedulerKind = Literal["asha", "hyperband", "pbt", "none"]
 SCHEDULERS = get_args(SchedulerKind)
-"""What happens to trials that do worse than others; see dmx.scheduler and dmx.pbt."""
+"""What happens to trials that do worse than others; see dmx.study.scheduler and dmx.study.pbt."""
 
 TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 

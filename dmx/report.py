@@ -10,14 +10,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmx import cli, reading_options
+from dmx import cli
+from dmx.commands import reading_options
+from dmx.commands.reading_options import REPORT_FILE
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.object_storage import is_url
-from dmx.reading_options import REPORT_FILE
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
 from dmx.reporting.collect import collect
 from dmx.reporting.records import RunReport
+from dmx.storage.object_storage import is_url
 
 logger = logging.getLogger("dmx.report")
 

@@ -16,14 +16,15 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmx import cli, costs, train_workers
+from dmx import cli
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
+from dmx.commands import train_workers
+from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config
+from dmx.costing import costs
 from dmx.costing.stand_in import dry_data
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
-from dmx.device import pick_device
 from dmx.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -32,14 +33,15 @@ from dmx.errors import (
     ConfigError,
 )
 from dmx.log import console
+from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
-from dmx.runner import Job, Runner, evaluate_checkpoint
-from dmx.sample_view import write_samples
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
-from dmx.train_options import parser
-from dmx.transfer import read_weights
-from dmx.workers import Workers, num_cores
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Job, Runner, evaluate_checkpoint
+from dmx.training.sample_view import write_samples
+from dmx.training.transfer import read_weights
+from dmx.training.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")
 

@@ -10,18 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmx import (
-    cli,
-    cluster,
-    costs,
-    gpu_packing,
-    place_options,
-    study_end,
-    study_files,
-    study_identity,
-    tune_dryrun,
-    tune_search,
-)
+from dmx import cli
+from dmx.cluster import connection, gpu_packing
+from dmx.commands import place_options, tune_dryrun, tune_search
+from dmx.commands.tune_options import check_limits, parser
+from dmx.commands.tune_plan import Plan, make_plan
+from dmx.costing import costs
 from dmx.costing.stand_in import dry_data
 from dmx.data.store import Store
 from dmx.errors import (
@@ -32,14 +26,15 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
-from dmx.folder_sync import FolderSync
-from dmx.live_view import choose_view, write_json
-from dmx.object_storage import is_url
-from dmx.places import Places
-from dmx.study import StudyConfig, run_study
+from dmx.storage.folder_sync import FolderSync
+from dmx.storage.object_storage import is_url
+from dmx.storage.places import Places
+from dmx.study import end as study_end
+from dmx.study import files as study_files
+from dmx.study import identity as study_identity
+from dmx.study.live_view import choose_view, write_json
+from dmx.study.study import StudyConfig, run_study
 from dmx.tasks import Task
-from dmx.tune_options import check_limits, parser
-from dmx.tune_plan import Plan, make_plan
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -67,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     check_limits(args)
     if args.address is None:
-        budget = plan.budget(cluster.local_resources())
-        cluster.check_request(cluster.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
+        budget = plan.budget(connection.local_resources())
+        connection.check_request(connection.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
         plan.check(budget)
     sync = FolderSync(places)
     if not args.dry_run:
@@ -115,7 +110,7 @@ def _search(
     """Run the study, and what follows it."""
     args = plan.args
 
-    def open_study(resources: cluster.Resources) -> StudyConfig:
+    def open_study(resources: connection.Resources) -> StudyConfig:
         budget = plan.budget(resources)
         plan.check(budget)
         config = plan.study(budget, folder.name, sync.places)
@@ -124,15 +119,15 @@ def _search(
         return config
 
     # Here all is known before Ray starts; of a cluster nothing before it is connected.
-    here = None if args.address else open_study(cluster.local_resources())
-    with sync, cluster.connect(args.address) as resources:
+    here = None if args.address else open_study(connection.local_resources())
+    with sync, connection.connect(args.address) as resources:
         config = here or open_study(resources)
         if args.trials_per_gpu == gpu_packing.AUTO:
             fitting = gpu_packing.measure(config, store)
             budget = plan.budget(resources, trials_per_gpu=fitting)
             config = plan.study(budget, folder.name, sync.places)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
-        slots = cluster.check_request(resources, cpus=cpus, gpus=gpus)
+        slots = connection.check_request(resources, cpus=cpus, gpus=gpus)
         slots = min(slots, args.max_concurrent_trials or slots)
         tensorboard = study_identity.announce(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"

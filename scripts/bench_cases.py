@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from dmx.data.pathfinder import Generator
-from dmx.model import Classifier
-from dmx.optim import OptimConfig, build_optimizer
-from dmx.parallel import single_thread
-from dmx.reference import load_model
+from dmx.nn.model import Classifier
+from dmx.nn.optim import OptimConfig, build_optimizer
+from dmx.nn.parallel import single_thread
+from dmx.training.reference import load_model
 
 Step = Callable[[], None]
 
@@ -188,7 +188,7 @@ def reference_step(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> Step:
 
 
 def our_step(model: Classifier, ids: torch.Tensor, labels: torch.Tensor) -> Step:
-    """Forward, backward and AdamW as dmx.trainer has them."""
+    """Forward, backward and AdamW as dmx.training.trainer has them."""
     config = OptimConfig(learning_rate=1e-4, weight_decay=1e-3, warmup_steps=100)
     optimizer, schedule = build_optimizer(model.parameters(), config, 1000)
 

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dmx.curriculum_file import load_curriculum
+from dmx.curriculum.file import load_curriculum
+from dmx.curriculum.stages import CurriculumConfig
 from dmx.data.locate import default_data_root
 from dmx.data.prepare import prepare_missing
 from dmx.overrides import lay
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml
-from dmx.stages import CurriculumConfig
 
 _SAMPLE = 2000
 

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from bench_cases import CASES, batch_of, reference_model, reference_step
 
 from dmx.attention import AttentionConfig
-from dmx.model import Classifier, ModelConfig
-from dmx.optim import OptimConfig, build_optimizer
+from dmx.nn.model import Classifier, ModelConfig
+from dmx.nn.optim import OptimConfig, build_optimizer
 
 WARM_UP = 3
 MOST_STEPS = 50
@@ -98,7 +98,7 @@ def _batch(args: argparse.Namespace, task: str) -> tuple[torch.Tensor, torch.Ten
 def our_gpu_step(
     task: str, variant: str, ids: torch.Tensor, labels: torch.Tensor, micro: int
 ) -> Callable[[], None]:
-    """A step as dmx.trainer does it; ids and labels lie on the device."""
+    """A step as dmx.training.trainer does it; ids and labels lie on the device."""
     case, device = CASES[task], ids.device
     recipe: dict[str, Any] = case.recipe
     torch.manual_seed(0)

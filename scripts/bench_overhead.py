@@ -25,11 +25,11 @@ from soak_cluster import children
 from soak_study import FIXED, SPACE, TASK, write_data
 
 from dmx import records as keys
-from dmx.cluster import check_request, connect
+from dmx.cluster.connection import check_request, connect
 from dmx.data.store import open_store
-from dmx.space_file import load_space
-from dmx.study import StudyConfig, run_study
-from dmx.study_identity import announce
+from dmx.search.space_file import load_space
+from dmx.study.identity import announce
+from dmx.study.study import StudyConfig, run_study
 
 STEPS = 4
 _TICK = os.sysconf("SC_CLK_TCK")

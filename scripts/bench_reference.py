@@ -3,9 +3,9 @@
     python scripts/bench_reference.py --reference PATH [--tasks pathX-nogap text ...]
         [--attentions butterfly softmax ...] [--repeats 5] [--threads 2] [--out docs/benchmarks.md]
 
-Both codes run on the same weights (the reference's, read by dmx.reference), batch and threads,
-each in a process of its own, as its users run it. First their logits are compared. Then steps
-(forward, backward, AdamW, with dropout) are timed in turn, three of ours to each of the
+Both codes run on the same weights (the reference's, read by dmx.training.reference), batch and
+threads, each in a process of its own, as its users run it. First their logits are compared. Then
+steps (forward, backward, AdamW, with dropout) are timed in turn, three of ours to each of the
 reference's, while the other waits. A row has medians and their ratio. CPU seconds are those of all
 threads; other work on the machine disturbs them less. Peak memory is that of the first two steps
 above the process before them. Loading: a split of Path-X images as the reference's pickle and as
@@ -44,10 +44,10 @@ from bench_cases import (
     write_section,
 )
 
-from dmx.allocator import keep_freed_memory
 from dmx.data.manifest import Manifest
 from dmx.data.store import open_store
 from dmx.data.store_writer import StoreWriter
+from dmx.nn.allocator import keep_freed_memory
 
 SIDES = ("theirs", "ours")
 TARGETS = {
@@ -182,7 +182,7 @@ def _steps(checkout: Path, side: str, task: str, attention: str) -> None:
     make = reference_step
     if side == "ours":
         model, make = our_model(task, attention, model.state_dict()), our_step  # type: ignore[assignment]
-        keep_freed_memory()  # as dmx.trainer does
+        keep_freed_memory()  # as dmx.training.trainer does
     step: Callable[[], None] = make(model, ids, labels)
     before = peak_mb()
     step(), step()

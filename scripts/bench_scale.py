@@ -24,12 +24,12 @@ from bench_cases import peak_mb, write_section
 from soak_study import SPACE, TASK
 
 from dmx import records as keys
-from dmx.ledger import Ledger, trial_folder
-from dmx.scheduler import DurableAsha
-from dmx.space import SearchSpace
-from dmx.space_file import load_space
-from dmx.study_files import write_trials
-from dmx.study_view import TensorBoardView
+from dmx.search.ledger import Ledger, trial_folder
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
+from dmx.study.files import write_trials
+from dmx.study.scheduler import DurableAsha
+from dmx.study.view import TensorBoardView
 
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
 

@@ -39,7 +39,8 @@ from typing import Any
 import torch
 from bench_cases import write_section
 
-from dmx import cli, cluster
+from dmx import cli
+from dmx.cluster import connection
 from dmx.data.locate import locate
 from dmx.data.store import Store
 from dmx.errors import EXIT_OK, ConfigError
@@ -55,8 +56,8 @@ from dmx.reporting.efficiency import (
     table,
 )
 from dmx.reporting.plain import write_csv
-from dmx.space_file import load_space
-from dmx.study import StudyConfig, run_study
+from dmx.search.space_file import load_space
+from dmx.study.study import StudyConfig, run_study
 from dmx.tasks import task_for
 
 logger = logging.getLogger("dmx.bench_search")
@@ -105,8 +106,10 @@ def main(argv: Sequence[str]) -> int:
     store = locate(args.task, Path(args.data_root) if args.data_root else None, allow_sample=True)
     budget = args.random_trials * args.max_steps
     curves = []
-    with cluster.connect(args.address) as resources:
-        slots = cluster.check_request(resources, cpus=args.cpus_per_trial, gpus=args.gpus_per_trial)
+    with connection.connect(args.address) as resources:
+        slots = connection.check_request(
+            resources, cpus=args.cpus_per_trial, gpus=args.gpus_per_trial
+        )
         for seed in range(args.seeds):
             for method in METHODS:
                 config = study(args, method, seed)

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from dmx import log
-from dmx.history import History, fold
-from dmx.journal import read_journal
+from dmx.curriculum.history import History, fold
+from dmx.storage.journal import read_journal
 
 logger = logging.getLogger("dmx.kill")
 _LIMIT_SECONDS = 1800

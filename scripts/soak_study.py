@@ -19,13 +19,13 @@ import numpy as np
 import optuna
 from optuna.storages.journal import JournalFileBackend
 
-from dmx.checkpoint import open_checkpoint
 from dmx.config import parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store_writer import StoreWriter
-from dmx.runner import Job, Runner, evaluate_checkpoint
 from dmx.schema import to_dict
-from dmx.space_file import load_space
+from dmx.search.space_file import load_space
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Job, Runner, evaluate_checkpoint
 
 TASK = "pathfinder16-cl3-d1"
 LENGTH = 256

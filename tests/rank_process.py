@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dmx.data.store import open_store
-from dmx.ranks import Group, PeerLost
-from dmx.runner import Job, Runner
 from dmx.schema import to_dict
-from dmx.trainer import Diverged, Trainer
+from dmx.training.ranks import Group, PeerLost
+from dmx.training.runner import Job, Runner
+from dmx.training.trainer import Diverged, Trainer
 from tests.tiny import TASK, config
 
 PLAIN = {"attention__dropout": 0.0, "train__clip_gradient_norm": 0.5}

@@ -16,81 +16,76 @@ PACKAGE = ROOT / "dmx"
 # one. A new file is put where it belongs; what matches an earlier line is not looked at again.
 LAYERS: list[tuple[str, str]] = [
     ("errors, log", "__init__ errors log"),
+    ("packages", "nn storage training search cluster study curriculum commands costing reporting"),
     (
         "values",
-        "cli compute_flags place_flags workers registry schema overrides records patience journal "
-        "resources claim device allocator quiet_threads tensorboard",
+        "cli registry schema overrides records resources tensorboard quiet_threads "
+        "training.workers nn.device nn.allocator storage.patience storage.journal storage.claim "
+        "commands.compute_flags commands.place_flags",
     ),
-    ("objectives", "objectives brackets"),
-    ("mathematics", "packing padding parallel dropout functional ends optim"),
+    ("objectives", "search.objectives search.brackets"),
+    (
+        "mathematics",
+        "nn.packing nn.padding nn.parallel nn.dropout nn.functional nn.ends nn.optim",
+    ),
     ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
-    ("model", "model"),
-    ("experiment", "config reference space space_file population"),
+    ("model", "nn.model"),
+    ("experiment", "config training.reference search.space search.space_file search.population"),
     ("data", "data data.*"),
-    ("storage of a cluster", "object_storage places folder_sync"),
-    ("checkpoints", "checkpoint transfer"),
+    ("storage of a cluster", "storage.*"),
+    ("checkpoints", "training.checkpoint training.transfer"),
+    ("training", "training.*"),
+    ("search", "search.*"),
+    ("stages", "curriculum.stages curriculum.order curriculum.file curriculum.history"),
     (
-        "training",
-        "process_state ranks micro_batch passes trainer adopt samples runner evaluation maps "
-        "map_view",
+        "plans",
+        "curriculum.edits curriculum.planner curriculum.precheck curriculum.promotion "
+        "curriculum.stage_data",
     ),
-    (
-        "search",
-        "study_settings sampling past proposals warm_start optuna_file study_record trial_results "
-        "ledger",
-    ),
-    ("stages", "stages stage_order curriculum_file history"),
-    ("plans", "edits planner precheck promotion stage_data"),
     (
         "plans, shown",
-        "lineage study_files sample_view costing costing.count costing.probe costing.st*",
+        "curriculum.lineage study.files costing.count costing.probe costing.st*",
     ),
     (
         "ray",
-        "cluster cluster_size torch_group worker_session distributed launch trainable scheduler "
-        "pbt budget study_config watchdog study_hooks",
+        "cluster.connection cluster.size cluster.torch_group cluster.worker_session "
+        "cluster.distributed cluster.launch study.trainable study.scheduler study.pbt "
+        "study.budget study.config study.watchdog study.hooks",
     ),
-    ("study", "study study_view live_view stage_study finals work"),
-    ("study's end", "study_end study_identity curriculum_view dryrun"),
-    ("control", "room side_work controller backend curriculum_show curriculum_session"),
+    (
+        "study",
+        "study.study study.view study.live_view study.finals curriculum.stage_study "
+        "curriculum.work",
+    ),
+    ("study's end", "study.end study.identity curriculum.view curriculum.dryrun"),
+    (
+        "control",
+        "curriculum.room curriculum.side_work curriculum.controller curriculum.backend "
+        "curriculum.show curriculum.session",
+    ),
     (
         "reports",
-        "reading_options reporting reporting.* report leaderboard costs costing costing.* "
-        "gpu_packing",
+        "commands.reading_options reporting.* report leaderboard costing.* cluster.gpu_packing",
     ),
-    (
-        "commands",
-        "place_options tune_options train_options curriculum_options tune_search tune_plan "
-        "tune_dryrun train_workers tune train curriculum attention_maps completion __main__",
-    ),
+    ("commands", "commands.* tune train curriculum.__main__ attention_maps __main__"),
 ]
 
 # Who may import what, at the top of a file or within a function.
 RAY = [
-    "cluster",
-    "distributed",
-    "worker_session",
-    "torch_group",
-    "gpu_packing",
-    "launch",
-    "trainable",
-    "scheduler",
-    "study",
-    "study_hooks",
-    "watchdog",
-    "study_files",
-    "finals",
-    "backend",
-    "curriculum",
-    "data.ray_shards",
+    *("cluster", "cluster.connection", "cluster.distributed", "cluster.worker_session"),
+    *("cluster.torch_group", "cluster.gpu_packing", "cluster.launch"),
+    *("study.trainable", "study.scheduler", "study.study", "study.hooks", "study.watchdog"),
+    *("study.files", "curriculum.backend", "data.ray_shards"),
 ]
 OPTUNA = [
-    *("sampling", "past", "proposals", "warm_start", "optuna_file", "trial_results", "ledger"),
-    "study_files",
-    *("reporting.reading", "reporting.importance"),
+    *("search.sampling", "search.past", "search.proposals", "search.warm_start"),
+    *("search.optuna_file", "search.trial_results", "search.ledger"),
+    *("study.files", "reporting.reading", "reporting.importance"),
 ]
 # What a file imports only once it was asked for several workers.
-LAZY = {"train_workers": {"distributed"}}
+LAZY = {
+    "commands.train_workers": {"cluster", "cluster.connection", "cluster.distributed"},
+}
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 
 
@@ -174,15 +169,15 @@ def test_who_imports_what(package, allowed):
 def test_training_needs_no_ray():
     """Models, data, training and the single-run command are usable without Ray and Optuna."""
     seen: set[str] = set()
-    waiting = ["train", "trainer", "runner", "checkpoint", "reference", "data.__main__"]
+    waiting = ["train", "training.runner", "training.reference", "data.__main__"]
     while waiting:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
             waiting.extend(own_imports(module) - LAZY.get(module, set()))
-    assert {"model", "config", "data.store"} <= seen
+    assert {"nn.model", "config", "data.store"} <= seen
     assert not seen & (set(RAY) - {"data.ray_shards"})
-    assert "ledger" not in seen
+    assert "search.ledger" not in seen
 
 
 def test_no_import_cycles():
@@ -234,4 +229,6 @@ def test_readme_tree_exists():
             if word.endswith((".py", "/")):
                 assert (below / word).exists(), f"README names {below / word}, which does not exist"
                 named += 1
-    assert named >= 30
+    assert named >= 25
+    packages = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
+    assert packages <= set(re.findall(r"(\w+)/(?=[ \n])", tree[1])), "a package is not in README"

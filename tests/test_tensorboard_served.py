@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dmx.sample_view import TAG
 from dmx.tensorboard import Column, RunWriter, announce_study
+from dmx.training.sample_view import TAG
 from tests.browser import CHROMIUM, Browser
 
 NUM_TRIALS = 3

@@ -14,7 +14,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DmxError
-from dmx.trainer import Trainer
+from dmx.training.trainer import Trainer
 
 TASK = "pathfinder16-cl3-d1"
 LENGTH = 256

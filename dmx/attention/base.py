@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.errors import ConfigError
-from dmx.packing import Grouping
+from dmx.nn.packing import Grouping
 from dmx.registry import Registry
 from dmx.schema import from_dict, to_dict
 

@@ -13,7 +13,7 @@ from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenM
 from dmx.attention.softmax import SoftmaxConfig
 from dmx.attention.softmax_rows import Projections
 from dmx.errors import ConfigError
-from dmx.packing import Grouping, Layout, from_groups, to_groups
+from dmx.nn.packing import Grouping, Layout, from_groups, to_groups
 
 
 def butterfly_stride(length: int, block_size: int, layer_index: int) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dmx.attention.base import AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.softmax_rows import Projections
-from dmx.dropout import Dropout
-from dmx.functional import norm_linear, residual_linear
-from dmx.packing import Layout
+from dmx.nn.dropout import Dropout
+from dmx.nn.functional import norm_linear, residual_linear
+from dmx.nn.packing import Layout
 
 
 class MultiHead(nn.Module):

@@ -17,9 +17,9 @@ from dmx.attention.base import (
     fused_attention,
 )
 from dmx.attention.softmax_rows import Projections, attend_rows
-from dmx.packing import Layout
-from dmx.padding import pad_rows, padded_batches, unpad_rows
-from dmx.parallel import is_fast
+from dmx.nn.packing import Layout
+from dmx.nn.padding import pad_rows, padded_batches, unpad_rows
+from dmx.nn.parallel import is_fast
 
 
 @ATTENTIONS.register("softmax")

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dmx.dropout import Keeps, draw_seed, int16_threshold, random_int16
-from dmx.functional import NormLinearGradient, total
-from dmx.packing import Bucket
-from dmx.parallel import rows_at_once, run_shares
+from dmx.nn.dropout import Keeps, draw_seed, int16_threshold, random_int16
+from dmx.nn.functional import NormLinearGradient, total
+from dmx.nn.packing import Bucket
+from dmx.nn.parallel import rows_at_once, run_shares
 
 SCORES_AT_ONCE = 1 << 18
 """Attention weights of a piece (1 MB), so that the passes over them stay in cache."""

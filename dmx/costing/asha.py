@@ -8,8 +8,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from dmx.brackets import bracket_of, num_brackets
 from dmx.reporting.rungs import Bracket
+from dmx.search.brackets import bracket_of, num_brackets
 
 _DRAWS = 100
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store
-from dmx.model import Classifier
+from dmx.nn.model import Classifier
 
 _OPTIMIZER_BYTES = 7 * 4
 """AdamW per parameter: weight, gradient and two moments are read, all but the gradient written."""

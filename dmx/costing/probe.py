@@ -12,8 +12,8 @@ from dmx.config import RunConfig, TrainConfig
 from dmx.costing.count import threads
 from dmx.data.batches import eval_batches
 from dmx.data.store import Store
-from dmx.device import pick_device
-from dmx.trainer import Trainer
+from dmx.nn.device import pick_device
+from dmx.training.trainer import Trainer
 
 _CPU_POSITIONS = 65536
 """Positions, masked ones included, of a step that is timed on a CPU; a larger batch is timed in

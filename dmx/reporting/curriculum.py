@@ -9,10 +9,10 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.errors import DataError
-from dmx.journal import read_journal
 from dmx.reporting.labels import UNKNOWN, attention_label
 from dmx.reporting.reading import Document, read_document
 from dmx.reporting.records import Attempt, RunReport, Stage, Trial
+from dmx.storage.journal import read_journal
 
 _STATUS = {"promote": "passed", "stop": "failed", "retry": "trying again", "longer": "training on"}
 

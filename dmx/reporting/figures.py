@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from dmx import records as keys
-from dmx.objectives import OBJECTIVES
 from dmx.reporting.axis import Axis
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.pareto import Costed, against, costed, front, study_front
@@ -15,6 +14,7 @@ from dmx.reporting.rungs import best_so_far
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, bars, legend
 from dmx.reporting.text import percent, short
+from dmx.search.objectives import OBJECTIVES
 
 _STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
 _WORDS = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmx import records as keys
-from dmx.objectives import OBJECTIVES, evaluate, pareto_front
 from dmx.reporting.records import RunReport, Trial
+from dmx.search.objectives import OBJECTIVES, evaluate, pareto_front
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.objectives import evaluate
 from dmx.reporting import stopping
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
@@ -20,6 +19,7 @@ from dmx.reporting.pareto import costed, front, study_front
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import train_command
+from dmx.search.objectives import evaluate
 
 
 def finite(value: Any) -> Any:

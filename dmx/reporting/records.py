@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmx import records as keys
-from dmx.objectives import DEFAULT
+from dmx.search.objectives import DEFAULT
 
 Kind = Literal["study", "run", "curriculum"]
 
@@ -84,7 +84,8 @@ class Search:
     Attributes:
         searched: dotted path -> (kind, *values), as in the search space.
         grace_steps, reduction_factor: of ASHA.
-        objectives: names, see dmx.objectives. warm_start: the earlier studies it learnt from.
+        objectives: names, see dmx.search.objectives.
+        warm_start: the earlier studies it learnt from.
         derived: they stand in no file and were worked out from the study's other settings.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from dmx import records as keys
-from dmx.objectives import ACCURACY
 from dmx.reporting import figures, stopping, tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
@@ -15,6 +14,7 @@ from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table
 from dmx.reporting.text import train_command
+from dmx.search.objectives import ACCURACY
 
 Section = tuple[str, str, Markup]
 """(anchor, title, content)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmx.brackets import bracket_of, num_brackets
 from dmx.reporting.axis import Axis
 from dmx.reporting.figures import MANY_TRIALS, accuracy_axis, figure
 from dmx.reporting.markup import Markup
@@ -14,6 +13,7 @@ from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, legend
 from dmx.reporting.tables import Table, make
 from dmx.reporting.text import MISSING, percent
+from dmx.search.brackets import bracket_of, num_brackets
 
 
 def filled_rungs(run: RunReport) -> list[Rung]:

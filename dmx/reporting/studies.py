@@ -9,13 +9,13 @@ from typing import Any, cast, get_args
 
 from dmx import records as keys
 from dmx.errors import DataError
-from dmx.journal import read_journal
-from dmx.objectives import DEFAULT, OBJECTIVES
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, sized
 from dmx.reporting.reading import Document, read_document, read_points
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.schema import read_yaml
+from dmx.search.objectives import DEFAULT, OBJECTIVES
+from dmx.storage.journal import read_journal
 
 _STATES: dict[str, keys.TrialStatus] = {
     "COMPLETE": "COMPLETE",

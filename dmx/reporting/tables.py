@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx import records as keys
-from dmx.journal import read_journal
-from dmx.objectives import OBJECTIVES
 from dmx.overrides import flatten
-from dmx.population import GENERATION
 from dmx.reporting.labels import base_name
 from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.reporting.records import RunReport, Trial
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
+from dmx.search.objectives import OBJECTIVES
+from dmx.search.population import GENERATION
+from dmx.storage.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)

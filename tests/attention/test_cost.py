@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.attention import ATTENTIONS, AttentionConfig, MixerContext
-from dmx.model import Classifier, ModelConfig
+from dmx.nn.model import Classifier, ModelConfig
 
 SIZES = {
     "butterfly": {"block_size": 32},

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from dmx import records as keys
-from dmx.checkpoint import save_checkpoint
-from dmx.cluster_size import Means
+from dmx.cluster.size import Means
 from dmx.config import parse_run_config
-from dmx.controller import Controller
-from dmx.curriculum_file import parse_curriculum
-from dmx.evaluation import Measurement
-from dmx.history import History
-from dmx.journal import Journal
-from dmx.runner import Job
-from dmx.stages import CurriculumConfig
-from dmx.work import Key, Message
+from dmx.curriculum.controller import Controller
+from dmx.curriculum.file import parse_curriculum
+from dmx.curriculum.history import History
+from dmx.curriculum.stages import CurriculumConfig
+from dmx.curriculum.work import Key, Message
+from dmx.storage.journal import Journal
+from dmx.training.checkpoint import save_checkpoint
+from dmx.training.evaluation import Measurement
+from dmx.training.runner import Job
 from tests.tiny import SETTINGS, TASK, write_tiny
 
 OTHER_TASK = "pathfinder16-cl2-d0"

@@ -15,8 +15,8 @@ import yaml
 
 from dmx import cli
 from dmx import records as keys
-from dmx.curriculum import main
-from dmx.journal import Journal
+from dmx.curriculum.__main__ import main
+from dmx.storage.journal import Journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, run
 from tests.tiny import SETTINGS, TASK, write_tiny
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
+from dmx.curriculum.edits import check_unchanged
+from dmx.curriculum.history import History, fold
+from dmx.curriculum.lineage import describe
 from dmx.data.files import sha256_file
-from dmx.edits import check_unchanged
 from dmx.errors import StageError
-from dmx.history import History, fold
-from dmx.journal import Journal, read_journal
-from dmx.lineage import describe
+from dmx.storage.journal import Journal, read_journal
+from dmx.training.checkpoint import open_checkpoint
 from tests.curriculum.fakes import (
     LATE_TASK,
     OTHER_TASK,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dmx.curriculum_file import load_curriculum, parse_curriculum
+from dmx.curriculum.file import load_curriculum, parse_curriculum
+from dmx.curriculum.stages import CurriculumConfig
 from dmx.errors import ConfigError
 from dmx.resources import find_yaml
 from dmx.schema import to_dict
-from dmx.stages import CurriculumConfig
 from tests.curriculum.fakes import curriculum
 from tests.tiny import SETTINGS, TASK, one_sentence
 

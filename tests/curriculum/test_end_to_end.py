@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from dmx import records as keys
-from dmx.history import fold
-from dmx.journal import read_journal
-from dmx.runner import Job, Runner
+from dmx.curriculum.history import fold
 from dmx.schema import to_dict
+from dmx.storage.journal import read_journal
+from dmx.training.runner import Job, Runner
 from tests.curriculum.fakes import OTHER_TASK, curriculum
 from tests.tiny import SETTINGS, TASK, write_tiny
 

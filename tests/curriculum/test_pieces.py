@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx.checkpoint import open_checkpoint
-from dmx.claim import Claim, read_claim
-from dmx.curriculum import continue_command
+from dmx.curriculum.__main__ import continue_command
 from dmx.data.store import Store
 from dmx.errors import StageError
-from dmx.evaluation import Measurement, measure
-from dmx.runner import Job, Runner
 from dmx.schema import to_dict
-from dmx.transfer import POSITION_KEY, tile_positions
+from dmx.storage.claim import Claim, read_claim
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import Measurement, measure
+from dmx.training.runner import Job, Runner
+from dmx.training.transfer import POSITION_KEY, tile_positions
 from tests import tiny
 from tests.tiny import one_sentence
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dmx.claim import Claim
+from dmx.storage.claim import Claim
 claim = Claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -18,16 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmx.checkpoint import open_checkpoint
+from dmx.curriculum.history import fold
 from dmx.data.manifest import _digest
 from dmx.data.source import open_source
 from dmx.data.store import open_store
 from dmx.data.unpickle import load_pickle
 from dmx.errors import DmxError, StageError
-from dmx.history import fold
-from dmx.journal import Journal, encode, read_journal
-from dmx.ledger import Ledger
-from dmx.study_files import open_folder
+from dmx.search.ledger import Ledger
+from dmx.storage.journal import Journal, encode, read_journal
+from dmx.study.files import open_folder
+from dmx.training.checkpoint import open_checkpoint
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn
 from tests.study.helpers import space

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dmx.cli import run_folder
 from dmx.config import parse_run_config
-from dmx.curriculum_file import load_curriculum
+from dmx.curriculum.file import load_curriculum
 from dmx.overrides import flatten, merge, parse_assignments
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml, to_dict
-from dmx.space_file import load_space
+from dmx.search.space_file import load_space
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed
 from tests.study.helpers import FIXED, SPACE_YAML

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from dmx.data.store import open_store
-from dmx.ranks import Group
-from dmx.trainer import Trainer
+from dmx.training.ranks import Group
+from dmx.training.trainer import Trainer
 from tests.tiny import TASK, config
 
 CHANGES = {"attention__dropout": 0.0, "train__device": "cuda", "train__precision": "fp32"}

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmx.optim import OptimConfig, build_optimizer
-from dmx.reference import load_model
-from dmx.transfer import transfer
+from dmx.nn.optim import OptimConfig, build_optimizer
+from dmx.training.reference import load_model
+from dmx.training.transfer import transfer
 from tests.attention.cases import CASES, LENGTH, masks
 from tests.attention.cases import NAMES as ATTENTIONS
 from tests.attention.test_packed_equals_dense import ids_of, models

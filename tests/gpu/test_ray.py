@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("ray", reason="Ray is not installed here")
 pytest.importorskip("optuna", reason="Optuna is not installed here")
 
-from dmx import gpu_packing
 from dmx import records as keys
+from dmx.cluster import gpu_packing
 from dmx.schema import to_dict
-from dmx.trainable import TrialTrainable
+from dmx.study.trainable import TrialTrainable
 from tests.study.helpers import command, rows, run
 from tests.study.test_reuse import trial
 from tests.tiny import config

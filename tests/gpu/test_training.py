@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
 from dmx.data.batches import make_batch
-from tests.test_trainer import RANDOM, facts, same_state
+from dmx.training.checkpoint import open_checkpoint
 from tests.tiny import trainer
+from tests.training.test_trainer import RANDOM, facts, same_state
 
 LOSSES = (keys.TRAIN_LOSS, keys.DEV_LOSS)
 PLAIN = {"attention__dropout": 0.0, "train__precision": "fp32"}
@@ -20,7 +20,7 @@ LONG = {"train__num_steps": 60, "train__eval_every_steps": 60}
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("execution", ["packed", "dense"])
 def test_it_learns(device, tiny_store, execution, precision):
-    """As on a CPU, where the same settings pass 90 % in tests/test_trainer.py."""
+    """As on a CPU, where the same settings pass 90 % in tests/training/test_trainer.py."""
     changes = {"model__execution": execution, "train__precision": precision, **LONG}
     with trainer(tiny_store, train__device=device, **changes) as made:
         before = made.evaluate("dev").loss
@@ -142,7 +142,7 @@ def test_a_dense_step_never_waits_for_the_gpu(gpu, tiny_store):
 
 
 def test_a_packed_step_waits_only_where_tokens_are_counted(gpu, tiny_store, recwarn):
-    """Twice the layers, as many waits: tests/test_pretend_cuda.py has counted them."""
+    """Twice the layers, as many waits: tests/nn/test_pretend_cuda.py has counted them."""
     waits = []
     for layers in (2, 4):
         changes = {"train__device": "cuda", "model__execution": "packed", **RANDOM}

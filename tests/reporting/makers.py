@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from dmx.config import parse_run_config
-from dmx.journal import encode
+from dmx.storage.journal import encode
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -131,7 +131,7 @@ def test_damaged_study_is_one_sentence(tmp_path: Path, name: str) -> None:
 
 
 def test_journal_event_without_values_is_refused(tmp_path: Path) -> None:
-    from dmx.journal import encode
+    from dmx.storage.journal import encode
 
     folder = make_study(tmp_path / "s")
     (folder / "journal.jsonl").write_bytes(encode({"event": "report", "trial": 0}))

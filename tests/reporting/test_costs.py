@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx import costs
 from dmx.config import RunConfig, parse_run_config
+from dmx.costing import costs
 from dmx.costing.asha import ExpectedSteps, expected_steps
 from dmx.costing.count import StepCost, count_step
 from dmx.costing.estimate import Cost
@@ -22,7 +22,7 @@ from dmx.costing.stand_in import GENERATED, RANDOM
 from dmx.data.batches import Batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
-from dmx.trainer import Trainer
+from dmx.training.trainer import Trainer
 from tests.tiny import SETTINGS, TASK
 
 SIZES = {k: v for k, v in SETTINGS.items() if k != "attention.block_size"}
@@ -244,8 +244,8 @@ def test_description_says_it_in_words() -> None:
 
 
 def test_run_and_study_of_real_data(tiny_store: Store) -> None:
-    from dmx.space import Distribution, SearchSpace
-    from dmx.study_config import StudyConfig
+    from dmx.search.space import Distribution, SearchSpace
+    from dmx.study.config import StudyConfig
 
     run = costs.run_cost(_config("butterfly-16"), tiny_store, threads=1, probe_seconds=0.1)
     assert run.evaluations == 4 and run.steps.expected == 8 and run.wall_seconds > 0

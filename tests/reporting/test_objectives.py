@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import DataError
-from dmx.journal import encode
 from dmx.leaderboard import gather, to_markdown
 from dmx.report import FORMATS
 from dmx.reporting.board import boards, entries
 from dmx.reporting.collect import collect
 from dmx.reporting.stopping import filled_rungs
+from dmx.storage.journal import encode
 from tests.reporting.makers import make_study
 from tests.tiny import one_sentence
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dmx.commands.train_options import parser as train_parser
 from dmx.reporting.efficiency import Curve, describe, plot, read_curve, summarise, table
-from dmx.train_options import parser as train_parser
 from tests.reporting.makers import make_study
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "lra_all.sh"

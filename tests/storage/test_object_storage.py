@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dmx import object_storage
 from dmx.errors import CheckpointError, ConfigError, StorageError
-from dmx.object_storage import ObjectStorage, join
+from dmx.storage import object_storage
+from dmx.storage.object_storage import ObjectStorage, join
 
 
 @pytest.fixture

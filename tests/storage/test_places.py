@@ -10,9 +10,9 @@ import pytest
 
 from dmx.data.store import open_store
 from dmx.errors import DataError
-from dmx.places import Places, copy_store
-from dmx.runner import Job, Runner
 from dmx.schema import to_dict
+from dmx.storage.places import Places, copy_store
+from dmx.training.runner import Job, Runner
 from tests import tiny
 
 

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from dmx.checkpoint import open_checkpoint
-from dmx.ledger import Ledger
+from dmx.search.ledger import Ledger
+from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import NUM_TRIALS, command, journal, rows, run, space
 from tests.study.processes import Command
 
@@ -56,8 +56,8 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
     import pytest
 
     from dmx.errors import StageError
-    from dmx.folder_sync import FolderSync
-    from dmx.places import Places
+    from dmx.storage.folder_sync import FolderSync
+    from dmx.storage.places import Places
 
     def places(node: str) -> Places:
         return Places(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")

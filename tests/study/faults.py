@@ -18,7 +18,7 @@ def install() -> None:
     Only a process that has made a report already stops or sleeps.
     """
     from dmx import records as keys
-    from dmx.runner import Runner
+    from dmx.training.runner import Runner
 
     real = Runner.step
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmx.space import SearchSpace
-from dmx.space_file import load_space
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
 from tests.tiny import SETTINGS, TASK
 
 ROOT = Path(__file__).resolve().parents[2]

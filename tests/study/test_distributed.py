@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from dmx import cluster
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
-from dmx.claim import read_claim
-from dmx.distributed import DistributedRunner
-from dmx.launch import start, stop, wait_any
-from dmx.ledger import trial_folder
-from dmx.runner import Job, Runner
+from dmx.cluster import connection
+from dmx.cluster.distributed import DistributedRunner
+from dmx.cluster.launch import start, stop, wait_any
 from dmx.schema import to_dict
-from dmx.study import run_study
+from dmx.search.ledger import trial_folder
+from dmx.storage.claim import read_claim
+from dmx.study.study import run_study
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Job, Runner
 from tests.study.processes import wait_until
 from tests.study.test_in_process import Watcher, study_config
 from tests.tiny import config
@@ -36,7 +36,7 @@ def two_cpus() -> Iterator[None]:
 
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, **options)
-    with cluster.connect(None):
+    with connection.connect(None):
         yield
     ray.shutdown()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
-from dmx.distributed import DistributedRunner
+from dmx.cluster.distributed import DistributedRunner
+from dmx.training.checkpoint import open_checkpoint
 from tests.study.processes import runs, started, wait_until
 from tests.study.test_distributed import check_close, job, reports_alone, to_end
 from tests.tiny import SETTINGS, TASK

@@ -13,8 +13,8 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 
-from dmx.checkpoint import open_checkpoint
-from dmx.trainer import build_model
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.trainer import build_model
 from tests.study import events
 from tests.study.helpers import (
     FIXED,

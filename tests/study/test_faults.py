@@ -10,12 +10,12 @@ from pathlib import Path
 import optuna
 import pytest
 
-from dmx import cluster
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
+from dmx.cluster import connection
 from dmx.errors import StorageError
-from dmx.ledger import trial_folder
-from dmx.study import run_study
+from dmx.search.ledger import trial_folder
+from dmx.study.study import run_study
+from dmx.training.checkpoint import open_checkpoint
 from tests.study.faults import FOLDER
 from tests.study.helpers import ROOT, journal
 from tests.study.test_in_process import Watcher, facts, study_config
@@ -41,7 +41,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "worker_process_setup_hook": "tests.study.faults.install",
         },
     )
-    with cluster.connect(None):
+    with connection.connect(None):
         yield folder
     ray.shutdown()
 

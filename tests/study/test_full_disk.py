@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx.checkpoint import open_checkpoint
-from dmx.journal import read_journal
+from dmx.storage.journal import read_journal
+from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import command, journal, run
 from tests.study.processes import started, wait_until
 from tests.study.test_interruptions import again_command, check_same

@@ -15,7 +15,7 @@ from soak_rounds import LIMIT_SECONDS, Round, judge
 from soak_study import FIXED, TASK, command, journal, write_data
 
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
+from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import environment
 
 pytestmark = [

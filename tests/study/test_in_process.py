@@ -15,22 +15,22 @@ import optuna
 import pytest
 import torch
 
-from dmx import cluster
 from dmx import records as keys
-from dmx.checkpoint import open_checkpoint
-from dmx.claim import read_claim
-from dmx.finals import evaluate_test
-from dmx.launch import start, wait_any
-from dmx.ledger import trial_folder
-from dmx.objectives import pareto_front
-from dmx.places import SHARED
+from dmx.cluster import connection
+from dmx.cluster.launch import start, wait_any
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
-from dmx.runner import Job, Runner
-from dmx.space import SearchSpace
-from dmx.space_file import load_space
-from dmx.study import StudyConfig, run_study
-from dmx.workers import Workers
+from dmx.search.ledger import trial_folder
+from dmx.search.objectives import pareto_front
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
+from dmx.storage.claim import read_claim
+from dmx.storage.places import SHARED
+from dmx.study.finals import evaluate_test
+from dmx.study.study import StudyConfig, run_study
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Job, Runner
+from dmx.training.workers import Workers
 from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[cluster.Resources]:
+def ray_cluster() -> Iterator[connection.Resources]:
     """Two slots of one CPU each, whatever the machine has."""
     import ray
 
@@ -50,8 +50,8 @@ def ray_cluster() -> Iterator[cluster.Resources]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    with cluster.connect(None) as resources:
-        assert resources == cluster.Resources(2, 0), "the cluster that is there is used"
+    with connection.connect(None) as resources:
+        assert resources == connection.Resources(2, 0), "the cluster that is there is used"
         yield resources
     assert ray.is_initialized(), "and left running"
     ray.shutdown()

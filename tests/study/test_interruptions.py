@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dmx.checkpoint import open_checkpoint
+from dmx.training.checkpoint import open_checkpoint
 from tests.study import events
 from tests.study.helpers import command, facts, journal, rows
 from tests.study.processes import started, wait_until

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dmx import records as keys
-from dmx.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
+from dmx.study.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
 
 REPORT = {
@@ -89,7 +89,7 @@ def test_the_live_line_by_hand() -> None:
 
 SCRIPT = """
 from dmx import log
-from dmx.live_view import choose_view
+from dmx.study.live_view import choose_view
 from tests.study.test_live_view import speak
 log.setup()
 view = choose_view("auto", num_trials=2, max_steps=8, title="a title")

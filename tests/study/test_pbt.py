@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dmx.adopt import adopt
-from dmx.checkpoint import open_checkpoint
 from dmx.data.store import Store
 from dmx.errors import ConfigError
-from dmx.journal import Journal
-from dmx.ledger import Ledger, trial_folder
-from dmx.optim import build_optimizer
-from dmx.pbt import Population, Segment, copied
-from dmx.places import SHARED, Places
-from dmx.population import (
+from dmx.nn.optim import build_optimizer
+from dmx.schema import to_dict
+from dmx.search.ledger import Ledger, trial_folder
+from dmx.search.population import (
     FACTORS,
     apply,
     boundaries,
@@ -28,10 +24,14 @@ from dmx.population import (
     decide,
     explore,
 )
-from dmx.runner import Job, Runner
-from dmx.schema import to_dict
-from dmx.space import SearchSpace
-from dmx.space_file import load_space
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
+from dmx.storage.journal import Journal
+from dmx.storage.places import SHARED, Places
+from dmx.study.pbt import Population, Segment, copied
+from dmx.training.adopt import adopt
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Job, Runner
 from tests.study.helpers import FIXED, space
 from tests.tiny import TASK, config, one_sentence, trainer
 
@@ -294,7 +294,7 @@ def test_nodes_that_meet_in_object_storage_only(undisturbed, tiny_store, tmp_pat
 @pytest.mark.slow
 def test_killed_at_any_write_it_ends_the_same(undisturbed, tiny_store, tmp_path, monkeypatch):
     """At journal lines, before and in the middle of copies, and at checkpoints."""
-    from dmx import trainer as trainer_module
+    from dmx.training import trainer as trainer_module
 
     real_append, real_copy = Journal.append, shutil.copytree
     real_save = trainer_module.save_checkpoint

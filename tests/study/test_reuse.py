@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmx.process_state import ProcessState
-from dmx.runner import Job, Runner
 from dmx.schema import to_dict
-from dmx.trainable import JOB_KEY, TrialTrainable
-from tests.test_trainer import RANDOM, facts, same_state
+from dmx.study.trainable import JOB_KEY, TrialTrainable
+from dmx.training.process_state import ProcessState
+from dmx.training.runner import Job, Runner
 from tests.tiny import config
+from tests.training.test_trainer import RANDOM, facts, same_state
 
 
 def trial(store: Any, folder: Path, **changes: Any) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from dmx.ledger import Ledger
 from dmx.records import DEV_ACCURACY, FAILURE, STEPS
-from dmx.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
-from dmx.study import _catch_up
+from dmx.search.ledger import Ledger
+from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
+from dmx.study.study import _catch_up
 from tests.study.helpers import space
 
 MAX_STEPS, GRACE, FACTOR = 20, 2, 3.0

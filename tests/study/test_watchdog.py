@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dmx.commands.tune_options import check_limits, parser
 from dmx.errors import ConfigError
-from dmx.tune_options import check_limits, parser
-from dmx.watchdog import LEAST_SECONDS, START_SECONDS, Watchdog, patience
+from dmx.study.watchdog import LEAST_SECONDS, START_SECONDS, Watchdog, patience
 from tests.tiny import one_sentence
 
 

@@ -1,0 +1,117 @@
+"""Single runs and evaluations as Ray actors and tasks, restarted when their process dies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from dmx import log
+from dmx import records as keys
+from dmx.cluster.distributed import runner_of
+from dmx.training.runner import Job
+
+import ray  # isort: skip
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip
+
+logger = logging.getLogger("dmx.launch")
+_CLOSE_SECONDS = 20.0
+
+
+class _Actor:
+    """A Runner in its own process."""
+
+    def __init__(self, job: Job) -> None:
+        log.setup()
+        self._runner = runner_of(job)
+
+    def step(self) -> dict[str, Any]:
+        return self._runner.step()
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+@dataclass
+class Running:
+    """A run under way. `restarts` counts the processes it has lost since it last got further.
+
+    `cpus`, `gpus`: of its process; several workers ask for theirs themselves. `steps`: of its
+    latest report.
+    """
+
+    job: Job
+    cpus: float
+    gpus: float
+    restarts: int = 0
+    steps: int = -1
+    actor: Any = None
+    future: Any = None
+
+
+def start(job: Job, *, cpus: float, gpus: float) -> Running:
+    """Launch a run; it starts as soon as the cluster has room."""
+    running = Running(job, cpus, gpus)
+    _launch(running)
+    return running
+
+
+def _launch(running: Running) -> None:
+    several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
+    cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Actor)
+    if several:  # so that it hears `close` while it waits for a report
+        remote = remote.options(max_concurrency=2)
+    running.actor = remote.remote(running.job)
+    running.future = running.actor.step.remote()
+
+
+def wait_any(
+    runs: list[Running], *, timeout_seconds: float, max_restarts: int = 5
+) -> list[tuple[Running, dict[str, Any]]]:
+    """Reports that came in; empty after the timeout. A dead process is started again by itself.
+
+    A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
+    without getting any further, its last report carries `failure`, and `lost`: what it has done so
+    far can be continued elsewhere.
+    """
+    ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=timeout_seconds)
+    reports = []
+    for running in runs:
+        if running.future not in ready:
+            continue
+        try:
+            report = ray.get(running.future)
+        except (RayActorError, WorkerCrashedError, RayTaskError) as error:
+            running.restarts += 1
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if running.restarts > max_restarts:
+                failure = f"its process died {running.restarts} times, last: {reason}"
+                reports.append((running, {keys.FAILURE: failure, keys.LOST: True, "done": True}))
+                continue
+            logger.warning(
+                "the worker of %s died (%s); it continues from its last checkpoint.",
+                running.job.folder,
+                reason,
+            )
+            running.job = dataclasses.replace(running.job, takes_over=True)
+            _launch(running)
+            continue
+        if report.get(keys.STEPS, 0) > running.steps:
+            running.steps, running.restarts = report[keys.STEPS], 0
+        if report.get("done"):
+            stop(running)
+        else:
+            running.future = running.actor.step.remote()
+        reports.append((running, report))
+    return reports
+
+
+def stop(running: Running) -> None:
+    """End a run's processes at once; its last checkpoint stays."""
+    if running.job.workers > 1:  # in good order, so that Ray Train gives its reservation back
+        with contextlib.suppress(RayError):
+            ray.wait([running.actor.close.remote()], timeout=_CLOSE_SECONDS)
+    ray.kill(running.actor, no_restart=True)

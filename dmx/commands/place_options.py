@@ -1,0 +1,108 @@
+"""Where a command's run and data lie: object storage, and data on each node's own disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+from dmx import cli
+from dmx.data.locate import default_data_root
+from dmx.data.obtain import obtain
+from dmx.data.store import Store, open_store
+from dmx.errors import ConfigError
+from dmx.storage.object_storage import ObjectStorage, is_url, join
+from dmx.storage.places import Places, copy_store
+
+
+def find_places(
+    *,
+    storage: str,
+    name: str | None,
+    default: str,
+    scratch: str | None,
+    data_root: str | None,
+    node_data: str | None,
+) -> tuple[Path, Places]:
+    """The run's folder on this node, and where its nodes meet; nothing is created.
+
+    Raises:
+        ConfigError: the name is no plain folder name, a folder cannot be written, a URL is none.
+    """
+    base = Path(scratch or Path.home() / ".cache" / "dmx").absolute()
+    run_url = None
+    if is_url(storage):
+        ObjectStorage(storage)  # a malformed one is said now
+        own = base / "runs" / hashlib.sha256(storage.encode()).hexdigest()[:12]
+        folder = cli.run_folder(str(own), name, default)
+        run_url = join(storage, folder.name)
+    else:
+        folder = cli.run_folder(storage, name, default)
+    for option, value in (("--scratch", scratch), ("--node-data", node_data)):
+        _check_folder(option, value)
+    source = None
+    if data_root is not None and is_url(data_root):
+        ObjectStorage(data_root)
+        source, node_data = data_root, node_data or str(base / "data")
+    elif node_data is not None:
+        shared = Path(data_root).absolute() if data_root else default_data_root()
+        if shared.is_relative_to(Path(node_data).absolute()):
+            raise ConfigError(
+                f"--node-data {node_data} is or holds the data themselves, {shared}; give another "
+                "folder, on each node's own disk."
+            )
+        source = str(shared)
+    places = Places(
+        run=str(folder) if run_url else None,
+        run_url=run_url,
+        data_source=source,
+        node_data=str(Path(node_data).absolute()) if node_data is not None else None,
+    )
+    return folder, places
+
+
+def _check_folder(option: str, value: str | None) -> None:
+    """Refuse what can be no folder; nothing is created."""
+    if value is None:
+        return
+    path = Path(value).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not value or not there.is_dir():
+        raise ConfigError(f"{option} is {value!r}; it must be a folder, or one that can be made.")
+
+
+def open_data(
+    places: Places,
+    task: str,
+    data_root: str | None,
+    *,
+    allow_sample: bool,
+    generate: bool,
+    address: str | None = None,
+) -> Store:
+    """The task's data, as obtain() has them; copied to this node where `places` says so.
+
+    Raises:
+        DataError: see obtain() and copy_store().
+    """
+    if places.data_source is not None and is_url(places.data_source):
+        assert places.node_data is not None
+        return open_store(copy_store(places.data_source, task, Path(places.node_data)))
+    root = None if data_root is None else Path(data_root)
+    store = obtain(task, root, allow_sample=allow_sample, generate=generate, address=address)
+    here = places.data(str(store.folder))
+    return store if here == store.folder else open_store(here)
+
+
+def stage_data_root(places: Places, data_root: str | None, tasks: Collection[str]) -> Path:
+    """The data root of a curriculum on this node; from a URL all its tasks are copied here.
+
+    Raises:
+        DataError: the URL lacks one of them; nothing can be generated there.
+    """
+    if places.data_source is not None and is_url(places.data_source):
+        assert places.node_data is not None
+        for task in sorted(tasks):
+            copy_store(places.data_source, task, Path(places.node_data))
+        return Path(places.node_data)
+    return Path(data_root).absolute() if data_root else default_data_root()

@@ -1,0 +1,45 @@
+"""Who does a single run's work: this process, or several in a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+from dmx.config import RunConfig
+from dmx.errors import ConfigError
+from dmx.training.runner import Job
+from dmx.training.workers import Workers, check_batch, num_cores, share_out
+
+
+def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
+    """One worker with all of this machine's cores, or as many as the options say.
+
+    Raises:
+        ConfigError: the options do not go together, or ask for more than this machine has.
+    """
+    if args.threads < 0:
+        raise ConfigError(f"--threads is {args.threads}; it must not be negative.")
+    gpus = args.gpus_per_trial or 0
+    if gpus < 0:
+        raise ConfigError(f"--gpus-per-trial is {gpus}; it must not be negative.")
+    count = share_out(cpus=1, gpus=gpus, workers=args.workers_per_trial).count
+    there = num_cores() if args.address is None else count
+    workers = share_out(cpus=args.threads or there, gpus=gpus, workers=count)
+    check_batch(config.train.batch_size, count)
+    if count == 1 and args.address is not None:
+        raise ConfigError(
+            "--address is for a run of several workers; add --gpus-per-trial, or leave it out."
+        )
+    if count > 1 and args.address is None:
+        from dmx.cluster import connection, distributed
+
+        distributed.check_room(workers, connection.local_resources())
+    return workers
+
+
+def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:
+    """The runner of a job of several workers, and its cluster; Ray is imported only here."""
+    from dmx.cluster import distributed
+
+    return distributed.opened(job, address)

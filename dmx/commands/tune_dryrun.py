@@ -1,0 +1,61 @@
+"""`python -m dmx.tune --dry-run`: the plan and its cost, on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from dmx.cluster import connection
+from dmx.commands import tune_search
+from dmx.commands.tune_plan import Plan
+from dmx.costing import costs
+from dmx.costing.stand_in import DryData
+from dmx.errors import EXIT_OK
+from dmx.log import console
+from dmx.search.brackets import describe_rungs
+
+
+def _resources(address: str | None) -> contextlib.AbstractContextManager[connection.Resources]:
+    """Of this machine without starting Ray; only of a cluster must Ray be asked."""
+    if address is None:
+        return contextlib.nullcontext(connection.local_resources())
+    return connection.connect(address)
+
+
+def show(plan: Plan, data: DryData, folder: Path) -> int:
+    """Check all that the study would check, print, and start nothing."""
+    args, task, space = plan.args, plan.task, plan.space
+    with _resources(args.address) as resources:
+        budget = plan.budget(resources)
+        slots = connection.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+        slots = min(slots, args.max_concurrent_trials or slots)
+    plan.check(budget)
+    config = plan.study(budget, folder.name)
+    tune_search.check_study(args, config, data.store, folder)
+    out = console()
+    out.print(f"data: {data.words}", highlight=False)
+    out.print(f"budget: {budget.reason}; {slots} at once")
+    for name, dist in space.distributions().items():
+        out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
+    out.print("first trial:")
+    first = space.run_config(task.name, plan.fixed(budget), space.first())
+    out.print(first.to_yaml(), highlight=False)
+    stops = describe_rungs(
+        config.scheduler,
+        grace_steps=config.grace_steps,
+        max_steps=config.max_steps,
+        reduction_factor=config.reduction_factor,
+    )
+    out.print(f"scheduler: {stops}", highlight=False)
+    cost = costs.study_cost(
+        config,
+        data.store,
+        slots=slots,
+        final_seeds=args.final_seeds,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+        num_dev=data.num_dev,
+    )
+    for line in costs.describe(cost):
+        out.print(line, highlight=False)
+    out.print("Nothing was started (--dry-run).")
+    return EXIT_OK

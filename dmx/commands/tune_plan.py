@@ -1,0 +1,123 @@
+"""What a call of `dmx.tune` asks for: task, space and overrides, and the study made of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dmx.attention.base import split_name
+from dmx.cluster import gpu_packing
+from dmx.cluster.connection import Resources
+from dmx.commands import tune_search
+from dmx.errors import ConfigError
+from dmx.overrides import flatten, parse_assignments
+from dmx.resources import shipped_names
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
+from dmx.storage.places import SHARED, Places
+from dmx.study.budget import Budget, fit_budget
+from dmx.study.config import StudyConfig
+from dmx.tasks import Task, task_for
+from dmx.training.workers import check_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The command's options with the names in them looked up.
+
+    Attributes:
+        space: what is searched, with the overrides no longer in it.
+        overrides: dotted values that hold for every trial.
+    """
+
+    args: argparse.Namespace
+    task: Task
+    space: SearchSpace
+    overrides: Mapping[str, Any]
+
+    def budget(self, resources: Resources, trials_per_gpu: int | None = None) -> Budget:
+        """How much to train with such resources."""
+        args = self.args
+        return fit_budget(
+            self.task,
+            resources,
+            self.space.defaults,
+            searched=self.space.distributions(),
+            num_trials=args.num_trials,
+            max_steps=args.max_steps,
+            trials_per_gpu=trials_per_gpu or gpu_packing.wanted(args.trials_per_gpu),
+            cpus_per_trial=args.cpus_per_trial,
+            gpus_per_trial=args.gpus_per_trial,
+            workers_per_trial=args.workers_per_trial,
+        )
+
+    def fixed(self, budget: Budget) -> dict[str, Any]:
+        """Dotted values of every trial."""
+        return {**self.overrides, **budget.settings}
+
+    def check(self, budget: Budget) -> None:
+        """Build the experiment at every corner of the space.
+
+        Raises:
+            ConfigError: one is impossible, or its batch cannot be shared out.
+        """
+        self.space.check(self.task.name, self.fixed(budget))
+        for corner in self.space.corners() if budget.workers > 1 else ():
+            config = self.space.run_config(self.task.name, self.fixed(budget), corner)
+            check_batch(config.train.batch_size, budget.workers)
+
+    def study(self, budget: Budget, name: str, places: Places = SHARED) -> StudyConfig:
+        """The study to run."""
+        args = self.args
+        rungs: dict[str, Any] = {"grace_steps": budget.grace_steps, **tune_search.rungs(args)}
+        return StudyConfig(
+            name=name,
+            task=self.task.name,
+            space=self.space,
+            overrides=self.fixed(budget),
+            num_trials=budget.num_trials,
+            max_steps=budget.max_steps,
+            **rungs,
+            scheduler=args.scheduler,
+            sampler=args.sampler,
+            objectives=args.objectives,
+            seed=args.seed,
+            cpus_per_trial=budget.cpus,
+            gpus_per_trial=budget.gpus,
+            workers_per_trial=budget.workers,
+            time_budget_seconds=args.time_budget,
+            trial_timeout_seconds=args.trial_timeout,
+            patience_seconds=args.storage_patience,
+            places=places,
+        )
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Look up the names; everything that needs no data and no cluster is checked here.
+
+    Raises:
+        ConfigError: what is asked for does not exist, or contradicts itself.
+    """
+    task = task_for(args.task)
+    config_class, size = split_name(args.attention)
+    overrides = flatten(parse_assignments(args.set))
+    if size is not None:
+        key = f"attention.{config_class.size_field}"
+        if overrides.setdefault(key, size) != size:
+            raise ConfigError(f"--attention {args.attention} and --set {key} contradict.")
+    name = args.space or config_class.name
+    if args.space is None and name not in shipped_names("search_spaces"):
+        raise ConfigError(
+            f"attention {name!r} has no search space in search_spaces/; give --space."
+        )
+    space = load_space(name, task.name, task.family)
+    if space.attention != config_class.name:
+        raise ConfigError(
+            f"search space {name} is for attention {space.attention!r}, not {config_class.name!r}."
+        )
+    for key in ("task", "attention", "attention.name"):
+        if key in overrides:
+            raise ConfigError(f"--set {key} is not possible; use --attention and --task.")
+    return Plan(args=args, task=task, space=space.without(overrides), overrides=overrides)

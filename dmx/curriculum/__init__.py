@@ -1,0 +1,1 @@
+"""Curricula: stages, gates, what comes next, the controller, and how a run is shown."""

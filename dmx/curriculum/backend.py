@@ -1,0 +1,191 @@
+"""The curriculum's hands: runs, searches, data preparation and tests as Ray actors and tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx import log
+from dmx import records as keys
+from dmx.cluster import launch  # launch sets Ray's environment before Ray is imported
+from dmx.curriculum.work import ClusterLost, Key, Message
+from dmx.data.prepare import prepare_missing
+from dmx.data.store import open_store
+from dmx.errors import DmxError, StorageError
+from dmx.storage.claim import Claim
+from dmx.storage.folder_sync import FolderSync
+from dmx.storage.journal import read_journal
+from dmx.storage.places import SHARED, Places
+from dmx.study.files import copy_best
+from dmx.study.study import StudyConfig, run_study
+from dmx.study.view import TensorBoardView
+from dmx.training.evaluation import Measurement, measure
+from dmx.training.runner import Job
+
+import ray  # isort: skip
+from ray.exceptions import RayError, RayTaskError  # isort: skip
+
+
+class RayBackend:
+    """Everything runs in the connected Ray cluster.
+
+    Args:
+        places: where the run's nodes meet, if not on shared storage.
+    """
+
+    def __init__(self, places: Places = SHARED) -> None:
+        self._places = places
+        self._runs: dict[Key, launch.Running] = {}
+        self._tasks: dict[Any, Key] = {}
+        self._searched: dict[Key, Path] = {}
+
+    def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
+        """A worker process of its own, restarted when it dies."""
+        job = dataclasses.replace(job, places=self._places)
+        self._runs[key] = launch.start(job, cpus=cpus, gpus=gpus)
+
+    def search(
+        self, key: Key, study: StudyConfig, data_folder: str, folder: Path, slots: int
+    ) -> None:
+        """A process without CPUs of its own that drives Tune; the trials have them."""
+        remote = ray.remote(num_cpus=0, max_retries=3)(_search)
+        study = dataclasses.replace(study, places=self._places)
+        self._searched[key] = folder
+        self._tasks[remote.remote(study, data_folder, str(folder), slots)] = key
+
+    def prepare(
+        self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
+    ) -> None:
+        """Takes no CPU from Ray's count: it is `nice` and yields to whatever trains."""
+        remote = ray.remote(num_cpus=0, max_retries=3)(_prepare)
+        self._tasks[remote.remote(task, str(root), dict(options), workers, nice)] = key
+
+    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+        """A task, retried when its process or node dies."""
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(measure)
+        wanted = dataclasses.replace(wanted, places=self._places)
+        self._tasks[remote.remote(wanted, max(int(cpus), 1))] = key
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        """Whatever is there; waits only when nothing is.
+
+        Raises:
+            ClusterLost: Ray does not answer any more.
+        """
+        try:
+            return self._poll(timeout_seconds)
+        except (RayError, ConnectionError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ClusterLost(reason) from None
+
+    def _poll(self, timeout_seconds: float) -> list[Message]:
+        messages = self._poll_tasks(0.0)
+        if messages or not self._runs:
+            return messages or self._poll_tasks(timeout_seconds)
+        by_folder = {run.job.folder: key for key, run in self._runs.items()}
+        # Short when tasks run too, since only one kind of work can be waited for.
+        timeout = min(timeout_seconds, 0.2) if self._tasks else timeout_seconds
+        for run, report in launch.wait_any(list(self._runs.values()), timeout_seconds=timeout):
+            key = by_folder[run.job.folder]
+            failure, done = report.get(keys.FAILURE), bool(report.get("done"))
+            if done:
+                del self._runs[key]
+                self._places.pull(Path(run.job.folder) / keys.BEST_DIR)
+            shown = {} if failure else report
+            lost = bool(report.get(keys.LOST))
+            messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
+        return messages
+
+    def _poll_tasks(self, timeout_seconds: float) -> list[Message]:
+        if not self._tasks:
+            return []
+        ready, _ = ray.wait(list(self._tasks), num_returns=1, timeout=timeout_seconds)
+        messages = []
+        for reference in ready:
+            key = self._tasks.pop(reference)
+            try:
+                value = ray.get(reference)
+            except RayError as error:
+                lost = not isinstance(error, RayTaskError) or isinstance(error.cause, StorageError)
+                messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
+                continue
+            if key.kind == "train":
+                reports, failure = value
+                self._places.pull(self._searched[key] / keys.BEST_DIR)
+                messages += [Message(key=key, report=report) for report in reports]
+                messages.append(Message(key=key, done=True, failure=failure))
+            else:
+                messages.append(Message(key=key, done=True, value=value))
+        return messages
+
+    def close(self) -> None:
+        """Kill workers and cancel tasks."""
+        for run in self._runs.values():
+            with contextlib.suppress(RayError, ValueError):
+                launch.stop(run)
+        for reference in self._tasks:
+            with contextlib.suppress(RayError, ValueError, TypeError):
+                ray.cancel(reference, force=True)
+        self._runs.clear()
+        self._tasks.clear()
+
+
+def _reason(error: RayError) -> str:
+    """One line; a user error's own sentence."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if isinstance(cause, DmxError):
+        return str(cause)
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> float:
+    """Seconds it took. Runs in a Ray worker."""
+    log.setup()
+    with contextlib.suppress(OSError):
+        os.nice(nice)
+    started = time.monotonic()
+    prepare_missing(task, Path(root), workers=workers, options=options)
+    return time.monotonic() - started
+
+
+def _search(
+    study: StudyConfig, data_folder: str, folder: str, slots: int
+) -> tuple[list[dict[str, Any]], str | None]:
+    """(reports of the best trial, failure). Runs in a Ray worker, which drives Tune."""
+    log.setup()
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    claim = Claim(path)  # a driver that was just killed may still hold the study
+    sync = FolderSync(study.places.below(path))
+    sync.restore()
+    view = TensorBoardView(path, {"task": study.task}, tuple(study.space.distributions()))
+    try:
+        store = open_store(study.places.data(data_folder))
+        with sync:
+            result = run_study(study, store, path, slots=slots, observers=(view,))
+        if result.best is None:
+            return [], "no trial of the search reported a dev accuracy"
+        best = copy_best(path, result.best)
+        assert best is not None
+        study.places.push(best)
+        events, _ = read_journal(path / keys.JOURNAL_FILE)
+    finally:
+        view.close()
+        claim.release()
+    reports = [
+        e["metrics"]
+        for e in events
+        if e.get("event") == "report" and e["trial"] == result.best.number
+    ]
+    return sorted(reports, key=lambda m: m[keys.STEPS]), None
+
+
+def largest_node() -> int:
+    """CPU cores of the connected cluster's largest node."""
+    return max(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])

@@ -1,0 +1,272 @@
+"""The curriculum controller: launch, gate, journal, next; the cluster is injected.
+
+Every decision is a pure function (dmx.curriculum.planner) of the journal, and is in the journal
+before anything follows from it. So a controller that was killed at any line is continued by the
+next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dmx import log
+from dmx import records as keys
+from dmx.cluster.size import Means
+from dmx.curriculum.history import History, advance, attempt_folder, fold
+from dmx.curriculum.planner import (
+    Launch,
+    Verdict,
+    all_passed,
+    judge,
+    next_launches,
+    to_rejudge,
+)
+from dmx.curriculum.precheck import StageData, check_promoted, resolve
+from dmx.curriculum.promotion import best_checkpoints, checkpoint_facts, data_facts
+from dmx.curriculum.room import Busy, Room
+from dmx.curriculum.side_work import SideWork
+from dmx.curriculum.stage_data import Stores
+from dmx.curriculum.stage_study import stage_study
+from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.curriculum.work import Backend, Key, Message
+from dmx.errors import DmxError
+from dmx.schema import to_dict
+from dmx.storage.claim import read_claim
+from dmx.storage.journal import Journal
+from dmx.training.runner import Job
+
+logger = logging.getLogger("dmx.curriculum")
+_POLL_SECONDS = 1.0
+
+
+class Observer(Protocol):
+    """Whoever shows a run; called with each event after it is in the journal."""
+
+    def event(self, history: History, event: Mapping[str, Any]) -> None:
+        """One more event; `history` includes it."""
+
+
+class Controller:
+    """Runs the selected stages of a curriculum to their end.
+
+    Args:
+        curriculum: all stages, checked. folder: the run's. journal: open, locked.
+        backend: does the work. means: how much fits at once. data_root: of prepared data.
+        selected: names of the stages that this session may run.
+        code: the version of dmx, for the lineage. observers: see Observer.
+    """
+
+    def __init__(
+        self,
+        curriculum: CurriculumConfig,
+        folder: Path,
+        journal: Journal,
+        backend: Backend,
+        *,
+        means: Means,
+        data_root: Path,
+        selected: Collection[str],
+        code: str = "",
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        self.curriculum, self.folder, self.journal = curriculum, folder, journal
+        self.history = fold(journal.events)
+        self.broken: dict[str, str] = {}
+        """Why a stage cannot run in this session: its data, or the checkpoint it starts from."""
+        self.lost: set[str] = set()
+        """Those of them whose machines failed."""
+        self._backend, self._room, self._stores = backend, Room(means), Stores(data_root)
+        self._selected, self._code, self._observers = tuple(selected), code, observers
+        self._side = SideWork(
+            curriculum,
+            folder,
+            backend,
+            self._room,
+            self._stores,
+            record=self._record,
+            give_up=self._break,
+        )
+        self._gate_times: dict[str, float] = {}
+
+    def run(self, check: Callable[[], None] = lambda: None) -> bool:
+        """Work until nothing is left that could be done; True if every selected stage passed.
+
+        Args:
+            check: raises where the session is to end (see cli.terminate_like_interrupt).
+        """
+        self._rejudge()
+        while True:
+            check()
+            self._start_stages()
+            self._side.prepare_data(self.history, self._selected, self.broken)
+            if not self._ready():  # tests wait for whatever trains
+                self._side.start_tests(self.history, self.broken)
+            if not self._room.busy:
+                return all_passed(self.history, self._selected)
+            for message in self._backend.poll(_POLL_SECONDS):
+                with log.context(message.key.stage):
+                    self._receive(message)
+
+    def _receive(self, message: Message) -> None:
+        if message.key.kind == "train":
+            self._received_report(message)
+        else:
+            self._side.received(message)
+
+    def _record(self, event: str, **values: Any) -> None:
+        self.journal.append(event=event, **values, time=time.time())
+        added = self.journal.events[-1]
+        self.history = advance(self.history, added)
+        for observer in self._observers:
+            observer.event(self.history, added)
+
+    def _break(self, stage: str, reason: str) -> None:
+        """The stage cannot run in this session; others may."""
+        with log.context(stage):
+            logger.error("%s", reason)
+        self.broken[stage] = reason
+
+    # -- stages -----------------------------------------------------------------------------
+
+    def _ready(self) -> list[Launch]:
+        """What could start now if there is room."""
+        busy = [key.stage for key in self._room.busy if key.kind == "train"]
+        found = next_launches(self.curriculum, self.history, self._selected, busy)
+        return [
+            x for x in found if x.stage.name not in self.broken and self._side.has_data(x.stage)
+        ]
+
+    def _start_stages(self) -> None:
+        for launch in self._ready():
+            if self._room.fits(launch.stage):
+                with log.context(launch.stage.name):
+                    try:
+                        self._launch(launch)
+                    except DmxError as error:
+                        self._break(launch.stage.name, str(error))
+
+    def _launch(self, launch: Launch) -> None:
+        stage, store = launch.stage, self._stores[launch.stage.task]
+        config = to_dict(resolve(launch.config, StageData(store=store)))
+        init = launch.source.get("path")
+        if init is not None and "stage" in launch.source:
+            init = str(check_promoted(launch.source["stage"], launch.source, self.folder))
+        if not launch.resumed:
+            self._record(
+                "started",
+                stage=stage.name,
+                attempt=launch.number,
+                retry=launch.retry,
+                config=config,
+                source=dict(launch.source),
+                spec={**stage.plain(), "code": self._code},
+                data=data_facts(store),
+            )
+        logger.info(
+            "%s (attempt %d, %s steps%s)",
+            "continues" if launch.resumed else "starts",
+            launch.number,
+            f"{launch.config.train.num_steps:,}",
+            f", from {launch.source.get('stage', init)}" if init else "",
+        )
+        cpus, gpus = self._room.means.of(stage)
+        workers = self._room.means.shared_out(stage)
+        folder = attempt_folder(self.folder, stage.name, launch.number)
+        key = Key("train", stage.name)
+        if stage.search is not None:
+            slots = self._room.slots(cpus, gpus)
+            study = stage_study(launch, cpus=cpus, gpus=gpus, workers=workers.count, init_from=init)
+            self._room.busy[key] = Busy(cpus * slots, gpus * slots, launch)
+            self._backend.search(key, study, str(store.folder), folder, slots)
+            return
+        job = Job(
+            run_config=config,
+            data_folder=str(store.folder),
+            folder=str(folder),
+            init_from=init,
+            reinit=launch.reinit,
+            **workers.of_job(),
+            within=str(self.folder.absolute()),
+        )
+        self._room.busy[key] = Busy(cpus, gpus, launch)
+        self._backend.train(key, job, cpus=cpus, gpus=gpus)
+
+    def _received_report(self, message: Message) -> None:
+        launch, report = self._room.busy[message.key].launch, message.report
+        attempt = self.history.stage(message.key.stage).current
+        assert launch is not None and attempt is not None
+        if report and int(report[keys.STEPS]) not in attempt.reports:
+            self._record(
+                "report",
+                stage=message.key.stage,
+                attempt=launch.number,
+                step=int(report[keys.STEPS]),
+                metrics={k: report[k] for k in keys.REPORT_KEYS if k in report},
+            )
+            if not attempt.reports and not launch.resumed and launch.retry == 0:
+                self._note_latency(launch)
+        if message.done:
+            del self._room.busy[message.key]
+            if message.lost:  # nothing is decided: the same command continues the attempt
+                self.lost.add(launch.stage.name)
+                self._break(launch.stage.name, message.failure or "its process was lost")
+            else:
+                self._decide(launch.stage, message.failure)
+
+    def _note_latency(self, launch: Launch) -> None:
+        """How soon after the parent's gate the worker held the folder and began to train."""
+        parent = launch.stage.parent
+        gate = self._gate_times.get(parent or "")
+        claimed = read_claim(attempt_folder(self.folder, launch.stage.name, launch.number))
+        if gate is not None and "time" in claimed:
+            seconds = float(claimed["time"]) - gate
+            logger.info("its worker began %.1f s after the gate of %s", seconds, parent)
+            self._record("latency", stage=launch.stage.name, seconds=seconds)
+
+    # -- gates ------------------------------------------------------------------------------
+
+    def _decide(self, stage: StageConfig, failure: str | None) -> None:
+        state = self.history.stage(stage.name)
+        attempt = state.current
+        assert attempt is not None
+        best = best_checkpoints(self.folder, stage.name, state)
+        num_classes = int(attempt.config["model"]["num_classes"])
+        record = attempt.record(stage.name, num_classes, best.get(attempt.number))
+        verdict = judge(stage, state, record, best, failure)
+        chosen = attempt.number if verdict.attempt is None else verdict.attempt
+        self._record(
+            "decided",
+            stage=stage.name,
+            attempt=attempt.number,
+            passed=verdict.passed,
+            reason=verdict.reason,
+            next=verdict.next,
+            failure=failure,
+            checkpoint=checkpoint_facts(self.folder, stage.name, chosen, best.get(chosen)),
+            judging=stage.judging(),
+        )
+        self._gate_times[stage.name] = time.time()
+        _say(verdict)
+
+    def _rejudge(self) -> None:
+        for stage in to_rejudge(self.curriculum, self.history, self._selected):
+            attempt = self.history.stage(stage.name).current
+            assert attempt is not None
+            with log.context(stage.name):
+                logger.info("gate or on_fail was changed; judging again")
+                self._decide(stage, (attempt.decision or {}).get("failure"))
+
+
+def _say(verdict: Verdict) -> None:
+    words = {
+        "promote": "promoted" if verdict.passed else "promoted all the same (on_fail: continue)",
+        "retry": "not passed; trying again with new seeds (on_fail: retry)",
+        "longer": "not passed; training longer (on_fail: longer)",
+        "stop": "not passed; this branch ends here (on_fail: stop)",
+    }
+    level = logging.INFO if verdict.passed else logging.WARNING
+    logger.log(level, "gate: %s -> %s", verdict.reason, words[verdict.next])

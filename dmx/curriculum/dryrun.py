@@ -1,0 +1,162 @@
+"""`--dry-run`: the whole chain checked and measured, and nothing started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from dmx.costing.stage import StageCost, stage_cost
+from dmx.curriculum.precheck import StageData, resolve
+from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.curriculum.view import seconds_text
+from dmx.data.readers.pathfinder_generated import NUM_IMAGES
+from dmx.log import console
+from dmx.training.transfer import TransferReport
+
+_DEV_SHARE = 0.1
+
+
+def show(
+    curriculum: CurriculumConfig,
+    data: Mapping[str, StageData],
+    transfers: Mapping[str, TransferReport],
+    *,
+    data_root: Path,
+    threads: Mapping[str, int],
+) -> None:
+    """Print what every stage trains, takes over, needs and costs.
+
+    Args:
+        threads: CPU threads of a worker, by stage.
+    """
+    out = console()
+    out.print(f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}")
+    out.print(_chain(curriculum, data, transfers))
+    costs = {}
+    for stage in curriculum.stages:
+        store = data[stage.name].store
+        config = resolve(stage.config, data[stage.name])
+        dev = _dev_examples(stage, data[stage.name])
+        costs[stage.name] = stage_cost(config, store, dev, threads=threads[stage.name])
+    out.print(_costs(curriculum, costs, threads))
+    for line in _remarks(curriculum, data, costs):
+        out.print(line, highlight=False)
+    out.print("All checks passed. Nothing was started (--dry-run).")
+
+
+def _dev_examples(stage: StageConfig, data: StageData) -> int:
+    if data.store is not None:
+        return int(data.store.manifest.splits["dev"])
+    return round(_DEV_SHARE * (stage.generate.num_images or NUM_IMAGES))
+
+
+def _chain(
+    curriculum: CurriculumConfig,
+    data: Mapping[str, StageData],
+    transfers: Mapping[str, TransferReport],
+) -> Table:
+    table = Table(title="what is trained, and from what", title_justify="left")
+    columns = ("stage", "task", "attention", "batch", "steps", "warmup", "seeds")
+    for column in (*columns, "starts from", "gate", "data"):
+        table.add_column(column, overflow="fold")
+    for stage in curriculum.stages:
+        config = stage.config
+        size = "" if config.attention.size is None else f"-{config.attention.size}"
+        micro = config.train.micro_batch_size or config.train.batch_size
+        store = data[stage.name].store
+        images = stage.generate.num_images or NUM_IMAGES
+        table.add_row(
+            stage.name,
+            stage.task if stage.task != stage.name else "same",
+            f"{config.attention.name}{size}",
+            str(config.train.batch_size)
+            + (f" by {micro}" if micro != config.train.batch_size else ""),
+            f"{config.train.num_steps:,}",
+            str(config.optim.warmup_steps),
+            f"{config.train.seed}/{config.data.seed}",
+            _source(stage, transfers),
+            stage.gate.name + ("" if stage.search is None else f", search {stage.search.space}"),
+            f"generate {images:,}" if store is None else "present",
+        )
+    return table
+
+
+def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
+    report = transfers.get(stage.name)
+    if report is None:
+        return "nothing"
+    parts = [f"{len(report.moved)} equal"]
+    parts += ["position tiled"] if report.tiled else []
+    parts += [f"{len(report.reinitialised)} afresh"] if report.reinitialised else []
+    return f"{stage.parent or stage.init_path} ({', '.join(parts)})"
+
+
+def _costs(
+    curriculum: CurriculumConfig, costs: Mapping[str, StageCost], threads: Mapping[str, int]
+) -> Table:
+    device = next(iter(costs.values())).probe.device
+    most = max(threads.values())
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
+    where = f"{device}, {most} thread{'s' * (most > 1)}" if device == "cpu" else device
+    table = Table(title=f"what it costs, measured on this device ({where})", title_justify="left")
+    table.add_column("stage")
+    for column in ("parameters", "real tokens", "GFLOPs a step", "memory", "step", "dev pass"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("stage takes", justify="right", no_wrap=True)
+    table.add_column("measured on")
+    total = 0.0
+    for stage in curriculum.stages:
+        cost = costs[stage.name]
+        trials = 1 if stage.search is None else stage.search.num_trials
+        total += cost.total_seconds * trials
+        table.add_row(
+            stage.name,
+            f"{cost.step.parameters:,}",
+            f"{cost.step.tokens / stage.config.train.batch_size:,.0f} of "
+            f"{stage.config.task_info.max_length:,}",
+            f"{cost.step.flops / 1e9:,.1f}",
+            f"{cost.memory_bytes / 2**20:,.0f} MiB",
+            f"{cost.probe.step_seconds:.3g} s",
+            seconds_text(cost.probe.eval_seconds),
+            seconds_text(cost.total_seconds * trials),
+            cost.input,
+        )
+    table.add_section()
+    table.add_row("all", *[""] * 6, seconds_text(total), "")
+    return table
+
+
+def _remarks(
+    curriculum: CurriculumConfig, data: Mapping[str, StageData], costs: Mapping[str, StageCost]
+) -> list[str]:
+    lines = []
+    if next(iter(costs.values())).probe.device == "cpu":
+        lines.append(
+            "memory: weights, AdamW and the tensors that one micro batch saves for the backward "
+            "pass, in float32; the process itself needs about 400 MiB more."
+        )
+    missing = {s.task: s for s in curriculum.stages if data[s.name].store is None}
+    for task, stage in missing.items():
+        images = stage.generate.num_images or NUM_IMAGES
+        rate = _images_per_second(task)
+        lines.append(
+            f"data: {task} will be generated beside the training before it: {images:,} images, "
+            f"{seconds_text(images / rate)} of one core ({rate:,.0f} images/s)."
+        )
+    return lines
+
+
+def _images_per_second(task: str, images: int = 12) -> float:
+    from dmx.data.pathfinder import Generator
+
+    generator = Generator(task, 123)
+    generator.image(0)  # compiles what has to be compiled
+    started = time.perf_counter()
+    for index in range(1, images + 1):
+        generator.image(index)
+    return images / (time.perf_counter() - started)

@@ -1,0 +1,218 @@
+"""What a curriculum's journal says: the state of every stage, as a pure function of the events."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dmx import records as keys
+from dmx.records import CheckpointRef, StageRecord
+from dmx.storage.journal import expect
+
+StageStatus = Literal["waiting", "running", "passed", "failed"]
+STAGES_DIR = "stages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a stage.
+
+    Attributes:
+        number: counts all tries of the stage, those before a `--from-stage` included; its folder.
+        retry: counts tries since the stage was last begun: 0, 1, ...; seeds depend on it.
+        config: the RunConfig it trains, plain. source: where its weights come from.
+        spec: what the stage said when it was launched (StageConfig.plain).
+        started: time of the first launch. reports: metrics by step.
+        decision: the event that ended it, or None while it runs.
+    """
+
+    number: int
+    retry: int
+    config: Mapping[str, Any]
+    source: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    data: Mapping[str, Any]
+    started: float
+    reports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    decision: Mapping[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, as far as reported."""
+        return max(self.reports, default=0)
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last report."""
+        return self.reports[self.steps] if self.reports else {}
+
+    def curve(self) -> tuple[float, ...]:
+        """Dev accuracy at every evaluation, in order."""
+        return tuple(self.reports[s][keys.DEV_ACCURACY] for s in sorted(self.reports))
+
+    def record(self, stage: str, num_classes: int, checkpoint: CheckpointRef | None) -> StageRecord:
+        """What the gate sees."""
+        return StageRecord(
+            name=stage,
+            attempt=self.retry,
+            dev_accuracies=self.curve(),
+            steps=self.steps,
+            seconds=float(self.last.get(keys.TRAIN_SECONDS, 0.0)),
+            num_classes=num_classes,
+            checkpoint=checkpoint,
+            metrics={k: v for k, v in self.last.items() if isinstance(v, int | float)},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageState:
+    """One stage.
+
+    Attributes:
+        attempts: since the stage was last begun. num_attempts: ever.
+        tests: test accuracy by the name of the stage whose test split it was; None where the
+            weights do not fit that stage's model.
+    """
+
+    attempts: tuple[Attempt, ...] = ()
+    num_attempts: int = 0
+    tests: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Attempt | None:
+        """The latest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def next_step(self) -> str | None:
+        """What the last decision said: promote, retry, longer, stop; None while undecided."""
+        if self.current is None or self.current.decision is None:
+            return None
+        return str(self.current.decision["next"])
+
+    @property
+    def status(self) -> StageStatus:
+        """Where the stage stands."""
+        if self.current is None:
+            return "waiting"
+        return {"promote": "passed", "stop": "failed"}.get(self.next_step or "", "running")  # type: ignore[return-value]
+
+    @property
+    def promoted(self) -> Mapping[str, Any] | None:
+        """{"attempt", "path", "step", "dev_accuracy", "sha256"} of the promoted checkpoint."""
+        if self.status != "passed" or self.current is None or self.current.decision is None:
+            return None
+        checkpoint = self.current.decision["checkpoint"]
+        assert isinstance(checkpoint, Mapping)
+        return checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A whole run.
+
+    Attributes:
+        stages: by name, of those that were ever begun. created: time of the first session, or 0.
+    """
+
+    stages: Mapping[str, StageState] = field(default_factory=dict)
+    created: float = 0.0
+
+    def stage(self, name: str) -> StageState:
+        """The state of a stage; a fresh one for a stage that was never begun."""
+        return self.stages.get(name, StageState())
+
+
+def attempt_folder(run_folder: Path, stage: str, number: int) -> Path:
+    """Where an attempt keeps its checkpoints: `best` and `last`."""
+    return run_folder / STAGES_DIR / stage / f"attempt-{number}"
+
+
+def fold(events: Iterable[Mapping[str, Any]]) -> History:
+    """The state after all events."""
+    history = History()
+    for event in events:
+        history = advance(history, event)
+    return history
+
+
+_NUMBER = (int, float)
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "created": {"time": _NUMBER},
+    "reset": {"stages": list},
+    "started": {
+        **{"stage": str, "attempt": int, "retry": int, "config": dict, "source": dict},
+        **{"spec": dict, "data": dict, "time": _NUMBER},
+    },
+    "report": {"stage": str, "attempt": int, "step": int, "metrics": dict},
+    "decided": {"stage": str, "attempt": int, "next": str},
+    "tested": {"stage": str, "on": str, "accuracy": (*_NUMBER, type(None))},
+}
+
+
+def advance(history: History, event: Mapping[str, Any]) -> History:
+    """The state after one more event; events of other kinds change nothing.
+
+    Raises:
+        StageError: the event lacks what dmx writes into its kind.
+    """
+    kind = event.get("event")
+    if isinstance(kind, str):
+        expect(event, **_FIELDS.get(kind, {}))
+    if kind == "created":
+        return dataclasses.replace(history, created=event["time"])
+    if kind == "reset":
+        kept = {
+            name: StageState(num_attempts=state.num_attempts) if name in event["stages"] else state
+            for name, state in history.stages.items()
+        }
+        return dataclasses.replace(history, stages=kept)
+    if kind not in ("started", "report", "decided", "tested"):
+        return history
+    name = event["stage"]
+    state = _STEPS[kind](history.stage(name), event)
+    return dataclasses.replace(history, stages={**history.stages, name: state})
+
+
+def _started(state: StageState, event: Mapping[str, Any]) -> StageState:
+    attempt = Attempt(
+        number=event["attempt"],
+        retry=event["retry"],
+        config=event["config"],
+        source=event["source"],
+        spec=event["spec"],
+        data=event["data"],
+        started=event["time"],
+    )
+    return dataclasses.replace(
+        state,
+        attempts=(*state.attempts, attempt),
+        num_attempts=max(state.num_attempts, attempt.number + 1),
+    )
+
+
+def _report(state: StageState, event: Mapping[str, Any]) -> StageState:
+    def add(attempt: Attempt) -> Attempt:
+        reports = {**attempt.reports, event["step"]: event["metrics"]}
+        return dataclasses.replace(attempt, reports=reports)
+
+    return _change(state, event, add)
+
+
+def _decided(state: StageState, event: Mapping[str, Any]) -> StageState:
+    return _change(state, event, lambda a: dataclasses.replace(a, decision=event))
+
+
+def _tested(state: StageState, event: Mapping[str, Any]) -> StageState:
+    return dataclasses.replace(state, tests={**state.tests, event["on"]: event["accuracy"]})
+
+
+def _change(state: StageState, event: Mapping[str, Any], change: Any) -> StageState:
+    attempts = tuple(change(a) if a.number == event["attempt"] else a for a in state.attempts)
+    return dataclasses.replace(state, attempts=attempts)
+
+
+_STEPS = {"started": _started, "report": _report, "decided": _decided, "tested": _tested}

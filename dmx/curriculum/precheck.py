@@ -1,0 +1,204 @@
+"""All that can be wrong with a curriculum, found before any cluster or GPU is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmx import records as keys
+from dmx.config import RunConfig
+from dmx.curriculum.history import History, attempt_folder
+from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.data.files import is_there, sha256_file
+from dmx.data.locate import is_prepared, prepare_command
+from dmx.data.store import Store, open_store
+from dmx.errors import CheckpointError, ConfigError, DataError
+from dmx.nn.model import Classifier
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.transfer import TransferReport, plan_transfer, read_weights
+
+Shapes = Mapping[str, torch.Size]
+_MAX_VARIANTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageData:
+    """A stage's data: the opened store, or None while it is still to be generated."""
+
+    store: Store | None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the prepared data."""
+        return None if self.store is None else self.store.manifest.num_classes
+
+
+def find_data(stage: StageConfig, root: Path) -> StageData:
+    """The stage's prepared data, or the knowledge that they can be generated.
+
+    Raises:
+        DataError: they are neither there nor can dmx generate them; or what is there was generated
+            with other settings than the stage's.
+    """
+    task = stage.config.task_info
+    if not is_prepared(task.name, root):
+        if task.generated:
+            return StageData(store=None)
+        raise DataError(
+            f"stage {stage.name}: task {task.name} has no prepared data in {root / task.name}; "
+            f"run: {prepare_command(task.name, root)}"
+        )
+    store = open_store(root / task.name)
+    check_settings(stage, store)
+    return StageData(store=store)
+
+
+def check_settings(stage: StageConfig, store: Store) -> None:
+    """Refuse a generated store whose settings are not the stage's."""
+    manifest, wanted = store.manifest, stage.generate.options()
+    if not manifest.data_name.startswith("generated"):
+        return  # the published data; `generate` says what to do without them
+    for name, value in wanted.items():
+        found = manifest.parameters.get(name)
+        if found != value:
+            raise DataError(
+                f"stage {stage.name} wants generate.{name} {value}, but {store.folder} was "
+                f"generated with {found}; change the stage, give another --data-root, or run: "
+                f"{prepare_command(manifest.task, store.folder.parent)} "
+                f"--{name.replace('_', '-')} {value} --force"
+            )
+
+
+def resolve(config: RunConfig, data: StageData) -> RunConfig:
+    """The config with the model's open sizes from the data, or from the task without data."""
+    task = config.task_info
+    vocab, classes = task.vocab_size, task.num_classes
+    if data.store is not None:
+        manifest = data.store.manifest
+        vocab, classes = max(vocab, manifest.vocab_size), manifest.num_classes
+    return config.resolved(vocab_size=vocab, num_classes=classes)
+
+
+def shapes_of(config: RunConfig) -> Shapes:
+    """Shapes of a resolved config's parameters and buffers, without memory for them."""
+    with torch.device("meta"):
+        model = Classifier(config.model, config.attention, paired=config.task_info.paired)
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def variants(stage: StageConfig, data: StageData) -> Iterator[Shapes]:
+    """The shapes that the stage may have: one, or as many as its search can choose."""
+    if stage.space is None:
+        yield shapes_of(resolve(stage.config, data))
+        return
+    seen: list[Shapes] = []
+    for corner in stage.space.corners(_MAX_VARIANTS):
+        config = stage.space.run_config(stage.task, stage.overrides, corner)
+        shapes = shapes_of(resolve(config, data))
+        if shapes not in seen:
+            seen.append(shapes)
+            yield shapes
+
+
+def check_transfers(
+    curriculum: CurriculumConfig, data: Mapping[str, StageData]
+) -> dict[str, TransferReport]:
+    """What every stage takes over from where it starts, by stage; stages from nothing are left out.
+
+    Raises:
+        CheckpointError: shapes that cannot transfer, or a damaged file to start from.
+    """
+    known = {s.name: list(variants(s, data[s.name])) for s in curriculum.stages}
+    reports = {}
+    for stage in curriculum.stages:
+        if stage.init_path is not None:
+            state = read_weights(Path(stage.init_path))
+            sources: list[Shapes] = [{name: value.shape for name, value in state.items()}]
+        elif stage.parent is not None:
+            sources = known[stage.parent]
+        else:
+            continue
+        for source in sources:
+            for target in known[stage.name]:
+                try:
+                    reports[stage.name] = plan_transfer(source, target, stage.reinit)
+                except CheckpointError as error:
+                    origin = stage.parent or stage.init_path
+                    raise CheckpointError(f"stage {stage.name} from {origin}: {error}") from None
+    return reports
+
+
+def check_checkpoints(
+    curriculum: CurriculumConfig, history: History, run_folder: Path, selected: Collection[str]
+) -> None:
+    """Every checkpoint that this session will need is there, whole, and the one of the journal.
+
+    Raises:
+        CheckpointError: names the folder and the remedy.
+    """
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        if state.promoted is not None:
+            check_promoted(stage.name, state.promoted, run_folder)
+        elif state.current is not None and state.current.decision is None:
+            _check_last(stage, attempt_folder(run_folder, stage.name, state.current.number))
+        elif state.status == "running" and stage.name in selected and state.current is not None:
+            decision = state.current.decision or {}
+            if decision.get("checkpoint") is not None:
+                check_promoted(stage.name, decision["checkpoint"], run_folder)
+
+
+def check_promoted(stage: str, promoted: Mapping[str, Any], run_folder: Path) -> Path:
+    """The folder of a promoted checkpoint, found unchanged.
+
+    Raises:
+        CheckpointError: it is missing, damaged or edited.
+    """
+    folder = run_folder / promoted["path"]
+    remedy = f"restore it, or train the stage again with --from-stage {stage}"
+    try:
+        open_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; {remedy}.") from None
+    if sha256_file(folder / keys.MODEL_FILE) != promoted["sha256"]:
+        raise CheckpointError(
+            f"{folder / keys.MODEL_FILE} is damaged or was edited after stage {stage} ended; "
+            f"{remedy}."
+        )
+    return folder
+
+
+def _check_last(stage: StageConfig, folder: Path) -> None:
+    last = folder / keys.LAST_DIR
+    if stage.search is not None:
+        return  # the study checks its own trials
+    if not is_there(last):
+        return  # stopped before its first evaluation
+    try:
+        checkpoint = open_checkpoint(last)
+        checkpoint.model_state()
+        checkpoint.training_state()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}; restore it, or train the stage again with --from-stage "
+            f"{stage.name}."
+        ) from None
+
+
+def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
+    """The device that a stage insists on is there; on a cluster only the worker can know.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    from dmx.training.trainer import pick_device
+
+    for stage in curriculum.stages if local else ():
+        try:
+            pick_device(stage.config.train.device)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None

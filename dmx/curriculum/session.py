@@ -1,0 +1,240 @@
+"""One session of a curriculum: check everything, take the run's lock, connect, run, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from dmx import records as keys
+from dmx.cluster.size import local_means, means_of
+from dmx.curriculum import edits, planner, precheck
+from dmx.curriculum.history import History, fold
+from dmx.curriculum.lineage import LineageWriter
+from dmx.curriculum.show import Options
+from dmx.curriculum.stages import CurriculumConfig
+from dmx.curriculum.view import LogView, TensorBoardView, since, stages_table
+from dmx.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PARTIAL,
+    ConfigError,
+)
+from dmx.log import console
+from dmx.storage.folder_sync import FolderSync
+from dmx.storage.journal import Journal, read_journal
+from dmx.study.files import code_version, write_text
+from dmx.tensorboard import Column, announce_study
+
+logger = logging.getLogger("dmx.curriculum")
+CURRICULUM_FILE = "curriculum.yaml"
+
+
+def run_session(curriculum: CurriculumConfig, options: Options) -> int:
+    """Run or continue the curriculum; the exit code."""
+    precheck.check_device(curriculum, local=options.address is None)
+    sync = FolderSync(options.places)
+    sync.restore(checkpoints=True)
+    if options.address is None:
+        local_means(curriculum, options.cpus, options.gpus, options.workers)
+    data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
+    precheck.check_transfers(curriculum, data)
+    selected = [s.name for s in curriculum.stages]
+    if options.until is not None:
+        selected = list(curriculum.until(options.until))
+    if options.fresh and not _unfinished(options.folder, "fresh", True):
+        _move_aside(options.folder)
+    with _open(options.folder) as journal:
+        _prepare_journal(curriculum, options, journal, selected)
+        history = fold(journal.events)
+        if not planner.has_work(curriculum, history, selected):
+            logger.info("nothing is left to do")
+            return _finish(curriculum, options, history, {}, planner.all_passed(history, selected))
+        with sync:
+            return _connected(curriculum, options, journal, selected)
+
+
+def _open(folder: Path) -> Journal:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Journal(folder / keys.JOURNAL_FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another --storage."
+        ) from None
+
+
+def _prepare_journal(
+    curriculum: CurriculumConfig, options: Options, journal: Journal, selected: list[str]
+) -> None:
+    """Check the history, apply --from-stage, and write down that a session begins."""
+    history = fold(journal.events)
+    if history.stages:
+        logger.info("continuing %s, begun %s ago", options.folder, since(history.created))
+    again: tuple[str, ...] = ()
+    if options.from_stage is not None:
+        if _unfinished(options.folder, "from_stage", options.from_stage):
+            logger.info("continuing what --from-stage %s began", options.from_stage)
+        else:
+            again = curriculum.descendants(options.from_stage)
+    kept = dataclasses.replace(
+        history, stages={n: s for n, s in history.stages.items() if n not in again}
+    )
+    edits.check_unchanged(curriculum, kept)
+    precheck.check_checkpoints(curriculum, kept, options.folder, selected)
+    if not journal.events:
+        journal.append(event="created", curriculum=curriculum.name, time=time.time())
+    journal.append(
+        event="session",
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        argv=sys.argv[1:],
+        fresh=options.fresh,
+        from_stage=options.from_stage,
+        time=time.time(),
+    )
+    if again:
+        journal.append(event="reset", stages=list(again), time=time.time())
+        logger.info("%s will be trained again; old attempts stay on disk", ", ".join(again))
+    plain = {"name": curriculum.name, "stages": [s.plain() for s in curriculum.stages]}
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    write_text(options.folder / CURRICULUM_FILE, text)
+
+
+def _connected(
+    curriculum: CurriculumConfig, options: Options, journal: Journal, selected: list[str]
+) -> int:
+    from dmx.cluster import connection
+    from dmx.curriculum.backend import RayBackend, largest_node
+    from dmx.curriculum.controller import Controller
+    from dmx.curriculum.work import ClusterLost
+
+    code = code_version()
+    lineage = LineageWriter(curriculum, options.folder, code)
+    _announce(curriculum, options.folder)
+    with connection.terminate_like_interrupt():
+        try:
+            with (
+                connection.connect(options.address) as resources,
+                # Once more: Ray's start took SIGTERM over.
+                connection.terminate_like_interrupt() as check,
+                contextlib.closing(
+                    TensorBoardView(curriculum, options.folder, journal.events)
+                ) as tensorboard,
+                contextlib.closing(RayBackend(options.places)) as backend,
+            ):
+                lineage.write(fold(journal.events))
+                controller = Controller(
+                    curriculum,
+                    options.folder,
+                    journal,
+                    backend,
+                    means=means_of(
+                        curriculum,
+                        resources,
+                        options.cpus,
+                        options.gpus,
+                        options.workers,
+                        largest_node=largest_node(),
+                    ),
+                    data_root=options.data_root,
+                    selected=selected,
+                    code=code,
+                    observers=(LogView(), tensorboard, lineage),
+                )
+                passed = controller.run(check)
+        except KeyboardInterrupt:
+            return _interrupted(options, journal, "interrupted", EXIT_INTERRUPTED)
+        except ClusterLost as error:
+            return _interrupted(options, journal, f"the cluster was lost ({error})", EXIT_PARTIAL)
+    if controller.lost:
+        what = f"the workers of {', '.join(sorted(controller.lost))} died again and again"
+        return _interrupted(options, journal, what, EXIT_PARTIAL)
+    journal.append(event="closed", passed=passed, time=time.time())
+    return _finish(curriculum, options, controller.history, controller.broken, passed)
+
+
+def _announce(curriculum: CurriculumConfig, folder: Path) -> None:
+    """The columns of TensorBoard's HParams: what tells the stages apart."""
+    announce_study(
+        folder,
+        {
+            "stage": Column(tuple(s.name for s in curriculum.stages)),
+            "task": Column(tuple(sorted({s.task for s in curriculum.stages}))),
+            "attention": Column(
+                tuple(sorted({s.config.attention.name for s in curriculum.stages}))
+            ),
+        },
+    )
+
+
+def _interrupted(options: Options, journal: Journal, what: str, code: int) -> int:
+    journal.append(event="interrupted", reason=what, time=time.time())
+    logger.warning("%s; everything up to the last evaluation is kept. Continue with:", what)
+    sys.stderr.write(options.again + "\n")
+    return code
+
+
+def _finish(
+    curriculum: CurriculumConfig,
+    options: Options,
+    history: History,
+    broken: Mapping[str, str],
+    passed: bool,
+) -> int:
+    out = console()
+    out.print(stages_table(curriculum, history, f"{options.folder.name}: {curriculum.name}"))
+    out.print(
+        f"files: {options.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)",
+        highlight=False,
+    )
+    out.print(f"curves: tensorboard --logdir {options.folder}", highlight=False)
+    if passed:
+        return EXIT_OK
+    for name, reason in broken.items():
+        logger.error("stage %s could not run: %s", name, reason)
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        if state.status == "failed" and state.current is not None and state.current.decision:
+            logger.error(
+                "stage %s was not promoted: %s. Edit its gate or on_fail and run the same command, "
+                "or train it again with --from-stage %s.",
+                stage.name,
+                state.current.decision["reason"],
+                stage.name,
+            )
+    return EXIT_FAILED
+
+
+def _unfinished(folder: Path, option: str, value: object) -> bool:
+    """Whether the last session was begun with the option and never came to its end.
+
+    Then the same command must continue it: starting over once more would lose work.
+    """
+    events, _ = read_journal(folder / keys.JOURNAL_FILE)
+    for event in reversed(events):
+        if event["event"] == "closed":
+            return False
+        if event["event"] == "session" and event.get(option) == value:
+            return True
+    return False
+
+
+def _move_aside(folder: Path) -> None:
+    """Keep an old run beside the new one; a run that is in use is refused."""
+    if not folder.exists():
+        return
+    Journal(folder / keys.JOURNAL_FILE).close()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target = folder.with_name(f"{folder.name}.until-{stamp}")
+    folder.rename(target)
+    logger.info("the old run is now %s", target)

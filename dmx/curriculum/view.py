@@ -1,0 +1,231 @@
+"""What a curriculum shows: log lines, TensorBoard (stages and one continuous curve), the table."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dmx import log
+from dmx import records as keys
+from dmx.curriculum.history import History, StageState, advance, attempt_folder, fold
+from dmx.curriculum.planner import attempt_config
+from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.tensorboard import RunWriter
+from dmx.training.sample_view import write_samples
+
+logger = logging.getLogger("dmx.curriculum")
+TENSORBOARD_DIR = "tensorboard"
+STAGE_NUMBER = "stage_number"
+_STAGES = "stages/"
+_CURVE_KEYS = (
+    *(keys.DEV_ACCURACY, keys.DEV_LOSS, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY),
+    *(keys.LEARNING_RATE, keys.SAMPLES_PER_SECOND),
+)
+
+
+class LogView:
+    """One log line per evaluation, with the time that is left for the stage."""
+
+    def event(self, history: History, event: Mapping[str, Any]) -> None:
+        """Speak of reports only; the controller says the rest."""
+        if event["event"] != "report":
+            return
+        attempt = history.stage(event["stage"]).current
+        if attempt is None:
+            return
+        metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
+        left = seconds_text(metrics[keys.STEP_SECONDS] * (total - event["step"]))
+        with log.context(event["stage"]):
+            logger.info(
+                "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
+                f"{event['step']:,}",
+                f"{total:,}",
+                metrics[keys.TRAIN_LOSS],
+                metrics[keys.DEV_ACCURACY],
+                metrics[keys.BEST_DEV_ACCURACY],
+                left,
+            )
+
+
+class TensorBoardView:
+    """One run per attempt, and `curriculum`: the chain to the last stage over global steps.
+
+    A tree has one such curve per leaf. Global steps count everything trained along the chain,
+    attempts that did not pass included. At the start of a session all files are written afresh
+    from the journal, so they never miss a point or show one twice.
+    """
+
+    def __init__(
+        self, curriculum: CurriculumConfig, folder: Path, events: Iterable[Mapping[str, Any]]
+    ) -> None:
+        self._curriculum = curriculum
+        self._folder = folder / TENSORBOARD_DIR
+        self._writers: dict[str, RunWriter] = {}
+        for old in self._folder.rglob("events.*") if self._folder.exists() else ():
+            old.unlink(missing_ok=True)
+        events = list(events)
+        final, history = fold(events), History()
+        for event in events:
+            history = advance(history, event)
+            state = final.stage(event.get("stage", ""))
+            if event.get("attempt") in [a.number for a in state.attempts]:
+                self.event(history, event)  # attempts before a --from-stage are left out
+            elif event["event"] == "tested" and event["on"] in state.tests:
+                self.event(history, event)
+
+    def event(self, history: History, event: Mapping[str, Any]) -> None:
+        """Add what the event brings."""
+        kind = event["event"]
+        if kind == "started":
+            self._started(history, event)
+        elif kind == "report":
+            self._reported(history, event)
+        elif kind == "tested":
+            self._tested(history, event)
+        elif kind == "decided":
+            name = self._run_name(event["stage"], event["attempt"])
+            writer = self._writers.pop(name, None)
+            if writer is not None:
+                writer.end("COMPLETE" if event["failure"] is None else "FAILED")
+
+    def _started(self, history: History, event: Mapping[str, Any]) -> None:
+        config = event["config"]
+        shown = {"task": config["task"], "attention": config["attention"]["name"]}
+        if isinstance(label := event["data"].get("label"), str):
+            shown["data"] = label
+        name = self._run_name(event["stage"], event["attempt"])
+        row = f"{self._folder.parent.name}/{name.removeprefix(_STAGES)}"
+        self._writer(name).start({**shown, "stage": event["stage"]}, row)
+        for curve, chain in self._chains(event["stage"]):
+            number = 1 + [s.name for s in chain].index(event["stage"])
+            step = self._offset(history, chain, event["stage"])
+            again = f", attempt {event['attempt']}" if event["attempt"] else ""
+            title = f"**stage {number}: {event['stage']}**{again}, task {event['config']['task']}"
+            self._writer(curve).text("stage", f"{title}, from global step {step}", step)
+            if number > 1 or step:
+                self._writer(curve).scalars({STAGE_NUMBER: number}, step)
+
+    def _reported(self, history: History, event: Mapping[str, Any]) -> None:
+        metrics, step = event["metrics"], event["step"]
+        writer = self._writer(self._run_name(event["stage"], event["attempt"]))
+        writer.scalars(metrics, step)
+        if metrics.get(keys.BEST_STEP) == step:  # of older ones only the last is still on disk
+            attempt = attempt_folder(self._folder.parent, event["stage"], event["attempt"])
+            write_samples(writer, attempt / keys.BEST_DIR, step)
+        for curve, chain in self._chains(event["stage"]):
+            number = 1 + [s.name for s in chain].index(event["stage"])
+            shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}
+            place = self._offset(history, chain, event["stage"]) + step
+            self._writer(curve).scalars({**shown, STAGE_NUMBER: number}, place)
+
+    def _tested(self, history: History, event: Mapping[str, Any]) -> None:
+        state = history.stage(event["stage"])
+        if state.current is None or event["accuracy"] is None:
+            return
+        own = event["on"] == event["stage"]
+        tag = keys.TEST_ACCURACY if own else "test_accuracy_on_last_stage"
+        for curve, chain in self._chains(event["stage"]):
+            place = self._offset(history, chain, event["stage"]) + state.current.steps
+            shown = {tag: event["accuracy"]}
+            if event["stage"] == self._curriculum.stages[-1].name:
+                shown["test_accuracy_on_last_stage"] = event["accuracy"]
+            self._writer(curve).scalars(shown, place)
+
+    def _chains(self, stage: str) -> list[tuple[str, tuple[StageConfig, ...]]]:
+        """(run name, chain) of every curve that the stage is part of."""
+        last = self._curriculum.stages[-1].name
+        leaves = {*self._curriculum.leaves, last}
+        found = []
+        for leaf in sorted(leaves):
+            chain = self._curriculum.chain(leaf)
+            if stage in [s.name for s in chain]:
+                found.append(("curriculum" if leaf == last else f"curriculum-{leaf}", chain))
+        return found
+
+    @staticmethod
+    def _offset(history: History, chain: tuple[StageConfig, ...], stage: str) -> int:
+        """Steps along the chain before the stage's latest attempt."""
+        total = 0
+        for link in chain:
+            attempts = history.stage(link.name).attempts
+            if link.name == stage:
+                return total + sum(a.steps for a in attempts[:-1])
+            total += sum(a.steps for a in attempts)
+        return total
+
+    @staticmethod
+    def _run_name(stage: str, attempt: int) -> str:
+        return f"{_STAGES}{stage}" + (f"-attempt-{attempt}" if attempt else "")
+
+    def _writer(self, name: str) -> RunWriter:
+        if name not in self._writers:
+            self._writers[name] = RunWriter(self._folder / name)
+        return self._writers[name]
+
+    def close(self) -> None:
+        """Close all files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+
+def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> Table:
+    """Where every stage stands."""
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "task", "state"):
+        table.add_column(column)
+    for column in ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go"):
+        table.add_column(column, justify="right", no_wrap=True)
+    last = curriculum.stages[-1].name
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        table.add_row(stage.name, stage.task, *_cells(stage, state, last))
+    return table
+
+
+def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
+    attempt = state.current
+    if attempt is None:
+        return [state.status, "", f"0/{stage.config.train.num_steps:,}", *("" for _ in range(5))]
+    total = attempt_config(stage, attempt.retry).train.num_steps
+    best = attempt.last.get(keys.BEST_DEV_ACCURACY)
+    if state.promoted is not None:
+        best = state.promoted[keys.DEV_ACCURACY]
+    left = attempt.last.get(keys.STEP_SECONDS, 0.0) * (total - attempt.steps)
+    word: str = state.status
+    if attempt.decision is not None and not attempt.decision["passed"]:
+        word += " (gate said no)"
+    return [
+        word,
+        str(attempt.retry + 1),
+        f"{attempt.steps:,}/{total:,}",
+        *(_accuracy(v) for v in (best, state.tests.get(stage.name), state.tests.get(last))),
+        seconds_text(sum(a.last.get(keys.TRAIN_SECONDS, 0.0) for a in state.attempts)),
+        seconds_text(left) if state.status == "running" and attempt.reports else "",
+    ]
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration in words, to two significant units."""
+    seconds = round(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{seconds // 60} min"
+    if seconds < 172_800:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds / 86400:.1f} days"
+
+
+def since(moment: float) -> str:
+    """How long ago a moment was."""
+    return seconds_text(max(time.time() - moment, 0.0))

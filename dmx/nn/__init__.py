@@ -1,0 +1,1 @@
+"""The model and its mathematics on real tokens only: packing, operations, encoder, optimizer."""

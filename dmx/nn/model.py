@@ -1,0 +1,223 @@
+"""The encoder classifier: embeddings, pre-norm blocks, pooling, and a head for one text or a pair.
+
+Shape legend: B batch, L length, D embedding_dim, H heads, Dh head_dim, T real tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmx.attention import AttentionConfig, MixerContext
+from dmx.attention.multihead import MultiHead
+from dmx.errors import ConfigError
+from dmx.nn.dropout import Dropout
+from dmx.nn.ends import embed, norm_sum
+from dmx.nn.functional import residual_mlp, small_linear
+from dmx.nn.packing import Layout, pack, reorder
+from dmx.nn.parallel import single_thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the encoder. Defaults: lra_config.py of Solving-LRA-PathX (from Nystromformer).
+
+    Attributes:
+        vocab_size, max_length, num_classes: taken from the task and its data when None.
+        embedding_dim: D. hidden_dim: width of the MLP and of the head.
+        dropout: before each residual sum. embedding_dropout, mlp_dropout: where they say.
+        pooling: `mean` over the full length (masked positions count as zeros), or `cls`.
+        mask: `nonzero`: tokens with id 0 are masked, black pixels too, as in the reference;
+            `none`: every position is real.
+        execution: `packed` computes real tokens only, exactly; `dense` computes all positions;
+            `auto` packs where the attention can.
+    """
+
+    num_layers: int = 2
+    num_heads: int = 2
+    head_dim: int = 32
+    embedding_dim: int = 64
+    hidden_dim: int = 128
+    dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    pooling: Literal["mean", "cls"] = "mean"
+    mask: Literal["nonzero", "none"] = "nonzero"
+    execution: Literal["auto", "packed", "dense"] = "auto"
+    vocab_size: int | None = None
+    max_length: int | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "head_dim", "embedding_dim", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("dropout", "embedding_dropout", "mlp_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        for name, least in (("vocab_size", 2), ("max_length", 1), ("num_classes", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+
+
+class Embeddings(nn.Module):
+    """Token plus learned position embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size and config.max_length
+        self.token = nn.Embedding(config.vocab_size, config.embedding_dim)
+        nn.init.normal_(self.token.weight, std=0.02)
+        self.position = nn.Embedding(config.max_length, config.embedding_dim)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.dropout = Dropout(config.embedding_dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] ids -> [B, L, D]."""
+        position = torch.arange(ids.shape[1], device=ids.device)
+        return self.dropout(self.token(ids) + self.position(position))
+
+    def packed(self, ids: Tensor, position: Tensor) -> Tensor:
+        """[T] ids and positions -> [T, D]."""
+        tables = (self.token.weight, self.position.weight)
+        return embed(tables, (ids, position), self.dropout.rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; everything but the mixer works token by token."""
+
+    def __init__(self, config: ModelConfig, mixer_config: AttentionConfig, context: MixerContext):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embedding_dim)
+        self.attention = MultiHead(config.embedding_dim, mixer_config, context)
+        self.dropout = Dropout(config.dropout)
+        self.norm2 = nn.LayerNorm(config.embedding_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.embedding_dim, config.hidden_dim),
+            nn.GELU(),
+            Dropout(config.mlp_dropout),
+            nn.Linear(config.hidden_dim, config.embedding_dim),
+            Dropout(config.dropout),
+        )
+        self.mlp_dropout = config.mlp_dropout
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, L, D], [B, L] -> [B, L, D], in plain torch: the oracle of `packed`."""
+        x = self.dropout(self.attention(self.norm1(x), mask)) + x
+        return self.mlp(self.norm2(x)) + x
+
+    def packed(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, D] in the layout's order -> [T, D]."""
+        x = self.attention.packed(x, self.norm1, layout, self.dropout)
+        first, second = self.mlp[0], self.mlp[3]
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        drops = (self.mlp_dropout if self.training else 0.0, self.dropout.rate)
+        return residual_mlp(x, self.norm2, first, second, drops)
+
+
+class Encoder(nn.Module):
+    """Embeddings, blocks and final norm, pooled to one vector per sequence."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        assert config.vocab_size and config.max_length and config.num_classes
+        self.config = config
+        self.embeddings = Embeddings(config)
+        shared: dict[str, object] = {}
+        self.layers = nn.ModuleList(
+            Block(
+                config,
+                attention,
+                MixerContext(
+                    length=config.max_length,
+                    num_heads=config.num_heads,
+                    head_dim=config.head_dim,
+                    layer_index=index,
+                    shared=shared,
+                ),
+            )
+            for index in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.embedding_dim)
+        can_pack = all(block.attention.mixer.packs for block in self.blocks())
+        if config.execution == "packed" and not can_pack:
+            raise ConfigError(
+                f"model.execution is packed, but attention {attention.name!r} needs every "
+                "position; use auto or dense."
+            )
+        self.packs = can_pack and config.execution != "dense"
+
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[B, L] ids of any integer type -> [B, D]."""
+        with single_thread(input_ids):
+            ids = input_ids.long()
+            real = self.config.mask == "nonzero"
+            mask = ids != 0 if real else torch.ones_like(ids, dtype=torch.bool)
+            if self.config.pooling == "cls":
+                assert self.config.vocab_size
+                ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
+                mask = F.pad(mask[:, :-1], (1, 0), value=True)
+        return self._packed(ids, mask) if self.packs else self._dense(ids, mask)
+
+    def _dense(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for block in self.blocks():
+            x = block(x, mask)
+        x = self.norm(x) * mask[:, :, None]
+        return x[:, 0] if self.config.pooling == "cls" else x.mean(dim=1)
+
+    def _packed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with single_thread(ids):
+            packing = pack(mask)
+            tokens = ids[packing.sequence, packing.position]  # ids[mask] would search them again
+        x = self.embeddings.packed(tokens, packing.position)
+        layout: Layout | None = None
+        for block in self.blocks():
+            wanted = packing.layout(block.attention.mixer.grouping(ids.shape[1]))
+            x = block.packed(reorder(x, layout, wanted), wanted)
+            layout = wanted
+        assert layout is not None
+        if self.config.pooling == "cls":
+            return self.norm(x[layout.inverse[packing.position == 0]])
+        return norm_sum(x, self.norm, layout.inverse, packing) / ids.shape[1]
+
+
+class Classifier(nn.Module):
+    """Encoder and MLP head.
+
+    Args:
+        config: sizes; vocab_size, max_length and num_classes are set.
+        attention: the mixer of every layer.
+        paired: two sequences per example, compared through [a, b, a * b, a - b].
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, *, paired: bool) -> None:
+        super().__init__()
+        assert config.num_classes
+        self.paired = paired
+        self.encoder = Encoder(config, attention)
+        self.head = nn.Sequential(
+            nn.Linear(config.embedding_dim * (4 if paired else 1), config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, config.num_classes),
+        )
+
+    def forward(self, input_ids: Tensor, input_ids_1: Tensor | None = None) -> Tensor:
+        """[B, L] ids (and a second [B, L] for pairs) -> logits [B, C]."""
+        assert self.paired == (input_ids_1 is not None), "a pair needs two inputs, else one"
+        pooled = self.encoder(input_ids)
+        if input_ids_1 is not None:
+            other = self.encoder(input_ids_1)
+            pooled = torch.cat([pooled, other, pooled * other, pooled - other], dim=-1)
+        first, second = self.head[0], self.head[2]
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return small_linear(F.relu(small_linear(pooled, first)), second)

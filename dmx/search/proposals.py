@@ -1,0 +1,245 @@
+"""How points are proposed: Optuna's samplers, as functions of the seed and of what is recorded.
+
+A proposal is made in a study of its own that exists in memory only and is built from the record
+each time. So the sampler may hold what it likes there (CMA-ES keeps its state as a pickle in the
+storage it samples from): nothing of it is ever written to, or read from, the study's folder, and
+a restart has nothing to restore.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
+
+from dmx.search.objectives import DEFAULT, directions
+from dmx.search.past import Past, comparable, ranked
+from dmx.search.sampling import REMEMBERING, independent, make_sampler
+from dmx.search.space import SearchSpace
+
+
+class _Shared(FrozenTrial):
+    """A trial that a study takes as it is: a deep copy of each was nearly all of a proposal's time.
+
+    Optuna's storages replace what belongs to a trial and never change it in place.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return copy.copy(self)
+
+
+class Recorded(BaseSampler):
+    """Writes a point that is already chosen into the storage, through Optuna's own checks."""
+
+    def __init__(self, point: Mapping[str, Any]) -> None:
+        self._point = point
+
+    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
+        """Nothing is drawn."""
+        return {}
+
+    def sample_relative(
+        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Nothing is drawn."""
+        return {}
+
+    def sample_independent(
+        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """The value that was chosen."""
+        return self._point[param_name]
+
+
+class _Seeded(BaseSampler):
+    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
+
+    So what is drawn for a trial does not depend on how many of its values a crash had already
+    left in the storage, nor on the session that draws.
+    """
+
+    def __init__(self, proposer: Proposer, number: int, prior: Sequence[FrozenTrial]) -> None:
+        self._make = lambda name: make_sampler(
+            proposer.kind,
+            zlib.crc32(f"{proposer.seed}/{number}/{name}".encode()),
+            proposer.num_trials,
+            prior,
+        )
+        self._together = self._make("")
+        self._alone = frozenset(independent(proposer.kind, proposer.space))
+
+    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
+        """What is drawn together.
+
+        Optuna finds the values that all trials had so far; one that exists under a condition may
+        be among them at first, and CMA-ES breaks when it goes. So those are left out at once.
+        """
+        found = self._together.infer_relative_search_space(study, trial)
+        return {name: dist for name, dist in found.items() if name not in self._alone}
+
+    def sample_relative(
+        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Draw it."""
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """Draw one value by itself."""
+        sampler = self._make(param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+@dataclass(kw_only=True)
+class Proposer:
+    """Proposes points.
+
+    Attributes:
+        kind: one of SAMPLERS. seed: of the study. num_trials: of the whole study.
+        objectives: names. prior: finished trials of earlier studies (see warm_start).
+    """
+
+    kind: str
+    space: SearchSpace
+    seed: int
+    num_trials: int
+    objectives: tuple[str, ...] = DEFAULT
+    prior: tuple[Past, ...] = ()
+    _ended: dict[int, FrozenTrial] = field(default_factory=dict)
+    _lived: _Life | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a proposal depends on the trials before it."""
+        return self.kind != "random"
+
+    def propose(
+        self, number: int, earlier: Sequence[Past], known: Mapping[str, Any], after: int
+    ) -> dict[str, Any]:
+        """The point of trial `number`, a function of the arguments alone.
+
+        Args:
+            earlier: this study's trials before it. known: values that are already decided.
+            after: how many trials had ended when it is, or was, proposed.
+        """
+        try:
+            return self.space.suggest(FixedTrial(dict(known)))
+        except ValueError:  # something is still open
+            pass
+        if self.kind in REMEMBERING:
+            self._lived = self._lived or _Life(self)
+            return self._lived.ask(earlier, number, known, after)
+        study = self._fresh(earlier)
+        for index, past in enumerate(earlier):
+            trial = self._ended.get(index) or self._frozen(past)
+            if past.place is not None:  # else it will change
+                self._ended[index] = trial
+            study.add_trial(trial)
+        return self._ask(study, number, known)[1]
+
+    def _fresh(self, own: Sequence[Past]) -> optuna.Study:
+        """A study in memory that knows the earlier studies."""
+        study = optuna.create_study(directions=directions(self.objectives))
+        for past in comparable(self.prior, own):
+            study.add_trial(self._frozen(past, first_generation=self.kind == "nsga2"))
+        return study
+
+    def _ask(
+        self, study: optuna.Study, number: int, known: Mapping[str, Any]
+    ) -> tuple[Trial, dict[str, Any]]:
+        study.sampler = _Seeded(self, number, self._source())
+        if known:
+            study.enqueue_trial(dict(known))
+        trial = study.ask()
+        _ = trial.relative_params  # drawn now, even where every value is known already
+        return trial, self.space.suggest(trial)
+
+    def _frozen(self, past: Past, *, first_generation: bool = False) -> FrozenTrial:
+        """The trial for Optuna. TPE ranks stopped trials by itself; the others take their best.
+
+        They would forget them otherwise, and propose the same again.
+        """
+        state = past.state
+        if self.kind != "tpe" and _counts(past):
+            state = TrialState.COMPLETE
+        single = len(self.objectives) == 1
+        attributes = {}
+        if first_generation:
+            attributes[NSGAIISampler._get_generation_key()] = 0
+        trial = create_trial(
+            state=state,
+            params=dict(past.params),
+            distributions=dict(past.distributions),
+            values=list(past.values or ()) if state == TrialState.COMPLETE else None,
+            intermediate_values=dict(past.curve) if single else None,
+            system_attrs=attributes,
+        )
+        trial.__class__ = _Shared
+        return trial
+
+    def _source(self) -> list[FrozenTrial]:
+        """What CMA-ES begins from: the prior's values that it moves itself."""
+        if self.kind != "cmaes" or not self.prior:
+            return []
+        left_out = set(independent(self.kind, self.space))
+        # It looks at the best tenth; of fewer than ten trials that is the best one.
+        times = -(-10 // len(self.prior))
+        return times * [
+            create_trial(
+                params={k: v for k, v in past.params.items() if k not in left_out},
+                distributions={k: d for k, d in past.distributions.items() if k not in left_out},
+                values=list(past.values or ()),
+            )
+            for past in ranked(self.prior)
+        ]
+
+
+def _counts(past: Past) -> bool:
+    return past.state in (TrialState.COMPLETE, TrialState.PRUNED) and past.values is not None
+
+
+class _Life:
+    """A study in which every trial is asked for in its turn, knowing what was known then.
+
+    Of trials that are recorded the sampler's answers are not used (their values are fixed), but it
+    keeps its generations by being asked. Live, each trial is asked for once; after a restart all
+    that are recorded are asked for again, and the sampler is where it was.
+    """
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self._study = proposer._fresh(())
+        self._asked: list[Trial] = []
+        self._told = 0
+
+    def ask(
+        self, earlier: Sequence[Past], number: int, known: Mapping[str, Any], after: int
+    ) -> dict[str, Any]:
+        """See Proposer.propose."""
+        ended = sorted((p.place, n) for n, p in enumerate(earlier) if p.place is not None)
+        order = [n for _, n in ended]
+        for past in earlier[len(self._asked) :]:
+            self._tell(earlier, order[: past.asked_after])
+            replayed, _ = self._proposer._ask(self._study, len(self._asked), past.params)
+            self._asked.append(replayed)
+        self._tell(earlier, order[:after])
+        trial, point = self._proposer._ask(self._study, number, known)
+        self._asked.append(trial)
+        return point
+
+    def _tell(self, earlier: Sequence[Past], order: Sequence[int]) -> None:
+        for number in order[self._told :]:
+            past, trial = earlier[number], self._asked[number]
+            if _counts(past):
+                assert past.values is not None
+                self._study.tell(trial, list(past.values))
+            else:
+                self._study.tell(trial, state=TrialState.FAIL)
+            self._told += 1

@@ -1,0 +1,249 @@
+"""Warm start: finished trials of earlier studies, which a new study's sampler knows from the start.
+
+They are no trials of the new study: they are neither counted, nor numbered, nor shown. What was
+taken is kept in the study's folder, so that a restart needs no other folder and sees no change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FixedTrial, TrialState
+
+from dmx import records as keys
+from dmx.errors import ConfigError, StageError
+from dmx.overrides import flatten
+from dmx.schema import to_dict
+from dmx.search.objectives import evaluate, missing
+from dmx.search.past import Past
+from dmx.search.space import SearchSpace
+from dmx.search.study_settings import read_settings
+from dmx.storage.journal import read_journal
+
+WARM_START_FILE = "warm_start.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """The study that is to begin: what decides whether earlier points fit and compare."""
+
+    task: str
+    space: SearchSpace
+    overrides: Mapping[str, Any]
+    max_steps: int
+    data_checksum: str
+    objectives: tuple[str, ...]
+    sampler: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What was taken.
+
+    Attributes:
+        names: of the studies, in order. notes: one sentence about each. text: the file's content.
+    """
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+    text: str
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a later session to continue the study."""
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        return {"runs": list(self.names), "sha256": digest}
+
+
+def take(runs: Sequence[Path], here: Here) -> WarmStart:
+    """Read earlier studies, and keep of them the points that the new study could propose.
+
+    Raises:
+        ConfigError: a folder holds no study, or one of another attention; the sampler cannot use
+            them; or no point fits.
+        StageError: one of them is damaged.
+    """
+    if here.sampler == "random":
+        raise ConfigError("--warm-start is of no use to --sampler random; use tpe, gp or cmaes.")
+    trials: list[dict[str, Any]] = []
+    notes = []
+    for run in runs:
+        settings = _settings(run, here)
+        same = (
+            settings.get("task") == here.task
+            and settings.get("data_checksum") == here.data_checksum
+            and settings.get("max_steps") == here.max_steps
+        )
+        if not same and here.sampler == "nsga2":
+            raise ConfigError(
+                f"--warm-start {run.name} has another task, data or budget, and nsga2 compares "
+                "values as they are; use --sampler tpe or gp."
+            )
+        found = list(_points(run, flatten(settings.get("overrides") or {}), here))
+        group = "" if same else run.name
+        kept = [{**f, "group": group} for f in found if f]
+        trials.extend(kept)
+        notes.append(_note(run.name, settings, here, len(kept), len(found) - len(kept)))
+    if not trials:
+        raise ConfigError(
+            f"--warm-start: no finished trial of {', '.join(r.name for r in runs)} lies in this "
+            "search space; leave it out."
+        )
+    names = tuple(r.name for r in runs)
+    text = json.dumps({"runs": list(names), "notes": notes, "trials": trials}, indent=1)
+    return WarmStart(names=names, notes=tuple(notes), text=text + "\n")
+
+
+def prepare(
+    runs: Sequence[str],
+    storage: Path,
+    here: Here,
+    folder: Path,
+    *,
+    known: Mapping[str, Any] | None,
+    resume: bool,
+) -> tuple[dict[str, Any] | None, dict[str, str], tuple[str, ...]]:
+    """(identity for the settings, files for the new folder, notes) of `--warm-start`.
+
+    Args:
+        runs: as they were given: paths, or names below `storage`.
+        known: the identity of the study that is continued.
+
+    Raises: see take and check_kept.
+    """
+    names = [Path(run).name for run in runs]
+    if resume:  # the earlier studies may be gone, or have grown
+        if known is None or known.get("runs") != names:
+            return ({"runs": names} if names else None), {}, ()
+        return dict(known), {}, check_kept(folder, known)
+    if not runs:
+        return None, {}, ()
+    paths = [Path(run) if Path(run).is_dir() else storage / run for run in runs]
+    taken = take([p.absolute() for p in paths], here)
+    return taken.identity(), {WARM_START_FILE: taken.text}, taken.notes
+
+
+def _settings(run: Path, here: Here) -> dict[str, Any]:
+    found = read_settings(run, "leave this --warm-start out")
+    if not found:
+        raise ConfigError(
+            f"--warm-start {run}: there is no study in that folder; give a study's path, or its "
+            "name below --storage."
+        )
+    attention = found.get("attention")
+    if attention != here.space.attention:
+        raise ConfigError(
+            f"--warm-start {run} searched {attention!r}; only a study of "
+            f"{here.space.attention!r} has points for this one."
+        )
+    return found
+
+
+def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[str, Any] | None]:
+    """Each finished trial with its values; None for one that lies outside the new space."""
+    reports: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for event in read_journal(run / keys.JOURNAL_FILE)[0]:
+        if event.get("event") == "report":
+            reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
+    for trial in _optuna_trials(run / keys.OPTUNA_FILE):
+        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            continue
+        steps = reports.get(trial.number, {})
+        values = evaluate(here.objectives, [steps[s] for s in sorted(steps)])
+        point = _fit(here, {**fixed, **trial.params}, set(trial.params))
+        if point is None or missing(here.objectives, values):
+            yield None
+        else:
+            yield {"number": trial.number, "params": point, "values": list(values)}
+
+
+def _optuna_trials(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    try:  # nothing but JSON is read: parameters, states and values, never a sampler's own state
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        return [t for s in storage.get_all_studies() for t in storage.get_all_trials(s._study_id)]
+    except Exception as error:  # a damaged storage raises whatever its parser meets
+        raise StageError(
+            f"{path} is damaged ({type(error).__name__}); leave this --warm-start out."
+        ) from None
+
+
+def _fit(here: Here, values: Mapping[str, Any], searched: set[str]) -> dict[str, Any] | None:
+    """The point of the new space with these values; None where there is none."""
+    point = _point(here.space, values)
+    if point is None:
+        return None
+    try:
+        config = here.space.run_config(here.task, here.overrides, point)
+    except ConfigError:
+        return None
+    resolved = flatten(to_dict(config))
+    elsewhere = searched - point.keys()
+    return point if all(resolved.get(name) == values[name] for name in elsewhere) else None
+
+
+def _point(space: SearchSpace, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        point = dict(space.suggest(FixedTrial(dict(values))))
+    except ValueError:  # a value is missing, or is none of the choices
+        return None
+    known = space.distributions()
+    return point if all(known[k].holds(v) for k, v in point.items()) else None
+
+
+def _note(name: str, settings: Mapping[str, Any], here: Here, kept: int, outside: int) -> str:
+    others = []
+    if settings.get("task") != here.task:
+        others.append(f"another task, {settings.get('task')}")
+    elif settings.get("data_checksum") != here.data_checksum:
+        others.append(f"other data, {settings.get('data')}")
+    if settings.get("max_steps") != here.max_steps:
+        others.append(f"another budget, {settings.get('max_steps')} steps")
+    what = f" ({'; '.join(others)}: compared by rank)" if others else ""
+    left = f"; {outside} lie outside this search space" if outside else ""
+    return f"warm start from {kept} trials of {name}{what}{left}"
+
+
+def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
+    """Before a study is continued: what it took is there, unchanged. Returns its notes.
+
+    Raises:
+        StageError: it is missing or was edited.
+    """
+    path = folder / WARM_START_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StageError(f"{path} cannot be read ({error.strerror}); start a new study.") from None
+    if hashlib.sha256(text.encode()).hexdigest() != identity.get("sha256"):
+        raise StageError(f"{path} was changed; put it back, or start a new study.")
+    return tuple(json.loads(text)["notes"])
+
+
+def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
+    """The trials that a study took, for its sampler; none where it has no warm start."""
+    path = folder / WARM_START_FILE
+    if not path.is_file():
+        return ()
+    found = []
+    for place, trial in enumerate(json.loads(path.read_text(encoding="utf-8"))["trials"]):
+        fixed = FixedTrial(trial["params"])
+        params = dict(space.suggest(fixed))
+        found.append(
+            Past(
+                params=params,
+                distributions=fixed.distributions,
+                state=TrialState.COMPLETE,
+                values=tuple(trial["values"]),
+                place=place,
+                group=trial["group"],
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""What outlives a process: claims, journals, storage that fails for a while, object storage."""

@@ -1,0 +1,199 @@
+"""An append-only, human-readable journal: JSON lines with a checksum, durable before they count.
+
+A crash can tear only the last line; it is dropped at the next open. A damaged line before the last
+was edited or rotted, and is an error: nothing may be decided from half a history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dmx.errors import StageError, StorageError, TakenOverError
+from dmx.storage.claim import Claim
+from dmx.storage.patience import persist
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One line: the event as JSON, with `crc`, the checksum of all that stands before it."""
+    body = json.dumps(dict(event), ensure_ascii=False)[:-1]
+    return f'{body}, "crc": "{_checksum(body)}"}}\n'.encode()
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, or None where the line is damaged."""
+    try:
+        text = line.decode()
+        body, marker, _ = text.rpartition(', "crc": "')
+        event = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not marker or not isinstance(event, dict) or event.pop("crc", None) != _checksum(body):
+        return None
+    return event
+
+
+def expect(event: Mapping[str, Any], **types: type | tuple[type, ...]) -> None:
+    """See that an event has the values that its readers rely on.
+
+    Raises:
+        StageError: one is missing or of another type.
+    """
+    for name, kind in types.items():
+        value = event.get(name)
+        sound = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if name not in event or not sound:
+            raise StageError(
+                f"the journal's event {str(event.get('event'))[:40]!r} has no sound {name}, so dmx "
+                "did not write it; restore the journal from a backup, or start under a new name."
+            )
+
+
+def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a journal, and the length in bytes of its sound part.
+
+    Raises:
+        StageError: a line before the last is damaged, or the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise StageError(f"{path} cannot be read: {error.strerror}.") from None
+    events: list[dict[str, Any]] = []
+    sound = 0
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        event = decode(line) if line.endswith(b"\n") else None
+        if event is None:
+            if number < len(lines):
+                raise StageError(
+                    f"{path} line {number} is damaged; restore the file from a backup, or start "
+                    "the run under a new name."
+                )
+            break
+        events.append(event)
+        sound += len(line)
+    return events, sound
+
+
+class Journal:
+    """A journal open for appending, locked against a second process.
+
+    Args:
+        path: of the file. patience_seconds: how long a write waits for a storage that fails.
+
+    Raises:
+        StageError: another process holds it, or it is damaged.
+    """
+
+    def __init__(self, path: Path, *, patience_seconds: float = 0.0) -> None:
+        self.path = path
+        self._patience_seconds = patience_seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._claim = persist(self._claimed, path, seconds=patience_seconds)
+        except StageError:
+            raise StageError(
+                f"{path.parent} is in use by another dmx process; wait or stop it."
+            ) from None
+        try:
+            self.events, sound = read_journal(path)
+        except StageError:
+            self._claim.release()
+            raise
+        fresh = not path.exists()
+        # Unbuffered: a failed write is not tried a second time at close.
+        self._file: FileIO = path.open("ab", buffering=0)
+        self._file.truncate(sound)
+        self._size = sound
+        if fresh:
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def _claimed(self) -> Claim:
+        return Claim(self.path.parent, wait_seconds=0.0, file=f".{self.path.name}.lock")
+
+    def check(self) -> None:
+        """See that no other process has opened it since, whatever became of the lock.
+
+        Raises:
+            TakenOverError: one has; this one may have been cut off for a while.
+        """
+        with contextlib.suppress(OSError):  # a storage that is away is the writer's to wait for
+            self._claim.check()
+
+    def append(self, **event: Any) -> None:
+        """Write one event; when this returns, it survives a power cut.
+
+        Raises:
+            StorageError: the disk is full or gone; the journal is as it was before.
+            TakenOverError: another process writes it now; nothing was changed.
+        """
+        line = encode(event)
+        try:
+            persist(lambda: self._write(line), self.path, seconds=self._patience_seconds)
+        except TakenOverError:
+            raise
+        except StorageError:
+            with contextlib.suppress(OSError, ValueError):
+                self._file.truncate(self._size)
+            raise
+        self._size += len(line)
+        self.events.append(event)
+
+    def _write(self, line: bytes) -> None:
+        """Write a line; a second call begins by undoing what the first one left."""
+        self.check()
+        if self._file.closed or os.fstat(self._file.fileno()).st_size != self._size:
+            self._reopen()
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._reopen()  # after an unmount the open file may stay dead for ever
+            raise
+
+    def _reopen(self) -> None:
+        """Open the file anew, at the end of what is known; never make another one."""
+        file = self.path.open("r+b", buffering=0)
+        if os.fstat(file.fileno()).st_size < self._size:  # an empty mount point, say
+            file.close()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        self._file.close()
+        self._file = file
+        self._file.truncate(self._size)
+        self._file.seek(self._size)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._file.close()
+        self._claim.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

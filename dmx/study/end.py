@@ -1,0 +1,147 @@
+"""The end of a study: the best checkpoint's test, the files, and what the terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dmx import records as keys
+from dmx.data.store import Store
+from dmx.log import console
+from dmx.search.objectives import OBJECTIVES
+from dmx.search.population import apply
+from dmx.study import files as study_files
+from dmx.study import finals
+from dmx.study.config import StudyConfig
+from dmx.study.view import TensorBoardView, trials_table
+
+
+def finish(
+    config: StudyConfig,
+    store: Store,
+    result: keys.StudyResult,
+    tensorboard: TensorBoardView,
+    *,
+    slots: int,
+    final_seeds: int,
+) -> dict[str, Any]:
+    """Test the best checkpoint, retrain it with `final_seeds` seeds, and write the files.
+
+    Returns:
+        The content of study.json but for `seconds`. An incomplete study is not tested: its best
+        trial may still change.
+    """
+    folder = result.folder
+    label = store.manifest.label
+    several = len(config.objectives) > 1
+    study_files.write_trials(folder, result.trials, label, result.front if several else None)
+    best_folder = study_files.copy_best(folder, result.best)
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "data": label,
+        "is_sample": store.manifest.is_sample,
+        "data_checksum": store.manifest.checksum,
+        "task": config.task,
+        "attention": config.space.attention,
+        "complete": result.complete,
+        "num_trials": config.num_trials,
+        "max_steps": config.max_steps,
+        "grace_steps": config.grace_steps,
+        "reduction_factor": config.reduction_factor,
+        "trials": {
+            s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
+        },
+        **(front_summary(config.objectives, result) if several else {}),
+        **({"population": population(result)} if config.scheduler == "pbt" else {}),
+        "best": None,
+        "environment": study_files.environment(),
+    }
+    if best_folder is None or result.best is None:
+        return summary
+    config.places.push(best_folder)
+    best = result.best
+    assert best.checkpoint is not None
+    summary["best"] = {
+        "trial": best.number,
+        "params": apply(best.params, best.changes, best.checkpoint.step),
+        keys.DEV_ACCURACY: best.best_dev_accuracy,
+        "step": best.checkpoint.step,
+        "checkpoint": keys.BEST_DIR,
+    }
+    if result.complete:
+        test = finals.evaluate_test(best_folder, store, config.workers, config.places)
+        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
+        summary["best"][keys.TEST_LOSS] = test["loss"]
+        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
+        if final_seeds:
+            summary["final_seeds"] = finals.retrain(
+                best_folder,
+                store,
+                folder,
+                final_seeds,
+                workers=config.workers,
+                slots=slots,
+                places=config.places,
+            )
+    return summary
+
+
+def population(result: keys.StudyResult) -> list[dict[str, Any]]:
+    """`population` of study.json: what each trial began with, and what it changed to and when."""
+    return [
+        {
+            "trial": t.number,
+            "params": dict(t.params),
+            "changes": [{"step": s, "params": dict(p)} for s, p in sorted(t.changes.items())],
+        }
+        for t in result.trials
+    ]
+
+
+def front_summary(
+    objectives: tuple[str, ...], result: keys.StudyResult
+) -> dict[str, list[dict[str, Any]]]:
+    """`objectives` and `front` of study.json: what was optimised, and the trials on the front."""
+    described = [OBJECTIVES[name] for name in objectives]
+    return {
+        "objectives": [
+            {"name": o.name, "direction": o.direction, "label": o.label} for o in described
+        ],
+        "front": [
+            {"trial": t.number, "values": dict(t.values), "params": dict(t.params)}
+            for t in result.trials
+            if t.number in result.front
+        ],
+    }
+
+
+def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> None:
+    """Print the table of trials, the best configuration and its test accuracy."""
+    out = console()
+    best = summary["best"]
+    title = (
+        f"{summary['name']}: {summary['attention']} on {summary['task']} (data: {summary['data']})"
+    )
+    names = tuple(o["name"] for o in summary.get("objectives", ()))
+    number = best["trial"] if best else None
+    out.print(trials_table(result.trials, title, number, names, result.front))
+    if names:
+        on = ", ".join(str(n) for n in result.front) or "none"
+        out.print(f"Pareto front of {', '.join(names)} (marked +): trials {on}", highlight=False)
+    if best is None:
+        out.print("No trial reported a dev accuracy.")
+        return
+    labels = store.split("test").labels
+    majority = max((labels == c).mean() for c in set(labels.tolist()))
+    out.print(f"best: trial {best['trial']}, dev accuracy {best[keys.DEV_ACCURACY]:.4f}")
+    for key, value in best["params"].items():
+        out.print(f"  {key}: {value}", highlight=False)
+    if keys.TEST_ACCURACY in best:
+        out.print(
+            f"test accuracy {best[keys.TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
+            f"data: {summary['data']})"
+        )
+    if "final_seeds" in summary:
+        out.print(finals.describe(summary["final_seeds"]))
+    out.print(f"files: {result.folder}  ({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)")
+    out.print(f"curves: tensorboard --logdir {result.folder.parent}")

@@ -1,0 +1,56 @@
+"""What makes two sessions one study, and the columns that TensorBoard shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx.data.store import Store
+from dmx.search.space import Distribution
+from dmx.study.config import StudyConfig
+from dmx.study.view import TensorBoardView
+from dmx.tensorboard import Column, announce_study
+
+
+def settings(
+    config: StudyConfig, store: Store, warm_start: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What must be equal for a later session to continue the study."""
+    more: dict[str, Any] = {}
+    if len(config.objectives) > 1:
+        more["objectives"] = list(config.objectives)
+    if warm_start is not None:
+        more["warm_start"] = dict(warm_start)
+    return {
+        "task": config.task,
+        "attention": config.space.attention,
+        "overrides": dict(config.overrides),
+        "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
+        "max_steps": config.max_steps,
+        "scheduler": config.scheduler,
+        "sampler": config.sampler,
+        "seed": config.seed,
+        "data": store.manifest.label,
+        "data_checksum": store.manifest.checksum,
+        **more,
+    }
+
+
+def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
+    """Write the HParams columns, and return the view that writes the rows."""
+    constants = {
+        "attention": config.space.attention,
+        "task": config.task,
+        "data": store.manifest.label,
+    }
+    searched = config.space.distributions()
+    columns = {name: _column(dist) for name, dist in searched.items()}
+    announce_study(folder, {**columns, **{k: Column((v,)) for k, v in constants.items()}})
+    return TensorBoardView(folder, constants, tuple(searched))
+
+
+def _column(dist: Distribution) -> Column:
+    if dist.kind == "choice":
+        return Column(dist.values)
+    return Column((), float(dist.values[0]), float(dist.values[1]))

@@ -1,0 +1,183 @@
+"""How a study speaks while it runs: a live table on a terminal, plain lines, JSON lines, or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dmx import log
+from dmx import records as keys
+from dmx.log import short
+from dmx.study.files import finite
+from dmx.study.view import LogView
+
+Output = Literal["auto", "live", "plain", "json", "quiet"]
+
+
+def write_json(**event: Any) -> None:
+    """Write one JSON object as a line of standard output; NaN becomes null."""
+    sys.stdout.write(json.dumps(finite(event)) + "\n")
+    sys.stdout.flush()
+
+
+class _View:
+    """A view that needs no set-up."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to take down."""
+
+
+class PlainView(_View, LogView):
+    """One log line per event; what a log file should hold."""
+
+
+class QuietView(_View):
+    """Says nothing until the end."""
+
+    def __enter__(self) -> Self:
+        logging.getLogger("dmx").setLevel(logging.WARNING)
+        return self
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """Nothing."""
+
+
+class JsonView(QuietView):
+    """One JSON object a line on standard output, for programs that watch a study."""
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """`{"event": "started", "trial", "params"}`."""
+        write_json(event="started", trial=number, params=dict(point))
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """`{"event": "reported", "trial", ...metrics}`."""
+        write_json(event="reported", trial=number, **metrics)
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", "error"}`."""
+        write_json(
+            event="ended",
+            trial=result.number,
+            status=result.status,
+            best_dev_accuracy=result.best_dev_accuracy,
+            steps=result.steps,
+            error=result.error,
+        )
+
+
+class LiveView:
+    """One table that redraws itself: running trials, the best so far, how far, how long."""
+
+    def __init__(self, num_trials: int, max_steps: int, title: str) -> None:
+        self._num_trials, self._max_steps, self._title = num_trials, max_steps, title
+        self._started_at = time.monotonic()
+        self._points: dict[int, Mapping[str, Any]] = {}
+        self._latest: dict[int, Mapping[str, Any]] = {}
+        self._ended: list[keys.TrialResult] = []
+        self._best: tuple[float, int] = (-math.inf, -1)
+        self._live = Live(
+            get_renderable=self.render, console=log.terminal(), refresh_per_second=2, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """A row appears."""
+        self._points[number] = point
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """A row changes."""
+        self._latest[number] = metrics
+        accuracy = float(metrics[keys.BEST_DEV_ACCURACY])
+        if accuracy > self._best[0]:
+            self._best = (accuracy, number)
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """A row goes; it is counted."""
+        self._ended.append(result)
+        self._points.pop(result.number, None)
+
+    def render(self) -> Group:
+        """What is on the screen now."""
+        table = Table(title=self._title, title_justify="left")
+        for column in ("trial", "steps", "dev acc", "best", "train loss", "samples/s"):
+            table.add_column(column, justify="right")
+        table.add_column("settings")
+        for number, point in sorted(self._points.items()):
+            latest = self._latest.get(number, {})
+            accuracy, best = latest.get(keys.DEV_ACCURACY), latest.get(keys.BEST_DEV_ACCURACY)
+            table.add_row(
+                str(number),
+                f"{latest.get(keys.STEPS, 0):,}/{self._max_steps:,}",
+                "-" if accuracy is None else f"{accuracy:.4f}",
+                "-" if best is None else f"{best:.4f}",
+                short(latest.get(keys.TRAIN_LOSS, "-")),
+                short(latest.get(keys.SAMPLES_PER_SECOND, "-")),
+                ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items()),
+            )
+        return Group(table, Text(self.summary(time.monotonic())))
+
+    def summary(self, now: float) -> str:
+        """One line: ended trials by status, the best, and the time left if it goes on like this."""
+        counts = {
+            status: sum(r.status == status for r in self._ended)
+            for status in ("COMPLETE", "PRUNED", "FAILED")
+        }
+        ended = ", ".join(f"{n} {s.lower()}" for s, n in counts.items() if n) or "none"
+        best = "none" if self._best[1] < 0 else f"{self._best[0]:.4f} (trial {self._best[1]})"
+        left = "?"
+        if self._ended:
+            seconds = now - self._started_at
+            rest = seconds / len(self._ended) * (self._num_trials - len(self._ended))
+            left = f"{rest / 60:.0f} min" if rest >= 90 else f"{rest:.0f} s"
+        done = len(self._ended)
+        return f"{done}/{self._num_trials} ended ({ended}); best {best}; about {left} left"
+
+
+View = LiveView | PlainView | JsonView | QuietView
+
+
+def choose_view(output: Output, *, num_trials: int, max_steps: int, title: str) -> View:
+    """The view for `--output`; `auto` is the live table on a terminal and plain lines elsewhere."""
+    if output == "auto":
+        output = "live" if sys.stderr.isatty() else "plain"
+    if output == "live":
+        return LiveView(num_trials, max_steps, title)
+    if output == "plain":
+        return PlainView(num_trials)
+    return JsonView() if output == "json" else QuietView()

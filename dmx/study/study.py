@@ -1,0 +1,246 @@
+"""A study: one Ray Tune run over a search space, continued after any crash, -> StudyResult."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmx import records as keys
+from dmx.cluster import connection
+from dmx.data.store import Store
+from dmx.errors import DmxError
+from dmx.search.brackets import num_brackets
+from dmx.search.ledger import Ledger, trial_folder
+from dmx.search.objectives import pareto_front
+from dmx.search.population import boundaries
+from dmx.study.config import StudyConfig
+from dmx.study.hooks import (
+    LedgerSearcher,
+    OutOfTime,
+    PopulationSearcher,
+    Recorder,
+    StudyObserver,
+)
+from dmx.study.pbt import Population
+from dmx.study.scheduler import DurableAsha, RecordingFifo
+from dmx.study.trainable import TrialTrainable
+from dmx.study.watchdog import Watchdog
+
+from ray import tune  # isort: skip
+
+__all__ = ["StudyConfig", "StudyObserver", "run_study"]
+
+
+def run_study(
+    config: StudyConfig,
+    store: Store,
+    folder: Path,
+    *,
+    slots: int,
+    observers: tuple[StudyObserver, ...] = (),
+) -> keys.StudyResult:
+    """Run the trials that are still to run, in the Ray cluster that is connected.
+
+    Args:
+        config: the study. store: its data. folder: where all files go.
+        slots: trials at once. observers: see StudyObserver.
+
+    Raises:
+        StageError: the study is damaged, or another process works on it.
+        StorageError: its storage stayed full, read-only or away; it can be continued.
+    """
+    ledger = Ledger(
+        folder,
+        name=config.name,
+        space=config.space,
+        num_trials=config.num_trials,
+        seed=config.seed,
+        sampler=config.sampler,
+        patience_seconds=config.patience_seconds,
+        objectives=config.objectives,
+    )
+    try:
+        scheduler = _scheduler(config, ledger)
+        _catch_up(ledger, scheduler, observers)
+        again = ledger.remaining() > 0
+        deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
+        while again:
+            _fit(config, store, folder, slots, ledger, scheduler, observers, deadline)
+            # Only what Tune gave up too soon is left: it is run in another round.
+            again = 0 < ledger.num_interrupted == ledger.remaining()
+            again = again and time.monotonic() < deadline
+        trials = ledger.results()
+        front = _front(config, trials)
+        best = _best(trials, front)
+        if best is not None and config.places.run_url is not None:  # it ran on any node
+            config.places.pull(trial_folder(folder, best.number) / keys.BEST_DIR)
+            trials = ledger.results()
+            best = _best(trials, front)
+        return keys.StudyResult(
+            name=config.name,
+            folder=folder,
+            trials=trials,
+            best=best,
+            complete=ledger.remaining() == 0,
+            front=front,
+        )
+    finally:
+        ledger.close()
+
+
+def _front(config: StudyConfig, trials: tuple[keys.TrialResult, ...]) -> tuple[int, ...]:
+    """The Pareto front of a study with several objectives; () where there is one."""
+    if len(config.objectives) == 1:
+        return ()
+    whole = [t for t in trials if t.status == "COMPLETE"]
+    points = {t.number: [t.values[o] for o in config.objectives] for t in whole}
+    return pareto_front(config.objectives, points)
+
+
+def _best(trials: tuple[keys.TrialResult, ...], front: tuple[int, ...]) -> keys.TrialResult | None:
+    """The most accurate trial; of the front, where there is one."""
+    return keys.best_trial(tuple(t for t in trials if t.number in front) or trials)
+
+
+def _catch_up(
+    ledger: Ledger,
+    scheduler: DurableAsha | RecordingFifo,
+    observers: tuple[StudyObserver, ...],
+) -> None:
+    """Carry out what was decided, and show what was recorded, when a crash came in between."""
+    last = ledger.record.journal.events[-1] if ledger.record.journal.events else {}
+    ended = [last["trial"]] if last.get("event") == "outcome" else []
+    for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
+        ledger.finish(number, "PRUNED")
+        ended.append(number)
+    ledger.forget_ended()
+    for observer in observers:
+        if last.get("event") == "report":
+            observer.reported(last["trial"], last["metrics"])
+        for result in ledger.results():
+            if result.number in ended:
+                observer.ended(result)
+
+
+def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:
+    if config.scheduler in ("none", "pbt"):
+        return RecordingFifo(ledger)
+    rungs = {
+        "max_steps": config.max_steps,
+        "grace_steps": min(config.grace_steps, config.max_steps),
+        "reduction_factor": config.reduction_factor,
+    }
+    brackets = num_brackets(**rungs) if config.scheduler == "hyperband" else 1
+    return DurableAsha(ledger, **rungs, brackets=brackets)  # type: ignore[arg-type]
+
+
+def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
+    """Who trains whom, for population based training."""
+    if config.scheduler != "pbt":
+        return None
+    run = config.space.run_config(config.task, config.overrides, config.space.first())
+    steps = boundaries(
+        every=config.grace_steps,
+        evaluation=run.train.eval_every_steps,
+        max_steps=config.max_steps,
+    )
+    return Population(
+        ledger,
+        steps=steps,
+        seed=config.seed,
+        places=config.places,
+        patience_seconds=config.patience_seconds,
+    )
+
+
+def _measures_process(config: StudyConfig) -> bool:
+    """A process's peak memory never falls: without a GPU, each trial needs one of its own."""
+    return "memory" in config.objectives and not config.gpus_per_trial
+
+
+def _fit(
+    config: StudyConfig,
+    store: Store,
+    folder: Path,
+    slots: int,
+    ledger: Ledger,
+    scheduler: DurableAsha | RecordingFifo,
+    observers: tuple[StudyObserver, ...],
+    deadline: float,
+) -> None:
+    storage = folder.absolute() / "ray"
+    population = _population(config, ledger)
+    parts = (config, ledger, folder.absolute(), store)
+    search = PopulationSearcher(*parts, population) if population else LedgerSearcher(*parts)
+    session = f"session-{uuid.uuid4().hex}"
+    watchdog = Watchdog(config.trial_timeout_seconds)
+    recorder = Recorder(
+        ledger,
+        scheduler,
+        observers,
+        max_failures=config.max_failures,
+        watchdog=watchdog,
+        population=population,
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(TrialTrainable, _trial_resources(config)),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when it is over
+            max_concurrent_trials=slots,
+            reuse_actors=config.reuse_actors and not _measures_process(config),
+        ),
+        run_config=tune.RunConfig(
+            name=session,
+            storage_path=str(storage),
+            stop=OutOfTime(deadline),
+            callbacks=[recorder, watchdog],
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            verbose=0,
+        ),
+    )
+    with connection.terminate_like_interrupt(), _own_interrupt_handler():
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise _own_error(error) from None
+    shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What a hook of ours raised, from under Tune's wrapping; anything else as it is."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, DmxError):
+        found = found.__cause__ or found.__context__
+    return found or error
+
+
+def _trial_resources(config: StudyConfig) -> dict[str, float]:
+    """Of the trial's actor. Several workers reserve theirs themselves, and the actor only waits.
+
+    A byte of memory stands for nothing, since Tune refuses a trial that asks for nothing.
+    """
+    if config.workers.count > 1:
+        return {"cpu": 0, "memory": 1}
+    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+
+
+@contextlib.contextmanager
+def _own_interrupt_handler() -> Iterator[None]:
+    """Afterwards Ctrl-C means what it meant before: Ray Tune leaves a handler that swallows it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

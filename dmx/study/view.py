@@ -1,0 +1,176 @@
+"""What a study shows while it runs and at its end: log lines, TensorBoard, the table of trials."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dmx import records as keys
+from dmx.log import short
+from dmx.overrides import flatten
+from dmx.search.ledger import trial_folder
+from dmx.search.objectives import ACCURACY, OBJECTIVES
+from dmx.search.population import apply
+from dmx.tensorboard import RunWriter
+from dmx.training.sample_view import write_samples
+
+logger = logging.getLogger("dmx.study")
+
+
+class LogView:
+    """One log line per event."""
+
+    def __init__(self, num_trials: int) -> None:
+        self._num_trials = num_trials
+        self._best = -math.inf
+        self._ended = 0
+        self._seen: set[int] = set()
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """A trial was launched."""
+        values = ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items())
+        how = "goes on" if number in self._seen else "starts"
+        self._seen.add(number)
+        logger.info("trial %d %s: %s", number, how, values)
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """A trial reported."""
+        accuracy = metrics[keys.DEV_ACCURACY]
+        mark = ""
+        if accuracy > self._best:
+            self._best, mark = accuracy, "  <- best so far"
+        logger.info(
+            "trial %d step %d: dev accuracy %.4f, train loss %.4f%s",
+            number,
+            metrics[keys.STEPS],
+            accuracy,
+            metrics[keys.TRAIN_LOSS],
+            mark,
+        )
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """A trial ended."""
+        self._ended += 1
+        what = {"COMPLETE": "ran its full budget", "PRUNED": "was stopped early"}
+        reason = what.get(result.status, f"failed: {result.error}")
+        logger.info(
+            "trial %d %s (best dev accuracy %s, %d steps)",
+            result.number,
+            reason,
+            f"{result.best_dev_accuracy:.4f}"
+            if math.isfinite(result.best_dev_accuracy)
+            else "none",
+            result.steps,
+        )
+
+
+class TensorBoardView:
+    """Scalars and HParams of each trial, in the trial's folder."""
+
+    def __init__(
+        self, folder: Path, constants: Mapping[str, Any], searched: tuple[str, ...]
+    ) -> None:
+        self._folder, self._constants, self._searched = folder, constants, searched
+        self._writers: dict[int, RunWriter] = {}
+        self._values: dict[int, dict[str, Any]] = {}
+        self._steps: dict[int, int] = {}
+
+    def _writer(self, number: int) -> RunWriter:
+        if number not in self._writers:
+            self._writers[number] = RunWriter(trial_folder(self._folder, number))
+        return self._writers[number]
+
+    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """The row appears in HParams at once, with a cell for every searched value."""
+        flat = flatten(config)
+        # The config says it for this moment; a population's trials change their values.
+        values = {k: flat[k] if k in flat else point.get(k, "-") for k in self._searched}
+        group = f"{self._folder.name}/{number:04d}"
+        if number not in self._values:  # HParams keeps what it hears first
+            self._writer(number).start({**values, **self._constants}, group)
+        elif self._values[number] != values:
+            rows = "\n".join(f"| {k} | {v} |" for k, v in values.items())
+            text = f"From here on:\n\n| setting | value |\n|---|---|\n{rows}"
+            self._writer(number).text("settings", text, self._steps.get(number, 0))
+        self._values[number] = values
+
+    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Scalars against optimizer steps; at a new best, what that model says of some samples."""
+        step = self._steps[number] = int(metrics[keys.STEPS])
+        self._writer(number).scalars(metrics, step)
+        if metrics.get(keys.BEST_STEP) == step:
+            best = trial_folder(self._folder, number) / keys.BEST_DIR
+            write_samples(self._writer(number), best, step)
+
+    def ended(self, result: keys.TrialResult) -> None:
+        """The status appears in HParams."""
+        self._writer(result.number).end(result.status)
+        del self._writers[result.number]
+
+    def test(self, number: int, accuracy: float, step: int) -> None:
+        """The test accuracy of the best trial."""
+        writer = RunWriter(trial_folder(self._folder, number))
+        writer.scalars({keys.TEST_ACCURACY: accuracy}, step)
+        writer.close()
+
+    def close(self) -> None:
+        """Close what interrupted trials left open."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _known(value: float | None) -> Any:
+    return "-" if value is None or math.isnan(value) else value
+
+
+def trials_table(
+    trials: tuple[keys.TrialResult, ...],
+    title: str,
+    best: int | None,
+    objectives: tuple[str, ...] = (),
+    front: tuple[int, ...] = (),
+) -> Table:
+    """The table of trials, best first; parameters that never varied are left out.
+
+    Args:
+        trials: of a population, with the values that each ended with.
+        objectives: of a study with several; each but accuracy has a column.
+        front: the trials that are marked with a +.
+    """
+    table = Table(title=title, title_justify="left")
+    points = {t.number: apply(t.params, t.changes, math.inf) for t in trials}
+    params = sorted({key for point in points.values() for key in point})
+    varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    table.add_column("best dev acc", justify="right")
+    table.add_column("steps", justify="right")
+    table.add_column("train s", justify="right")
+    costs = [name for name in objectives if name != ACCURACY]
+    for name in costs:
+        table.add_column(OBJECTIVES[name].label, justify="right")
+    for name in varied:
+        table.add_column(name.split(".")[-1], justify="right")
+
+    def key(trial: keys.TrialResult) -> tuple[float, int]:
+        finite = math.isfinite(trial.best_dev_accuracy)
+        return (-trial.best_dev_accuracy if finite else math.inf, trial.number)
+
+    for trial in sorted(trials, key=key):
+        accuracy = trial.best_dev_accuracy
+        table.add_row(
+            f"{trial.number}{' +' * (trial.number in front)}{' *' * (trial.number == best)}",
+            trial.status if not trial.error else f"FAILED: {trial.error[:40]}",
+            f"{accuracy:.4f}" if math.isfinite(accuracy) else "-",
+            str(trial.steps),
+            f"{trial.seconds:.1f}",
+            *(short(_known(trial.values.get(name))) for name in costs),
+            *(short(points[trial.number].get(name, "-")) for name in varied),
+            style="bold" if trial.number == best else "green" if trial.number in front else None,
+        )
+    return table

@@ -1,0 +1,1 @@
+"""One run, without Ray: the loop, its passes, checkpoints, transfer, several processes."""

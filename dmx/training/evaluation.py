@@ -1,0 +1,64 @@
+"""Test accuracy of a checkpoint, on its own stage's data and on the data of a later stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmx.config import parse_run_config
+from dmx.data.store import open_store
+from dmx.errors import CheckpointError
+from dmx.nn.model import Classifier
+from dmx.storage.places import SHARED, Places
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.trainer import Trainer
+from dmx.training.transfer import transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What is measured.
+
+    Attributes:
+        checkpoint: a checkpoint folder. data_folder: a store. places: see runner.Job.
+        config: the RunConfig to run the weights in, plain; None takes the checkpoint's own. With
+            another one the weights move as between stages: without any training in between.
+    """
+
+    checkpoint: str
+    data_folder: str
+    config: Mapping[str, Any] | None = None
+    split: str = "test"
+    places: Places = SHARED
+
+
+def measure(wanted: Measurement, threads: int) -> float | None:
+    """Accuracy over the whole split, 0..1; None where the weights do not fit the other config.
+
+    Raises:
+        CheckpointError, DataError: either is missing or damaged.
+    """
+    torch.set_num_threads(threads)
+    wanted.places.pull(Path(wanted.checkpoint))
+    checkpoint = open_checkpoint(Path(wanted.checkpoint))
+    store = open_store(wanted.places.data(wanted.data_folder))
+    config = checkpoint.config if wanted.config is None else parse_run_config(wanted.config)
+    state = checkpoint.model_state()
+
+    def move(model: Classifier) -> None:
+        transfer(model, state)
+
+    try:
+        trainer = Trainer(config, store, before_training=move)
+    except CheckpointError:
+        if wanted.config is None:
+            raise
+        return None
+    try:
+        return trainer.evaluate(wanted.split).accuracy
+    finally:
+        trainer.close()

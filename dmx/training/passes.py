@@ -1,0 +1,125 @@
+"""The model over batches: forward, backward and evaluation, in pieces that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmx.config import TrainConfig
+from dmx.data.batches import Batch, eval_batches
+from dmx.data.store import Split
+from dmx.nn.device import autocast
+from dmx.training.micro_batch import Pieces, RandomState
+from dmx.training.ranks import Ranks
+
+_CPU_EVAL_BATCH = 32
+"""Small training batches need not make the evaluation slow: without gradients memory is cheap."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy (0..1) over every example of a split."""
+
+    loss: float
+    accuracy: float
+    num_examples: int
+
+
+class Passes:
+    """What one process computes of a batch or a split; see Ranks for the sums of all.
+
+    Args:
+        model: the weights. run: the model as it is called, compiled or not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[..., Tensor],
+        train: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self._model, self._run, self._device, self._ranks = model, run, device, ranks
+        self._train = train
+        share = -(-train.batch_size // ranks.size)
+        micro = train.micro_batch_size or train.batch_size
+        self.micro = Pieces(min(micro, share), train.batch_size, "training")
+        size = train.eval_batch_size or micro
+        if train.eval_batch_size is None and device.type == "cpu":
+            size = max(size, _CPU_EVAL_BATCH)
+        self._eval_batch_size = size
+        self.evaluation = Pieces(size, size, "evaluation")
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, C] float32."""
+        with autocast(self._device, self._train.precision):
+            logits = self._run(batch.input_ids, batch.input_ids_1)
+        return logits.float()
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of the whole batch's mean loss, as far as it comes from the examples
+        here; (their part of that loss, float64; how many were right).
+
+        Raises:
+            RunFailedError: not even one sequence fits the memory.
+        """
+        random = RandomState(self._device)
+        return self.micro.run(lambda size: self._backward(batch, size), before_retry=random.restore)
+
+    def _backward(self, batch: Batch, size: int) -> tuple[Tensor, Tensor]:
+        self._model.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=self._device, dtype=torch.float64)
+        correct = torch.zeros((), device=self._device, dtype=torch.int64)
+        for chunk in batch.chunks(size):
+            logits = self.logits(chunk)
+            loss = F.cross_entropy(logits, chunk.labels)
+            loss = loss / (self._train.batch_size / len(chunk.labels))
+            loss.backward()
+            loss_sum += loss.detach().double()
+            correct += (logits.argmax(-1) == chunk.labels).sum()
+        return loss_sum, correct
+
+    @torch.no_grad()
+    def evaluate(self, data: Split, length: int) -> Evaluation:
+        """Loss and accuracy over the whole split, the ragged last batch included.
+
+        The batches are the same for any number of processes, and their sums are of float64.
+        """
+        self._model.eval()
+        sums = torch.zeros(2, device=self._device, dtype=torch.float64)  # loss, hits
+        size, share = self._eval_batch_size, self._ranks.share
+        for batch in eval_batches(data, size, length, self._device, share):
+            sums += self.score(batch)
+        loss, correct = self._ranks.total(sums).tolist()
+        return Evaluation(loss / len(data), correct / len(data), len(data))
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """[2] float64: the sum of the losses, and how many were right, in pieces that fit.
+
+        Raises:
+            RunFailedError: not even one sequence fits the memory.
+        """
+        random = RandomState(self._device)
+        return self.evaluation.run(lambda size: self._score(batch, size), random.restore)
+
+    def _score(self, batch: Batch, size: int) -> Tensor:
+        """[2] float64: the sum of the losses, and how many were right."""
+        sums = torch.zeros(2, device=self._device, dtype=torch.float64)
+        for chunk in batch.chunks(size):
+            logits = self.logits(chunk)
+            sums[0] += F.cross_entropy(logits, chunk.labels, reduction="sum").double()
+            sums[1] += (logits.argmax(-1) == chunk.labels).sum()
+        return sums
+
+    def agree(self) -> None:
+        """All processes go on with the smallest pieces that one of them needs."""
+        for pieces in (self.micro, self.evaluation):
+            smallest = int(-self._ranks.largest(-pieces.size))
+            if smallest < pieces.size:
+                pieces.limit = smallest

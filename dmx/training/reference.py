@@ -1,0 +1,164 @@
+"""Models of the reference code (Solving-LRA-PathX): its config keys and state dicts become ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmx.attention import AttentionConfig
+from dmx.errors import CheckpointError, ConfigError
+from dmx.nn.model import Classifier, ModelConfig
+
+_SIZE_KEYS = {
+    "nystrom": {"num_landmarks": "num_landmarks", "conv_kernel_size": "conv_kernel_size"},
+    "linformer": {"linformer_k": "projection_dim"},
+    # kernel_type is left out: the reference passes it on, but its library never reads it.
+    "performer": {"rp_dim": "num_features"},
+    "reformer": {"num_hash": "num_hashes"},
+    "butterfly": {"butterfly_radix": "block_size"},
+}
+
+_RENAMES = (
+    (r"^model\.embeddings\.word_embeddings\.", "encoder.embeddings.token."),
+    (r"^model\.embeddings\.position_embeddings\.", "encoder.embeddings.position."),
+    (r"^model\.transformer_(\d+)\.mha\.W_q\.", r"encoder.layers.\1.attention.query."),
+    (r"^model\.transformer_(\d+)\.mha\.W_k\.", r"encoder.layers.\1.attention.key."),
+    (r"^model\.transformer_(\d+)\.mha\.W_v\.", r"encoder.layers.\1.attention.value."),
+    (r"^model\.transformer_(\d+)\.mha\.ff\.", r"encoder.layers.\1.attention.output."),
+    (
+        r"^model\.transformer_(\d+)\.mha\.attn\.attn_fn\.projection_matrix$",
+        r"encoder.layers.\1.attention.mixer.projection",
+    ),
+    (r"^model\.transformer_(\d+)\.mha\.attn\.", r"encoder.layers.\1.attention.mixer."),
+    (r"^model\.transformer_(\d+)\.mlpblock\.", r"encoder.layers.\1.mlp."),
+    (r"^model\.transformer_(\d+)\.", r"encoder.layers.\1."),
+    (r"^model\.norm\.", "encoder.norm."),
+    (r"^seq_classifer\.mlpblock\.", "head."),
+)
+
+# Reformer holds the projections of q and v a second time, and old versions of its library save
+# the mask constants.
+_DROPPED = re.compile(
+    r"^model\.transformer_\d+\.mha\.attn\."
+    r"(query_key\.weight|value\.weight|(self_)?mask_value_float(16|32))$"
+)
+
+
+def attention_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our attention mapping from the reference's keys (`attn_type`, `butterfly_radix`, ...)."""
+    base = str(config["attn_type"]).split("-")[0]
+    settings: dict[str, Any] = {"name": base, "dropout": float(config.get("attention_dropout", 0))}
+    for theirs, ours in _SIZE_KEYS.get(base, {}).items():
+        if theirs in config:
+            settings[ours] = config[theirs]
+    if base == "nystrom" and "conv_kernel_size" not in config:
+        settings["conv_kernel_size"] = None
+    if base == "butterfly":
+        inner = {**config, "attn_type": config.get("sub_attn_type", "softmax")}
+        settings["inner"] = attention_settings(inner)
+    return settings
+
+
+def rename_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's parameter names as ours, without torch.compile's or DataParallel's prefix."""
+    renamed = {}
+    for name, value in state.items():
+        name = re.sub(r"^(?:_orig_mod\.|module\.)+", "", name)
+        if _DROPPED.match(name):
+            continue
+        for pattern, replacement in _RENAMES:
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        renamed[name] = value
+    return renamed
+
+
+def load_model(
+    config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, packed: bool | None = None
+) -> Classifier:
+    """Our model with the reference's weights, in eval mode.
+
+    Args:
+        config: the reference's model config (`transformer_dim`, `attn_type`, ...).
+        state_dict: its state dict, with its own names, compiled or not.
+        packed: True or False forces an execution path; None takes the default.
+
+    Raises:
+        ConfigError: the config asks for what the reference's code does not have either.
+        CheckpointError: names or shapes do not fit the config.
+    """
+    if config.get("tied_weights"):
+        raise ConfigError("tied_weights is true; dmx has no tied layers.")
+    try:
+        model_config = ModelConfig(
+            num_layers=config["num_layers"],
+            num_heads=config["num_head"],
+            head_dim=config["head_dim"],
+            embedding_dim=config["transformer_dim"],
+            hidden_dim=config["transformer_hidden_dim"],
+            dropout=config.get("dropout_prob", 0.0),
+            embedding_dropout=config.get("embedding_dropout", config.get("dropout_prob", 0.0)),
+            mlp_dropout=config.get("mlp_dropout", config.get("dropout_prob", 0.0)),
+            pooling="cls" if config["pooling_mode"] == "CLS" else "mean",
+            execution={None: "auto", True: "packed", False: "dense"}[packed],  # type: ignore[arg-type]
+            vocab_size=config["vocab_size"],
+            max_length=1 << (int(config["max_seq_len"]) - 1).bit_length(),
+            num_classes=config["num_classes"],
+        )
+        attention = AttentionConfig.parse(attention_settings(config), "attention")
+    except KeyError as error:
+        raise ConfigError(f"the reference config lacks the key {error}.") from None
+    state = rename_state(state_dict)
+    if attention.name == "butterfly":  # the reference regroups outside of the attention
+        outer, inner = ".attention.mixer.", ".attention.mixer.inner."
+        state = {name.replace(outer, inner): value for name, value in state.items()}
+    head = state.get("head.0.weight")
+    paired = head is not None and head.shape[1] == 4 * model_config.embedding_dim
+    model = Classifier(model_config, attention, paired=paired)
+    adopt(model, state, "the reference state dict")
+    return model.eval()
+
+
+def adopt(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict, all of it.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs; lists them.
+    """
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = [f"{n} is missing" for n in own if n not in state]
+    wrong += [f"{n} is unknown" for n in state if n not in own]
+    wrong += [
+        f"{n} is {tuple(state[n].shape)}, not {tuple(own[n])}"
+        for n in own
+        if n in state and state[n].shape != own[n]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"{where} does not fit the model: {'; '.join(wrong[:4])}{more}.")
+    model.load_state_dict(dict(state))
+
+
+def read_output_model(path: Path) -> dict[str, Tensor]:
+    """The state dict in a reference `*_output.model` file, with our names.
+
+    Raises:
+        CheckpointError: unreadable, or not such a file. Nothing is unpickled but tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except Exception as error:  # torch raises many types on damaged or hostile files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a weights-only file: {reason}") from None
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no `model_state_dict`; is it a *_output.model file?")
+    return rename_state(state)

@@ -1,0 +1,305 @@
+"""One run in one process: build or resume a Trainer, keep its best and last checkpoint, report."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmx import records as keys
+from dmx.config import parse_run_config
+from dmx.data.files import is_there
+from dmx.data.store import open_store
+from dmx.errors import DmxError, StorageError, TakenOverError
+from dmx.nn.model import Classifier
+from dmx.storage.claim import Claim
+from dmx.storage.patience import PATIENCE_SECONDS, persist
+from dmx.storage.places import SHARED, Places
+from dmx.training.adopt import adopt
+from dmx.training.checkpoint import Checkpoint, open_checkpoint
+from dmx.training.ranks import ALONE, PeerLost, Ranks
+from dmx.training.samples import predict_samples
+from dmx.training.trainer import Diverged, Trainer
+from dmx.training.transfer import read_weights, transfer
+from dmx.training.workers import check_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker needs to know to do a run; plain values, so that it can be sent anywhere.
+
+    Attributes:
+        run_config: the experiment (RunConfig as a plain dict).
+        data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
+        threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
+        reinit: parameters that may keep fresh values then (see transfer.transfer).
+        places: object storage and local copies, where nodes share no file system.
+        patience_seconds: how long to wait for a storage that is full, read-only or gone.
+        workers: processes that train it together; more than one need Ray (see
+            dmx.cluster.distributed).
+        cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
+        within: a folder above `folder` that is there while its storage is; None does not look.
+        stop_at: end this piece at that optimizer step; the run itself goes on in another job.
+        adopt: a checkpoint to go on from with this config's settings, where the run's own last one
+            is not beyond it (see adopt.adopt).
+        takes_over: a former process of the run was given up, or would be by whoever starts this
+            one; where it still holds the folder, cut off with its host, it is not waited for.
+    """
+
+    run_config: Mapping[str, Any]
+    data_folder: str
+    folder: str
+    threads: int = 1
+    init_from: str | None = None
+    reinit: tuple[str, ...] = field(default=())
+    places: Places = SHARED
+    patience_seconds: float = PATIENCE_SECONDS
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    within: str | None = None
+    stop_at: int | None = None
+    adopt: str | None = None
+    takes_over: bool = False
+
+
+class Runner:
+    """Steps through a job, one evaluation at a time.
+
+    An exception is the run's own fault: it becomes a report with `failure`, since starting the
+    same thing again would end the same way. Only a dead process is worth another try. A storage
+    that fails is waited for; when that takes too long, the report carries `lost` as well: the run
+    is as sound as its last checkpoint.
+
+    Args:
+        job: the run. on_step: see Trainer.
+        ranks: the processes that train it together, each with a Runner; the leader alone claims
+            the folder and writes.
+
+    Attributes:
+        taken_over: it failed since another process continues the run; nobody asks this one.
+
+    Raises:
+        PeerLost: another process is gone; from every method.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        on_step: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.job = job
+        self._ranks = ranks
+        self._on_step = on_step
+        self._folder = Path(job.folder)
+        self._trainer: Trainer | None = None
+        self._claim: Claim | None = None
+        self._failure: str | None = None
+        self._lost = False
+        self.taken_over = False
+        self._resumed = False
+        self._busy_seconds = 0.0
+        torch.set_num_threads(job.threads)
+        started = time.perf_counter()
+        try:
+            if self._ranks.leads:
+                self._persist(self._claim_folder)
+            self._build()
+        except PeerLost:
+            raise
+        except Exception as error:
+            self._fail(error)
+        self._busy_seconds = time.perf_counter() - started
+
+    def _persist(self, action: Callable[[], None]) -> None:
+        persist(action, self._folder, seconds=self.job.patience_seconds)
+
+    def _claim_folder(self) -> None:
+        """Hold the folder, once the storages of the run and of its data are there."""
+        # A folder made while the storage is away would be hidden or in the way when it is back.
+        # A node's own scratch and data are another matter: nobody has been there before.
+        job = self.job
+        within = job.within if job.places.run_url is None else None
+        data = job.data_folder if job.places.node_data is None else None
+        for place in (within, data):
+            if place is not None:
+                Path(place).stat()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self._folder, take_over=job.takes_over)
+        job.places.claim(self._folder, self._claim)
+
+    def _build(self) -> None:
+        config, places = parse_run_config(self.job.run_config), self.job.places
+        check_batch(config.train.batch_size, self._ranks.size)
+        last, resume = self._folder / keys.LAST_DIR, False
+        if self._ranks.leads:
+            for folder in (last, self._folder / keys.BEST_DIR):
+                places.pull(folder)
+            resume = is_there(last)
+        store = open_store(places.data(self.job.data_folder))
+        start = self._take_weights if self._ranks.leads and not resume else None
+        self._trainer = Trainer(
+            config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
+        )
+        if resume:
+            resume = self._go_on(self._trainer, open_checkpoint(last))
+        self._trainer.follow_leader()
+        self._resumed = self._ranks.from_leader(resume)
+
+    def _go_on(self, trainer: Trainer, own: Checkpoint) -> bool:
+        """Load the own last checkpoint, or the one to adopt where it is no further; which it was.
+
+        Returns:
+            Whether the run goes on from its own.
+        """
+        if self.job.adopt is not None:
+            folder = Path(self.job.adopt)
+            self.job.places.pull(folder)
+            other = open_checkpoint(folder)
+            if own.metrics[keys.STEPS] <= other.metrics[keys.STEPS]:
+                adopt(trainer, other, own)
+                return False
+        trainer.load(own)
+        return True
+
+    def _take_weights(self, model: Classifier) -> None:
+        if self.job.init_from is not None:
+            source = Path(self.job.init_from)
+            self.job.places.pull(source)
+            transfer(model, read_weights(source), self.job.reinit)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer; asserts that the run could be built."""
+        assert self._trainer is not None, self._failure
+        return self._trainer
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next evaluation; flat metrics with `done`, or with `failure`.
+
+        After a restart the first call only repeats the last report: the crash may have come
+        between the checkpoint and the report. Whoever knows it already ignores it.
+        """
+        trainer = self._trainer
+        if self._failure is not None or trainer is None:
+            return self._failed()
+        if self._resumed and trainer.metrics:
+            self._resumed = False
+            return {**trainer.metrics, **self._ending(trainer)}
+        started = time.perf_counter()
+        try:
+            metrics = trainer.advance()
+            if self._ranks.leads:
+                self._keep(trainer)
+        except PeerLost:
+            raise
+        except Exception as error:
+            self._fail(error)
+            return self._failed()
+        self._busy_seconds += time.perf_counter() - started
+        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
+
+    def _ending(self, trainer: Trainer) -> dict[str, bool]:
+        """Whether this piece ends here, and whether the run goes on later."""
+        stop = self.job.stop_at is not None and trainer.step >= self.job.stop_at
+        waits = {keys.WAITS: True} if stop and not trainer.finished else {}
+        return {"done": stop or trainer.finished, **waits}
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Write the checkpoints; what a storage that fails makes again is only the writing."""
+        best = trainer.best_step == trainer.step
+        notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
+
+        claim = self._claim
+        assert claim is not None
+
+        def save() -> None:
+            claim.check()
+            if best:
+                trainer.save(self._folder / keys.BEST_DIR, notes, claim.check)
+            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
+
+        self._persist(save)
+        if best:
+            self.job.places.push(self._folder / keys.BEST_DIR, claim)
+        self.job.places.push(self._folder / keys.LAST_DIR, claim)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run cannot go on; `step` then says why."""
+        return self._failure is not None
+
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """`evaluate_checkpoint` on this run's data."""
+        job = self.job
+        return evaluate_checkpoint(str(folder), job.data_folder, split, job.threads, job.places)
+
+    def save_into(self, folder: Path) -> None:
+        """Write a checkpoint into an existing folder whose atomicity is another's job."""
+        self.trainer.save_into(folder)
+
+    def load_from(self, folder: Path) -> None:
+        """Go on from another checkpoint."""
+        self.trainer.load(open_checkpoint(folder))
+
+    def _fail(self, error: Exception) -> None:
+        """Keep the traceback beside the run, and one line of it for the report."""
+        self._lost = isinstance(error, StorageError)
+        self.taken_over = isinstance(error, TakenOverError)
+        own = isinstance(error, DmxError | Diverged)
+        text = str(error) if own else f"{type(error).__name__}: {error}"
+        self._failure = next(iter(text.splitlines()), "") or type(error).__name__
+        if self.taken_over:  # the folder is another's
+            return
+        with contextlib.suppress(OSError):
+            (self._folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+
+    def _failed(self) -> dict[str, Any]:
+        """A last report; Tune insists on the metric, and nobody counts it."""
+        step = 0 if self._trainer is None else self._trainer.step
+        failed = {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, keys.FAILURE: self._failure}
+        return {**failed, "done": True, **({keys.LOST: True} if self._lost else {})}
+
+    def close(self) -> None:
+        """Free the trainer's thread and the device's memory, for the next run in this process."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
+            if torch.cuda.is_initialized():
+                gc.collect()  # an optimizer and its schedule hold each other, and the weights
+                torch.cuda.empty_cache()
+
+
+def evaluate_checkpoint(
+    checkpoint_folder: str, data_folder: str, split: str, threads: int, places: Places = SHARED
+) -> dict[str, float]:
+    """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of any store.
+
+    Raises:
+        CheckpointError, DataError: either is missing or damaged, or they do not fit.
+    """
+    torch.set_num_threads(threads)
+    places.pull(Path(checkpoint_folder))
+    checkpoint = open_checkpoint(Path(checkpoint_folder))
+    trainer = Trainer(checkpoint.config, open_store(places.data(data_folder)))
+    try:
+        trainer.load_weights(checkpoint)
+        result = trainer.evaluate(split)
+    finally:
+        trainer.close()
+    return {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "num_examples": result.num_examples,
+    }

@@ -1,0 +1,328 @@
+"""The training loop, plain PyTorch: train to the next evaluation, evaluate, resume exactly."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmx import records as keys
+from dmx.config import RunConfig
+from dmx.data.batches import Batch, TrainBatches, TrainOrder
+from dmx.data.store import Store
+from dmx.errors import CheckpointError
+from dmx.nn.allocator import keep_freed_memory
+from dmx.nn.device import autocast, peak_memory_mb, pick_device
+from dmx.nn.model import Classifier
+from dmx.nn.optim import build_optimizer
+from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
+from dmx.training.passes import Evaluation, Passes
+from dmx.training.ranks import ALONE, Ranks
+
+_FINITE_CHECK_STEPS = 50
+"""Looking at the loss makes a GPU wait; once in so many steps is enough to catch NaN."""
+
+
+class Diverged(Exception):
+    """The loss is no longer a number; training on would only waste the machine."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step}")
+        self.step = step
+
+
+def build_model(config: RunConfig) -> Classifier:
+    """The model of a resolved config, freshly initialised from train.seed."""
+    torch.manual_seed(config.train.seed)
+    return Classifier(config.model, config.attention, paired=config.task_info.paired)
+
+
+class Trainer:
+    """One run: model, optimizer, data order, and counters.
+
+    Args:
+        config: the experiment; open model sizes are filled in from the data.
+        store: the prepared data.
+        on_step: called after every optimizer step with (step, num_steps); for progress bars.
+        before_training: called once with the fresh model, to start it from other weights.
+        ranks: the processes that train the run together; each has a Trainer of its own.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        *,
+        on_step: Callable[[int, int], None] | None = None,
+        before_training: Callable[[Classifier], None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        manifest = store.manifest
+        self.config = config = config.resolved(
+            vocab_size=max(config.task_info.vocab_size, manifest.vocab_size),
+            num_classes=manifest.num_classes,
+        )
+        self.store = store
+        self.ranks = ranks
+        self.device = pick_device(config.train.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model = build_model(config).to(self.device)
+        if before_training is not None:
+            before_training(self.model)
+        run = torch.compile(self.model) if config.train.compile else self.model
+        self.optimizer, self.schedule = build_optimizer(
+            self.model.parameters(), config.optim, config.train.num_steps
+        )
+        assert config.model.max_length
+        self.length = config.model.max_length
+        train = store.split("train")
+        order = TrainOrder(
+            train.lengths, config.train.batch_size, config.data.seed, config.data.order
+        )
+        self.batches = TrainBatches(train, order, self.length, self.device, ranks.share)
+        self.passes = Passes(self.model, run, config.train, self.device, ranks)
+        self.on_step = on_step
+        self.step = 0
+        self.best_accuracy = -math.inf
+        self.best_step = 0
+        self.stale_evaluations = 0
+        self.train_seconds = 0.0
+        self.learning_rate = 0.0
+        self.metrics: dict[str, Any] = {}
+
+    # -- training ---------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """True when the schedule has ended or patience has run out."""
+        patience = self.config.train.patience
+        worn_out = patience is not None and self.stale_evaluations >= patience
+        return self.step >= self.config.train.num_steps or worn_out
+
+    def advance(self) -> dict[str, Any]:
+        """Train to the next evaluation, evaluate the whole dev split, and return flat metrics.
+
+        Raises:
+            Diverged: the loss became NaN or infinite; the model is of no use any more.
+            RunFailedError: not even one sequence at a time fits the memory.
+            PeerLost: another process of the run is gone.
+        """
+        assert not self.finished
+        every = self.config.train.eval_every_steps
+        target = min((self.step // every + 1) * every, self.config.train.num_steps)
+        first, started = self.step, time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        loss, accuracy, norm, tokens = self._train_to(target)
+        seconds = time.perf_counter() - started
+        self.train_seconds += seconds
+        dev = self.evaluate("dev")
+        if not math.isfinite(dev.loss):  # the last step of all can still break the weights
+            raise Diverged(self.step)
+        improved = dev.accuracy > self.best_accuracy
+        if improved:
+            self.best_accuracy, self.best_step = dev.accuracy, self.step
+        self.stale_evaluations = 0 if improved else self.stale_evaluations + 1
+        self.passes.agree()
+        batch_size = self.config.train.batch_size
+        speed = (self.step - first) * batch_size / seconds
+        self.metrics = {
+            keys.STEPS: self.step,
+            keys.SAMPLES: self.step * batch_size,
+            keys.TRAIN_LOSS: loss,
+            keys.TRAIN_ACCURACY: accuracy,
+            keys.DEV_LOSS: dev.loss,
+            keys.DEV_ACCURACY: dev.accuracy,
+            keys.BEST_DEV_ACCURACY: self.best_accuracy,
+            keys.BEST_STEP: self.best_step,
+            keys.LEARNING_RATE: self.learning_rate,
+            keys.GRADIENT_NORM: norm,
+            keys.TRAIN_SECONDS: self.train_seconds,
+            keys.STEP_SECONDS: seconds / (self.step - first),
+            keys.SAMPLES_PER_SECOND: speed,
+            keys.SAMPLES_PER_SECOND_PER_WORKER: speed / self.ranks.size,
+            keys.TOKENS_PER_SECOND: tokens / seconds,
+            keys.PEAK_MEMORY_MB: self.ranks.largest(peak_memory_mb(self.device)),
+            keys.MICRO_BATCH_SIZE: self.passes.micro.size,
+            keys.NUM_WORKERS: self.ranks.size,
+            keys.PARAMETERS: sum(p.numel() for p in self.model.parameters()),
+        }
+        return dict(self.metrics)
+
+    def _train_to(self, target: int) -> tuple[float, float, float, int]:
+        """Steps up to `target`; (mean loss, accuracy, last gradient norm, real tokens)."""
+        self.model.train()
+        first = self.step
+        sums = torch.zeros(3, device=self.device, dtype=torch.float64)  # loss, hits, tokens
+        norm = torch.zeros((), device=self.device)
+        while self.step < target:
+            batch = self.batches(self.step)
+            loss, hits, norm = self._optimizer_step(batch)
+            sums[0] += loss
+            sums[1] += hits
+            sums[2] += torch.count_nonzero(batch.input_ids)
+            self.step += 1
+            if self.on_step is not None:
+                self.on_step(self.step, self.config.train.num_steps)
+            look = self.step % _FINITE_CHECK_STEPS == 0 or self.step == target
+            if look and not math.isfinite(self.ranks.total(sums[0]).item()):
+                raise Diverged(self.step)
+        count = target - first
+        loss_sum, correct, tokens = self.ranks.total(sums).tolist()
+        accuracy = correct / (count * self.config.train.batch_size)
+        return loss_sum / count, accuracy, norm.item(), int(tokens)
+
+    def _optimizer_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step on this process's share of a batch: its part of the mean loss, its hits, and
+        the norm of the whole gradient.
+        """
+        self.ranks.seed(self.config.train.seed, self.step)
+        loss_sum, correct = self.passes.backward(batch)
+        self.ranks.add_gradients(self.model.parameters())
+        limit = self.config.train.clip_gradient_norm
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), math.inf if limit is None else limit
+        )
+        self.learning_rate = float(self.schedule.get_last_lr()[0])  # of this step
+        self.optimizer.step()
+        self.schedule.step()
+        return loss_sum, correct, norm.detach()
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on a given batch, outside of the run's own order; for measuring."""
+        self.model.train()
+        self._optimizer_step(batch)
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Loss and accuracy over the whole split, the ragged last batch included."""
+        return self.passes.evaluate(self.store.split(split), self.length)
+
+    @torch.no_grad()
+    def probabilities(self, batch: Batch) -> torch.Tensor:
+        """Class probabilities [B, C] of a batch on the device; leaves the model in eval mode."""
+        self.model.eval()
+        with autocast(self.device, self.config.train.precision):  # uncompiled: an odd batch size
+            logits = self.model(batch.input_ids, batch.input_ids_1)
+        return torch.softmax(logits.float(), dim=-1)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything beside the weights that the next step depends on; tensors and plain values."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {
+                k: v for k, v in self.schedule.state_dict().items() if not k.startswith("_anneal")
+            },
+            "step": self.step,
+            "best_accuracy": self.best_accuracy,
+            "best_step": self.best_step,
+            "stale_evaluations": self.stale_evaluations,
+            "train_seconds": self.train_seconds,
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if on_cuda else [],
+            "micro_batch_limit": self.passes.micro.limit,
+            "eval_batch_limit": self.passes.evaluation.limit,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """What the metrics were measured on; stands beside them in metrics.json."""
+        manifest = self.store.manifest
+        return {"data": manifest.label, "is_sample": manifest.is_sample, "task": self.config.task}
+
+    def save(
+        self,
+        folder: Path,
+        notes: Mapping[str, str] | None = None,
+        before_replacing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write a checkpoint directory, atomically; see save_checkpoint."""
+        parts = self._checkpoint_parts()
+        save_checkpoint(folder, **parts, notes=notes, before_replacing=before_replacing)
+
+    def save_into(self, folder: Path) -> None:
+        """Write the checkpoint's files into an existing folder whose atomicity is another's job."""
+        parts = self._checkpoint_parts()
+        write_files(
+            folder, parts["model_state"], parts["training_state"], parts["config"], parts["metrics"]
+        )
+
+    def _checkpoint_parts(self) -> dict[str, Any]:
+        return {
+            "model_state": self.model.state_dict(),
+            "training_state": self.state(),
+            "config": self.config,
+            "metrics": {**self.provenance(), **self.metrics},
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue where the checkpoint stopped, bit for bit on a CPU.
+
+        Raises:
+            CheckpointError: it belongs to another experiment, or is damaged.
+        """
+        self.load_weights(checkpoint)
+        self.load_state(checkpoint.training_state(), str(checkpoint.folder))
+        self.metrics = _metrics_only(checkpoint.metrics)
+
+    def load_state(self, state: Mapping[str, Any], source: str) -> None:
+        """Take all but the weights from what `state` gave.
+
+        Raises:
+            CheckpointError: it belongs to another experiment; names `source`.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step = state["step"]
+            self.best_accuracy, self.best_step = state["best_accuracy"], state["best_step"]
+            self.stale_evaluations = state["stale_evaluations"]
+            self.train_seconds = state["train_seconds"]
+            self.passes.micro.limit = state.get("micro_batch_limit")
+            self.passes.evaluation.limit = state.get("eval_batch_limit")
+            torch.set_rng_state(state["rng_cpu"])
+            if self.device.type == "cuda" and state["rng_cuda"]:
+                torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{source} does not continue this run: {type(error).__name__} {error}."
+            ) from None
+
+    def follow_leader(self) -> None:
+        """Bring every process of the run to the leader's weights and state.
+
+        They travel from process to process: a shared file system may show an old checkpoint to
+        another node.
+        """
+        if self.ranks.size == 1:
+            return
+        content = io.BytesIO()
+        if self.ranks.leads:
+            torch.save({**self.state(), "metrics": self.metrics}, content)
+        self.ranks.copy_leader(self.model.state_dict().values())
+        content = io.BytesIO(self.ranks.from_leader(content.getvalue()))
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        self.metrics = state.pop("metrics")
+        if not self.ranks.leads:
+            self.load_state(state, "the leader's state")
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take the weights only (for evaluation)."""
+        from dmx.training.reference import adopt
+
+        adopt(self.model, checkpoint.model_state(), str(checkpoint.folder))
+
+    def close(self) -> None:
+        """Release the reading thread."""
+        self.batches.close()
+
+
+def _metrics_only(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in ("data", "is_sample", "task")}

@@ -1,0 +1,111 @@
+"""Who can reach Ray, and what is said when it cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dmx.cluster import connection
+from dmx.errors import ConfigError, RunFailedError
+from tests.study.helpers import environment
+from tests.tiny import one_sentence
+
+LISTENERS = """
+import os
+from dmx.cluster import connection
+import ray, psutil
+with connection.connect(None):
+    ray.get(ray.remote(lambda: 1).remote())
+    print(ray.util.get_node_ip_address())
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        for one in process.net_connections(kind="inet"):
+            if one.status == psutil.CONN_LISTEN or one.type == 2:
+                print("listens", one.laddr.ip.removeprefix("::ffff:"))
+"""
+
+
+@pytest.mark.slow
+def test_no_other_host_reaches_a_local_ray():
+    """Every socket of it and of its workers."""
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENERS], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    node, *listeners = done.stdout.split("\n")[:-1]
+    assert node == "127.0.0.1"
+    assert len(listeners) >= 4 and set(listeners) == {"listens 127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (connection.AuthenticationError("Token authentication is enabled"), "wants a token"),
+        ((ConnectionError("Failed"), RuntimeError("x InvalidAuthToken: y")), "wants a token"),
+        ((ConnectionError("Failed"), RuntimeError("No node info found m")), "--num-cpus=0"),
+        (ConnectionError("Failed\nmore"), "no Ray cluster answers"),
+    ],
+)
+def test_rays_refusals_are_one_sentence(monkeypatch, error, said):
+    if isinstance(error, tuple):
+        error, error.__cause__ = error[0], error[1]
+
+    def init(**options):
+        raise error
+
+    ray = SimpleNamespace(init=init, is_initialized=lambda: False)
+    monkeypatch.setattr(connection, "ray", ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=said) as refused, connection.connect(address):
+            pass
+    text = str(refused.value)
+    assert address in text and "\n" not in text
+    if "--num-cpus" not in text:  # which ends with a command
+        one_sentence(refused.value)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
+    """Ray has no type of its own for a node that took longer than 30 s."""
+    calls = []
+
+    def init(**options):
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("The current node timed out during startup. This could\nhappen")
+
+    ray = SimpleNamespace(
+        init=init,
+        shutdown=lambda: calls.append("shutdown"),
+        is_initialized=lambda: False,
+        cluster_resources=lambda: {"CPU": 2.0},
+    )
+    monkeypatch.setattr(connection, "ray", ray)
+    if failures == 1:
+        with connection.connect(None):
+            pass
+        assert calls == ["init", "shutdown", "init", "shutdown"]
+    else:
+        with pytest.raises(RunFailedError, match="Ray did not start on this machine: The current"):
+            connection._start_here()
+        assert calls == ["init", "shutdown", "init", "shutdown"]
+
+
+def test_gloo_listens_where_the_node_is(monkeypatch):
+    torch_group = pytest.importorskip("dmx.cluster.torch_group")
+    loopback = torch_group.interface_of("127.0.0.1")
+    assert loopback in {name for _, name in socket.if_nameindex()}
+    assert torch_group.interface_of("203.0.113.7") is None
+    monkeypatch.setattr(torch_group.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv(torch_group.GLOO_INTERFACE, "mine")
+    torch_group.use_node_interface()
+    assert os.environ[torch_group.GLOO_INTERFACE] == "mine"
+    monkeypatch.delenv(torch_group.GLOO_INTERFACE)
+    torch_group.use_node_interface()
+    assert os.environ[torch_group.GLOO_INTERFACE] == loopback

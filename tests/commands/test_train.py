@@ -1,0 +1,146 @@
+"""`python -m dmx.train`: one run from the command to its files, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dmx import log, train
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.runner import Runner
+from tests.tiny import SETTINGS, TASK
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    yield
+    logger = logging.getLogger("dmx")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+def main(argv: list[str]) -> int:
+    log.setup()  # on this test's stderr
+    return train.main(argv)
+
+
+def words(root: Path, *more: str) -> list[str]:
+    base = ["--attention", "butterfly", "--task", TASK, "--data-root", str(root), "--threads", "1"]
+    return [*base, *more, *(f"{k}={v}" for k, v in SETTINGS.items()), "model.dropout=0.1"]
+
+
+def same_run(a: Path, b: Path) -> None:
+    for name in ("best", "last"):
+        first, second = (open_checkpoint(run / name) for run in (a, b))
+        assert first.config == second.config
+        weights, others = first.model_state(), second.model_state()
+        assert all(torch.equal(value, others[key]) for key, value in weights.items())
+    results = [json.loads((run / "result.json").read_text()) for run in (a, b)]
+    for key in ("test_accuracy", "test_loss", "best_dev_accuracy", "steps", "data"):
+        assert results[0][key] == results[1][key]
+
+
+def test_a_run_and_its_evaluation(tiny_root, tmp_path, capsys):
+    assert main(words(tiny_root, "--name", "a")) == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "runs" / "a" / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.4f} over 29 examples" in out
+    assert result["data"] == f"{TASK} (tiny)" and f"data: {TASK} (tiny)" in out
+    again = ["--evaluate", "runs/a/best", "--data-root", str(tiny_root)]
+    assert main(again) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["accuracy"] == result["test_accuracy"] and shown["split"] == "test"
+    assert main([*again, "--split", "dev"]) == 0
+    dev = yaml.safe_load(capsys.readouterr().out)
+    assert dev["accuracy"] == result["best_dev_accuracy"] and dev["num_examples"] == 37
+
+    assert main(["--config", "runs/a/best/config.yaml", "--name", "b", *words(tiny_root)[4:]]) == 0
+    same_run(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    before = (tmp_path / "runs" / "a" / "last" / "model.pt").read_bytes()
+    assert main(words(tiny_root, "--name", "a", "--resume")) == 0, "a finished run"
+    assert (tmp_path / "runs" / "a" / "last" / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("sent", "background"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+)
+def test_interrupted_and_continued_by_the_last_line(
+    tiny_root, tmp_path, capsys, monkeypatch, sent, background
+):
+    """A job in the background ignores Ctrl-C, but not SIGTERM."""
+
+    class Interrupted(Runner):
+        calls = 0
+
+        def step(self):
+            Interrupted.calls += 1
+            if Interrupted.calls == 3:
+                os.kill(os.getpid(), sent)
+            return super().step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Runner", Interrupted)
+        ctrl_c = signal.SIG_IGN if background else signal.default_int_handler
+        before = signal.signal(signal.SIGINT, ctrl_c)
+        assert main(words(tiny_root, "--name", "part")) == 130
+        assert signal.signal(signal.SIGINT, before) is ctrl_c
+    last = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert last[:3] == ["python", "-m", "dmx.train"] and last[-1] == "--resume"
+    assert open_checkpoint(tmp_path / "runs" / "part" / "last").metrics["steps"] == 4
+    assert main(last[3:]) == 0
+    assert main(words(tiny_root, "--name", "whole")) == 0
+    same_run(tmp_path / "runs" / "part", tmp_path / "runs" / "whole")
+
+
+def test_other_settings_do_not_continue_a_run(tiny_root, tmp_path):
+    from dmx.errors import ConfigError
+
+    assert main(words(tiny_root, "--name", "a")) == 0
+    with pytest.raises(ConfigError, match=r"train\.seed was 2023, now 5"):
+        main(words(tiny_root, "--name", "a", "--resume", "train.seed=5"))
+
+
+def test_a_run_that_diverges(tiny_root, tmp_path, capsys):
+    changed = [w for w in words(tiny_root) if not w.startswith("optim.learning_rate")]
+    assert main([*changed, "optim.learning_rate=1e30"]) == 1
+    assert "the run failed: the loss is not finite at step 2" in capsys.readouterr().err
+
+
+def test_starting_from_other_weights(tiny_root, tmp_path):
+    """With no training to speak of, the weights are those it started from."""
+    assert main(words(tiny_root, "--name", "a")) == 0
+    rest = [w for w in words(tiny_root) if not w.startswith("optim.learning_rate")]
+    start = ["--init-from", "runs/a/last", "--name", "b", "optim.learning_rate=1e-30"]
+    assert main([*rest, *start]) == 0
+    a, b = (open_checkpoint(tmp_path / "runs" / n / "last").model_state() for n in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_of_one_process_needs_no_ray(tiny_root, tmp_path):
+    """Ray and Optuna cannot be imported, and nothing misses them."""
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['ray'] = sys.modules['optuna'] = None\n"
+    code += "from dmx.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words(tiny_root, "--name", "a")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,194 @@
+"""Layouts hold every real token once, in groups; moving between them is exact; shares of work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmx.attention.butterfly import butterfly_stride
+from dmx.nn.packing import Grouping, from_groups, pack, reorder, to_groups
+from dmx.nn.parallel import run_shares, split_evenly
+
+LENGTH = 48
+GROUPINGS = [Grouping(LENGTH), Grouping(8), Grouping(8, 6), Grouping(4, 4), Grouping(4, 12)]
+
+
+def random_mask(seed: int, density: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(5, LENGTH, generator=generator) < density
+    mask[1] = False  # a sequence of nothing
+    mask[3] = True
+    return mask
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layout_is_what_its_definition_says(grouping, seed):
+    """Against plain loops: group of position p is (p // (size * stride), p % stride)."""
+    mask = random_mask(seed)
+    packing = pack(mask)
+    layout = packing.layout(grouping)
+    total = int(mask.sum())
+    assert packing.num_tokens == total
+    assert sorted(layout.order.tolist()) == list(range(total))
+    assert layout.order[layout.inverse].tolist() == list(range(total))
+
+    row = 0
+    seen = set()
+    for bucket in layout.buckets:
+        assert bucket.start == row and bucket.count > 0 and bucket.length > 0
+        for _ in range(bucket.count):
+            tokens = layout.order[row : row + bucket.length]
+            places = {
+                (
+                    int(packing.sequence[t]),
+                    int(packing.position[t]) // (grouping.size * grouping.stride),
+                    int(packing.position[t]) % grouping.stride,
+                )
+                for t in tokens
+            }
+            assert len(places) == 1, "the tokens of a group belong together"
+            sequence, block, offset = places.pop()
+            first = block * grouping.size * grouping.stride + offset
+            members = [first + j * grouping.stride for j in range(grouping.size)]
+            real = [p for p in members if mask[sequence, p]]
+            assert packing.position[tokens].tolist() == real, "all of the group, and in order"
+            slots = layout.slot[row : row + bucket.length].tolist()
+            assert [members[s] for s in slots] == real
+            assert (sequence, block, offset) not in seen
+            seen.add((sequence, block, offset))
+            row += bucket.length
+        assert row == bucket.stop
+    assert row == total
+    lengths = [bucket.length for bucket in layout.buckets]
+    assert lengths == sorted(set(lengths))
+
+
+def test_nothing_real_gives_an_empty_layout():
+    packing = pack(torch.zeros(3, LENGTH, dtype=torch.bool))
+    layout = packing.layout(Grouping(8, 6))
+    assert layout.buckets == () and layout.order.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("grouping", "mask", "natural"),
+    [
+        (Grouping(8), torch.ones(2, LENGTH, dtype=torch.bool), True),
+        (Grouping(8, 6), torch.ones(2, LENGTH, dtype=torch.bool), False),
+        (Grouping(8), random_mask(0), False),
+    ],
+)
+def test_natural_says_whether_the_order_is_ascending(grouping, mask, natural):
+    layout = pack(mask).layout(grouping)
+    assert layout.natural == natural
+    assert (layout.order.tolist() == sorted(layout.order.tolist())) == natural
+
+
+def test_groups_are_rows_and_come_back():
+    positions = torch.arange(24).repeat(2, 1)
+    groups = to_groups(positions, Grouping(size=3, stride=4))
+    assert groups[:5].tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11], [12, 16, 20]]
+    assert torch.equal(from_groups(groups, Grouping(size=3, stride=4), 24), positions)
+
+
+@pytest.mark.parametrize("mask", [random_mask(7), torch.ones(2, LENGTH, dtype=torch.bool)])
+def test_reorder_moves_rows_and_gradients(mask):
+    """Each row keeps its token's number through every layout, and its own gradient comes back."""
+    packing = pack(mask)
+    numbers = torch.arange(packing.num_tokens, dtype=torch.float64)[:, None].requires_grad_()
+    x, current = numbers, None
+    for grouping in (*GROUPINGS, GROUPINGS[0]):
+        wanted = packing.layout(grouping)
+        x = reorder(x, current, wanted)
+        current = wanted
+        assert torch.equal(x[:, 0].detach(), wanted.order.double())
+    weight = torch.randn(packing.num_tokens, 1, dtype=torch.float64)
+    (x * weight).sum().backward()
+    expected = torch.empty_like(weight)
+    expected[current.order] = weight
+    assert torch.equal(numbers.grad, expected)
+
+
+def test_a_layout_is_computed_once():
+    packing = pack(random_mask(1))
+    assert packing.layout(Grouping(8)) is packing.layout(Grouping(size=8, stride=1))
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "strides"),
+    [
+        # ceil(log_5 125) = 3 layers; a float logarithm says 3.0000000000000004, so 4.
+        (125, 5, [1, 5, 25, 1, 5, 25]),
+        (16384, 128, [1, 128, 1, 128]),
+        (1024, 128, [1, 8, 1, 8]),  # 128 * 128 > 1024: cut to 1024 / 128
+        (1024, 32, [1, 32, 1]),
+        (4096, 256, [1, 16, 1]),
+        (2048, 64, [1, 32, 1]),
+        (64, 64, [1, 1]),
+        (243, 3, [1, 3, 9, 27, 81, 1]),
+    ],
+)
+def test_butterfly_strides(length, block, strides):
+    assert [butterfly_stride(length, block, i) for i in range(len(strides))] == strides
+
+
+@pytest.mark.parametrize(("length", "block", "layers"), [(125, 5, 3), (1024, 32, 2), (64, 4, 3)])
+def test_butterfly_layers_connect_every_pair(length, block, layers):
+    """After one round each position has heard of each: the reason for the strides."""
+    reach = torch.eye(length, dtype=torch.bool)
+    for layer in range(layers):
+        stride = butterfly_stride(length, block, layer)
+        groups = to_groups(torch.arange(length)[None], Grouping(block, stride))
+        linked = torch.zeros(length, length)
+        for group in groups:
+            linked[group[:, None], group] = 1
+        reach = (linked @ reach.float()) > 0
+    assert reach.all()
+
+
+@pytest.mark.parametrize("costs", [[], [5], [1] * 7, [1, 1, 1, 97], [97, 1, 1, 1], [0, 0, 0]])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_shares_cover_the_pieces_in_order(costs, shares):
+    parts = split_evenly(list(range(len(costs))), costs, shares)
+    assert [p for part in parts for p in part] == list(range(len(costs)))
+    assert 1 <= len(parts) <= shares
+    assert all(len(part) for part in parts) or not costs
+
+
+def test_shares_are_even():
+    assert [len(p) for p in split_evenly(range(100), [1] * 100, 2)] == [50, 50]
+    assert [len(p) for p in split_evenly(range(4), [3, 1, 1, 1], 2)] == [1, 3]
+
+
+def test_shares_run_single_threaded_without_autograd_and_in_order(two_threads):
+    def work(share):
+        return torch.get_num_threads(), torch.is_grad_enabled(), list(share)
+
+    assert run_shares(work, range(4)) == [(1, False, [0, 1]), (1, False, [2, 3])]
+    assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
+
+
+def test_a_counter_sees_all_shares(two_threads):
+    """Dispatch modes belong to a thread, so that the work then stays in it."""
+    matrix = torch.ones(4, 4)
+    with FlopCounterMode(display=False) as counter:
+        assert len(run_shares(lambda share: [matrix @ matrix for _ in share], range(6))) == 1
+    assert counter.get_total_flops() == 6 * 2 * 4**3
+    assert len(run_shares(list, range(6))) == 2
+
+
+def test_a_failing_share_raises(two_threads):
+    def work(share):
+        raise ValueError(f"piece {share[0]}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        run_shares(work, range(4))

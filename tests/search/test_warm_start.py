@@ -1,0 +1,242 @@
+"""Warm start: what is taken, what it changes, and that it is never counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import optuna
+import pytest
+
+from dmx.errors import ConfigError, StageError
+from dmx.search.ledger import Ledger
+from dmx.search.past import Past, comparable, ranked
+from dmx.search.space import SearchSpace
+from dmx.search.warm_start import WARM_START_FILE, Here, check_kept, prepare, read_prior, take
+from tests.search.test_sampling import finish
+from tests.study.helpers import FIXED, space
+from tests.tiny import TASK, one_sentence
+
+COUNT = 16
+
+
+def settings(**changes: object) -> dict[str, object]:
+    return {
+        "task": TASK,
+        "attention": "butterfly",
+        "overrides": dict(FIXED),
+        "max_steps": 12,
+        "data": "tiny",
+        "data_checksum": "abc",
+    } | changes
+
+
+def earlier(folder: Path, count: int = COUNT, **changes: object) -> Path:
+    """A finished study."""
+    ledger = Ledger(folder, name="old", space=space(folder.parent), num_trials=count, seed=9)
+    while (asked := ledger.next_trial()) is not None:
+        finish(ledger, *asked)
+    ledger.close()
+    (folder / "settings.json").write_text(json.dumps(settings(**changes)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return earlier(tmp_path_factory.mktemp("old") / "butterfly-old")
+
+
+def here(chosen: SearchSpace, **changes: object) -> Here:
+    first = Here(
+        task=TASK,
+        space=chosen,
+        overrides=FIXED,
+        max_steps=12,
+        data_checksum="abc",
+        objectives=("accuracy",),
+        sampler="tpe",
+    )
+    return dataclasses.replace(first, **changes)  # type: ignore[arg-type]
+
+
+def optuna_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    return optuna.load_study(study_name=None, storage=storage).trials
+
+
+def test_what_is_taken(old, tmp_path):
+    """Every trial that ended with a value, with its best one; those that died are left out."""
+    warm = take([old], here(space(tmp_path)))
+    expected = {
+        t.number: (t.params, max(t.intermediate_values.values()))
+        for t in optuna_trials(old)
+        if t.state.name in ("COMPLETE", "PRUNED")
+    }
+    assert 0 < len(expected) < COUNT
+    found = {t["number"]: (t["params"], t["values"][0]) for t in json.loads(warm.text)["trials"]}
+    assert found == expected
+    assert warm.notes == (f"warm start from {len(expected)} trials of butterfly-old",)
+
+
+def test_points_outside_are_skipped_and_counted(old, tmp_path):
+    """A fixed block size: points with another one lie outside, the others fit without it."""
+    narrow = space(tmp_path).without({"attention.block_size": 16})
+    overrides = {**FIXED, "attention.block_size": 16}
+    warm = take([old], here(narrow, overrides=overrides))
+    ended = [t for t in optuna_trials(old) if t.state.name in ("COMPLETE", "PRUNED")]
+    inside = [t.number for t in ended if t.params["attention.block_size"] == 16]
+    assert 0 < len(inside) < len(ended)
+    taken = json.loads(warm.text)["trials"]
+    assert [t["number"] for t in taken] == inside
+    assert all("attention.block_size" not in t["params"] for t in taken)
+    assert f"; {len(ended) - len(inside)} lie outside this search space" in warm.notes[0]
+
+
+def test_a_value_that_was_fixed_then_and_is_searched_now(tmp_path):
+    path = tmp_path / "old"
+    chosen = space(tmp_path)
+    narrow = chosen.without({"attention.block_size": 16})
+    ledger = Ledger(path, name="old", space=narrow, num_trials=4, seed=9)
+    for number in range(4):
+        asked = ledger.next_trial()
+        assert asked is not None
+        ledger.report(number, 2, {"steps": 2, "best_dev_accuracy": 0.5})
+        ledger.finish(number, "COMPLETE")
+    ledger.close()
+    fixed = {**FIXED, "attention.block_size": 16}
+    (path / "settings.json").write_text(json.dumps(settings(overrides=fixed)))
+    taken = json.loads(take([path], here(chosen)).text)["trials"]
+    assert [t["params"]["attention.block_size"] for t in taken] == [16] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "listops"}, "another task, listops: compared by rank"),
+        ({"data_checksum": "xyz"}, "other data, tiny: compared by rank"),
+        ({"max_steps": 99}, "another budget, 99 steps: compared by rank"),
+    ],
+)
+def test_another_task_or_budget_is_told(tmp_path, changes, words):
+    path = earlier(tmp_path / "old", 4, **changes)
+    warm = take([path], here(space(tmp_path)))
+    assert words in warm.notes[0]
+    assert {t["group"] for t in json.loads(warm.text)["trials"]} == {"old"}
+    with pytest.raises(ConfigError, match="nsga2 compares") as caught:
+        take([path], here(space(tmp_path), sampler="nsga2"))
+    one_sentence(caught.value)
+
+
+def past(value: float, group: str = "") -> Past:
+    complete = optuna.trial.TrialState.COMPLETE
+    return Past(params={}, distributions={}, state=complete, values=(value,), group=group)
+
+
+def test_values_of_another_study_take_this_ones_quantiles():
+    own = [past(v) for v in (0.2, 0.3, 0.4)]
+    prior = [past(v, "easy") for v in (0.9, 0.5, 0.7, 0.8, 0.6)] + [past(0.35)]
+    found = [p.values[0] for p in comparable(prior, own) if p.values]
+    assert found == pytest.approx([0.4, 0.2, 0.3, 0.35, 0.25, 0.35])
+    assert [p.values for p in comparable(prior, own[:2])] == [p.values for p in prior]
+    assert [p.values[0] for p in ranked(prior) if p.values][:5] == [1.0, 0.0, 0.5, 0.75, 0.25]
+    tied = [p.values[0] for p in ranked([past(v, "g") for v in (1.0, 1.0, 2.0)]) if p.values]
+    assert tied == [0.25, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", "gp"])
+def test_it_informs_and_is_not_counted(old, tmp_path, monkeypatch, sampler):
+    """From its first proposal the study draws near the old one's best; numbers begin at 0."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    chosen = dataclasses.replace(space(tmp_path), start=())
+    warm = take([old], here(chosen, sampler=sampler))
+    count = 5
+
+    def points(name: str, *, warmed: bool, restart: bool = False) -> list[dict]:
+        folder = tmp_path / name
+        folder.mkdir()
+        if warmed:
+            (folder / WARM_START_FILE).write_text(warm.text)
+        found = []
+        make = {"name": "s", "space": chosen, "num_trials": count, "seed": 1, "sampler": sampler}
+        ledger = Ledger(folder, **make)
+        while (asked := ledger.next_trial()) is not None:
+            assert asked[0] == len(found)
+            assert ledger.remaining() == count - len(found)
+            found.append(asked[1])
+            finish(ledger, *asked)
+            if restart:
+                ledger.close()
+                ledger = Ledger(folder, **make)
+        assert len(ledger.results()) == count
+        ledger.close()
+        assert len(optuna_trials(folder)) == count, "Optuna's file holds this study alone"
+        return found
+
+    warmed = points("warm", warmed=True)
+    assert warmed != points("cold", warmed=False)
+    assert points("again", warmed=True, restart=True) == warmed
+    if sampler == "cmaes":  # it begins where the old ones were best
+        rates = [p["optim.learning_rate"] for p in warmed]
+        assert all(1e-3 < r <= 3e-2 for r in rates), rates
+
+
+def test_what_is_kept_is_what_counts(old, tmp_path):
+    """A resumed study reads its own copy; neither a changed nor a lost one goes unnoticed."""
+    chosen = space(tmp_path)
+    given = ["butterfly-old"]
+    where = here(chosen)
+    folder = tmp_path / "new"
+    first, files, notes = prepare(given, old.parent, where, folder, known=None, resume=False)
+    assert first is not None and set(files) == {WARM_START_FILE} and len(notes) == 1
+    folder.mkdir()
+    (folder / WARM_START_FILE).write_text(files[WARM_START_FILE])
+    nowhere = tmp_path / "nowhere"
+    again = prepare(given, nowhere, where, folder, known=first, resume=True)
+    assert again == (first, {}, notes), "the old study is not needed any more"
+    assert len(read_prior(folder, chosen)) == len(json.loads(files[WARM_START_FILE])["trials"])
+    assert prepare([], nowhere, where, folder, known=first, resume=True)[0] is None
+    other = prepare(["x"], nowhere, where, folder, known=first, resume=True)[0]
+    assert other != first, "and so the settings differ"
+    (folder / WARM_START_FILE).write_text(files[WARM_START_FILE].replace("0.", "1.", 1))
+    with pytest.raises(StageError, match="was changed") as caught:
+        check_kept(folder, first)
+    one_sentence(caught.value)
+    (folder / WARM_START_FILE).unlink()
+    with pytest.raises(StageError, match="cannot be read") as caught:
+        check_kept(folder, first)
+    one_sentence(caught.value)
+    assert read_prior(folder, chosen) == ()
+
+
+def test_bad_runs(old, tmp_path):
+    chosen = space(tmp_path)
+    with pytest.raises(ConfigError, match="no study in that folder") as caught:
+        take([tmp_path / "none"], here(chosen))
+    one_sentence(caught.value)
+    with pytest.raises(ConfigError, match="no use to --sampler random") as caught:
+        take([old], here(chosen, sampler="random"))
+    one_sentence(caught.value)
+    copy = tmp_path / "copy"
+    shutil.copytree(old, copy)
+    (copy / "settings.json").write_text(json.dumps(settings(attention="softmax")))
+    with pytest.raises(ConfigError, match="searched 'softmax'") as caught:
+        take([copy], here(chosen))
+    one_sentence(caught.value)
+    for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
+        (copy / "settings.json").write_text(damage)
+        with pytest.raises(StageError, match=r"settings\.json is damaged; leave this") as caught:
+            take([copy], here(chosen))
+        one_sentence(caught.value)
+    (copy / "settings.json").write_text(json.dumps(settings()))
+    text = (copy / "optuna.journal").read_text().splitlines(keepends=True)
+    (copy / "optuna.journal").write_text(text[0] + "rubbish\n" + "".join(text[1:]))
+    with pytest.raises(StageError, match="is damaged") as caught:
+        take([copy], here(chosen))
+    one_sentence(caught.value)
+    empty = earlier(tmp_path / "empty", 0)
+    with pytest.raises(ConfigError, match="no finished trial of empty") as caught:
+        take([empty], here(chosen))
+    one_sentence(caught.value)

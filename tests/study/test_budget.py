@@ -1,0 +1,127 @@
+"""How much to train: what the user left open is chosen, what he fixed is left alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmx.cluster.connection import Resources, check_request
+from dmx.errors import ConfigError
+from dmx.study.budget import fit_budget
+from dmx.tasks import task_for
+from tests.tiny import one_sentence
+
+CPU, GPU = Resources(2, 0), Resources(32, 4)
+OPEN = dict.fromkeys(("num_trials", "max_steps", "trials_per_gpu", "cpus_per_trial"))
+
+
+def fit(task="text", resources=CPU, overrides=None, searched=(), **given):
+    wanted = {**OPEN, **given}
+    return fit_budget(task_for(task), resources, overrides or {}, searched=searched, **wanted)
+
+
+def test_on_gpus_the_full_budget():
+    budget = fit(resources=GPU)
+    assert budget.max_steps == 20000 and budget.settings == {"train.num_steps": 20000}
+    assert budget.gpus == 1.0 and budget.cpus == 8.0
+    shared = fit(resources=GPU, trials_per_gpu=2)
+    assert shared.gpus == 0.5 and shared.cpus == 4.0
+    assert check_request(GPU, cpus=shared.cpus, gpus=shared.gpus) == 8
+
+
+@pytest.mark.parametrize("task", ["text", "listops", "retrieval", "image", "pathX-cl14_nogap"])
+def test_on_cpus_a_short_schedule_of_the_same_shape(task):
+    budget = fit(task)
+    preset = task_for(task).preset
+    share = preset["optim.warmup_steps"] / preset["train.num_steps"]
+    steps = budget.max_steps
+    assert budget.settings["train.num_steps"] == steps < preset["train.num_steps"]
+    assert budget.settings["train.eval_every_steps"] == steps // 8
+    assert budget.settings["optim.warmup_steps"] == max(round(share * steps), 2)
+    assert budget.num_trials >= 8 and budget.gpus == 0 and budget.cpus == 1.0
+    assert budget.grace_steps >= budget.settings["train.eval_every_steps"]
+    assert str(preset["train.batch_size"]) in budget.reason, "it says what the full budget is"
+
+
+def test_what_is_fixed_or_searched_is_left_alone():
+    fixed = fit(overrides={"train.batch_size": 3, "train.eval_every_steps": 7})
+    assert "train.batch_size" not in fixed.settings and "batch 3 " in fixed.reason
+    assert "train.eval_every_steps" not in fixed.settings and fixed.grace_steps >= 7
+    searched = fit(searched={"train.batch_size", "optim.warmup_steps"})
+    assert not {"train.batch_size", "optim.warmup_steps"} & set(searched.settings)
+    assert fit(overrides={"train.num_steps": 40}).max_steps == 40
+    assert fit(overrides={"train.num_steps": 40}, max_steps=40).max_steps == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_trials": 0}, "--num-trials is 0"),
+        ({"max_steps": -1}, "--max-steps is -1"),
+        ({"trials_per_gpu": 0}, "--trials-per-gpu is 0"),
+        ({"trials_per_gpu": 2}, "--trials-per-gpu is given, but the cluster has no GPU"),
+        ({"cpus_per_trial": 0.0}, "--cpus-per-trial is 0.0"),
+        ({"cpus_per_trial": float("nan")}, "--cpus-per-trial is nan"),
+        ({"overrides": {"train.num_steps": "x"}}, "train.num_steps must be a whole number"),
+        ({"overrides": {"train.num_steps": None}}, "train.num_steps must be a whole number"),
+        ({"overrides": {"train.eval_every_steps": 1.5}}, "train.eval_every_steps must be a whole"),
+        ({"overrides": {"train.num_steps": 5}, "max_steps": 6}, "--max-steps is 6, but"),
+        ({"overrides": {"train.device": "cuda"}}, "train.device is cuda, but"),
+        ({"searched": {"train.num_steps"}}, "train.num_steps cannot be searched"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_refused(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        fit(**changes)
+    assert one_sentence(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("request_", "slots"),
+    [((1, 0), 2), ((2, 0), 1), ((0.5, 0), 4), ((1.5, 0), 1)],
+)
+def test_trials_at_once(request_, slots):
+    assert check_request(CPU, cpus=request_[0], gpus=request_[1]) == slots
+
+
+@pytest.mark.parametrize("request_", [(3, 0), (1, 1), (float("inf"), 0)])
+def test_more_than_the_cluster_has(request_):
+    with pytest.raises(ConfigError) as caught:
+        check_request(CPU, cpus=request_[0], gpus=request_[1])
+    assert "but the cluster has" in one_sentence(caught.value)
+
+
+def test_gpus_and_workers_of_a_trial():
+    two = fit(resources=GPU, gpus_per_trial=2)
+    assert (two.gpus, two.cpus, two.workers) == (2.0, 16.0, 2)
+    assert check_request(GPU, cpus=two.cpus, gpus=two.gpus) == 2
+    assert "each by 2 workers" in two.reason
+    half = fit(resources=GPU, gpus_per_trial=0.5)
+    assert (half.gpus, half.cpus, half.workers) == (0.5, 4.0, 1)
+    pair = fit(workers_per_trial=2)
+    assert (pair.gpus, pair.cpus, pair.workers) == (0.0, 2.0, 2)
+    assert check_request(CPU, cpus=pair.cpus, gpus=pair.gpus) == 1
+    assert fit(workers_per_trial=2, cpus_per_trial=1).cpus == 1.0
+    assert fit().workers == fit(resources=GPU, trials_per_gpu=2).workers == 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "changes", "message"),
+    [
+        (CPU, {"gpus_per_trial": 2}, "--gpus-per-trial is given, but the cluster has no GPU"),
+        (GPU, {"gpus_per_trial": 0}, "--gpus-per-trial is 0"),
+        (GPU, {"gpus_per_trial": 2.5}, "--gpus-per-trial is 2.5"),
+        (GPU, {"gpus_per_trial": 2, "trials_per_gpu": 2}, "contradict"),
+        (GPU, {"gpus_per_trial": 2, "workers_per_trial": 4}, "has 2 GPUs"),
+        (CPU, {"workers_per_trial": 0}, "--workers-per-trial is 0"),
+    ],
+)
+def test_impossible_gpus_and_workers(resources, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        fit(resources=resources, **changes)
+    one_sentence(error.value)
+
+
+def test_more_gpus_than_there_are():
+    with pytest.raises(ConfigError, match="asks for 8 GPUs, but the cluster has 4"):
+        check_request(GPU, cpus=1, gpus=fit(resources=GPU, gpus_per_trial=8).gpus)
