@@ -21,6 +21,7 @@ from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.log import console
+from dmx.paths import local_path
 from dmx.tensorboard import RunWriter
 from dmx.training import map_view, maps
 from dmx.training.checkpoint import open_checkpoint
@@ -31,7 +32,7 @@ from dmx.training.trainer import Trainer
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = reading_options.attention_maps().parse_args(argv)
-    checkpoint = open_checkpoint(Path(args.checkpoint))
+    checkpoint = open_checkpoint(local_path("CHECKPOINT", args.checkpoint))
     config = maps.dense(checkpoint.config)
     length = config.model.max_length or config.task_info.max_length
     for option, value in (("--groups", args.groups), ("--max-size", args.max_size)):
@@ -41,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
     layers = _within(args.layers, config.model.num_layers, "--layers", "layers of the model")
     root = args.data_root or config.data.root
     store = obtain(
-        config.task, None if root is None else Path(root), allow_sample=True, generate=False
+        config.task,
+        None if root is None else local_path("--data-root", root),
+        allow_sample=True,
+        generate=False,
     )
     split = store.split(args.split)
     chosen = args.examples or choose_samples(split)[: reading_options.MAPPED_EXAMPLES].tolist()

@@ -53,7 +53,10 @@ class Parser(argparse.ArgumentParser):
         """Refuse an empty path, which is a shell variable that was not set, not the folder here."""
         if not arg_string and action.dest in _NEVER_EMPTY:
             raise argparse.ArgumentError(action, "it is empty; give a value, or leave it out")
-        return super()._get_value(action, arg_string)
+        try:
+            return super()._get_value(action, arg_string)
+        except DmxError as error:  # of a `type` of ours; it names the option
+            raise argparse.ArgumentError(None, str(error).removesuffix(".")) from None
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from dmx import cli
 from dmx.commands import reading_options
 from dmx.errors import EXIT_OK, ConfigError
+from dmx.paths import local_path
 from dmx.registry import choices_message
-from dmx.report import printable, run_path, write_whole
+from dmx.report import printable, write_whole
 from dmx.reporting import markdown
 from dmx.reporting.board import Board, Entry, boards, entries
 from dmx.reporting.collect import collect, kind_of, runs_below
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     args = reading_options.leaderboard().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
-    found = entries(gather([run_path(p) for p in args.runs or ["runs"]]))
+    found = entries(gather([local_path("RUN", p) for p in args.runs or ["runs"]]))
     text = printable(FORMATS[args.format](boards(found)))
     if args.out in (None, "-"):
         sys.stdout.write(text)

@@ -13,7 +13,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """`["optim.learning_rate=1e-3"]` -> `{"optim.learning_rate": 0.001}`; values are read as YAML.
 
     Raises:
-        ConfigError: no `=`, an empty key, a malformed value, or a key given twice.
+        ConfigError: no `=`, an empty key, a malformed or empty value, or a key given twice.
     """
     flat: dict[str, Any] = {}
     for text in assignments:
@@ -24,6 +24,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if key in flat:
             raise ConfigError(f"override {key} is given twice.")
         flat[key] = parse_yaml(value, f"override {key}")
+        if flat[key] == {}:
+            raise ConfigError(f"override {text!r} is an empty mapping, which sets nothing.")
     return flat
 
 

@@ -14,11 +14,11 @@ from dmx import cli
 from dmx.commands import reading_options
 from dmx.commands.reading_options import REPORT_FILE
 from dmx.errors import EXIT_OK, ConfigError
+from dmx.paths import local_path
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
 from dmx.reporting.collect import collect
 from dmx.reporting.records import RunReport
-from dmx.storage.object_storage import is_url
 
 logger = logging.getLogger("dmx.report")
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = reading_options.report().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
-    run = collect(run_path(args.run))
+    run = collect(local_path("RUN", args.run))
     text = printable(FORMATS[args.format](run))
     target = args.out
     if target is None and args.format == "html":
@@ -46,17 +46,6 @@ def main(argv: Sequence[str]) -> int:
     write_whole(Path(target), text)
     sys.stdout.write(f"{target}\n")
     return EXIT_OK
-
-
-def run_path(text: str) -> Path:
-    """The path of a run.
-
-    Raises:
-        ConfigError: it is a URL; its files are read many times, and from here.
-    """
-    if is_url(text):
-        raise ConfigError(f"RUN {text} is in object storage; copy its folder here and name that.")
-    return Path(text)
 
 
 def printable(text: str) -> str:

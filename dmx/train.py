@@ -35,10 +35,13 @@ from dmx.errors import (
 from dmx.log import console
 from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
+from dmx.paths import local_path
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner, evaluate_checkpoint
+from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from dmx.training.sample_view import write_samples
 from dmx.training.transfer import read_weights
 from dmx.training.workers import Workers, num_cores
@@ -49,6 +52,9 @@ logger = logging.getLogger("dmx.train")
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_intermixed_args(argv)
+    for option in ("--config", "--init-from", "--evaluate"):
+        local_path(option, getattr(args, option[2:].replace("-", "_")) or "")
+    local_path("--storage", args.storage, "a single run is kept in a folder; name one")
     if args.evaluate is not None:
         return _evaluate(args)
     config = _config(args)
@@ -105,7 +111,7 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
 
 def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:
     root = args.data_root or config.data.root
-    return None if root is None else Path(root)
+    return None if root is None else local_path("--data-root", root)
 
 
 def _config(args: argparse.Namespace) -> RunConfig:

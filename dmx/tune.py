@@ -26,8 +26,8 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
+from dmx.paths import is_url
 from dmx.storage.folder_sync import FolderSync
-from dmx.storage.object_storage import is_url
 from dmx.storage.places import Places
 from dmx.study import end as study_end
 from dmx.study import files as study_files

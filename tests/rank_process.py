@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from dmx.data.store import open_store
 from dmx.schema import to_dict
+from dmx.training.job import Job
 from dmx.training.ranks import Group, PeerLost
-from dmx.training.runner import Job, Runner
+from dmx.training.runner import Runner
 from dmx.training.trainer import Diverged, Trainer
 from tests.tiny import TASK, config
 

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, str]] = [
     ("packages", "nn storage training search cluster study curriculum commands costing reporting"),
     (
         "values",
-        "cli registry schema overrides records resources tensorboard quiet_threads "
+        "cli paths registry schema overrides records resources tensorboard quiet_threads "
         "training.workers nn.device nn.allocator storage.patience storage.journal storage.claim "
         "commands.compute_flags commands.place_flags",
     ),
@@ -39,8 +39,8 @@ LAYERS: list[tuple[str, str]] = [
     ("stages", "curriculum.stages curriculum.order curriculum.file curriculum.history"),
     (
         "plans",
-        "curriculum.edits curriculum.planner curriculum.precheck curriculum.promotion "
-        "curriculum.stage_data",
+        "curriculum.edits curriculum.planner curriculum.observer curriculum.precheck "
+        "curriculum.promotion curriculum.stage_data",
     ),
     (
         "plans, shown",
@@ -79,7 +79,7 @@ RAY = [
 ]
 OPTUNA = [
     *("search.sampling", "search.past", "search.proposals", "search.warm_start"),
-    *("search.optuna_file", "search.trial_results", "search.ledger"),
+    *("search.optuna_file", "search.trial_results", "search.telling", "search.ledger"),
     *("study.files", "reporting.reading", "reporting.importance"),
 ]
 # What a file imports only once it was asked for several workers.

@@ -33,6 +33,7 @@ def test_values_are_yaml():
         ([".a=1"], "override '.a=1' must look like a.b=value."),
         (["a.=1"], "override 'a.=1' must look like a.b=value."),
         (["a=1", " a =2"], "override a is given twice."),
+        (["a={}"], "override 'a={}' is an empty mapping, which sets nothing."),
         (["a=[1"], "override a line 1 is not valid YAML"),
         (["a={x: 1, x: 2}"], "override a: line 1: key 'x' is given twice."),
     ],

@@ -14,7 +14,9 @@ from dmx.cluster.worker_session import RAY_DIR, WorkerSession, release
 from dmx.data.files import copy_folder
 from dmx.storage.places import SHARED, Places
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner, evaluate_checkpoint
+from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from dmx.training.workers import Workers
 
 import ray  # isort: skip
@@ -112,7 +114,7 @@ class DistributedRunner:
         return report
 
     def evaluate(self, folder: Path, split: str) -> dict[str, float]:
-        """runner.evaluate_checkpoint by one worker; the others must have ended."""
+        """evaluation.evaluate_checkpoint by one worker; the others must have ended."""
         job = self.job
         cpus, gpus = job.cpus_per_worker, job.gpus_per_worker
         return evaluate(

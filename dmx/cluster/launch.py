@@ -11,7 +11,7 @@ from typing import Any
 from dmx import log
 from dmx import records as keys
 from dmx.cluster.distributed import runner_of
-from dmx.training.runner import Job
+from dmx.training.job import Job
 
 import ray  # isort: skip
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip

@@ -13,8 +13,9 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
+from dmx.training.job import Job
 from dmx.training.ranks import Group
-from dmx.training.runner import Job, Runner
+from dmx.training.runner import Runner
 
 import ray  # isort: skip
 from ray import PlacementGroupID  # isort: skip

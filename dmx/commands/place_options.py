@@ -11,7 +11,8 @@ from dmx.data.locate import default_data_root
 from dmx.data.obtain import obtain
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
-from dmx.storage.object_storage import ObjectStorage, is_url, join
+from dmx.paths import is_url
+from dmx.storage.object_storage import ObjectStorage, join
 from dmx.storage.places import Places, copy_store
 
 

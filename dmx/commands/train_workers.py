@@ -8,7 +8,7 @@ from typing import Any
 
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
-from dmx.training.runner import Job
+from dmx.training.job import Job
 from dmx.training.workers import Workers, check_batch, num_cores, share_out
 
 

@@ -68,7 +68,7 @@ def _check_rungs(args: argparse.Namespace) -> None:
 
 
 def rungs(args: argparse.Namespace) -> dict[str, float]:
-    """What was said of the rungs, by StudyConfig's names; they decide a study, as its seed does."""
+    """What was said of the rungs, by StudyConfig's names."""
     said = {"grace_steps": args.grace_steps, "reduction_factor": args.reduction_factor}
     return {name: value for name, value in said.items() if value is not None}
 
@@ -101,7 +101,7 @@ def check_study(
     if alone := independent(config.sampler, config.space):
         names = ", ".join(alone)
         logger.info("sampler %s draws at random, each by itself: %s", args.sampler, names)
-    settings = {**study_identity.settings(config, store, identity), **rungs(args)}
+    settings = study_identity.settings(config, store, identity)
     if args.resume:
         study_files.check_same(folder, settings)
     return settings, files

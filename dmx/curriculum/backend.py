@@ -25,7 +25,7 @@ from dmx.study.files import copy_best
 from dmx.study.study import StudyConfig, run_study
 from dmx.study.view import TensorBoardView
 from dmx.training.evaluation import Measurement, measure
-from dmx.training.runner import Job
+from dmx.training.job import Job
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip

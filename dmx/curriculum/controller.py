@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dmx import log
 from dmx import records as keys
 from dmx.cluster.size import Means
-from dmx.curriculum.history import History, advance, attempt_folder, fold
+from dmx.curriculum.history import advance, attempt_folder, fold
+from dmx.curriculum.observer import Observer, say
 from dmx.curriculum.planner import (
     Launch,
-    Verdict,
     all_passed,
     judge,
     next_launches,
@@ -37,17 +37,10 @@ from dmx.errors import DmxError
 from dmx.schema import to_dict
 from dmx.storage.claim import read_claim
 from dmx.storage.journal import Journal
-from dmx.training.runner import Job
+from dmx.training.job import Job
 
 logger = logging.getLogger("dmx.curriculum")
 _POLL_SECONDS = 1.0
-
-
-class Observer(Protocol):
-    """Whoever shows a run; called with each event after it is in the journal."""
-
-    def event(self, history: History, event: Mapping[str, Any]) -> None:
-        """One more event; `history` includes it."""
 
 
 class Controller:
@@ -250,7 +243,7 @@ class Controller:
             judging=stage.judging(),
         )
         self._gate_times[stage.name] = time.time()
-        _say(verdict)
+        say(verdict)
 
     def _rejudge(self) -> None:
         for stage in to_rejudge(self.curriculum, self.history, self._selected):
@@ -259,14 +252,3 @@ class Controller:
             with log.context(stage.name):
                 logger.info("gate or on_fail was changed; judging again")
                 self._decide(stage, (attempt.decision or {}).get("failure"))
-
-
-def _say(verdict: Verdict) -> None:
-    words = {
-        "promote": "promoted" if verdict.passed else "promoted all the same (on_fail: continue)",
-        "retry": "not passed; trying again with new seeds (on_fail: retry)",
-        "longer": "not passed; training longer (on_fail: longer)",
-        "stop": "not passed; this branch ends here (on_fail: stop)",
-    }
-    level = logging.INFO if verdict.passed else logging.WARNING
-    logger.log(level, "gate: %s -> %s", verdict.reason, words[verdict.next])

@@ -39,6 +39,9 @@ def load_curriculum(
     Raises:
         ConfigError: anything unknown, of the wrong type or impossible, with file and dotted path.
     """
+    if attention is not None:  # before the file, which would be blamed for it
+        split_name(attention)
+        AttentionConfig.parse(attention, "attention")
     try:
         return parse_curriculum(read_yaml(path), path.stem, attention, overrides or {})
     except ConfigError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from dmx.training.evaluation import Measurement
-from dmx.training.runner import Job
+from dmx.training.job import Job
 
 if TYPE_CHECKING:
     from dmx.study.config import StudyConfig

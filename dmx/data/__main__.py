@@ -7,6 +7,7 @@ import argparse
 import logging
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.text import Text
@@ -16,6 +17,7 @@ from dmx.data import listing, show
 from dmx.data.locate import default_data_root, locate
 from dmx.data.prepare import prepare, prepare_all
 from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, DmxError
+from dmx.paths import local_path
 from dmx.tasks import task_for, task_names
 
 logger = logging.getLogger("dmx.data")
@@ -42,6 +44,12 @@ EXAMPLES = """\
 tasks: """
 
 
+_source = partial(local_path, "--source")
+_root = partial(
+    local_path, "--data-root", remedy="data are prepared in a folder; copy that there afterwards"
+)
+
+
 def parser() -> cli.Parser:
     """All options of all four commands."""
     p = cli.Parser(
@@ -52,8 +60,8 @@ def parser() -> cli.Parser:
     p.usage = USAGE
     p.add_argument("what", metavar="TASK|all|list|show", help="a task, or one of the three words")
     p.add_argument("task", nargs="?", help="after `show`: the task")
-    p.add_argument("--data-root", type=Path, help="default: $DMX_DATA_ROOT, else ./data")
-    p.add_argument("--source", type=Path, help="folder or tar archive to read")
+    p.add_argument("--data-root", type=_root, help="default: $DMX_DATA_ROOT, else ./data")
+    p.add_argument("--source", type=_source, help="folder or tar archive to read")
     p.add_argument("--force", action="store_true", help="replace what is prepared already")
     p.add_argument("--workers", type=int, help="processes that generate; default: all CPUs")
     p.add_argument("--address", help="Ray cluster that generates instead, e.g. auto")
@@ -66,7 +74,11 @@ def parser() -> cli.Parser:
     p.add_argument("--verify", action="store_true", help="list: check every whole file")
     p.add_argument("--split", default="train", choices=("train", "dev", "test"), help="show")
     p.add_argument("--num", type=int, default=10, help="show: how many examples")
-    p.add_argument("--out", type=Path, help="show: write the strip or histogram to this PNG")
+    p.add_argument(
+        "--out",
+        type=partial(local_path, "--out"),
+        help="show: write the strip or histogram to this PNG",
+    )
     return p
 
 

@@ -172,7 +172,7 @@ def _search(settings: Document, source: Document) -> Search:
         sampler=settings.text("sampler", UNKNOWN),
         seed=settings.whole("seed"),
         max_steps=max_steps,
-        num_trials=source.whole("num_trials") or 0,
+        num_trials=settings.whole("num_trials") or source.whole("num_trials") or 0,
         grace_steps=int(min(max(grace, 1), max_steps)),
         reduction_factor=factor,
         derived=derived,

@@ -9,8 +9,6 @@ study that was killed continues as if it had not been.
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from dmx.search.proposals import Proposer, Recorded
 from dmx.search.sampling import REMEMBERING
 from dmx.search.space import SearchSpace
 from dmx.search.study_record import StudyRecord
+from dmx.search.telling import is_value, report, tell
 from dmx.search.trial_results import trial_result
 from dmx.search.warm_start import read_prior
 
@@ -111,7 +110,7 @@ class Ledger:
             if outcome is None:
                 orphans.append(frozen.number)
             else:
-                self._tell(self._handle(frozen.number), outcome)
+                self._tell(frozen.number, self._handle(frozen.number), outcome)
         return orphans
 
     @property
@@ -175,11 +174,8 @@ class Ledger:
             return False
         live = self._live.get(number)
         value = flat.get(keys.DEV_ACCURACY)
-        single = len(self.objectives) == 1  # Optuna has no curves for several objectives
-        if single and live is not None and isinstance(value, float) and math.isfinite(value):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                live.trial.report(value, step)
+        if live is not None and self._has_curves and is_value(value):
+            report(live.trial, value, step)
         return True
 
     def finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
@@ -192,12 +188,21 @@ class Ledger:
             status, error = "FAILED", error or lacking
         self.record.finish(number, status, values, error)
         trial = live.trial if live else self._handle(number)
-        self._tell(trial, self.outcomes[number])
+        self._tell(number, trial, self.outcomes[number])
 
     def _values(self, number: int) -> tuple[float, ...]:
         """One value per objective, accuracy first; NaN where it was not measured."""
         reports = self.reports.get(number, {})
         return evaluate(self.objectives, [reports[s] for s in sorted(reports)])
+
+    def _tell(self, number: int, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        curve = self.reports.get(number, {}) if self._has_curves else {}
+        tell(self.study, trial, outcome, curve, self._frozen(number).intermediate_values)
+
+    @property
+    def _has_curves(self) -> bool:
+        """Optuna has none for several objectives."""
+        return len(self.objectives) == 1
 
     def _handle(self, number: int) -> Trial:
         return Trial(self.study, self._frozen(number)._trial_id)
@@ -207,27 +212,6 @@ class Ledger:
         storage = self.study._storage
         study_id = self.study._study_id
         return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study_id, number))
-
-    def _tell(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
-        """COMPLETE with the best value; PRUNED and FAIL as what they are (ray-notes.md, 1b, 1c)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            single = len(self.objectives) == 1
-            reported = self._frozen(trial.number).intermediate_values
-            reports = self.reports.get(trial.number, {}) if single else {}
-            for step, metrics in sorted(reports.items()):
-                value = metrics.get(keys.DEV_ACCURACY)
-                if step not in reported and isinstance(value, float) and math.isfinite(value):
-                    trial.report(value, step)
-            status = outcome["status"]
-            if outcome.get("error"):
-                trial.set_user_attr("error", outcome["error"])
-            if status == "COMPLETE":
-                values = outcome.get("values") or outcome["value"]
-                self.study.tell(trial, values, skip_if_finished=True)
-            else:
-                state = TrialState.PRUNED if status == "PRUNED" else TrialState.FAIL
-                self.study.tell(trial, state=state, skip_if_finished=True)
 
     # -- reading ----------------------------------------------------------------------------
 

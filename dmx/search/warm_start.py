@@ -20,6 +20,7 @@ from optuna.trial import FixedTrial, TrialState
 from dmx import records as keys
 from dmx.errors import ConfigError, StageError
 from dmx.overrides import flatten
+from dmx.paths import local_path
 from dmx.schema import to_dict
 from dmx.search.objectives import evaluate, missing
 from dmx.search.past import Past
@@ -117,7 +118,7 @@ def prepare(
 
     Raises: see take and check_kept.
     """
-    names = [Path(run).name for run in runs]
+    names = [local_path("--warm-start", run).name for run in runs]
     if resume:  # the earlier studies may be gone, or have grown
         if known is None or known.get("runs") != names:
             return ({"runs": names} if names else None), {}, ()

@@ -29,11 +29,6 @@ _BLOCK_BYTES = 1 << 24
 T = TypeVar("T")
 
 
-def is_url(text: str) -> bool:
-    """Whether `text` names object storage and not a path."""
-    return "://" in text
-
-
 def join(url: str, name: str) -> str:
     """The URL of `name` below `url`, whose options stay."""
     base, mark, query = url.partition("?")

@@ -13,8 +13,9 @@ from pathlib import Path
 from dmx.data.files import replace_folder
 from dmx.data.manifest import MANIFEST_FILE
 from dmx.errors import DataError
+from dmx.paths import is_url
 from dmx.storage.claim import CLAIM_FILE, Claim, taken_over
-from dmx.storage.object_storage import ObjectStorage, is_url, join
+from dmx.storage.object_storage import ObjectStorage, join
 
 _VERSION = ".{}.version"
 

@@ -34,8 +34,8 @@ class StudyConfig:
             see watchdog.patience.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
-        init_from, reinit: weights that every trial starts from (see runner.Job).
-        places: object storage and local copies (see runner.Job).
+        init_from, reinit: weights that every trial starts from (see training.job.Job).
+        places: object storage and local copies (see training.job.Job).
     """
 
     name: str

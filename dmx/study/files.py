@@ -22,6 +22,9 @@ from dmx.errors import ConfigError
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import Journal
 
+MAY_CHANGE = frozenset({"num_trials"})
+"""Settings that a later session may have otherwise."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content at once: a reader sees the old text or the new one."""
@@ -44,7 +47,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     if not (folder / keys.SETTINGS_FILE).exists():
         raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
     old, new = read_settings(folder), json.loads(_as_text(settings))
-    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    changed = sorted(k for k in {*old, *new} - MAY_CHANGE if old.get(k) != new.get(k))
     if changed:
         was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
         raise ConfigError(
@@ -70,13 +73,15 @@ def open_folder(
             or holds a study with other settings.
         StageError: the study is damaged, or another process works on it.
     """
+    text = _as_text(settings)
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
     if resume:
         check_same(folder, settings)
         Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray starts
+        if any(read_settings(folder).get(k) != settings.get(k) for k in MAY_CHANGE):
+            write_text(folder / keys.SETTINGS_FILE, text)
         return
-    text = _as_text(settings)
     try:
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)

@@ -17,7 +17,7 @@ from dmx.errors import RunFailedError
 from dmx.schema import to_dict
 from dmx.storage.places import Places
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job
+from dmx.training.job import Job
 from dmx.training.workers import Workers
 
 logger = logging.getLogger("dmx.study")

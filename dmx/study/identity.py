@@ -16,7 +16,10 @@ from dmx.tensorboard import Column, announce_study
 def settings(
     config: StudyConfig, store: Store, warm_start: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What must be equal for a later session to continue the study."""
+    """What settings.json holds: what must be equal for a later session to continue the study.
+
+    `num_trials` alone may change (see files.MAY_CHANGE): more trials may be asked for.
+    """
     more: dict[str, Any] = {}
     if len(config.objectives) > 1:
         more["objectives"] = list(config.objectives)
@@ -27,7 +30,10 @@ def settings(
         "attention": config.space.attention,
         "overrides": dict(config.overrides),
         "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
+        "num_trials": config.num_trials,
         "max_steps": config.max_steps,
+        "grace_steps": config.grace_steps,
+        "reduction_factor": config.reduction_factor,
         "scheduler": config.scheduler,
         "sampler": config.sampler,
         "seed": config.seed,

@@ -9,8 +9,9 @@ from ray import tune
 
 from dmx import log
 from dmx.cluster.distributed import DistributedRunner, runner_of
+from dmx.training.job import Job
 from dmx.training.process_state import ProcessState
-from dmx.training.runner import Job, Runner
+from dmx.training.runner import Runner
 
 JOB_KEY = "job"
 

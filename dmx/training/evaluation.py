@@ -1,4 +1,4 @@
-"""Test accuracy of a checkpoint, on its own stage's data and on the data of a later stage."""
+"""Accuracy of a checkpoint over a whole split, on its own data and on those of a later stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Measurement:
     """What is measured.
 
     Attributes:
-        checkpoint: a checkpoint folder. data_folder: a store. places: see runner.Job.
+        checkpoint: a checkpoint folder. data_folder: a store. places: see training.job.Job.
         config: the RunConfig to run the weights in, plain; None takes the checkpoint's own. With
             another one the weights move as between stages: without any training in between.
     """
@@ -62,3 +62,27 @@ def measure(wanted: Measurement, threads: int) -> float | None:
         return trainer.evaluate(wanted.split).accuracy
     finally:
         trainer.close()
+
+
+def evaluate_checkpoint(
+    checkpoint_folder: str, data_folder: str, split: str, threads: int, places: Places = SHARED
+) -> dict[str, float]:
+    """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of any store.
+
+    Raises:
+        CheckpointError, DataError: either is missing or damaged, or they do not fit.
+    """
+    torch.set_num_threads(threads)
+    places.pull(Path(checkpoint_folder))
+    checkpoint = open_checkpoint(Path(checkpoint_folder))
+    trainer = Trainer(checkpoint.config, open_store(places.data(data_folder)))
+    try:
+        trainer.load_weights(checkpoint)
+        result = trainer.evaluate(split)
+    finally:
+        trainer.close()
+    return {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "num_examples": result.num_examples,
+    }

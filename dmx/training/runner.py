@@ -6,8 +6,7 @@ import contextlib
 import gc
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +19,16 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.nn.model import Classifier
 from dmx.storage.claim import Claim
-from dmx.storage.patience import PATIENCE_SECONDS, persist
-from dmx.storage.places import SHARED, Places
+from dmx.storage.patience import persist
 from dmx.training.adopt import adopt
 from dmx.training.checkpoint import Checkpoint, open_checkpoint
+from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.job import Job
 from dmx.training.ranks import ALONE, PeerLost, Ranks
 from dmx.training.samples import predict_samples
 from dmx.training.trainer import Diverged, Trainer
 from dmx.training.transfer import read_weights, transfer
 from dmx.training.workers import check_batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker needs to know to do a run; plain values, so that it can be sent anywhere.
-
-    Attributes:
-        run_config: the experiment (RunConfig as a plain dict).
-        data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
-        threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
-        reinit: parameters that may keep fresh values then (see transfer.transfer).
-        places: object storage and local copies, where nodes share no file system.
-        patience_seconds: how long to wait for a storage that is full, read-only or gone.
-        workers: processes that train it together; more than one need Ray (see
-            dmx.cluster.distributed).
-        cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
-        within: a folder above `folder` that is there while its storage is; None does not look.
-        stop_at: end this piece at that optimizer step; the run itself goes on in another job.
-        adopt: a checkpoint to go on from with this config's settings, where the run's own last one
-            is not beyond it (see adopt.adopt).
-        takes_over: a former process of the run was given up, or would be by whoever starts this
-            one; where it still holds the folder, cut off with its host, it is not waited for.
-    """
-
-    run_config: Mapping[str, Any]
-    data_folder: str
-    folder: str
-    threads: int = 1
-    init_from: str | None = None
-    reinit: tuple[str, ...] = field(default=())
-    places: Places = SHARED
-    patience_seconds: float = PATIENCE_SECONDS
-    workers: int = 1
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    within: str | None = None
-    stop_at: int | None = None
-    adopt: str | None = None
-    takes_over: bool = False
 
 
 class Runner:
@@ -279,27 +240,3 @@ class Runner:
             if torch.cuda.is_initialized():
                 gc.collect()  # an optimizer and its schedule hold each other, and the weights
                 torch.cuda.empty_cache()
-
-
-def evaluate_checkpoint(
-    checkpoint_folder: str, data_folder: str, split: str, threads: int, places: Places = SHARED
-) -> dict[str, float]:
-    """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of any store.
-
-    Raises:
-        CheckpointError, DataError: either is missing or damaged, or they do not fit.
-    """
-    torch.set_num_threads(threads)
-    places.pull(Path(checkpoint_folder))
-    checkpoint = open_checkpoint(Path(checkpoint_folder))
-    trainer = Trainer(checkpoint.config, open_store(places.data(data_folder)))
-    try:
-        trainer.load_weights(checkpoint)
-        result = trainer.evaluate(split)
-    finally:
-        trainer.close()
-    return {
-        "loss": result.loss,
-        "accuracy": result.accuracy,
-        "num_examples": result.num_examples,
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.store import Store
-from dmx.errors import CheckpointError
 from dmx.nn.allocator import keep_freed_memory
 from dmx.nn.device import autocast, peak_memory_mb, pick_device
 from dmx.nn.model import Classifier
@@ -23,6 +21,7 @@ from dmx.nn.optim import build_optimizer
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.training.passes import Evaluation, Passes
 from dmx.training.ranks import ALONE, Ranks
+from dmx.training.trainer_state import capture, follow_leader, restore
 
 _FINITE_CHECK_STEPS = 50
 """Looking at the loss makes a GPU wait; once in so many steps is enough to catch NaN."""
@@ -215,22 +214,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; tensors and plain values."""
-        on_cuda = self.device.type == "cuda"
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {
-                k: v for k, v in self.schedule.state_dict().items() if not k.startswith("_anneal")
-            },
-            "step": self.step,
-            "best_accuracy": self.best_accuracy,
-            "best_step": self.best_step,
-            "stale_evaluations": self.stale_evaluations,
-            "train_seconds": self.train_seconds,
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if on_cuda else [],
-            "micro_batch_limit": self.passes.micro.limit,
-            "eval_batch_limit": self.passes.evaluation.limit,
-        }
+        return capture(self)
 
     def provenance(self) -> dict[str, Any]:
         """What the metrics were measured on; stands beside them in metrics.json."""
@@ -278,40 +262,11 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to another experiment; names `source`.
         """
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.step = state["step"]
-            self.best_accuracy, self.best_step = state["best_accuracy"], state["best_step"]
-            self.stale_evaluations = state["stale_evaluations"]
-            self.train_seconds = state["train_seconds"]
-            self.passes.micro.limit = state.get("micro_batch_limit")
-            self.passes.evaluation.limit = state.get("eval_batch_limit")
-            torch.set_rng_state(state["rng_cpu"])
-            if self.device.type == "cuda" and state["rng_cuda"]:
-                torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{source} does not continue this run: {type(error).__name__} {error}."
-            ) from None
+        restore(self, state, source)
 
     def follow_leader(self) -> None:
-        """Bring every process of the run to the leader's weights and state.
-
-        They travel from process to process: a shared file system may show an old checkpoint to
-        another node.
-        """
-        if self.ranks.size == 1:
-            return
-        content = io.BytesIO()
-        if self.ranks.leads:
-            torch.save({**self.state(), "metrics": self.metrics}, content)
-        self.ranks.copy_leader(self.model.state_dict().values())
-        content = io.BytesIO(self.ranks.from_leader(content.getvalue()))
-        state = torch.load(content, map_location="cpu", weights_only=True)
-        self.metrics = state.pop("metrics")
-        if not self.ranks.leads:
-            self.load_state(state, "the leader's state")
+        """Bring every process of the run to the leader's weights and state."""
+        follow_leader(self)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take the weights only (for evaluation)."""

@@ -149,6 +149,7 @@ TUNE_BAD = {
     "data-empty": ([*TUNE[:5], "EMPTY", "--no-prepare"], "manifest.json is not readable JSON"),
     "data-torn": ([*TUNE[:5], "TORN", "--no-prepare"], "train.tokens.bin has"),
     "data-edited": ([*TUNE[:5], "EDITED", "--no-prepare"], "train.labels.npy has another content"),
+    "warm-start-url": ([*TUNE, "--warm-start", "s3://b/x"], "--warm-start s3://b/x is in object"),
     "address": ([*TUNE, "--address", "127.0.0.1:1"], "no Ray cluster answers at --address"),
 }
 TRAIN_BAD = {
@@ -162,6 +163,10 @@ TRAIN_BAD = {
     "task": (["--attention", "butterfly", "--task", "imdb"], "task 'imdb' is unknown"),
     "device": ([*TRAIN, "train.device=cuda"], "this machine does not have"),
     "device-name": ([*TRAIN, "train.device=tpu"], "train.device is 'tpu'; allowed:"),
+    **{
+        f"url{option}": ([*TRAIN, option, "s3://b/x"], f"{option} s3://b/x is in object storage")
+        for option in ("--config", "--init-from", "--evaluate", "--storage", "--data-root")
+    },
     "threads": ([*TRAIN, "--threads", "-2"], "--threads is -2"),
     "seed": ([*TRAIN, f"train.seed={2**64}"], "train.seed is"),
     "config-none": (["--config", "none.yaml"], "none.yaml cannot be read"),
@@ -294,8 +299,8 @@ def test_resuming_another_study_is_refused_with_the_difference(
         ([*words, "--resume", "--seed", "4"], "seed was 3, now 4"),
         ([*words, "--resume", "--scheduler", "none"], "scheduler was 'asha', now 'none'"),
         ([*words, "--resume", "--set", "model.dropout=0.5"], "overrides was"),
-        ([*words, "--resume", "--reduction-factor", "4"], "reduction_factor was None, now 4.0"),
-        ([*words, "--resume", "--grace-steps", "5"], "grace_steps was None, now 5"),
+        ([*words, "--resume", "--reduction-factor", "4"], "reduction_factor was 3.0, now 4.0"),
+        ([*words, "--resume", "--grace-steps", "5"], "grace_steps was 2, now 5"),
     ):
         assert part in refused("dmx.tune", tune.main, changed, roots, capsys)
     assert tree(tmp_path) == before

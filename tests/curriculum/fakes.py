@@ -20,7 +20,7 @@ from dmx.curriculum.work import Key, Message
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
 from dmx.training.evaluation import Measurement
-from dmx.training.runner import Job
+from dmx.training.job import Job
 from tests.tiny import SETTINGS, TASK, write_tiny
 
 OTHER_TASK = "pathfinder16-cl2-d0"

@@ -106,7 +106,17 @@ def refused(result: Result, *words: str) -> None:
         (stages(), ("--until", "d"), ("--until", "'d' is unknown")),
         (stages(), ("--status",), ("there is no run",)),
         (stages(), ("--set", "optim.speed=1"), ("optim.speed",)),
-        (stages(), ("--attention", "nystrm"), ("'nystrm' is unknown", "nystrom")),
+        (
+            stages(),
+            ("--attention", "nystrm"),
+            ("dmx.curriculum: attention 'nystrm' is unknown", "nystrom"),
+        ),
+        (
+            stages(),
+            ("--attention", "butterfly-0"),
+            ("dmx.curriculum: attention.block_size is 0",),
+        ),
+        (stages(), ("--set", "attention={}"), ("'attention={}' is an empty mapping",)),
         (stages(), ("--cpus-per-trial", "0"), ("--cpus-per-trial is 0",)),
         (stages(), ("--fresh", "--from-stage", "a"), ("--fresh",)),
         ("stages: [", (), ("mine.yaml", "not valid YAML")),

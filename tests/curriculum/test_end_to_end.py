@@ -20,7 +20,8 @@ from dmx import records as keys
 from dmx.curriculum.history import fold
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests.curriculum.fakes import OTHER_TASK, curriculum
 from tests.tiny import SETTINGS, TASK, write_tiny
 

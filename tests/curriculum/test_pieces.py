@@ -18,7 +18,8 @@ from dmx.schema import to_dict
 from dmx.storage.claim import Claim, read_claim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import Measurement, measure
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from dmx.training.transfer import POSITION_KEY, tile_positions
 from tests import tiny
 from tests.tiny import one_sentence

@@ -172,6 +172,8 @@ def test_read_only_root(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
         (["list", "--data-root", ""], "argument --data-root: it is empty"),
         (["listops", "--source", ""], "argument --source: it is empty"),
         (["lisotps"], "did you mean 'listops'?"),
+        (["list", "--data-root", "s3://b/x"], "--data-root s3://b/x is in object storage"),
+        (["listops", "--source", "gs://b/x"], "--source gs://b/x is in object storage"),
         (["listops", "--num-train", "0"], "--num-train must be at least 1"),
     ],
 )

@@ -10,8 +10,9 @@ import torch
 from dmx import records as keys
 from dmx.errors import RunFailedError
 from dmx.schema import to_dict
+from dmx.training.job import Job
 from dmx.training.process_state import ProcessState
-from dmx.training.runner import Job, Runner
+from dmx.training.runner import Runner
 from tests.tiny import config, trainer
 
 MB = 2**20

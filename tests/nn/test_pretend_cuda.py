@@ -14,7 +14,8 @@ from dmx.attention.base import fused_attention
 from dmx.nn.dropout import dropout
 from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.schema import to_dict
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests.attention.cases import CASES, LENGTH, NAMES, masks
 from tests.attention.test_packed_equals_dense import ids_of, models
 from tests.pretend_cuda import (

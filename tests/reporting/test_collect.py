@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import ConfigError, DmxError
+from dmx.reporting.caveats import caveats
 from dmx.reporting.collect import collect, kind_of, runs_below
 from dmx.reporting.stopping import filled_rungs
 from tests.reporting.makers import make_curriculum, make_run, make_study
@@ -33,6 +34,16 @@ def test_study_that_still_runs_has_a_best_so_far(tmp_path: Path) -> None:
     run = collect(folder)
     assert run.best == 2 and not run.complete and run.is_sample
     assert math.isnan(run.test_accuracy) and run.memory_of == ""
+
+
+def test_a_killed_study_says_how_many_of_its_trials_have_ended(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s")
+    (folder / "study.json").unlink()
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "num_trials": 14}))
+    run = collect(folder)
+    ended = sum(t.status != "RUNNING" for t in run.trials)
+    assert any(f"{ended} of 14 trials have" in caveat.text for caveat in caveats(run))
 
 
 def test_fixed_size_is_part_of_the_name(tmp_path: Path) -> None:

@@ -144,5 +144,5 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", [report.main, leaderboard.main])
 def test_a_run_in_object_storage_is_told_apart(command) -> None:
-    with pytest.raises(ConfigError, match=r"RUN s3://b/run is in object storage; copy its folder"):
+    with pytest.raises(ConfigError, match=r"RUN s3://b/run is in object storage; copy it here"):
         command(["s3://b/run"])

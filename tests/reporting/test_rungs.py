@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from dmx.reporting.rungs import Bracket, best_so_far, fill
+from dmx.reporting.collect import collect
+from dmx.reporting.rungs import Bracket, Entry, Rung, best_so_far, fill
+from dmx.reporting.stopping import rung_plot
+from tests.reporting.makers import make_study
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,20 @@ def test_cutoff_is_the_interpolated_quantile() -> None:
     expected = np.percentile([0.1, 0.9, 0.4, 0.7], 100 * (1 - 1 / 3))
     assert rungs[0].cutoff(3.0) == pytest.approx(expected)
     assert rungs[1].cutoff(3.0) is None
+
+
+def test_no_trials_number_covers_another(tmp_path: Path) -> None:
+    """Twenty trials of nearly one accuracy: each has its point, and few their numbers."""
+    close = [Entry(n, 0.5 + n / 10_000, n % 3 == 0) for n in range(20)]
+    apart = [Entry(n, n / 4, True) for n in range(4)]
+    run = collect(make_study(tmp_path / "s"))
+    drawn = str(rung_plot(run, [Rung(2, close), Rung(6, apart)]))
+    number = r'<text x="([\d.]+)" y="([\d.]+)"[^>]*class="label note"[^>]*>#(\d+)<'
+    found = [(float(x), float(y), int(n)) for x, y, n in re.findall(number, drawn)]
+    assert drawn.count("<title>trial ") == 24
+    assert 2 <= len(found) - 4 < 20 and {n for _, _, n in found[-4:]} == {0, 1, 2, 3}
+    for (x, y, _), (u, v, _) in itertools.combinations(found, 2):
+        assert abs(x - u) >= 22 or abs(y - v) >= 11
 
 
 def test_best_so_far_counts_each_trials_steps_once() -> None:

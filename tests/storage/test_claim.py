@@ -18,7 +18,8 @@ from dmx.storage.claim import Claim
 from dmx.storage.journal import Journal, read_journal
 from dmx.storage.places import Places
 from dmx.training import checkpoint
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests import tiny
 from tests.tiny import one_sentence
 

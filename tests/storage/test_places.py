@@ -12,7 +12,8 @@ from dmx.data.store import open_store
 from dmx.errors import DataError
 from dmx.schema import to_dict
 from dmx.storage.places import Places, copy_store
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests import tiny
 
 

@@ -20,7 +20,8 @@ from dmx.search.ledger import trial_folder
 from dmx.storage.claim import read_claim
 from dmx.study.study import run_study
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests.study.processes import wait_until
 from tests.study.test_in_process import Watcher, study_config
 from tests.tiny import config

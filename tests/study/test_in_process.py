@@ -29,7 +29,8 @@ from dmx.storage.places import SHARED
 from dmx.study.finals import evaluate_test
 from dmx.study.study import StudyConfig, run_study
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from dmx.training.workers import Workers
 from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space

@@ -31,7 +31,8 @@ from dmx.storage.places import SHARED, Places
 from dmx.study.pbt import Population, Segment, copied
 from dmx.training.adopt import adopt
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from tests.study.helpers import FIXED, space
 from tests.tiny import TASK, config, one_sentence, trainer
 

@@ -9,8 +9,9 @@ from dmx import records as keys
 from dmx.errors import RunFailedError
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.job import Job
 from dmx.training.micro_batch import Pieces, is_out_of_memory, smaller
-from dmx.training.runner import Job, Runner
+from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer
 from tests.tiny import config, one_sentence, trainer
 from tests.training.test_trainer import RANDOM, facts, same_state

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from dmx.errors import CheckpointError, ConfigError
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.runner import Job, Runner, evaluate_checkpoint
+from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.job import Job
+from dmx.training.runner import Runner
 from dmx.training.trainer import Diverged
 from tests.tiny import LENGTH, SIZES, config, examples, one_sentence, trainer
 
