@@ -55,6 +55,12 @@ def connect(address: str | None) -> Iterator[Resources]:
         else:
             _reach(address)
             ray.init(address=address, **options)
+            if not _has_token():
+                logger.warning(
+                    "the cluster at %s was started without a token: whoever reaches its ports may "
+                    "run code there (see docs/security.md)",
+                    address,
+                )
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(_why_not(address, error)) from None
     try:
@@ -92,6 +98,15 @@ def _start_here(**options: Any) -> None:
                     "/tmp/ray/session_latest/logs; on a busy machine, try again."
                 ) from None
             logger.warning("Ray did not start in time; trying once more")
+
+
+def _has_token() -> bool:
+    """Whether this process shows a token; a cluster that wants one took it then."""
+    try:
+        from ray._raylet import AuthenticationMode, get_authentication_mode
+    except ImportError:  # neither is public: another Ray says nothing of it
+        return True
+    return bool(get_authentication_mode() != AuthenticationMode.DISABLED)
 
 
 @contextmanager

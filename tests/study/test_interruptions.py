@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shlex
@@ -49,16 +50,19 @@ def test_kill_9_of_the_driver_at_three_random_moments(whole, tiny_root, tmp_path
     study = tmp_path / "runs" / "study"
     total = len(journal(whole.folder))
     moments = sorted(random.Random(20261124).sample(range(1, total - 1), 3))
-    resume: list[str] = []
-    for moment in moments:
-        with started(command(tmp_path, tiny_root, *resume), tmp_path) as running:
+    words = command(tmp_path, tiny_root)
+    with contextlib.ExitStack() as stack:
+        killed = []
+        for moment in moments:  # each goes on while what was killed before it still falls apart
+            running = stack.enter_context(started(words, tmp_path))
             running.until_events(study, moment)
             running.kill()
             assert not (study / "study.json").exists()
+            killed.append(running)
+            words = command(tmp_path, tiny_root, "--resume")
+        code, _, err = stack.enter_context(started(words, tmp_path)).end()
+        for running in killed:  # Ray's agents take a minute at times
             wait_until(lambda running=running: not running.left(), "end of the killed cluster")
-        resume = ["--resume"]
-    with started(command(tmp_path, tiny_root, *resume), tmp_path) as last:
-        code, _, err = last.end()
     assert code == 0, err
     assert "Traceback" not in err
     check_same(study, whole.folder)
