@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# A file's tests stay together, in their order: many wait for Ray, few keep two cores busy.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup run test lint docs clean
 
@@ -16,7 +18,7 @@ run: setup
 	$(BIN)/python -m dmx.tune --attention butterfly --task text
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

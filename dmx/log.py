@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -74,10 +73,3 @@ def context(name: str) -> Iterator[None]:
         yield
     finally:
         _CONTEXT.reset(token)
-
-
-def short(value: Any) -> str:
-    """A value for a line or a table cell."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)

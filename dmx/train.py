@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         return _evaluate(args)
     config = _config(args)
     if args.show:
-        console().print(config.to_yaml(), highlight=False, end="")
+        sys.stdout.write(config.to_yaml())
         return EXIT_OK
     workers = train_workers.choose(args, config)
     if args.address is None:
@@ -249,7 +250,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "data": store.manifest.label,
         "split": args.split,
     }
-    console().print(yaml.safe_dump({**out, **result}, sort_keys=False), highlight=False, end="")
+    sys.stdout.write(yaml.safe_dump({**out, **result}, sort_keys=False))
     return EXIT_OK
 
 

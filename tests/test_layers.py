@@ -19,7 +19,8 @@ LAYERS: list[tuple[str, str]] = [
     ("packages", "nn storage training search cluster study curriculum commands costing reporting"),
     (
         "values",
-        "cli paths registry schema overrides records resources tensorboard quiet_threads "
+        "cli paths fitting wording registry schema overrides records resources "
+        "tensorboard quiet_threads "
         "training.workers nn.device nn.allocator storage.patience storage.journal storage.claim "
         "commands.compute_flags commands.place_flags",
     ),

@@ -102,11 +102,11 @@ def _start_here(**options: Any) -> None:
 
 def _has_token() -> bool:
     """Whether this process shows a token; a cluster that wants one took it then."""
-    try:
-        from ray._raylet import AuthenticationMode, get_authentication_mode
-    except ImportError:  # neither is public: another Ray says nothing of it
+    mode = getattr(ray._raylet, "get_authentication_mode", None)
+    known = getattr(ray._raylet, "AuthenticationMode", None)
+    if mode is None or known is None:  # neither is public: another Ray may say nothing of it
         return True
-    return bool(get_authentication_mode() != AuthenticationMode.DISABLED)
+    return bool(mode() != known.DISABLED)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def show(plan: Plan, data: DryData, folder: Path) -> int:
         out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
     out.print("first trial:")
     first = space.run_config(task.name, plan.fixed(budget), space.first())
-    out.print(first.to_yaml(), highlight=False)
+    out.print(first.to_yaml(), highlight=False, markup=False, soft_wrap=True)
     stops = describe_rungs(
         config.scheduler,
         grace_steps=config.grace_steps,

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from dmx.costing.stage import StageCost, stage_cost
 from dmx.curriculum.precheck import StageData, resolve
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
 from dmx.curriculum.view import seconds_text
 from dmx.data.readers.pathfinder_generated import NUM_IMAGES
+from dmx.fitting import Col, FittingTable
 from dmx.log import console
 from dmx.training.transfer import TransferReport
 
@@ -54,15 +54,23 @@ def _dev_examples(stage: StageConfig, data: StageData) -> int:
     return round(_DEV_SHARE * (stage.generate.num_images or NUM_IMAGES))
 
 
+_SPARE = {"seeds": 1, "warmup": 2, "dev pass": 1, "GFLOPs a step": 2, "measured on": 3}
+"""Columns that a narrow terminal does without, the highest first."""
+
+
 def _chain(
     curriculum: CurriculumConfig,
     data: Mapping[str, StageData],
     transfers: Mapping[str, TransferReport],
-) -> Table:
-    table = Table(title="what is trained, and from what", title_justify="left")
-    columns = ("stage", "task", "attention", "batch", "steps", "warmup", "seeds")
-    for column in (*columns, "starts from", "gate", "data"):
-        table.add_column(column, overflow="fold")
+) -> FittingTable:
+    names = ("stage", "task", "attention", "batch", "steps", "warmup", "seeds")
+    table = FittingTable(
+        "what is trained, and from what",
+        (
+            *(Col(n, fold=n in ("stage", "task"), spare=_SPARE.get(n, 0)) for n in names),
+            *(Col(n, fold=True) for n in ("starts from", "gate", "data")),
+        ),
+    )
     for stage in curriculum.stages:
         config = stage.config
         size = "" if config.attention.size is None else f"-{config.attention.size}"
@@ -97,18 +105,21 @@ def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
 
 def _costs(
     curriculum: CurriculumConfig, costs: Mapping[str, StageCost], threads: Mapping[str, int]
-) -> Table:
+) -> FittingTable:
     device = next(iter(costs.values())).probe.device
     most = max(threads.values())
     if device == "cuda":
         device = torch.cuda.get_device_name()
     where = f"{device}, {most} thread{'s' * (most > 1)}" if device == "cpu" else device
-    table = Table(title=f"what it costs, measured on this device ({where})", title_justify="left")
-    table.add_column("stage")
-    for column in ("parameters", "real tokens", "GFLOPs a step", "memory", "step", "dev pass"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("stage takes", justify="right", no_wrap=True)
-    table.add_column("measured on")
+    names = ("parameters", "real tokens", "GFLOPs a step", "memory", "step", "dev pass")
+    table = FittingTable(
+        f"what it costs, measured on this device ({where})",
+        (
+            Col("stage", fold=True),
+            *(Col(n, right=True, spare=_SPARE.get(n, 0)) for n in (*names, "stage takes")),
+            Col("measured on", fold=True, spare=_SPARE["measured on"]),
+        ),
+    )
     total = 0.0
     for stage in curriculum.stages:
         cost = costs[stage.name]

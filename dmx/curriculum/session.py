@@ -196,8 +196,9 @@ def _finish(
     out.print(
         f"files: {options.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)",
         highlight=False,
+        soft_wrap=True,  # a path that is broken over two lines cannot be copied
     )
-    out.print(f"curves: tensorboard --logdir {options.folder}", highlight=False)
+    out.print(f"curves: tensorboard --logdir {options.folder}", highlight=False, soft_wrap=True)
     if passed:
         return EXIT_OK
     for name, reason in broken.items():

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from dmx import log
 from dmx import records as keys
 from dmx.curriculum.history import History, StageState, advance, attempt_folder, fold
 from dmx.curriculum.planner import attempt_config
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.fitting import Col, FittingTable
 from dmx.tensorboard import RunWriter
 from dmx.training.sample_view import write_samples
 
@@ -174,17 +173,27 @@ class TensorBoardView:
         self._writers.clear()
 
 
-def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> Table:
+def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> FittingTable:
     """Where every stage stands."""
-    table = Table(title=title, title_justify="left")
-    for column in ("stage", "task", "state"):
-        table.add_column(column)
-    for column in ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go"):
-        table.add_column(column, justify="right", no_wrap=True)
+    spare = {"to go": 1, "try": 2, "trained for": 3, "task": 4}
+    names = ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go")
+    table = FittingTable(
+        title,
+        (
+            Col("stage", fold=True),
+            Col("task", fold=True, spare=spare["task"]),
+            Col("state"),
+            *(Col(name, right=True, spare=spare.get(name, 0)) for name in names),
+        ),
+    )
     last = curriculum.stages[-1].name
     for stage in curriculum.stages:
         state = history.stage(stage.name)
-        table.add_row(stage.name, stage.task, *_cells(stage, state, last))
+        table.add_row(
+            stage.name,
+            stage.task if stage.task != stage.name else "same",
+            *_cells(stage, state, last),
+        )
     return table
 
 

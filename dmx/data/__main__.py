@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if table.row_count:
             log.console().print(table)
         else:
-            log.console().print(f"nothing is {table.title}", markup=False)
+            log.console().print(f"nothing is {table.title}", markup=False, soft_wrap=True)
         return EXIT_BAD_INPUT if damaged else EXIT_OK
     if args.what == "show":
         return run_show(args, root)
@@ -132,7 +132,7 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
         path, picture = args.out, show.length_picture(split, store.manifest)
     if path is not None:
         show.save(picture, path)
-        out.print(f"wrote {path}", markup=False)
+        out.print(f"wrote {path}", markup=False, soft_wrap=True)
     return EXIT_OK
 
 

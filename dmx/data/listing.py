@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from dmx.data.locate import SAMPLES_FOLDER
 from dmx.data.manifest import MANIFEST_FILE
 from dmx.data.progress import bytes_text
 from dmx.data.store import open_store
 from dmx.errors import DataError
+from dmx.fitting import Col, FittingTable
 
 
 def store_folders(data_root: Path) -> list[Path]:
@@ -30,16 +30,22 @@ def unfinished(data_root: Path) -> list[tuple[str, int]]:
     ]
 
 
-def stores_table(data_root: Path, *, verify: bool = False) -> tuple[Table, int]:
+def stores_table(data_root: Path, *, verify: bool = False) -> tuple[FittingTable, int]:
     """The table, and how many of the stores are damaged.
 
     Args:
         verify: check every file's whole SHA-256.
     """
-    table = Table(title=f"prepared in {data_root}", title_justify="left")
-    for column in ("data", "train", "dev", "test", "tokens", "size", "checksum", "origin"):
-        right = column in ("train", "dev", "test", "tokens", "size")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    numbers = ("train", "dev", "test", "tokens", "size")
+    table = FittingTable(
+        f"prepared in {data_root}",
+        (
+            Col("data", fold=True),
+            *(Col(name, right=True) for name in numbers),
+            Col("checksum"),
+            Col("origin", fold=True),
+        ),
+    )
     damaged = 0
     for folder in store_folders(data_root):
         try:

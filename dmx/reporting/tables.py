@@ -17,6 +17,7 @@ from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_s
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import GENERATION
 from dmx.storage.journal import read_journal
+from dmx.wording import short_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,6 @@ def trials_table(run: RunReport) -> Table:
     )
     titles += "|>per step|>training|>memory|>params"
     return make(titles + ("|error" if any(t.error for t in run.trials) else ""), rows, styles)
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """`block_size` for `attention.block_size`, where no other name ends so."""
-    ends = [n.rpartition(".")[2] for n in names]
-    return [e if ends.count(e) == 1 else n for n, e in zip(names, ends, strict=True)]
 
 
 def _memory(megabytes: float) -> str:

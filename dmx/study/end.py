@@ -143,5 +143,6 @@ def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> 
         )
     if "final_seeds" in summary:
         out.print(finals.describe(summary["final_seeds"]))
-    out.print(f"files: {result.folder}  ({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)")
-    out.print(f"curves: tensorboard --logdir {result.folder.parent}")
+    files = f"({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)"
+    out.print(f"files: {result.folder}  {files}", soft_wrap=True)  # to be copied in one piece
+    out.print(f"curves: tensorboard --logdir {result.folder.parent}", soft_wrap=True)

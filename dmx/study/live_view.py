@@ -13,14 +13,14 @@ from typing import Any, Literal, Self
 
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from dmx import log
 from dmx import records as keys
-from dmx.log import short
+from dmx.fitting import Col, FittingTable
 from dmx.study.files import finite
 from dmx.study.view import LogView
+from dmx.wording import settings_text, short
 
 Output = Literal["auto", "live", "plain", "json", "quiet"]
 
@@ -134,10 +134,10 @@ class LiveView:
 
     def render(self) -> Group:
         """What is on the screen now."""
-        table = Table(title=self._title, title_justify="left")
-        for column in ("trial", "steps", "dev acc", "best", "train loss", "samples/s"):
-            table.add_column(column, justify="right")
-        table.add_column("settings")
+        spare = {"samples/s": 2, "train loss": 1}
+        names = ("trial", "steps", "dev acc", "best", "train loss", "samples/s")
+        columns = [Col(name, right=True, spare=spare.get(name, 0)) for name in names]
+        table = FittingTable(self._title, (*columns, Col("settings", fold=True, width=44)))
         for number, point in sorted(self._points.items()):
             latest = self._latest.get(number, {})
             accuracy, best = latest.get(keys.DEV_ACCURACY), latest.get(keys.BEST_DEV_ACCURACY)
@@ -148,7 +148,7 @@ class LiveView:
                 "-" if best is None else f"{best:.4f}",
                 short(latest.get(keys.TRAIN_LOSS, "-")),
                 short(latest.get(keys.SAMPLES_PER_SECOND, "-")),
-                ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items()),
+                settings_text(point),
             )
         return Group(table, Text(self.summary(time.monotonic())))
 

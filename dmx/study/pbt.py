@@ -19,11 +19,11 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.data.files import copy_folder, put_back
-from dmx.log import short
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import Exploit, apply, decide
 from dmx.storage.patience import persist
 from dmx.storage.places import SHARED, Places
+from dmx.wording import short
 
 logger = logging.getLogger("dmx.study")
 

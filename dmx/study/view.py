@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from dmx import records as keys
-from dmx.log import short
+from dmx.fitting import Col, FittingTable
 from dmx.overrides import flatten
 from dmx.search.ledger import trial_folder
 from dmx.search.objectives import ACCURACY, OBJECTIVES
 from dmx.search.population import apply
 from dmx.tensorboard import RunWriter
 from dmx.training.sample_view import write_samples
+from dmx.wording import settings_text, short, short_names
 
 logger = logging.getLogger("dmx.study")
 
@@ -33,7 +32,7 @@ class LogView:
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A trial was launched."""
-        values = ", ".join(f"{k.split('.')[-1]}={short(v)}" for k, v in point.items())
+        values = settings_text(point)
         how = "goes on" if number in self._seen else "starts"
         self._seen.add(number)
         logger.info("trial %d %s: %s", number, how, values)
@@ -134,7 +133,7 @@ def trials_table(
     best: int | None,
     objectives: tuple[str, ...] = (),
     front: tuple[int, ...] = (),
-) -> Table:
+) -> FittingTable:
     """The table of trials, best first; parameters that never varied are left out.
 
     Args:
@@ -142,20 +141,22 @@ def trials_table(
         objectives: of a study with several; each but accuracy has a column.
         front: the trials that are marked with a +.
     """
-    table = Table(title=title, title_justify="left")
     points = {t.number: apply(t.params, t.changes, math.inf) for t in trials}
     params = sorted({key for point in points.values() for key in point})
     varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
-    table.add_column("trial", justify="right")
-    table.add_column("status")
-    table.add_column("best dev acc", justify="right")
-    table.add_column("steps", justify="right")
-    table.add_column("train s", justify="right")
     costs = [name for name in objectives if name != ACCURACY]
-    for name in costs:
-        table.add_column(OBJECTIVES[name].label, justify="right")
-    for name in varied:
-        table.add_column(name.split(".")[-1], justify="right")
+    shared = (
+        Col("trial", right=True),
+        Col("status", fold=True),
+        Col("best dev acc", right=True),
+        Col("steps", right=True, spare=1),
+        Col("train s", right=True, spare=2),
+        *(Col(OBJECTIVES[name].label, right=True) for name in costs),
+    )
+    see = f": see {keys.TRIALS_FILE}"
+    narrow = FittingTable(title, (*shared, Col("settings", fold=True, width=44)), see=see)
+    own = (Col(name, right=True) for name in short_names(varied))
+    table = FittingTable(title, (*shared, *own), narrow=narrow)
 
     def key(trial: keys.TrialResult) -> tuple[float, int]:
         finite = math.isfinite(trial.best_dev_accuracy)
@@ -163,14 +164,18 @@ def trials_table(
 
     for trial in sorted(trials, key=key):
         accuracy = trial.best_dev_accuracy
-        table.add_row(
+        point = points[trial.number]
+        style = "bold" if trial.number == best else "green" if trial.number in front else None
+        cells = (
             f"{trial.number}{' +' * (trial.number in front)}{' *' * (trial.number == best)}",
             trial.status if not trial.error else f"FAILED: {trial.error[:40]}",
             f"{accuracy:.4f}" if math.isfinite(accuracy) else "-",
             str(trial.steps),
             f"{trial.seconds:.1f}",
             *(short(_known(trial.values.get(name))) for name in costs),
-            *(short(points[trial.number].get(name, "-")) for name in varied),
-            style="bold" if trial.number == best else "green" if trial.number in front else None,
+        )
+        table.add_row(*cells, *(short(point.get(name, "-")) for name in varied), style=style)
+        narrow.add_row(
+            *cells, settings_text({p: point[p] for p in varied if p in point}), style=style
         )
     return table

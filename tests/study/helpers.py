@@ -65,8 +65,8 @@ def command(folder: Path, data_root: Path, *more: str, name: str = "study") -> l
 
 
 def environment() -> dict[str, str]:
-    """Of a command: the checkout's dmx, and wide tables."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    """Of a command: the checkout's dmx, on a terminal as most are."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
 def run(words: list[str], folder: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -145,6 +145,8 @@ def test_what_the_terminal_shows(whole):
     assert "test accuracy over 2 seeds: " in out
     for number in range(NUM_TRIALS):
         assert f"trial {number} starts: " in err
+    assert "…" not in out, "nothing of the table is cut"
+    assert f"tensorboard --logdir {whole.folder.parent}\n" in out, "in one piece, to be copied"
     assert "Traceback" not in out + err
 
 

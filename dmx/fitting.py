@@ -1,0 +1,118 @@
+"""Tables that fit the terminal: tighter where it is narrow, then with fewer columns or folded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+
+_WIDEST = 10_000
+
+
+@dataclass(frozen=True)
+class Col:
+    """A column.
+
+    Attributes:
+        title: its head, which a narrow table breaks at spaces and underscores.
+        right: whether it is justified right, as numbers are.
+        spare: 0 stays; of the others the highest goes first where there is no room.
+        fold: whether its cells may go over several lines; numbers and names of states may not.
+        width: characters that one whose cells may be folded should keep.
+    """
+
+    title: str
+    right: bool = False
+    spare: int = 0
+    fold: bool = False
+    width: int = 24
+
+
+class FittingTable:
+    """Rows that rich prints as the roomiest table that the terminal has space for.
+
+    Args:
+        title: above the table. columns: see Col.
+        narrow: the same rows told otherwise, which takes this one's place where it does not fit
+            with all its columns.
+        see: where the columns are that had no room.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        columns: Sequence[Col],
+        *,
+        narrow: FittingTable | None = None,
+        see: str = "",
+    ) -> None:
+        self.title, self.columns, self.narrow, self.see = title, tuple(columns), narrow, see
+        self.rows: list[tuple[tuple[str, ...], str | None]] = []
+        self.sections: set[int] = set()
+
+    @property
+    def row_count(self) -> int:
+        """Rows so far."""
+        return len(self.rows)
+
+    def add_row(self, *cells: str, style: str | None = None) -> None:
+        """One cell a column."""
+        assert len(cells) == len(self.columns), (cells, self.columns)
+        self.rows.append((cells, style))
+
+    def add_section(self) -> None:
+        """A line below the last row."""
+        self.sections.add(len(self.rows))
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        """The first form that fits, or the last."""
+        unbounded = options.update(width=_WIDEST)
+        table = Table()
+        for table, spare in self._forms():
+            if console.measure(table, options=unbounded).maximum - spare <= options.max_width:
+                break
+        yield table
+
+    def _forms(self) -> Iterator[tuple[Table, int]]:
+        """Ever narrower tables, and how many characters narrower each still is when folded."""
+        shown = list(range(len(self.columns)))
+        yield self._table(shown, tight=False)
+        yield self._table(shown, tight=True)
+        if self.narrow is not None:
+            yield from self.narrow._forms()
+            return
+        while any(self.columns[i].spare for i in shown):
+            shown.remove(max(shown, key=lambda i: self.columns[i].spare))
+            yield self._table(shown, tight=True)
+
+    def _table(self, shown: Sequence[int], *, tight: bool) -> tuple[Table, int]:
+        table, spare = Table(title=self.title, title_justify="left"), 0
+        if tight:
+            table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
+            table.padding = (0, 1, 0, 0)
+        for i in shown:
+            column = self.columns[i]
+            head = re.sub(r" |(?<=_)", "\n", column.title) if tight else column.title
+            table.add_column(
+                head,
+                justify="right" if column.right else "left",
+                no_wrap=not column.fold,
+                overflow="fold",
+            )
+            if column.fold:
+                widths = [cell_len(cells[i]) for cells, _ in self.rows]
+                spare += max(max(widths, default=0) - column.width, 0)
+        for number, (cells, style) in enumerate(self.rows, 1):
+            end = number in self.sections
+            table.add_row(*(cells[i] for i in shown), style=style, end_section=end)
+        if gone := [c.title for i, c in enumerate(self.columns) if i not in shown]:
+            table.caption = f"no room for {', '.join(gone)}{self.see}"
+            table.caption_justify = "left"
+        return table, spare

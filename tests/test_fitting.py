@@ -1,0 +1,89 @@
+"""Tables of the terminal are readable at any width: nothing is cut, every number is whole."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from dmx.fitting import Col, FittingTable
+from dmx.records import TrialResult
+from dmx.study.view import trials_table
+
+NAMES = (
+    *("attention.block_size", "attention.inner", "attention.dropout", "model.dropout"),
+    *("optim.learning_rate", "model.num_layers", "model.mlp_dropout", "optim.weight_decay"),
+)
+TRIALS = tuple(
+    TrialResult(
+        trial_id=str(n),
+        number=n,
+        status="COMPLETE" if n % 2 else "PRUNED",
+        params={p: f"v{n}{i}" for i, p in enumerate(NAMES)},
+        best_dev_accuracy=0.5 + n / 100,
+        steps=62_000 + n,
+        seconds=8000.0 + n,
+    )
+    for n in range(5)
+)
+
+
+def printed(table: FittingTable, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    return text
+
+
+@pytest.mark.parametrize("width", [200, 140, 100, 80, 60])
+def test_a_study_keeps_every_setting_of_every_trial(width: int) -> None:
+    text = printed(trials_table(TRIALS, "study: butterfly on text", 3), width)
+    for trial in TRIALS:
+        assert f"{trial.best_dev_accuracy:.4f}" in text and trial.status in text
+        assert all(str(value) in text for value in trial.params.values())
+    assert "3 *" in text
+    assert all(f"{trial.seconds:.1f}" in text for trial in TRIALS) == (width >= 100)
+    assert ("train s: see trials.csv" in text) == (width <= 80)
+
+
+def test_settings_whose_names_end_alike_are_told_apart() -> None:
+    wide = printed(trials_table(TRIALS, "t", None), 200)
+    assert "attention.dropout" in wide and "model.dropout" in wide and " mlp_dropout " in wide
+    row = next(line for line in wide.splitlines() if "│     2 │" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert sorted(cells[5:]) == [f"v2{i}" for i in range(len(NAMES))], "each its own value"
+
+
+def table(**narrow: FittingTable) -> FittingTable:
+    columns = (
+        Col("stage", fold=True, width=6),
+        Col("dev acc", right=True),
+        Col("warmup_steps", right=True, spare=1),
+        Col("trained for", right=True, spare=2),
+    )
+    found = FittingTable("a curriculum", columns, **narrow)
+    found.add_row("first_one", "0.5000", "100", "1 h 20 min")
+    found.add_section()
+    found.add_row("all", "0.6000", "200", "2 h 40 min")
+    return found
+
+
+def test_it_gets_tighter_then_loses_columns_then_folds() -> None:
+    roomy, tight = printed(table(), 80), printed(table(), 44)
+    assert "│ first_one │  0.5000 │          100 │  1 h 20 min │" in roomy
+    assert "first_one  0.5000      100  1 h 20 min" in tight and "│" not in tight
+    assert "no room" not in roomy + tight
+    assert "no room for trained for" in printed(table(), 26)
+    least = printed(table(), 14)
+    assert "warmup_steps" in least and "first_\none" in least.replace("  0.5000", "")
+    assert "0.5000" in least and "0.6000" in least
+
+
+def test_the_same_told_otherwise_comes_before_columns_are_lost() -> None:
+    other = FittingTable("a curriculum", (Col("all in one", fold=True),), see=": see it.csv")
+    other.add_row("first_one at 0.5")
+    assert "first_one at 0.5" in printed(table(narrow=other), 26)
+    assert "first_one at 0.5" not in printed(table(narrow=other), 44)
