@@ -70,6 +70,29 @@ def test_rays_refusals_are_one_sentence(monkeypatch, error, said):
         one_sentence(refused.value)
 
 
+@pytest.mark.parametrize(("mode", "warned"), [("DISABLED", True), ("TOKEN", False), (None, False)])
+def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warned):
+    """Another Ray may not have these two names, which are not public: then nothing is said."""
+    modes = SimpleNamespace(DISABLED="DISABLED", TOKEN="TOKEN")
+    inner = SimpleNamespace(AuthenticationMode=modes, get_authentication_mode=lambda: mode)
+    ray = SimpleNamespace(
+        init=lambda **options: None,
+        shutdown=lambda: None,
+        is_initialized=lambda: False,
+        cluster_resources=lambda: {"CPU": 2.0},
+        _raylet=inner if mode else SimpleNamespace(),
+    )
+    monkeypatch.setattr(connection, "ray", ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with connection.connect(address) as resources:
+            assert resources == connection.Resources(2, 0)
+    said = [r.getMessage() for r in caplog.records]
+    assert [f"the cluster at {address} was started without a token" in m for m in said] == (
+        [True] if warned else []
+    )
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
     """Ray has no type of its own for a node that took longer than 30 s."""
