@@ -24,7 +24,7 @@ from dmx.search.proposals import Proposer, Recorded
 from dmx.search.sampling import REMEMBERING
 from dmx.search.space import SearchSpace
 from dmx.search.study_record import StudyRecord
-from dmx.search.telling import is_value, report, tell
+from dmx.search.telling import is_value, name_objectives, report, tell
 from dmx.search.trial_results import trial_result
 from dmx.search.warm_start import read_prior
 
@@ -87,9 +87,7 @@ class Ledger:
                 directions=directions(objectives),
                 patience_seconds=patience_seconds,
             )
-            labels = [OBJECTIVES[o].label for o in objectives]
-            if len(labels) > 1 and self.study.metric_names != labels:
-                self.study.set_metric_names(labels)
+            name_objectives(self.study, [OBJECTIVES[o].label for o in objectives])
             self._orphans = self._recover()
         except BaseException:
             record.close()

@@ -13,6 +13,14 @@ from optuna.trial import Trial, TrialState
 from dmx import records as keys
 
 
+def name_objectives(study: Study, labels: list[str]) -> None:
+    """What optuna-dashboard writes at its axes, once."""
+    if study.metric_names != labels:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study.set_metric_names(labels)
+
+
 def is_value(value: object) -> TypeGuard[float]:
     """Whether Optuna can take it; it refuses NaN."""
     return isinstance(value, float) and math.isfinite(value)

@@ -71,6 +71,7 @@ def picture(folder: Path) -> list[tuple[Any, ...]]:
     path = str(folder / "optuna.journal")
     storage = optuna.storages.JournalStorage(JournalFileBackend(path))
     study = optuna.load_study(study_name="s", storage=storage)
+    assert study.metric_names == ["dev accuracy"], "what optuna-dashboard writes at its axes"
     return [
         (t.number, t.state.name, t.params, t.values, t.intermediate_values, t.user_attrs)
         for t in study.get_trials()
