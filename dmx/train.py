@@ -223,7 +223,8 @@ def _train(
     console().print(
         f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
         f"(best dev accuracy {report[keys.BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"
-        f"files: {folder}  (best/, last/, result.json)"
+        f"files: {folder}  (best/, last/, result.json)",
+        soft_wrap=True,
     )
     return EXIT_OK
 

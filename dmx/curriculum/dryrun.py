@@ -34,7 +34,10 @@ def show(
         threads: CPU threads of a worker, by stage.
     """
     out = console()
-    out.print(f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}")
+    out.print(
+        f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}",
+        soft_wrap=True,
+    )
     out.print(_chain(curriculum, data, transfers))
     costs = {}
     for stage in curriculum.stages:
