@@ -32,8 +32,8 @@ from dmx.storage.places import Places
 from dmx.study import end as study_end
 from dmx.study import files as study_files
 from dmx.study import identity as study_identity
+from dmx.study.config import StudyConfig
 from dmx.study.live_view import choose_view, write_json
-from dmx.study.study import StudyConfig, run_study
 from dmx.tasks import Task
 
 logger = logging.getLogger("dmx.tune")
@@ -129,6 +129,8 @@ def _search(
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         slots = connection.check_request(resources, cpus=cpus, gpus=gpus)
         slots = min(slots, args.max_concurrent_trials or slots)
+        from dmx.study.study import run_study  # Ray Tune: seconds that a refusal need not wait
+
         tensorboard = study_identity.announce(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"
         view = choose_view(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,12 @@ def test_training_needs_no_ray():
     assert {"nn.model", "config", "data.store"} <= seen
     assert not seen & (set(RAY) - {"data.ray_shards"})
     assert "search.ledger" not in seen
+
+
+def test_a_refusal_need_not_wait_for_ray_tune():
+    """It takes seconds to import, and is needed only once a study has been found sound."""
+    code = "import sys, dmx.tune; sys.exit('ray.tune' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_no_import_cycles():
