@@ -20,7 +20,7 @@ from dmx.data.obtain import obtain
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.log import console
+from dmx.log import verbatim
 from dmx.paths import local_path
 from dmx.tensorboard import RunWriter
 from dmx.training import map_view, maps
@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
             count = sum(drawing.example(index, step) for index in examples)
     finally:
         trainer.close()
-    console().print(f"{count} pictures in {out}", highlight=False, soft_wrap=True)
-    console().print(f"look: tensorboard --logdir {out}", highlight=False, soft_wrap=True)
+    verbatim(f"{count} pictures in {out}")
+    verbatim(f"look: tensorboard --logdir {out}")
     return EXIT_OK
 
 

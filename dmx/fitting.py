@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 _WIDEST = 10_000
 
@@ -33,8 +35,14 @@ class Col:
     width: int = 24
 
 
+SETTINGS = Col("settings", fold=True, width=44)
+"""Where a trial's settings stand in one cell (see wording.settings_text)."""
+
+
 class FittingTable:
     """Rows that rich prints as the roomiest table that the terminal has space for.
+
+    Texts are what they are, not markup: errors and paths hold brackets.
 
     Args:
         title: above the table. columns: see Col.
@@ -93,7 +101,7 @@ class FittingTable:
             yield self._table(shown, tight=True)
 
     def _table(self, shown: Sequence[int], *, tight: bool) -> tuple[Table, int]:
-        table, spare = Table(title=self.title, title_justify="left"), 0
+        table, spare = Table(title=escape(self.title), title_justify="left"), 0
         if tight:
             table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
             table.padding = (0, 1, 0, 0)
@@ -111,7 +119,7 @@ class FittingTable:
                 spare += max(max(widths, default=0) - column.width, 0)
         for number, (cells, style) in enumerate(self.rows, 1):
             end = number in self.sections
-            table.add_row(*(cells[i] for i in shown), style=style, end_section=end)
+            table.add_row(*(Text(cells[i]) for i in shown), style=style, end_section=end)
         if gone := [c.title for i, c in enumerate(self.columns) if i not in shown]:
             table.caption = f"no room for {', '.join(gone)}{self.see}"
             table.caption_justify = "left"

@@ -33,6 +33,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, soft_wrap=False)
 
 
+def verbatim(text: str) -> None:
+    """Print a line as it is: nothing in it is markup, and a path to be copied is not broken."""
+    console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 _terminal: list[Console] = []
 
 

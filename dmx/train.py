@@ -33,7 +33,7 @@ from dmx.errors import (
     CheckpointError,
     ConfigError,
 )
-from dmx.log import console
+from dmx.log import console, verbatim
 from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
@@ -53,8 +53,13 @@ logger = logging.getLogger("dmx.train")
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parser().parse_intermixed_args(argv)
-    for option in ("--config", "--init-from", "--evaluate"):
-        local_path(option, getattr(args, option[2:].replace("-", "_")) or "")
+    for option, path in (
+        ("--config", args.config),
+        ("--init-from", args.init_from),
+        ("--evaluate", args.evaluate),
+    ):
+        if path is not None:
+            local_path(option, path)
     local_path("--storage", args.storage, "a single run is kept in a folder; name one")
     if args.evaluate is not None:
         return _evaluate(args)
@@ -220,11 +225,10 @@ def _train(
         **{k: report[k] for k in keys.REPORT_KEYS if k in report},
     }
     (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console().print(
+    verbatim(
         f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
         f"(best dev accuracy {report[keys.BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"
-        f"files: {folder}  (best/, last/, result.json)",
-        soft_wrap=True,
+        f"files: {folder}  (best/, last/, result.json)"
     )
     return EXIT_OK
 

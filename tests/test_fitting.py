@@ -57,6 +57,15 @@ def test_settings_whose_names_end_alike_are_told_apart() -> None:
     assert sorted(cells[5:]) == [f"v2{i}" for i in range(len(NAMES))], "each its own value"
 
 
+@pytest.mark.parametrize("text", ["[/b] unknown", "[enforce fail at alloc_cpu.cpp]", "[red]"])
+def test_brackets_are_no_markup(text: str) -> None:
+    """Errors of torch and paths hold them."""
+    found = FittingTable(f"in {text}", (Col("error"), Col("text", fold=True)))
+    found.add_row(text, text)
+    shown = printed(found, 120)
+    assert shown.count(text) == 3
+
+
 def table(**narrow: FittingTable) -> FittingTable:
     columns = (
         Col("stage", fold=True, width=6),

@@ -11,7 +11,7 @@ from dmx.commands.tune_plan import Plan
 from dmx.costing import costs
 from dmx.costing.stand_in import DryData
 from dmx.errors import EXIT_OK
-from dmx.log import console
+from dmx.log import console, verbatim
 from dmx.search.brackets import describe_rungs
 
 
@@ -39,7 +39,7 @@ def show(plan: Plan, data: DryData, folder: Path) -> int:
         out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
     out.print("first trial:")
     first = space.run_config(task.name, plan.fixed(budget), space.first())
-    out.print(first.to_yaml(), highlight=False, markup=False, soft_wrap=True)
+    verbatim(first.to_yaml())
     stops = describe_rungs(
         config.scheduler,
         grace_steps=config.grace_steps,

@@ -12,7 +12,7 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster import launch  # launch sets Ray's environment before Ray is imported
+from dmx.cluster import launch
 from dmx.curriculum.work import ClusterLost, Key, Message
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store

@@ -14,7 +14,7 @@ from dmx.curriculum.stages import CurriculumConfig, StageConfig
 from dmx.curriculum.view import seconds_text
 from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.fitting import Col, FittingTable
-from dmx.log import console
+from dmx.log import console, verbatim
 from dmx.training.transfer import TransferReport
 
 _DEV_SHARE = 0.1
@@ -34,10 +34,7 @@ def show(
         threads: CPU threads of a worker, by stage.
     """
     out = console()
-    out.print(
-        f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}",
-        soft_wrap=True,
-    )
+    verbatim(f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}")
     out.print(_chain(curriculum, data, transfers))
     costs = {}
     for stage in curriculum.stages:
@@ -57,7 +54,7 @@ def _dev_examples(stage: StageConfig, data: StageData) -> int:
     return round(_DEV_SHARE * (stage.generate.num_images or NUM_IMAGES))
 
 
-_SPARE = {"seeds": 1, "warmup": 2, "dev pass": 1, "GFLOPs a step": 2, "measured on": 3}
+_SPARE = {"seeds": 1, "warmup": 2, "dev pass": 1, "GFLOPs a step": 2}
 """Columns that a narrow terminal does without, the highest first."""
 
 
@@ -120,7 +117,7 @@ def _costs(
         (
             Col("stage", fold=True),
             *(Col(n, right=True, spare=_SPARE.get(n, 0)) for n in (*names, "stage takes")),
-            Col("measured on", fold=True, spare=_SPARE["measured on"]),
+            Col("measured on", fold=True, spare=3),
         ),
     )
     total = 0.0

@@ -29,7 +29,7 @@ from dmx.errors import (
     EXIT_PARTIAL,
     ConfigError,
 )
-from dmx.log import console
+from dmx.log import console, verbatim
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
 from dmx.study.files import code_version, write_text
@@ -193,12 +193,8 @@ def _finish(
 ) -> int:
     out = console()
     out.print(stages_table(curriculum, history, f"{options.folder.name}: {curriculum.name}"))
-    out.print(
-        f"files: {options.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)",
-        highlight=False,
-        soft_wrap=True,  # a path that is broken over two lines cannot be copied
-    )
-    out.print(f"curves: tensorboard --logdir {options.folder}", highlight=False, soft_wrap=True)
+    verbatim(f"files: {options.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)")
+    verbatim(f"curves: tensorboard --logdir {options.folder}")
     if passed:
         return EXIT_OK
     for name, reason in broken.items():

@@ -175,13 +175,13 @@ class TensorBoardView:
 
 def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> FittingTable:
     """Where every stage stands."""
-    spare = {"to go": 1, "try": 2, "trained for": 3, "task": 4}
+    spare = {"to go": 1, "try": 2, "trained for": 3}
     names = ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go")
     table = FittingTable(
         title,
         (
             Col("stage", fold=True),
-            Col("task", fold=True, spare=spare["task"]),
+            Col("task", fold=True, spare=4),
             Col("state"),
             *(Col(name, right=True, spare=spare.get(name, 0)) for name in names),
         ),

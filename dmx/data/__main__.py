@@ -44,12 +44,6 @@ EXAMPLES = """\
 tasks: """
 
 
-_source = partial(local_path, "--source")
-_root = partial(
-    local_path, "--data-root", remedy="data are prepared in a folder; copy that there afterwards"
-)
-
-
 def parser() -> cli.Parser:
     """All options of all four commands."""
     p = cli.Parser(
@@ -60,8 +54,11 @@ def parser() -> cli.Parser:
     p.usage = USAGE
     p.add_argument("what", metavar="TASK|all|list|show", help="a task, or one of the three words")
     p.add_argument("task", nargs="?", help="after `show`: the task")
-    p.add_argument("--data-root", type=_root, help="default: $DMX_DATA_ROOT, else ./data")
-    p.add_argument("--source", type=_source, help="folder or tar archive to read")
+    there = "data are prepared in a folder; copy that there afterwards"
+    root = partial(local_path, "--data-root", remedy=there)
+    source, picture = (partial(local_path, option) for option in ("--source", "--out"))
+    p.add_argument("--data-root", type=root, help="default: $DMX_DATA_ROOT, else ./data")
+    p.add_argument("--source", type=source, help="folder or tar archive to read")
     p.add_argument("--force", action="store_true", help="replace what is prepared already")
     p.add_argument("--workers", type=int, help="processes that generate; default: all CPUs")
     p.add_argument("--address", help="Ray cluster that generates instead, e.g. auto")
@@ -74,11 +71,7 @@ def parser() -> cli.Parser:
     p.add_argument("--verify", action="store_true", help="list: check every whole file")
     p.add_argument("--split", default="train", choices=("train", "dev", "test"), help="show")
     p.add_argument("--num", type=int, default=10, help="show: how many examples")
-    p.add_argument(
-        "--out",
-        type=partial(local_path, "--out"),
-        help="show: write the strip or histogram to this PNG",
-    )
+    p.add_argument("--out", type=picture, help="show: write the strip or histogram to this PNG")
     return p
 
 
@@ -90,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if table.row_count:
             log.console().print(table)
         else:
-            log.console().print(f"nothing is {table.title}", markup=False, soft_wrap=True)
+            log.verbatim(f"nothing is {table.title}")
         return EXIT_BAD_INPUT if damaged else EXIT_OK
     if args.what == "show":
         return run_show(args, root)
@@ -132,7 +125,7 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
         path, picture = args.out, show.length_picture(split, store.manifest)
     if path is not None:
         show.save(picture, path)
-        out.print(f"wrote {path}", markup=False, soft_wrap=True)
+        log.verbatim(f"wrote {path}")
     return EXIT_OK
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from dmx.data.locate import SAMPLES_FOLDER
 from dmx.data.manifest import MANIFEST_FILE
 from dmx.data.progress import bytes_text
@@ -52,20 +50,18 @@ def stores_table(data_root: Path, *, verify: bool = False) -> tuple[FittingTable
             manifest = open_store(folder, verify=verify).manifest
         except DataError as error:
             damaged += 1
-            table.add_row(
-                escape(folder.name), "", "", "", "", "", "DAMAGED", escape(str(error)), style="red"
-            )
+            table.add_row(folder.name, "", "", "", "", "", "DAMAGED", str(error), style="red")
             continue
         counts = [f"{manifest.splits[split]:,}" for split in ("train", "dev", "test")]
         if "dev" in manifest.aliases:
             counts[1] = f"= {manifest.aliases['dev']}"
         table.add_row(
-            escape(manifest.label),
+            manifest.label,
             *counts,
             str(manifest.max_length),
             bytes_text(manifest.num_bytes),
             manifest.checksum[:12],
-            escape(manifest.origin),
+            manifest.origin,
         )
     for task, shards in unfinished(data_root):
         table.add_row(task, "", "", "", "", "", "unfinished", f"{shards} shards; run it again")

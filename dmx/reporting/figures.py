@@ -26,8 +26,6 @@ _WORDS = {
 }
 MANY_TRIALS = 12
 """Beyond so many, points carry no numbers."""
-_LABEL = (32, 12)
-"""Width and height of a trial's name in a chart."""
 
 
 def figure(chart: Markup, caption: str, key: Markup | None = None) -> Markup:
@@ -211,14 +209,10 @@ def _cost_plot(run: RunReport, points: list[Costed], label: str, scale: float) -
         trial = trials[p.trial]
         px, py = scale * p.cost, 100 * p.accuracy
         chart.point(px, py, _style(run, trial), f"{_tip(trial)}; {label} {short(px)}")
-    spots: list[tuple[float, float]] = []
     for p in sorted(points, key=lambda p: (p.trial != run.best, p.cost)):
-        x_at, y_at = chart.at(scale * p.cost, 100 * p.accuracy)
-        # One that would cover another is left out: the caption names all.
-        clear = all(abs(x_at - a) > _LABEL[0] or abs(y_at - b) > _LABEL[1] for a, b in spots)
-        if p.trial in on_front and clear:
-            chart.text(x_at + 7, y_at - 7, f"#{p.trial}", style="note strong")
-            spots.append((x_at, y_at))
+        if p.trial in on_front:  # the caption names all, those without room for it as well
+            at = (scale * p.cost, 100 * p.accuracy)
+            chart.name(at, f"#{p.trial}", (7, -7), style="note strong")
     drawn = [trials[p.trial] for p in points]
     names = ", ".join(f"trial {n}" for n in (of_study or [p.trial for p in best]))
     more = " (the line: of these two objectives alone)" if len(run.several) > 2 else ""

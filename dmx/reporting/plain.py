@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
@@ -19,21 +17,8 @@ from dmx.reporting.pareto import costed, front, study_front
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import train_command
+from dmx.schema import finite
 from dmx.search.objectives import evaluate
-
-
-def finite(value: Any) -> Any:
-    """A value as JSON can hold it: NaN becomes null, paths and dataclasses become plain."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return finite(fields)
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def to_json(run: RunReport) -> str:

@@ -15,9 +15,6 @@ from dmx.reporting.tables import Table, make
 from dmx.reporting.text import MISSING, percent
 from dmx.search.brackets import bracket_of, num_brackets
 
-_LABEL_WIDTH, _LABEL_HEIGHT = 28, 12
-"""Pixels that `#123` takes."""
-
 
 def filled_rungs(run: RunReport) -> list[Rung]:
     """The rungs of a study, from its journal; none where it did not stop trials early.
@@ -77,11 +74,6 @@ def rungs_title(run: RunReport) -> str:
     return "Hyperband's rungs" if hyperband else "ASHA's rungs"
 
 
-def _meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether labels at two points would cover each other; then only the tooltip has the second."""
-    return abs(one[0] - other[0]) < _LABEL_WIDTH and abs(one[1] - other[1]) < _LABEL_HEIGHT
-
-
 def rung_plot(run: RunReport, rungs: Sequence[Rung]) -> Markup | None:
     """Who reached which rung of ASHA, and who went on."""
     filled = [r for r in rungs if r.entries]
@@ -94,7 +86,6 @@ def rung_plot(run: RunReport, rungs: Sequence[Rung]) -> Markup | None:
     values = [e.accuracy for r in filled for e in r.entries]
     y = accuracy_axis(values, "dev accuracy at the rung, %")
     chart = Chart(rungs_title(run), x, y, width=640)
-    labels: list[tuple[float, float]] = []
     for i, rung in enumerate(filled):
         count = len(rung.entries)
         for j, e in enumerate(rung.entries):
@@ -103,10 +94,7 @@ def rung_plot(run: RunReport, rungs: Sequence[Rung]) -> Markup | None:
             style = "other" if e.promoted else "pruned"
             chart.point(across, 100 * e.accuracy, style, f"trial {e.trial}: {verdict}")
             if len(values) <= 2 * MANY_TRIALS:
-                px, py = chart.at(across, 100 * e.accuracy)
-                if not any(_meet((px, py), other) for other in labels):
-                    labels.append((px, py))
-                    chart.text(px, py - 8, f"#{e.trial}", "middle", "note")
+                chart.name((across, 100 * e.accuracy), f"#{e.trial}", (0, -8), "middle", "note")
     return figure(
         chart.render(),
         "At each rung, in the order of arrival. A trial goes on when it is in the top share of "

@@ -10,6 +10,8 @@ from dmx.reporting.axis import Axis
 from dmx.reporting.markup import Markup, el, join
 
 Point = tuple[float, float]
+_NAME = (32, 12)
+"""Width and height of a point's name, such as `#123`, in pixels."""
 
 
 class Chart:
@@ -24,6 +26,7 @@ class Chart:
         self.left, self.right, self.top, self.bottom = 34 + tick_width, 16, 14, 46
         self._shapes: list[Markup] = []
         self._over: list[Markup] = []
+        self._named: list[Point] = []
 
     def at(self, x: float, y: float) -> Point:
         """Data coordinates -> picture coordinates."""
@@ -89,6 +92,15 @@ class Chart:
         self._over.append(
             el("text", text, x=x, y=y, text_anchor=anchor, class_=f"label {style}".strip())
         )
+
+    def name(
+        self, point: Point, text: str, offset: Point, anchor: str = "start", style: str = ""
+    ) -> None:
+        """A point's name beside it; one that would cover an earlier one is left out."""
+        px, py = self.at(*point)
+        if all(abs(px - a) > _NAME[0] or abs(py - b) > _NAME[1] for a, b in self._named):
+            self._named.append((px, py))
+            self.text(px + offset[0], py + offset[1], text, anchor, style)
 
     def render(self) -> Markup:
         """The SVG, scalable, with its title for screen readers."""

@@ -108,7 +108,7 @@ class Ledger:
             if outcome is None:
                 orphans.append(frozen.number)
             else:
-                self._tell(frozen.number, self._handle(frozen.number), outcome)
+                self._tell(self._handle(frozen.number), outcome)
         return orphans
 
     @property
@@ -186,16 +186,16 @@ class Ledger:
             status, error = "FAILED", error or lacking
         self.record.finish(number, status, values, error)
         trial = live.trial if live else self._handle(number)
-        self._tell(number, trial, self.outcomes[number])
+        self._tell(trial, self.outcomes[number])
 
     def _values(self, number: int) -> tuple[float, ...]:
         """One value per objective, accuracy first; NaN where it was not measured."""
         reports = self.reports.get(number, {})
         return evaluate(self.objectives, [reports[s] for s in sorted(reports)])
 
-    def _tell(self, number: int, trial: Trial, outcome: Mapping[str, Any]) -> None:
-        curve = self.reports.get(number, {}) if self._has_curves else {}
-        tell(self.study, trial, outcome, curve, self._frozen(number).intermediate_values)
+    def _tell(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        curve = self.reports.get(trial.number, {}) if self._has_curves else {}
+        tell(self.study, trial, outcome, curve, self._frozen(trial.number).intermediate_values)
 
     @property
     def _has_curves(self) -> bool:

@@ -16,8 +16,7 @@ from dmx import records as keys
 def name_objectives(study: Study, labels: list[str]) -> None:
     """What optuna-dashboard writes at its axes, once."""
     if study.metric_names != labels:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             study.set_metric_names(labels)
 
 
@@ -28,8 +27,7 @@ def is_value(value: object) -> TypeGuard[float]:
 
 def report(trial: Trial, value: float, step: int) -> None:
     """One point of a trial's curve."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trial.report(value, step)
 
 
@@ -53,8 +51,7 @@ def tell(
             report(trial, value, step)
     if outcome.get("error"):
         trial.set_user_attr("error", outcome["error"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         if outcome["status"] == "COMPLETE":
             values = outcome.get("values") or outcome["value"]
             study.tell(trial, values, skip_if_finished=True)

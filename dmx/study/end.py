@@ -7,7 +7,7 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.data.store import Store
-from dmx.log import console
+from dmx.log import console, verbatim
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import apply
 from dmx.study import files as study_files
@@ -144,5 +144,5 @@ def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> 
     if "final_seeds" in summary:
         out.print(finals.describe(summary["final_seeds"]))
     files = f"({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)"
-    out.print(f"files: {result.folder}  {files}", soft_wrap=True)  # to be copied in one piece
-    out.print(f"curves: tensorboard --logdir {result.folder.parent}", soft_wrap=True)
+    verbatim(f"files: {result.folder}  {files}")  # to be copied in one piece
+    verbatim(f"curves: tensorboard --logdir {result.folder.parent}")

@@ -19,6 +19,7 @@ from dmx import __version__
 from dmx import records as keys
 from dmx.data.files import copy_folder
 from dmx.errors import ConfigError
+from dmx.schema import finite
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import Journal
 
@@ -37,8 +38,11 @@ def _as_text(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, indent=1, sort_keys=True)
 
 
-def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_same(folder: Path, settings: Mapping[str, Any]) -> bool:
     """See that the folder holds the study with these settings; nothing is written.
+
+    Returns:
+        Whether it has them to the letter: those that may change are as they were.
 
     Raises:
         ConfigError: it holds none, or another one.
@@ -53,6 +57,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{folder} holds another study ({was}); repeat its settings or give --name."
         )
+    return old == new
 
 
 def open_folder(
@@ -76,13 +81,13 @@ def open_folder(
     text = _as_text(settings)
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
-    if resume:
-        check_same(folder, settings)
-        Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray starts
-        if any(read_settings(folder).get(k) != settings.get(k) for k in MAY_CHANGE):
-            write_text(folder / keys.SETTINGS_FILE, text)
-        return
     try:
+        if resume:
+            unchanged = check_same(folder, settings)
+            Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray
+            if not unchanged:
+                write_text(folder / keys.SETTINGS_FILE, text)
+            return
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -193,14 +198,3 @@ def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
 def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
     """study.json, the study's result for machines."""
     write_text(folder / keys.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinity as None and paths as text: what JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import dmx.cluster  # noqa: F401  sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import ConfigError, StorageError

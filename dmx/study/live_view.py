@@ -17,8 +17,8 @@ from rich.text import Text
 
 from dmx import log
 from dmx import records as keys
-from dmx.fitting import Col, FittingTable
-from dmx.study.files import finite
+from dmx.fitting import SETTINGS, Col, FittingTable
+from dmx.schema import finite
 from dmx.study.view import LogView
 from dmx.wording import settings_text, short
 
@@ -137,7 +137,7 @@ class LiveView:
         spare = {"samples/s": 2, "train loss": 1}
         names = ("trial", "steps", "dev acc", "best", "train loss", "samples/s")
         columns = [Col(name, right=True, spare=spare.get(name, 0)) for name in names]
-        table = FittingTable(self._title, (*columns, Col("settings", fold=True, width=44)))
+        table = FittingTable(self._title, (*columns, SETTINGS))
         for number, point in sorted(self._points.items()):
             latest = self._latest.get(number, {})
             accuracy, best = latest.get(keys.DEV_ACCURACY), latest.get(keys.BEST_DEV_ACCURACY)

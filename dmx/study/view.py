@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.fitting import Col, FittingTable
+from dmx.fitting import SETTINGS, Col, FittingTable
 from dmx.overrides import flatten
 from dmx.search.ledger import trial_folder
 from dmx.search.objectives import ACCURACY, OBJECTIVES
@@ -154,7 +154,7 @@ def trials_table(
         *(Col(OBJECTIVES[name].label, right=True) for name in costs),
     )
     see = f": see {keys.TRIALS_FILE}"
-    narrow = FittingTable(title, (*shared, Col("settings", fold=True, width=44)), see=see)
+    narrow = FittingTable(title, (*shared, SETTINGS), see=see)
     own = (Col(name, right=True) for name in short_names(varied))
     table = FittingTable(title, (*shared, *own), narrow=narrow)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import dmx.cluster  # noqa: F401  sets Ray's environment before Ray is imported
 from dmx import records as keys
 from dmx.study.scheduler import NUMBER_KEY
 
