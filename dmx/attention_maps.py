@@ -24,7 +24,7 @@ from dmx.log import verbatim
 from dmx.paths import local_path
 from dmx.tensorboard import RunWriter
 from dmx.training import map_view, maps
-from dmx.training.checkpoint import open_checkpoint
+from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.samples import choose_samples
 from dmx.training.trainer import Trainer
 
@@ -32,7 +32,8 @@ from dmx.training.trainer import Trainer
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = reading_options.attention_maps().parse_args(argv)
-    checkpoint = open_checkpoint(local_path("CHECKPOINT", args.checkpoint))
+    folder = meant_checkpoint(local_path("CHECKPOINT", args.checkpoint))
+    checkpoint = open_checkpoint(folder)
     config = maps.dense(checkpoint.config)
     length = config.model.max_length or config.task_info.max_length
     for option, value in (("--groups", args.groups), ("--max-size", args.max_size)):
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     split = store.split(args.split)
     chosen = args.examples or choose_samples(split)[: reading_options.MAPPED_EXAMPLES].tolist()
     examples = _within(chosen, len(split), "--examples", f"{args.split} examples")
-    out = Path(args.out) if args.out else Path(args.checkpoint).absolute().parent / "attention_maps"
+    out = Path(args.out) if args.out else folder.absolute().parent / "attention_maps"
     trainer = Trainer(config, store)
     try:
         trainer.load_weights(checkpoint)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,21 +28,50 @@ from dmx.errors import (
     DmxError,
     RunFailedError,
 )
+from dmx.paths import expand
 
 logger = logging.getLogger("dmx")
 
 
-_NEVER_EMPTY = (
+PATHS = (
     *("storage", "data_root", "space", "warm_start", "config", "init_from", "evaluate", "out"),
-    *("source", "address", "run", "runs", "checkpoint", "curriculum"),
+    *("source", "run", "runs", "checkpoint", "curriculum", "scratch", "node_data", "folder"),
 )
-"""Arguments that name a place."""
+"""Arguments that may be a path."""
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def duration(text: str) -> float:
+    """Seconds of `90`, `90s`, `10m`, `1h30m`, `2d`; for argparse's `type`."""
+    found = re.fullmatch(r"\s*(?:\d+(?:\.\d+)?\s*[smhd]\s*)+", text)
+    if found:
+        parts = re.findall(r"([\d.]+)\s*([smhd])", text)
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no duration; give seconds, or 90s, 10m, 1h30m, 2d"
+        ) from None
+
+
+def no_hint(option: str) -> str:
+    """What a parser knows to say of an option that it does not know."""
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, and whose help shows examples as they are."""
+    """argparse whose errors are one sentence, and whose help shows examples as they are.
 
-    def __init__(self, *, prog: str, description: str, examples: str) -> None:
+    Args:
+        hint: of an unknown option, what else may be meant; "" where nothing is.
+    """
+
+    def __init__(
+        self, *, prog: str, description: str, examples: str, hint: Callable[[str], str] = no_hint
+    ) -> None:
         super().__init__(
             prog=prog,
             description=description,
@@ -48,18 +79,27 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._hint = hint
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Refuse an empty path, which is a shell variable that was not set, not the folder here."""
-        if not arg_string and action.dest in _NEVER_EMPTY:
+        """Write `~` out, and refuse an empty path: a shell variable that was not set, no folder."""
+        if not arg_string and action.dest in (*PATHS, "address"):
             raise argparse.ArgumentError(action, "it is empty; give a value, or leave it out")
         try:
+            if action.dest in PATHS:
+                name = next(iter(action.option_strings), None) or action.metavar or action.dest
+                arg_string = expand(str(name), arg_string)
             return super()._get_value(action, arg_string)
         except DmxError as error:  # of a `type` of ours; it names the option
             raise argparse.ArgumentError(None, str(error).removesuffix(".")) from None
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            like = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            meant = self._hint(unknown[1].removeprefix("--")) or " ".join(like)
+            message += f"; did you mean {meant}?" if meant else ""
         sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
         raise SystemExit(EXIT_BAD_INPUT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from dmx.errors import ConfigError
 from dmx.nn.model import ModelConfig
 from dmx.nn.optim import OptimConfig
 from dmx.overrides import flatten, lay, merge
-from dmx.schema import from_dict, to_dict
+from dmx.paths import expand
+from dmx.schema import UnknownSettingError, from_dict, to_dict
 from dmx.tasks import Task, task_for
 
 
@@ -36,6 +38,8 @@ class DataConfig:
     order: Literal["shuffled", "bucketed", "reference"] = "shuffled"
 
     def __post_init__(self) -> None:
+        if self.root is not None:
+            object.__setattr__(self, "root", expand("root", self.root))
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative.")
 
@@ -188,8 +192,72 @@ def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("task is required and has no value.")
     if not isinstance(tree["task"], str):
         raise ConfigError(f"task must be text, not {tree['task']!r}.")
-    preset = task_for(tree["task"]).preset
-    return from_dict(RunConfig, merge(preset, tree))
+    task = task_for(tree["task"])
+    train = tree.get("train")
+    steps = train.get("num_steps") if isinstance(train, Mapping) else None
+    try:
+        return from_dict(RunConfig, merge(task.preset, schedule(task, steps), tree))
+    except UnknownSettingError as error:
+        chosen = tree["attention"]
+        name = chosen.get("name") if isinstance(chosen, Mapping) else None
+        meant = similar_settings(error.path, name) if isinstance(name, str) else ""
+        if not meant:
+            raise
+        raise ConfigError(
+            f"{error.path} is not a setting; did you mean {meant}? (dmx.train --show lists all)"
+        ) from None
+
+
+_EVALUATIONS = 8
+
+
+def schedule(task: Task, num_steps: object) -> dict[str, int]:
+    """What of a task's preset follows from another number of steps; {} where it is the preset's.
+
+    The warm-up keeps its share (text: 40 %, as in the reference). A shorter run is evaluated eight
+    times.
+    """
+    full = int(str(task.preset["train.num_steps"]))
+    if type(num_steps) is not int or num_steps < 1 or num_steps == full:
+        return {}
+    share = int(str(task.preset["optim.warmup_steps"])) / full
+    every = {"train.eval_every_steps": max(num_steps // _EVALUATIONS, 1)}
+    return {
+        **(every if num_steps < full else {}),
+        "optim.warmup_steps": min(max(round(share * num_steps), 2), max(num_steps - 1, 2)),
+    }
+
+
+_ALSO_CALLED = {
+    **dict.fromkeys(("lr", "max_lr", "rate"), "learning_rate"),
+    **dict.fromkeys(("wd", "l2"), "weight_decay"),
+    **dict.fromkeys(("warmup", "warm_up", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("batch", "bs", "batchsize"), "batch_size"),
+    **dict.fromkeys(("steps", "max_steps", "train_steps", "iterations"), "num_steps"),
+    **dict.fromkeys(("layers", "depth", "n_layers"), "num_layers"),
+    **dict.fromkeys(("heads", "n_heads"), "num_heads"),
+    **dict.fromkeys(("dim", "d_model", "emb_dim", "hidden_size"), "embedding_dim"),
+    **dict.fromkeys(("clip", "grad_clip", "max_grad_norm"), "clip_gradient_norm"),
+    **dict.fromkeys(("eval_every", "eval_steps", "eval_frequency"), "eval_every_steps"),
+    **dict.fromkeys(("max_len", "seq_len", "length"), "max_length"),
+}
+"""What other programs call a setting -> the last part of its name here."""
+
+
+def similar_settings(name: str, attention: str) -> str:
+    """The settings that `name` may mean, with `or` between them; "" where none is like it."""
+    known = []
+    for section, kind in (
+        *(("model", ModelConfig), ("optim", OptimConfig)),
+        *(("data", DataConfig), ("train", TrainConfig)),
+    ):
+        known += [f"{section}.{f.name}" for f in dataclasses.fields(kind) if f.init]
+    known += [f"attention.{key}" for key in to_dict(AttentionConfig.parse(attention, "attention"))]
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    last = _ALSO_CALLED.get(last, last)
+    ends = {key.rpartition(".")[2] for key in known}
+    like = [last] if last in ends else difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+    return " or ".join(key for key in known if key.rpartition(".")[2] in like)
 
 
 _DEFAULTS = {"attention.name": "butterfly"}

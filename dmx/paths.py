@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dmx.errors import ConfigError
+
+
+def expand(what: str, text: str) -> str:
+    """`text`, a path that a user gave, with `~` and `~user` as a shell would write them out.
+
+    A shell itself leaves `--option=~/x`, quoted texts, variables and YAML as they are.
+
+    Raises:
+        ConfigError: no such user; names `what`.
+    """
+    if not text.startswith("~"):
+        return text
+    found = os.path.expanduser(text)  # noqa: PTH111  pathlib raises, and drops a final slash
+    if not found.startswith("~"):
+        return found
+    user = text[1:].split("/")[0]
+    why = f"this machine has no user {user!r}" if user else "no home folder is known here"
+    raise ConfigError(f"{what} is {text!r}, but {why}; write the path out.")
 
 
 def is_url(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmx.errors import ConfigError
+from dmx.paths import expand
 from dmx.registry import choices_message
 
 
@@ -26,7 +27,8 @@ def find_yaml(name: str, kind: str) -> Path:
     Raises:
         ConfigError: neither exists; lists the shipped names.
     """
-    path = Path(name)
+    what = {"search_spaces": "search space", "curricula": "curriculum"}.get(kind, kind)
+    path = Path(expand(what, name))
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -38,6 +40,5 @@ def find_yaml(name: str, kind: str) -> Path:
         )
     shipped = shipped_folder(kind) / f"{name}.yaml"
     if "/" in name or not shipped.is_file():
-        what = {"search_spaces": "search space", "curricula": "curriculum"}.get(kind, kind)
         raise ConfigError(f"{what} {choices_message(name, shipped_names(kind))}.")
     return shipped

@@ -109,6 +109,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+class UnknownSettingError(ConfigError):
+    """A key that no dataclass has; `path` is its dotted one."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 def from_dict(cls: type[T], data: object, path: str = "") -> T:
     """Build dataclass `cls` from a mapping; unknown keys and wrong types are errors.
 
@@ -123,9 +131,10 @@ def from_dict(cls: type[T], data: object, path: str = "") -> T:
         if key not in fields:
             close = difflib.get_close_matches(str(key), list(fields), n=1)
             hint = f"did you mean {join(path, close[0])}? " if close else ""
-            raise ConfigError(
+            raise UnknownSettingError(
+                join(path, str(key)),
                 f"{join(path, str(key))} is not a setting; {hint}"
-                f"allowed: {', '.join(sorted(fields))}."
+                f"allowed: {', '.join(sorted(fields))}.",
             )
     values = {k: convert(hints[k], v, join(path, str(k))) for k, v in data.items()}
     missing = [

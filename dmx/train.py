@@ -21,7 +21,7 @@ from dmx import cli
 from dmx import records as keys
 from dmx.commands import train_workers
 from dmx.commands.train_options import parser
-from dmx.config import RunConfig, parse_run_config
+from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costing import costs
 from dmx.costing.stand_in import dry_data
 from dmx.data.obtain import obtain
@@ -39,7 +39,7 @@ from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
-from dmx.training.checkpoint import open_checkpoint
+from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.evaluation import evaluate_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -61,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
         if path is not None:
             local_path(option, path)
     local_path("--storage", args.storage, "a single run is kept in a folder; name one")
+    for name in ("config", "init_from", "evaluate"):
+        if getattr(args, name) is not None:
+            setattr(args, name, str(meant_checkpoint(Path(getattr(args, name)))))
     if args.evaluate is not None:
         return _evaluate(args)
     config = _config(args)
@@ -123,14 +126,23 @@ def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:
 def _config(args: argparse.Namespace) -> RunConfig:
     layers: list[dict[str, Any]] = []
     if args.config is not None:
-        layers.append(read_yaml(Path(args.config)))
+        file = Path(args.config)
+        layers.append(read_yaml(file / keys.CONFIG_FILE if file.is_dir() else file))
     for key in ("task", "attention"):
         if getattr(args, key) is not None:
             layers.append({key: getattr(args, key)})
     layers.append(flatten(parse_assignments(args.settings)))
     if args.config is None and (args.task is None or args.attention is None):
         raise ConfigError("give --attention and --task, or --config FILE.")
-    return parse_run_config(*layers)
+    config = parse_run_config(*layers)
+    given = {key for layer in layers for key in flatten(layer)}
+    follow = schedule(config.task_info, config.train.num_steps)
+    if follow := {k: v for k, v in follow.items() if k not in given}:
+        logger.info(
+            "%s: they follow from train.num_steps",
+            ", ".join(f"{key} is {value:,}" for key, value in follow.items()),
+        )
+    return config
 
 
 def _folder(args: argparse.Namespace, config: RunConfig) -> Path:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from dmx.attention import ATTENTIONS
+from dmx.cluster.connection import Resources
 from dmx.config import parse_run_config
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.schema import parse_yaml, to_dict
+from dmx.study.budget import fit_budget
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence
 
@@ -180,3 +182,27 @@ def test_data_that_need_more_than_the_model_has():
     with pytest.raises(ConfigError, match=r"model\.vocab_size is 300; .* at least 512"):
         config.resolved(vocab_size=512, num_classes=2)
     assert all(parse_run_config({"task": name}) for name in task_names())
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "every"),
+    [(100, 40, 12), (2000, 800, 250), (20000, 8000, None), (50000, 20000, None), (3, 2, 1)],
+)
+def test_warm_up_and_evaluations_follow_the_steps_in_train_as_in_a_search(steps, warmup, every):
+    """text: 8,000 of 20,000 steps, which is 40 %; what is not given keeps that shape."""
+    preset = task_for("text").preset
+    every = every or preset["train.eval_every_steps"]
+    made = parse_run_config({"task": "text"}, {"train.num_steps": steps})
+    assert (made.optim.warmup_steps, made.train.eval_every_steps) == (warmup, every)
+    fit = fit_budget(
+        task_for("text"),
+        Resources(2, 0),
+        {},
+        **{"num_trials": None, "max_steps": steps, "trials_per_gpu": None, "cpus_per_trial": None},
+    )
+    searched = parse_run_config({"task": "text"}, fit.settings)
+    assert (searched.optim.warmup_steps, searched.train.eval_every_steps) == (warmup, every)
+    fixed = {"train.num_steps": steps, "train.eval_every_steps": 7}
+    assert parse_run_config({"task": "text"}, fixed).train.eval_every_steps == 7
+    with pytest.raises(ConfigError, match="warmup_steps is 8000"):
+        parse_run_config({"task": "text", "optim.warmup_steps": 8000}, {"train.num_steps": 100})

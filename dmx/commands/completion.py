@@ -109,7 +109,7 @@ def _paths(prefix: str, endings: tuple[str, ...]) -> list[str]:
     """Folders, and files with one of the endings, that begin with `prefix`."""
     head, tail = os.path.split(prefix)
     found = []
-    for path in sorted(Path(head or ".").glob("[!.]*")):
+    for path in sorted(Path(head or ".").expanduser().glob("[!.]*")):
         if path.name.startswith(tail) and (path.is_dir() or path.suffix in endings):
             found.append(os.path.join(head, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmx import cli
 from dmx.commands import compute_flags, place_flags
+from dmx.commands.setting_hints import as_setting
 from dmx.resources import shipped_names
 
 PROG = "dmx.curriculum"
@@ -30,6 +31,7 @@ def parser() -> cli.Parser:
         prog=PROG,
         description="Train a curriculum: stages, each from the best checkpoint of another.",
         examples=EXAMPLES,
+        hint=as_setting("--set {}=VALUE"),
     )
     p.add_argument(
         "curriculum", help=f"a YAML path, or one of: {', '.join(shipped_names('curricula'))}"

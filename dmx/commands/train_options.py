@@ -6,6 +6,7 @@ import argparse
 
 from dmx import cli
 from dmx.commands import compute_flags
+from dmx.commands.setting_hints import as_setting
 
 EXAMPLES = """\
   python -m dmx.train --attention butterfly-64 --task listops
@@ -29,6 +30,7 @@ def parser() -> cli.Parser:
         prog="dmx.train",
         description="Train one configuration, or evaluate a checkpoint.",
         examples=EXAMPLES,
+        hint=as_setting("{}=VALUE"),
     )
     p.add_argument("--attention", help="butterfly, butterfly-64, softmax, ...")
     p.add_argument("--task", help="text, listops, pathfinder32-curv_baseline, ...")

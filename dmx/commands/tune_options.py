@@ -6,6 +6,7 @@ import argparse
 
 from dmx import cli
 from dmx.commands import compute_flags, place_flags
+from dmx.commands.setting_hints import as_setting
 from dmx.errors import ConfigError
 from dmx.records import SAMPLERS, SCHEDULERS
 from dmx.storage.patience import PATIENCE_SECONDS
@@ -36,6 +37,7 @@ def parser() -> cli.Parser:
         prog="dmx.tune",
         description="Search an attention's hyperparameters with Optuna on Ray Tune.",
         examples=EXAMPLES,
+        hint=as_setting("--set {}=VALUE"),
     )
     p.add_argument(
         "--attention", required=True, help="butterfly, softmax, ...; NAME-SIZE fixes its size"
@@ -102,7 +104,10 @@ def parser() -> cli.Parser:
         "--final-seeds", type=int, default=0, metavar="N", help="retrain the best N times"
     )
     p.add_argument(
-        "--time-budget", type=float, metavar="SECONDS", help="stop then; continue with --resume"
+        "--time-budget",
+        type=cli.duration,
+        metavar="DURATION",
+        help="stop after so many seconds, or 10m, 1h30m, 2d; continue with --resume",
     )
     p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
     compute_flags.add_options(p, "a trial")
@@ -119,17 +124,17 @@ def parser() -> cli.Parser:
     )
     p.add_argument(
         "--trial-timeout",
-        type=float,
-        metavar="SECONDS",
+        type=cli.duration,
+        metavar="DURATION",
         help="a trial that does not report for so long is restarted from its last checkpoint "
         "(default: 10 times the usual interval, at least 30 minutes)",
     )
     p.add_argument(
         "--storage-patience",
-        type=float,
+        type=cli.duration,
         default=PATIENCE_SECONDS,
-        metavar="SECONDS",
-        help="wait so long for a storage that is full, read-only or gone (default: 120)",
+        metavar="DURATION",
+        help="wait so long for a storage that is full, read-only or gone (default: 2m)",
     )
     place_flags.add_options(p)
     p.add_argument(

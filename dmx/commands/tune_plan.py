@@ -120,4 +120,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for key in ("task", "attention", "attention.name"):
         if key in overrides:
             raise ConfigError(f"--set {key} is not possible; use --attention and --task.")
+    if "data.root" in {**space.defaults, **overrides, **space.distributions()}:
+        raise ConfigError("data.root is not possible in a search; use --data-root.")
     return Plan(args=args, task=task, space=space.without(overrides), overrides=overrides)

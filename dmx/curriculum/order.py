@@ -10,7 +10,9 @@ from dmx.curriculum.stages import Generate, OnFail, SearchConfig, StageConfig
 from dmx.errors import ConfigError
 from dmx.gates import Gate
 from dmx.gates.standard import AlwaysGate
+from dmx.paths import expand
 from dmx.registry import choices_message
+from dmx.training.checkpoint import meant_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,11 @@ def parents(stages: list[StageKeys]) -> list[tuple[str | None, str | None]]:
             found.append((None, None))
         elif source in names:
             found.append((source, None))
-        elif "/" in source or source.endswith(".model"):
+        elif "/" in source or source.endswith(".model") or source.startswith("~"):
+            source = expand(f"{where}.init_from", source)
             if not Path(source).exists():
                 raise ConfigError(f"{where}.init_from: {source} does not exist.")
-            found.append((None, str(Path(source).absolute())))
+            found.append((None, str(meant_checkpoint(Path(source).absolute()))))
         else:
             raise ConfigError(
                 f"{where}.init_from: stage {choices_message(source, [*names, 'previous', 'none'])}"

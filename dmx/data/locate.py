@@ -11,6 +11,7 @@ from dmx.data.manifest import MANIFEST_FILE
 from dmx.data.samples import sample_for
 from dmx.data.store import Store, open_store
 from dmx.errors import DataError
+from dmx.paths import expand, local_path
 from dmx.tasks import task_for
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ SAMPLES_FOLDER = "samples"
 
 def default_data_root() -> Path:
     """$DMX_DATA_ROOT, else ./data."""
-    return Path(os.environ.get(ROOT_VARIABLE) or "data").absolute()
+    root = os.environ.get(ROOT_VARIABLE) or "data"
+    return local_path(ROOT_VARIABLE, expand(ROOT_VARIABLE, root)).absolute()
 
 
 def prepare_command(task_name: str, data_root: Path) -> str:

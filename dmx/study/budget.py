@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.cluster.connection import Resources
+from dmx.config import schedule
 from dmx.errors import ConfigError
 from dmx.schema import convert
 from dmx.tasks import Task
@@ -17,7 +18,6 @@ _CPU_STEPS = {"text": 320, "listops": 160, "retrieval": 80, "image": 200, "pathf
 _CPU_BATCH = {"text": 16, "listops": 16, "retrieval": 8, "image": 32, "pathfinder": 32}
 _CPU_TRIALS = 10
 _GPU_TRIALS = 32
-_EVALUATIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,8 @@ def fit_budget(
 ) -> Budget:
     """Choose what the user left open; say so.
 
-    The warmup keeps its share of the schedule (text: 40 %, as in the reference), and there are
-    eight evaluations where the schedule is shortened. What is fixed (`overrides`) or searched is
-    left alone.
+    Warm-up and evaluations follow the number of steps (see dmx.config.schedule). What is fixed
+    (`overrides`) or searched is left alone.
 
     Raises:
         ConfigError: a number is out of range, or GPUs are asked for where there are none.
@@ -91,11 +90,7 @@ def fit_budget(
     if not steps:
         steps = full if on_gpu else min(full, _CPU_STEPS[task.family])
     settings: dict[str, Any] = {"train.num_steps": steps}
-    if steps != full:
-        every = max(steps // _EVALUATIONS, 1)
-        settings["train.eval_every_steps"] = every
-        share = int(str(task.preset["optim.warmup_steps"])) / full
-        settings["optim.warmup_steps"] = min(max(round(share * steps), 2), max(steps - 1, 2))
+    settings |= schedule(task, steps)
     if not on_gpu:
         settings["train.batch_size"] = _CPU_BATCH[task.family]
     evaluation = overrides.get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -15,10 +16,18 @@ import torch
 from torch import Tensor
 
 from dmx.config import RunConfig, parse_run_config
-from dmx.data.files import fsync_path, put_back, replace_folder
+from dmx.data.files import fsync_path, is_there, put_back, replace_folder
 from dmx.errors import CheckpointError, ConfigError
-from dmx.records import CONFIG_FILE, METRICS_FILE, MODEL_FILE, TRAINING_STATE_FILE
+from dmx.records import (
+    BEST_DIR,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    TRAINING_STATE_FILE,
+)
 from dmx.schema import read_yaml
+
+logger = logging.getLogger("dmx.checkpoint")
 
 
 def save_checkpoint(
@@ -120,6 +129,15 @@ class Checkpoint:
     def training_state(self) -> dict[str, Any]:
         """Optimizer, schedule, random generators and data cursor."""
         return _load(self.folder / TRAINING_STATE_FILE)
+
+
+def meant_checkpoint(path: Path) -> Path:
+    """`path`, or the best checkpoint of the run whose folder it is, which is said then."""
+    best = path / BEST_DIR
+    if not is_there(best) or (path / MODEL_FILE).exists():
+        return path
+    logger.info("%s is a run; its best checkpoint is meant: %s", path, best)
+    return best
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

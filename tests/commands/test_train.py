@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from dmx import log, train
+from dmx.errors import CheckpointError
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
 from tests.tiny import SETTINGS, TASK
@@ -144,3 +145,17 @@ def test_a_run_of_one_process_needs_no_ray(tiny_root, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tiny_root, tmp_path, capsys, caplog):
+    assert main(words(tiny_root, "--name", "a")) == 0
+    capsys.readouterr()
+    for given in ("runs/a", "runs/a/", "runs/a/best"):
+        assert main(["--evaluate", given, "--data-root", str(tiny_root)]) == 0
+        out = capsys.readouterr()
+        assert yaml.safe_load(out.out)["checkpoint"] == "runs/a/best"
+        assert ("its best checkpoint is meant: runs/a/best" in out.err) == (given != "runs/a/best")
+    assert main(["--config", "runs/a", "--show"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "runs/a/best/config.yaml").read_text()
+    with pytest.raises(CheckpointError, match=r"^runs is not a whole checkpoint: model\.pt is"):
+        main(["--evaluate", "runs", "--data-root", str(tiny_root)])
