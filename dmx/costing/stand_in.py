@@ -13,12 +13,11 @@ import numpy.typing as npt
 
 from dmx.data.locate import default_data_root, is_prepared
 from dmx.data.manifest import Manifest
-from dmx.data.readers import listops_generated
-from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DmxError
 from dmx.tasks import Task
+from dmx.tasks.pathfinder import NUM_IMAGES
 
 _NUM_EXAMPLES = 8
 GENERATED, RANDOM = "freshly generated images", "random tokens of the full length"
@@ -89,11 +88,12 @@ def dry_data(
             f"{task.name} is not in {root}; the run would generate it. Measured on "
             f"{store.manifest.data_name}"
         )
-        yield DryData(store, _NUM_DEV[task.family], words)
+        yield DryData(store, _num_dev(task), words)
 
 
-_NUM_DEV = {"listops": listops_generated.SIZES["dev"], "pathfinder": NUM_IMAGES // 10}
-"""Examples of the dev split that is generated without options."""
+def _num_dev(task: Task) -> int:
+    """Examples of the dev split that is generated without options."""
+    return NUM_IMAGES // 10 if task.published is None else task.published.counts[0][1]
 
 
 def _examples(task: Task) -> tuple[list[npt.NDArray[np.uint16]], str]:

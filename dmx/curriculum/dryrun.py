@@ -12,9 +12,9 @@ from dmx.costing.stage import StageCost, stage_cost
 from dmx.curriculum.precheck import StageData, resolve
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
 from dmx.curriculum.view import seconds_text
-from dmx.data.readers.pathfinder_generated import NUM_IMAGES
 from dmx.fitting import Col, FittingTable
 from dmx.log import console, verbatim
+from dmx.tasks.pathfinder import NUM_IMAGES
 from dmx.training.transfer import TransferReport
 
 _DEV_SHARE = 0.1

@@ -35,13 +35,13 @@ def write_store(
             writer.manifest = replace(manifest, parameters=parameters)
     except AlreadyPreparedError:
         _refuse_other(folder, manifest)
-        log.info("%s is prepared already", folder)
+        log.info("%s is prepared already; --force replaces it", folder)
 
 
 def _refuse_other(folder: Path, wanted: Manifest) -> None:
     """Raise when the store that exists is not the one asked for (other source, seed, ...)."""
     found = read_manifest(folder)
-    old = {"data": found.data_name, **found.parameters}
+    old = {"data": found.data_name, "sizes": dict(found.splits), **found.parameters}
     new = json.loads(json.dumps({"data": wanted.data_name, **wanted.parameters}))
     differing = [key for key, value in new.items() if old.get(key) != value]
     if differing:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dmx.errors import ConfigError, DataError
 from dmx.schema import from_dict
-from dmx.tasks.base import SPLITS
+from dmx.tasks.base import SPLITS, find_task
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -36,7 +36,10 @@ class Manifest:
         splits: examples per split, for train, dev and test.
         aliases: split -> the split whose files it shares (text: dev -> test).
         parameters: what the preparation was told (seed, limits, skipped examples, ...).
-        note: a short remark for the label, e.g. "1,000 images"; empty for the usual data.
+        note: a short remark for the label, e.g. "generated"; empty for the usual data.
+        partial: what sets the data apart from the task's published set, e.g. "20 of 200,000
+            examples"; empty for the whole set, for samples and for tasks that are not published.
+            Banners, lists, reports and the leaderboard know it from the label.
         licence: the licence of the data, in words.
         dmx_version: of the program that prepared it.
         created: UTC time, ISO 8601.
@@ -57,6 +60,7 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    partial: str = ""
     licence: str = ""
     dmx_version: str = ""
     created: str = ""
@@ -67,7 +71,9 @@ class Manifest:
         """How banners, result files and tables name the data: "text" or "sample-bbc, not LRA"."""
         if self.is_sample:
             return f"{self.data_name}, not LRA"
-        return f"{self.task} ({self.note})" if self.note else self.task
+        remarks = [self.note] if self.note else []
+        remarks += [f"partial: {self.partial}"] if self.partial else []
+        return f"{self.task} ({', '.join(remarks)})" if remarks else self.task
 
     @property
     def stored_splits(self) -> tuple[str, ...]:
@@ -90,6 +96,19 @@ class Manifest:
         body = {"format": FORMAT, **asdict(self)}
         body["manifest_sha256"] = _digest(body)
         return json.dumps(body, indent=1, ensure_ascii=False).encode()
+
+
+def lacking(manifest: Manifest, classes: Mapping[str, Sequence[int]] | None = None) -> str:
+    """The manifest's `partial`, worked out from its splits.
+
+    Args:
+        classes: split -> examples of each class, where the labels are known too.
+    """
+    task = find_task(manifest.task)
+    if manifest.is_sample or task is None or task.published is None:
+        return ""
+    found = (task.published.lacking(manifest.splits), task.published.unbalanced(classes or {}))
+    return "; ".join(part for part in found if part)
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -127,6 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
     body.pop("format")
     try:
         manifest = from_dict(Manifest, body)
+        if "partial" not in body:  # written before stores were held against what was published
+            manifest = replace(manifest, partial=lacking(manifest))
         for name, entry in manifest.files.items():
             if "/" in name or name in ("", "..", ".") or not name.isprintable():
                 raise ConfigError(f"files: {name!r} is no name of a file beside it.")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 import dmx
 from dmx.data.files import exclusive_lock, explained, fsync_path, quick_checksum, sha256_file
-from dmx.data.manifest import MANIFEST_FILE, Manifest
+from dmx.data.manifest import MANIFEST_FILE, Manifest, lacking
 from dmx.data.token_file import DTYPES, TokenFile
 from dmx.errors import DataError
 from dmx.tasks.base import SPLITS
@@ -194,6 +194,7 @@ class StoreWriter:
             dmx_version=dmx.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+        self.manifest = replace(self.manifest, partial=lacking(self.manifest, self._classes()))
         path = self._partial / MANIFEST_FILE
         path.write_bytes(self.manifest.to_json())
         fsync_path(path)
@@ -206,6 +207,26 @@ class StoreWriter:
         else:
             self._partial.rename(self.folder)
         fsync_path(self.folder.parent)
+
+    def _classes(self) -> dict[str, list[int]]:
+        """Examples of each class, by stored split.
+
+        Raises:
+            DataError: all examples have one label.
+        """
+        number = self.manifest.num_classes
+        counts = {
+            split: np.bincount(np.concatenate(parts), minlength=number)
+            for split, parts in self._labels.items()
+        }
+        total = np.sum([*counts.values()], axis=0)
+        if np.count_nonzero(total) == 1:
+            label = int(total.argmax())
+            raise DataError(
+                f"All {total.sum():,} examples of {self.manifest.task} have label {label}; the "
+                "source lacks the other classes, or its labels are no labels."
+            )
+        return {split: found.tolist() for split, found in counts.items()}
 
     def _save(self, name: str, array: npt.NDArray[Any], files: dict[str, dict[str, Any]]) -> None:
         path = self._partial / name

@@ -14,6 +14,7 @@ from dmx.reporting.caveats import budget_differences
 from dmx.reporting.published import column_of
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import mean_and_deviation
+from dmx.tasks import find_task
 
 _SEEDS = ("train.seed", "data.seed", "data.root", "train.device", "train.compile")
 """Settings in which runs of one entry may differ."""
@@ -139,18 +140,26 @@ def _entry(group: Sequence[RunReport]) -> Entry:
 
 
 def boards(found: Sequence[Entry]) -> list[Board]:
-    """LRA data, then data that were generated or are but a part, then each sample; never mixed."""
+    """The published sets, then data that were generated or are but a part, then tasks that are not
+    published, then each sample; never mixed.
+    """
     made = []
-    whole = [e for e in found if not e.is_sample and e.data == e.task]
-    other = [e for e in found if not e.is_sample and e.data != e.task]
-    if whole:
-        made.append(_board("LRA data", False, whole))
-    if other:
-        made.append(_board("generated or partial data", False, other))
+    real = [e for e in found if not e.is_sample]
+    kinds = {
+        "LRA data": [e for e in real if _is_published(e) and e.data == e.task],
+        "generated or partial data": [e for e in real if _is_published(e) and e.data != e.task],
+        "tasks that are not published": [e for e in real if not _is_published(e)],
+    }
+    made += [_board(title, False, some) for title, some in kinds.items() if some]
     for data in sorted({e.data for e in found if e.is_sample}):
         some = [e for e in found if e.is_sample and e.data == data]
         made.append(_board(f"sample data: {data}", True, some))
     return made
+
+
+def _is_published(entry: Entry) -> bool:
+    task = find_task(entry.task)
+    return task is not None and task.published is not None
 
 
 def _column(entry: Entry) -> str:

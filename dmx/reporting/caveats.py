@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dmx.errors import ConfigError
 from dmx.overrides import flatten
+from dmx.reporting.labels import UNKNOWN
 from dmx.reporting.records import RunReport
-from dmx.tasks import Task, task_for
+from dmx.tasks import find_task
 
 _BUDGET = {
     "train.num_steps": "optimizer steps",
@@ -25,14 +25,6 @@ class Caveat:
 
     level: Literal["severe", "note"]
     text: str
-
-
-def find_task(name: str) -> Task | None:
-    """The task, or None for a name that this version of dmx does not know."""
-    try:
-        return task_for(name)
-    except ConfigError:
-        return None
 
 
 def budget_differences(
@@ -79,7 +71,12 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             f"The data are {run.data}: a stand-in for {run.task}. The accuracies say nothing about "
             "LRA and must not stand beside published numbers."
         )
-    elif run.data not in (run.task, "unknown"):
+    elif run.task != UNKNOWN and (task is None or task.published is None):
+        severe.append(
+            f"{run.task} is no published task: no published number belongs beside its accuracies. "
+            f"The data are {run.data}."
+        )
+    elif run.data not in (run.task, UNKNOWN):
         severe.append(f"The data are {run.data}, not the whole set of {run.task}.")
     differences = budget_differences(run.task, run.config)
     if differences:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -10,6 +11,46 @@ from dmx.errors import ConfigError
 from dmx.registry import Registry, choices_message
 
 SPLITS = ("train", "dev", "test")
+_SIGMAS = 5.0
+"""A class's share in a random part of a set lies that far from its share in the set at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A data set as published: what a prepared one is held against.
+
+    Attributes:
+        counts: examples per split, as in SPLITS; several where the reference's files have others.
+        shares: the least and the largest share of a class in a split.
+    """
+
+    counts: tuple[tuple[int, int, int], ...]
+    shares: tuple[float, float]
+
+    def lacking(self, found: Mapping[str, int]) -> str:
+        """`20 of 200,000 examples` for a part of the set, "" for all of it."""
+        counts = tuple(found[split] for split in SPLITS)
+        if counts in self.counts:
+            return ""
+        ours, whole = sum(counts), sum(self.counts[0])
+        if ours < whole:
+            return f"{ours:,} of {whole:,} examples"
+        return "/".join(f"{n:,}" for n in counts) + " examples"
+
+    def unbalanced(self, classes: Mapping[str, Sequence[int]]) -> str:
+        """`83 % of train are class 1` where no random part of the set has such labels, else "".
+
+        Args:
+            classes: split -> examples of each class.
+        """
+        for split, counts in classes.items():
+            total = sum(counts)
+            spread = [_SIGMAS * math.sqrt(p * (1 - p) / total) for p in self.shares]
+            for number, count in enumerate(counts):
+                share = count / total
+                if not self.shares[0] - spread[0] <= share <= self.shares[1] + spread[1]:
+                    return f"{100 * share:.0f} % of {split} are class {number}"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +66,8 @@ class Task:
         paired: the input is two sequences (retrieval).
         image_side: side of the square image whose pixels are the tokens, or None.
         generated: True when dmx can make the data itself, with no download.
+        published: the data set of that name in the literature; None for any other task, whose
+            results stand beside no published ones.
         preset: dotted RunConfig keys to the reference's values for this task (lra_config.py of
             Solving-LRA-PathX), laid under whatever the user sets.
     """
@@ -37,6 +80,7 @@ class Task:
     paired: bool = False
     image_side: int | None = None
     generated: bool = False
+    published: Published | None = None
     preset: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -64,6 +108,14 @@ def task_for(name: str) -> Task:
             if task is not None:
                 return task
     raise ConfigError(f"task {choices_message(name, task_names())}.")
+
+
+def find_task(name: str) -> Task | None:
+    """The task, or None for a name that this version of dmx does not know."""
+    try:
+        return task_for(name)
+    except ConfigError:
+        return None
 
 
 def task_names() -> list[str]:

@@ -1,6 +1,6 @@
 """ListOps: nested MIN/MAX/MED/SM expressions over digits, ten classes."""
 
-from dmx.tasks.base import TASKS, Task
+from dmx.tasks.base import TASKS, Published, Task
 
 TASKS.register("listops")(
     Task(
@@ -12,6 +12,7 @@ TASKS.register("listops")(
         paired=False,
         image_side=None,
         generated=True,
+        published=Published(counts=((96000, 2000, 2000),), shares=(0.06, 0.18)),
         preset={
             "train.batch_size": 32,
             "train.num_steps": 5000,

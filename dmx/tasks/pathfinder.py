@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dmx.errors import ConfigError
-from dmx.tasks.base import TASKS, Task
+from dmx.tasks.base import TASKS, Published, Task
 
 _RELEASED = re.compile(r"pathfinder(\d+)-curv_(\w+)")
 _PATHX = re.compile(r"pathX-cl14_(nogap|alpha\d+(?:\.\d+)?)")
@@ -13,6 +13,19 @@ _CUSTOM = re.compile(r"pathfinder(\d+)-cl(\d+)-d(\d+)")
 
 SIDES = (32, 64, 128, 256)
 LEVELS = ("baseline", "contour_length_9", "contour_length_14")
+NUM_IMAGES = 200_000
+"""In every published set, counted with the image files that are empty."""
+EMPTY_IMAGES = {"pathfinder32-curv_baseline": 1}
+_SHARES = (0.5, 0.5)
+"""A fair coin is tossed for each image."""
+
+
+def _published(name: str) -> Published | None:
+    if name not in MEMBERS:
+        return None
+    images = NUM_IMAGES - EMPTY_IMAGES.get(name, 0)
+    train, dev = int(images * 0.8), int(images * 0.9)
+    return Published(counts=((train, dev - train, images - dev),), shares=_SHARES)
 
 
 def _task(name: str, side: int) -> Task:
@@ -24,6 +37,7 @@ def _task(name: str, side: int) -> Task:
         num_classes=2,
         image_side=side,
         generated=True,
+        published=_published(name),
         preset={
             "train.batch_size": 256,
             "train.num_steps": 62400,
@@ -65,9 +79,11 @@ def pathfinder(name: str) -> Task | None:
     return None
 
 
-pathfinder.members = (  # type: ignore[attr-defined]
+MEMBERS = (
     *(f"pathfinder{side}-curv_{level}" for side in SIDES for level in LEVELS),
     "pathX-cl14_nogap",
     *(f"pathX-cl14_alpha{alpha}" for alpha in ("0.0", "0.5", "0.75", "1.0", "1.25", "1.5")),
 )
+"""The published sets."""
+pathfinder.members = MEMBERS  # type: ignore[attr-defined]
 TASKS.register("pathfinder")(pathfinder)

@@ -1,6 +1,6 @@
 """Retrieval: does one ACL Anthology paper cite the other? Two byte-level texts, two classes."""
 
-from dmx.tasks.base import TASKS, Task
+from dmx.tasks.base import TASKS, Published, Task
 
 TASKS.register("retrieval")(
     Task(
@@ -12,6 +12,7 @@ TASKS.register("retrieval")(
         paired=True,
         image_side=None,
         generated=False,
+        published=Published(counts=((147086, 18090, 17437),), shares=(0.4, 0.6)),
         preset={
             "train.batch_size": 32,
             "train.num_steps": 30000,

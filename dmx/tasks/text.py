@@ -1,6 +1,6 @@
 """Text: byte-level IMDB sentiment, two classes."""
 
-from dmx.tasks.base import TASKS, Task
+from dmx.tasks.base import TASKS, Published, Task
 
 TASKS.register("text")(
     Task(
@@ -12,6 +12,7 @@ TASKS.register("text")(
         paired=False,
         image_side=None,
         generated=False,
+        published=Published(counts=((25000, 25000, 25000),), shares=(0.5, 0.5)),
         preset={
             "train.batch_size": 32,
             "train.num_steps": 20000,

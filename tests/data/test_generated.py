@@ -47,7 +47,7 @@ def test_images_stand_in_the_references_split(tmp_path: Path, small_shards: None
     known = [0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
     labels = dict(zip(order[:24], store.split("train").labels.tolist(), strict=True))
     assert all(label == known[n] for n, label in labels.items() if n < 20)
-    assert store.manifest.label == "pathX-cl14_nogap (30 images)"
+    assert store.manifest.label == "pathX-cl14_nogap (partial: 30 of 200,000 examples)"
     assert store.manifest.parameters["generator"]["num_distractors"] == 5
     assert not [p for p in tmp_path.iterdir() if "shards" in p.name]
 

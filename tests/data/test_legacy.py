@@ -53,7 +53,8 @@ def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
     pixels = np.zeros(1024, np.int32)
     pixels[3] = 255
     example = {"input_ids_0": pixels, "label": np.int64(7)}
-    source = write(tmp_path / "old", "image", {split: [example] for split in SPLITS}, 4)
+    splits = {split: [example] for split in SPLITS} | {"train": [example | {"label": 0}]}
+    source = write(tmp_path / "old", "image", splits, 4)
     store = prepare("image", tmp_path / "data", source=source)
     assert store.split("test").tokens(0).tolist() == pixels.tolist()
     assert store.split("test").labels.tolist() == [7]
@@ -62,7 +63,8 @@ def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
 
 def test_paired_pickles(tmp_path: Path) -> None:
     example = text_example([4], 1) | {"input_ids_1": np.array([8, 9] + [0] * 4094, np.int32)}
-    source = write(tmp_path / "old", "retrieval", {split: [example] for split in SPLITS}, 4)
+    splits = {split: [example] for split in SPLITS} | {"test": [example | {"label": 0}]}
+    source = write(tmp_path / "old", "retrieval", splits, 4)
     split = prepare("retrieval", tmp_path / "data", source=source).split("dev")
     assert (split.tokens(0).tolist(), split.tokens_1(0).tolist()) == ([4], [8, 9])
 

@@ -47,7 +47,7 @@ def test_release_files_become_ids(tmp_path: Path, archive: bool) -> None:
     assert train.labels.tolist() == [4, 4]
     assert store.split("dev").tokens(0).tolist() == [14, 2, 3, 11]
     assert store.split("test").tokens(0).tolist() == [8]
-    assert store.manifest.label == "listops"
+    assert store.manifest.label == "listops (partial: 4 of 100,000 examples)"
     assert not store.manifest.is_sample
     assert decode(train.tokens(0)) == "[MAX 2 [SM 9 8 7 ] 3 ]"
 
@@ -177,7 +177,7 @@ def test_generated_set_is_equal_for_any_number_of_workers(tmp_path: Path) -> Non
     two = prepare("listops", tmp_path / "two", options=options, workers=2)
     assert content(one.folder) == content(two.folder)
     assert one.manifest.checksum == two.manifest.checksum
-    assert one.manifest.label == "listops (generated, 2,100 for training)"
+    assert one.manifest.label == "listops (generated, partial: 2,150 of 100,000 examples)"
     assert [len(one.split(s)) for s in ("train", "dev", "test")] == [2100, 30, 20]
     assert one.split("dev").tokens(0).tobytes() == example(3, 2100)[0]
     assert one.split("test").labels[19] == example(3, 2149)[1]
@@ -215,6 +215,8 @@ def test_prepared_set_is_kept_and_another_is_refused(tmp_path: Path) -> None:
     first = prepare("listops", tmp_path, options=sizes(5, 2, 2), workers=1)
     made = first.manifest.created
     assert prepare("listops", tmp_path, options=sizes(5, 2, 2), workers=1).manifest.created == made
+    with pytest.raises(DataError, match=r"with sizes=.* instead of sizes=.*; pass --force"):
+        prepare("listops", tmp_path, options=sizes(6, 2, 2), workers=1)
     with pytest.raises(DataError, match=r"with seed=0 instead of seed=1; pass --force"):
         prepare("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1)
     again = prepare("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1, force=True)

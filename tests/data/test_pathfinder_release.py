@@ -60,7 +60,7 @@ def test_release_is_read_in_numeric_order_and_split(tmp_path: Path, archive: boo
             assert got.labels[place] == (batch + n) % 2
             assert (got.tokens(place) == pixels(batch * 100 + n).reshape(-1)).all()
     assert store.manifest.parameters["skipped_empty_images"] == 0
-    assert store.manifest.label == TASK
+    assert store.manifest.label == f"{TASK} (partial: 18 of 200,000 examples)"
 
 
 @pytest.mark.parametrize("up", range(5))
@@ -121,7 +121,7 @@ def test_original_generators_folder_with_real_npy(tmp_path: Path) -> None:
         store = prepare("pathX-cl14_alpha0.75", tmp_path / "data", source=source, force=True)
         assert store.split("train").labels.tolist() == [0, 0, 1, 0, 0, 1, 1, 1]  # 6 8 9 0 2 5 7 1
         assert (store.split("dev").tokens(0) == pixels(4, 128).reshape(-1)).all()
-        assert store.manifest.label == "pathX-cl14_alpha0.75"
+        assert store.manifest.data_name == "original-pathx"
     with pytest.raises(DataError, match="no data for pathX-cl14_nogap"):
         prepare("pathX-cl14_nogap", tmp_path / "data", source=root / "cl14_alpha0.75")
 

@@ -148,7 +148,7 @@ def test_prepared_lra_data_win_over_the_sample(
     monkeypatch.setenv("DMX_DATA_ROOT", str(tmp_path))
     write_store(tmp_path / "text", manifest(aliases={"dev": "test"}), fill)
     store = locate("text", None, allow_sample=True)
-    assert store.manifest.label == "text"
+    assert store.manifest.data_name == "lra-text" and not store.manifest.is_sample
     assert locate("text", tmp_path, allow_sample=False).folder == store.folder
     (tmp_path / "text" / "train.labels.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"train\.labels\.npy"):  # damaged data: no silent switch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from dmx.data import store_writer
-from dmx.data.manifest import Manifest
+from dmx.data.manifest import Manifest, read_manifest
 from dmx.data.store import StoreWriter, open_store, write_store
 from dmx.errors import DataError
+from tests.tiny import one_sentence
 
 TEXTS = [[5, 9, 1], [256, 1, 2, 3, 4, 5], [], [7]]
 
@@ -102,7 +104,39 @@ def test_pairs_keep_both_sides(tmp_path: Path) -> None:
 def test_label_names_the_data() -> None:
     assert manifest().label == "text"
     assert manifest(is_sample=True, data_name="sample-bbc").label == "sample-bbc, not LRA"
-    assert manifest(note="10 images").label == "text (10 images)"
+    assert manifest(note="generated").label == "text (generated)"
+    part = manifest(note="generated", partial="12 of 75,000 examples")
+    assert part.label == "text (generated, partial: 12 of 75,000 examples)"
+
+
+def test_a_part_of_the_published_set_is_partial(folder: Path) -> None:
+    found = open_store(folder).manifest
+    assert found.partial == "12 of 75,000 examples" and found.label != "text"
+    # A store of an earlier version says nothing of it, so that its splits have to.
+    path = folder / "manifest.json"
+    body = json.loads(path.read_bytes())
+    del body["partial"], body["manifest_sha256"]
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
+    path.write_text(json.dumps(body | {"manifest_sha256": hashlib.sha256(canonical).hexdigest()}))
+    assert read_manifest(folder).partial == "12 of 75,000 examples"
+
+
+def test_samples_and_unpublished_tasks_are_not_partial(tmp_path: Path) -> None:
+    for name, changes in (("a", {"is_sample": True}), ("b", {"task": "pathfinder16-cl3-d1"})):
+        write_store(tmp_path / name, manifest(**changes), fill)
+        assert open_store(tmp_path / name).manifest.partial == ""
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_data_with_one_class_are_refused(tmp_path: Path, label: int) -> None:
+    def same(writer: StoreWriter) -> None:
+        for split in ("train", "dev", "test"):
+            writer.add_rows(split, np.ones((7, 4), np.uint8), [label] * 7)
+
+    with pytest.raises(DataError, match=rf"All 21 examples of text have label {label}; ") as error:
+        write_store(tmp_path / "text", manifest(), same)
+    one_sentence(error.value)
+    assert not (tmp_path / "text").exists()
 
 
 def test_pickled_store_and_split_are_small_and_reopen(folder: Path) -> None:
@@ -167,7 +201,7 @@ def test_edit_of_one_byte_of_a_large_file_is_detected_whenever_its_time_moved(
             writer.add_rows(
                 split,
                 rows if split == "train" else rows[:2],
-                np.zeros(6000)[: len(rows if split == "train" else rows[:2])],
+                np.arange(6000)[: len(rows if split == "train" else rows[:2])] % 2,
             )
 
     folder = tmp_path / "image"
@@ -284,11 +318,12 @@ def test_replace_swaps_the_old_store(folder: Path) -> None:
     def other(writer: StoreWriter) -> None:
         for split in ("train", "dev", "test"):
             writer.add(split, [9], 0)
+        writer.add("train", [9], 1)
 
     write_store(folder, manifest(), other)  # refused silently: it is prepared already
     assert len(open_store(folder).split("train")) == 4
     write_store(folder, manifest(), other, replace_existing=True)
-    assert len(open_store(folder).split("train")) == 1
+    assert len(open_store(folder).split("train")) == 2
     assert sorted(p.name for p in folder.parent.iterdir()) == [".text.lock", "text"]
 
 

@@ -56,7 +56,7 @@ def test_imdb_becomes_byte_ids_in_tfds_order(tmp_path: Path, archive: bool) -> N
     assert dict(store.manifest.splits) == {"train": 4, "dev": 4, "test": 4}
     assert store.manifest.aliases == {"dev": "test"}
     assert store.split("dev").labels.tolist() == store.split("test").labels.tolist()
-    assert (store.manifest.max_length, store.manifest.label) == (4096, "text")
+    assert (store.manifest.max_length, store.manifest.data_name) == (4096, "lra-text")
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dmx import cli, leaderboard, report
 from dmx.errors import ConfigError
 from dmx.leaderboard import cell_text, gather, latex_escape
 from dmx.reporting.board import boards, entries
-from tests.reporting.makers import make_curriculum, make_run, make_study
+from dmx.reporting.caveats import caveats, comparable
+from tests.reporting.makers import config, make_curriculum, make_run, make_study
 
 
 def _root(tmp_path: Path) -> Path:
@@ -56,6 +59,23 @@ def test_part_of_the_data_is_another_table(tmp_path: Path) -> None:
     found = boards(entries(gather([tmp_path / "r"])))
     assert [b.title for b in found] == ["LRA data", "generated or partial data"]
     assert found[1].columns == ("text (1,000 texts)",)
+
+
+def test_a_task_of_ones_own_is_no_lra_data(tmp_path: Path) -> None:
+    task = "pathfinder16-cl3-d1"
+    own = config("butterfly-64", task)
+    folder = make_run(tmp_path / "r" / "own", 0.9, data=task)
+    (folder / "best" / "config.yaml").write_text(yaml.safe_dump(own))
+    make_run(tmp_path / "r" / "lra", 0.8)
+    found = gather([tmp_path / "r"])
+    assert [b.title for b in boards(entries(found))] == ["LRA data", "tasks that are not published"]
+    assert {run.name: comparable(run) for run in found} == {"lra": True, "own": False}
+    (run,) = [run for run in found if run.name == "own"]
+    assert f"{task} is no published task" in caveats(run)[0].text
+    # A task of a plug-in that is not loaded here is nobody's published set either.
+    unknown = dataclasses.replace(run, task="parity", data="parity")
+    assert not comparable(unknown) and caveats(unknown)[0].text.startswith("parity is no published")
+    assert [b.title for b in boards(entries([unknown]))] == ["tasks that are not published"]
 
 
 def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> None:

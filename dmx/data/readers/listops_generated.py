@@ -14,8 +14,8 @@ from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError
 from dmx.tasks import Task
+from dmx.tasks.base import SPLITS
 
-SIZES = {"train": 96000, "dev": 2000, "test": 2000}
 SHARD_SIZE = 1000
 DEFAULT_SEED = 0
 
@@ -27,7 +27,9 @@ def fits(task: Task, source: Source | None) -> bool:
 
 def prepare(request: Request) -> None:
     """Generate what is missing, then write the store."""
-    sizes = {split: int(request.options.get(f"num_{split}", n)) for split, n in SIZES.items()}
+    assert request.task.published is not None
+    usual = zip(SPLITS, request.task.published.counts[0], strict=True)
+    sizes = {split: int(request.options.get(f"num_{split}", n)) for split, n in usual}
     if least := [split for split, count in sizes.items() if count < 1]:
         raise ConfigError(f"--num-{least[0]} must be at least 1.")
     seed = int(request.options.get("seed", DEFAULT_SEED))
@@ -61,7 +63,6 @@ def prepare(request: Request) -> None:
                 writer.add(split, np.frombuffer(ids, np.uint8), value)
         return {"redrawn": redrawn}
 
-    usual = sizes == SIZES
     manifest = manifest_for(
         request,
         data_name="generated-listops",
@@ -70,11 +71,12 @@ def prepare(request: Request) -> None:
         dtype="uint8",
         parameters={
             "seed": seed,
+            "sizes": sizes,
             "min_length": MIN_LENGTH,
             "max_length": MAX_LENGTH,
             "vocabulary": list(VOCABULARY),
         },
-        note="generated" if usual else f"generated, {sizes['train']:,} for training",
+        note="generated",
         licence="none needed (generated)",
     )
     write_store(request.folder, manifest, fill, replace_existing=request.force)

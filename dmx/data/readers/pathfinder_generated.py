@@ -24,11 +24,11 @@ from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError, DataError
 from dmx.tasks import Task
+from dmx.tasks.pathfinder import NUM_IMAGES
 
 log = logging.getLogger(__name__)
-NUM_IMAGES = 200_000
 SEED = 123
-"""Number and seed of all published sets."""
+"""Of all published sets."""
 SHARD_SIZE = 250
 _PROBE_SECONDS = 2.0
 _PROBE_IMAGES = 40
@@ -152,7 +152,8 @@ def prepare(request: Request) -> None:
 def _note(task: Task, count: int, seed: int, render: str) -> str:
     """What sets the data apart from the published set of that name; pathX sets are generated."""
     parts = [] if task.name.startswith("pathX-") else ["generated"]
-    parts += [f"{count:,} images"] if count != NUM_IMAGES else []
+    if task.published is None and count != NUM_IMAGES:  # else their number shows what is partial
+        parts.append(f"{count:,} images")
     parts += [f"seed {seed}"] if seed != SEED else []
     parts += [f"render {render}"] if render != "original" else []
     return ", ".join(parts)
