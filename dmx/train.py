@@ -40,11 +40,18 @@ from dmx.paths import local_path
 from dmx.schema import read_yaml, to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
-from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.evaluation import config_on, evaluate_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
 from dmx.training.sample_view import write_samples
-from dmx.training.transfer import read_weights
+from dmx.training.trainer import resolve
+from dmx.training.transfer import (
+    Weights,
+    check_reinit,
+    plan_transfer,
+    read_weights,
+    shapes_of,
+)
 from dmx.training.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")
@@ -74,16 +81,15 @@ def main(argv: Sequence[str]) -> int:
     if args.address is None:
         pick_device(config.train.device)
     costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
-    if args.init_from is not None:
-        read_weights(Path(args.init_from))  # a wrong path is found before anything is written
+    if args.reinit and args.init_from is None:
+        raise ConfigError("--reinit is given without --init-from; leave it out.")
+    start = None if args.init_from is None else read_weights(Path(args.init_from))
     if args.dry_run:
-        return _dry_run(args, config)
+        return _dry_run(args, config, start)
     folder = _folder(args, config)
     store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
-    resolved = config.resolved(
-        vocab_size=max(config.task_info.vocab_size, store.manifest.vocab_size),
-        num_classes=store.manifest.num_classes,
-    )
+    resolved = resolve(config, store.manifest)
+    _tell_transfer(args, start, resolved)
     again = cli.command_line("dmx.train", argv, add="--resume")
     if args.resume:
         _check_same(folder, resolved, again)
@@ -95,7 +101,25 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
+def _tell_transfer(args: argparse.Namespace, start: Weights | None, resolved: RunConfig) -> None:
+    """Say what the run takes over from --init-from, before anything is written.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    if start is None:
+        return
+    target, tasks = shapes_of(resolved), (start.task, resolved.task_info)
+    remedy = "; name what may start afresh with --reinit"
+    try:
+        check_reinit(args.reinit, [*start.shapes, *target], "--reinit")
+        report = plan_transfer(start.shapes, target, args.reinit, tasks=tasks, remedy=remedy)
+    except CheckpointError as error:
+        raise CheckpointError(f"--init-from {args.init_from}: {error}") from None
+    verbatim(f"from {args.init_from}: {report}")
+
+
+def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None) -> int:
     """What the run would cost; nothing is written."""
     root = _data_root(args, config)
 
@@ -103,6 +127,7 @@ def _dry_run(args: argparse.Namespace, config: RunConfig) -> int:
         return obtain(config.task, root, allow_sample=True, generate=False)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
+        _tell_transfer(args, start, resolve(config, data.store.manifest))
         cost = costs.run_cost(
             config,
             data.store,
@@ -186,6 +211,7 @@ def _train(
         data_folder=str(store.folder),
         folder=str(folder),
         init_from=None if args.init_from is None else str(Path(args.init_from).absolute()),
+        reinit=tuple(args.reinit),
         **workers.of_job(),
     )
     events = RunWriter(folder)
@@ -257,16 +283,27 @@ def _opened(
 def _evaluate(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(Path(args.evaluate))
     task = args.task or checkpoint.config.task
+    config = config_on(checkpoint, task, flatten(parse_assignments(args.settings)))
+    weights = Weights(checkpoint.model_state(), checkpoint.config.task_info)
+    tasks = weights.task, config.task_info
+    try:
+        report = plan_transfer(weights.shapes, shapes_of(config), tasks=tasks, remedy="")
+    except CheckpointError as error:
+        raise CheckpointError(f"{args.evaluate} on task {task}: {error}") from None
     root = _data_root(args, checkpoint.config)
     store = obtain(task, root, allow_sample=True, generate=args.prepare)
     threads = args.threads or num_cores()
-    result = evaluate_checkpoint(args.evaluate, str(store.folder), args.split, threads)
+    result = evaluate_checkpoint(
+        args.evaluate, str(store.folder), args.split, threads, config=to_dict(config)
+    )
     out = {
         "checkpoint": args.evaluate,
         "task": task,
         "data": store.manifest.label,
         "split": args.split,
     }
+    if report.positions:  # else the model is the checkpoint's own
+        out["weights"] = f"of {checkpoint.config.task}, {report.positions}"
     sys.stdout.write(yaml.safe_dump({**out, **result}, sort_keys=False))
     return EXIT_OK
 

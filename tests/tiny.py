@@ -47,7 +47,7 @@ def examples(split: str) -> list[tuple[np.ndarray, int]]:
     return found
 
 
-def write_tiny(root: Path, task: str = TASK) -> Store:
+def write_tiny(root: Path, task: str = TASK, max_length: int = LENGTH) -> Store:
     """Write the data set as `task` below a data root and open it."""
     manifest = Manifest(
         task=task,
@@ -55,7 +55,7 @@ def write_tiny(root: Path, task: str = TASK) -> Store:
         origin="tests/tiny.py",
         note="tiny",
         num_classes=2,
-        max_length=LENGTH,
+        max_length=max_length,
         vocab_size=512,
         dtype="uint8",
     )

@@ -49,6 +49,14 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--init-from", help="start from these weights: a checkpoint folder or *_output.model"
     )
+    p.add_argument(
+        "--reinit",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --init-from: what may start afresh where it does not fit; a parameter's name, "
+        "a prefix ending in a dot, or a pattern with * (repeatable)",
+    )
     p.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this checkpoint")
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")

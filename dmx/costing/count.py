@@ -19,6 +19,7 @@ from dmx.config import RunConfig
 from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store
 from dmx.nn.model import Classifier
+from dmx.training.trainer import resolve
 
 _OPTIMIZER_BYTES = 7 * 4
 """AdamW per parameter: weight, gradient and two moments are read, all but the gradient written."""
@@ -90,14 +91,6 @@ _FORMULAS = {  # what PyTorch's table lacks: in-place products, and the CPU's at
 }
 
 
-def resolve(config: RunConfig, store: Store) -> RunConfig:
-    """The config with the sizes that the data decide."""
-    return config.resolved(
-        vocab_size=max(config.task_info.vocab_size, store.manifest.vocab_size),
-        num_classes=store.manifest.num_classes,
-    )
-
-
 def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCost:
     """Count a step on the CPU, on `examples` training examples and on twice as many.
 
@@ -105,7 +98,7 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
     examples are spread over the split, so that their lengths are typical. One thread: the counters
     see only the thread they were started in.
     """
-    config = resolve(config, store)
+    config = resolve(config, store.manifest)
     length = config.model.max_length
     assert length
     split = store.split("train")

@@ -98,8 +98,9 @@ def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
     if report is None:
         return "nothing"
     parts = [f"{len(report.moved)} equal"]
-    parts += ["position tiled"] if report.tiled else []
-    parts += [f"{len(report.reinitialised)} afresh"] if report.reinitialised else []
+    parts += [report.positions] if report.positions else []
+    parts += [f"{len(report.fresh)} afresh"] if report.fresh else []
+    parts += [f"{len(report.dropped)} left out"] if report.dropped else []
     return f"{stage.parent or stage.init_path} ({', '.join(parts)})"
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.curriculum.history import History, attempt_folder
@@ -17,11 +15,18 @@ from dmx.data.files import is_there, sha256_file
 from dmx.data.locate import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError
-from dmx.nn.model import Classifier
+from dmx.tasks import Task
+from dmx.training import trainer
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.transfer import TransferReport, plan_transfer, read_weights
+from dmx.training.transfer import (
+    Shapes,
+    TransferReport,
+    check_reinit,
+    plan_transfer,
+    read_weights,
+    shapes_of,
+)
 
-Shapes = Mapping[str, torch.Size]
 _MAX_VARIANTS = 64
 
 
@@ -75,19 +80,10 @@ def check_settings(stage: StageConfig, store: Store) -> None:
 
 def resolve(config: RunConfig, data: StageData) -> RunConfig:
     """The config with the model's open sizes from the data, or from the task without data."""
-    task = config.task_info
-    vocab, classes = task.vocab_size, task.num_classes
     if data.store is not None:
-        manifest = data.store.manifest
-        vocab, classes = max(vocab, manifest.vocab_size), manifest.num_classes
-    return config.resolved(vocab_size=vocab, num_classes=classes)
-
-
-def shapes_of(config: RunConfig) -> Shapes:
-    """Shapes of a resolved config's parameters and buffers, without memory for them."""
-    with torch.device("meta"):
-        model = Classifier(config.model, config.attention, paired=config.task_info.paired)
-    return {name: value.shape for name, value in model.state_dict().items()}
+        return trainer.resolve(config, data.store.manifest)
+    task = config.task_info
+    return config.resolved(vocab_size=task.vocab_size, num_classes=task.num_classes)
 
 
 def variants(stage: StageConfig, data: StageData) -> Iterator[Shapes]:
@@ -114,21 +110,26 @@ def check_transfers(
     """
     known = {s.name: list(variants(s, data[s.name])) for s in curriculum.stages}
     reports = {}
+    tasks: tuple[Task | None, Task]
     for stage in curriculum.stages:
         if stage.init_path is not None:
-            state = read_weights(Path(stage.init_path))
-            sources: list[Shapes] = [{name: value.shape for name, value in state.items()}]
+            weights = read_weights(Path(stage.init_path))
+            sources: list[Shapes] = [weights.shapes]
+            tasks = (weights.task, stage.config.task_info)
         elif stage.parent is not None:
             sources = known[stage.parent]
+            tasks = (curriculum.stage(stage.parent).config.task_info, stage.config.task_info)
         else:
             continue
-        for source in sources:
-            for target in known[stage.name]:
-                try:
-                    reports[stage.name] = plan_transfer(source, target, stage.reinit)
-                except CheckpointError as error:
-                    origin = stage.parent or stage.init_path
-                    raise CheckpointError(f"stage {stage.name} from {origin}: {error}") from None
+        targets = known[stage.name]
+        origin = stage.parent or stage.init_path
+        try:
+            check_reinit(stage.reinit, [name for some in (*sources, *targets) for name in some])
+            for source in sources:
+                for target in targets:
+                    reports[stage.name] = plan_transfer(source, target, stage.reinit, tasks=tasks)
+        except CheckpointError as error:
+            raise CheckpointError(f"stage {stage.name} from {origin}: {error}") from None
     return reports
 
 
@@ -195,10 +196,8 @@ def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
     Raises:
         ConfigError: it is not.
     """
-    from dmx.training.trainer import pick_device
-
     for stage in curriculum.stages if local else ():
         try:
-            pick_device(stage.config.train.device)
+            trainer.pick_device(stage.config.train.device)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None

@@ -47,7 +47,7 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     if options.address is None:
         local_means(curriculum, options.cpus, options.gpus, options.workers)
     data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
-    precheck.check_transfers(curriculum, data)
+    transfers = precheck.check_transfers(curriculum, data)
     selected = [s.name for s in curriculum.stages]
     if options.until is not None:
         selected = list(curriculum.until(options.until))
@@ -59,6 +59,10 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
         if not planner.has_work(curriculum, history, selected):
             logger.info("nothing is left to do")
             return _finish(curriculum, options, history, {}, planner.all_passed(history, selected))
+        for stage in curriculum.stages:
+            if stage.name in transfers and history.stage(stage.name).status == "waiting":
+                source = stage.parent or stage.init_path
+                logger.info("%s starts from %s: %s", stage.name, source, transfers[stage.name])
         with sync:
             return _connected(curriculum, options, journal, selected)
 

@@ -84,7 +84,11 @@ class Split:
         return self._slice(1, index)
 
     def gather(self, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-        """Examples `indices` [B] as [B, length], zero-padded or cut, in the stored dtype."""
+        """Examples `indices` [B] as [B, length], zero-padded, in the stored dtype.
+
+        Raises:
+            DataError: one is longer; none is cut.
+        """
         return self._gather(0, indices, length)
 
     def gather_1(self, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
@@ -107,15 +111,20 @@ class Split:
         rows = np.asarray(indices, dtype=np.int64)
         tokens, offsets = self._sides[side]
         fixed = self._fixed[side]
+        longest = int((offsets[rows + 1] - offsets[rows]).max(initial=0))
+        if longest > length:
+            raise DataError(
+                f"{self._folder} has an example of {longest:,} tokens in split {self.name}, more "
+                f"than the {length:,} that are read; nothing is cut."
+            )
         if fixed == length:
             return np.asarray(tokens.reshape(-1, length)[rows])
         out = np.zeros((len(rows), length), self._dtype)
         if fixed is not None:
-            width = min(fixed, length)
-            out[:, :width] = tokens.reshape(-1, fixed)[rows, :width]
+            out[:, :fixed] = tokens.reshape(-1, fixed)[rows]
             return out
         starts = offsets[rows].tolist()
-        stops = np.minimum(offsets[rows + 1], offsets[rows] + length).tolist()
+        stops = offsets[rows + 1].tolist()
         # One slice copy per row is faster than one fancy index over all tokens.
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             out[row, : stop - start] = tokens[start:stop]

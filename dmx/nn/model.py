@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmx.attention import AttentionConfig, MixerContext
 from dmx.attention.multihead import MultiHead
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, DataError
 from dmx.nn.dropout import Dropout
 from dmx.nn.ends import embed, norm_sum
 from dmx.nn.functional import residual_mlp, small_linear
@@ -157,7 +157,17 @@ class Encoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids of any integer type -> [B, D]."""
+        """[B, L] ids of any integer type -> [B, D].
+
+        Raises:
+            DataError: L is more than the model's positions.
+        """
+        assert self.config.max_length
+        if input_ids.shape[1] > self.config.max_length:
+            raise DataError(
+                f"the sequences have {input_ids.shape[1]:,} positions, but the model reads "
+                f"{self.config.max_length:,}."
+            )
         with single_thread(input_ids):
             ids = input_ids.long()
             real = self.config.mask == "nonzero"

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from dmx.config import parse_run_config
+from dmx.config import RunConfig, parse_run_config
 from dmx.data.store import open_store
-from dmx.errors import CheckpointError
+from dmx.errors import ConfigError
 from dmx.nn.model import Classifier
+from dmx.schema import to_dict
 from dmx.storage.places import SHARED, Places
-from dmx.training.checkpoint import open_checkpoint
+from dmx.tasks import task_for
+from dmx.training.checkpoint import Checkpoint, open_checkpoint
 from dmx.training.trainer import Trainer
-from dmx.training.transfer import transfer
+from dmx.training.transfer import MisfitError, Weights, transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +44,32 @@ def measure(wanted: Measurement, threads: int) -> float | None:
     Raises:
         CheckpointError, DataError: either is missing or damaged.
     """
-    torch.set_num_threads(threads)
-    wanted.places.pull(Path(wanted.checkpoint))
-    checkpoint = open_checkpoint(Path(wanted.checkpoint))
-    store = open_store(wanted.places.data(wanted.data_folder))
-    config = checkpoint.config if wanted.config is None else parse_run_config(wanted.config)
-    state = checkpoint.model_state()
-
-    def move(model: Classifier) -> None:
-        transfer(model, state)
-
     try:
-        trainer = Trainer(config, store, before_training=move)
-    except CheckpointError:
-        if wanted.config is None:
-            raise
+        result = evaluate_checkpoint(
+            wanted.checkpoint,
+            wanted.data_folder,
+            wanted.split,
+            threads,
+            wanted.places,
+            wanted.config,
+        )
+    except MisfitError:
         return None
-    try:
-        return trainer.evaluate(wanted.split).accuracy
-    finally:
-        trainer.close()
+    return result["accuracy"]
 
 
 def evaluate_checkpoint(
-    checkpoint_folder: str, data_folder: str, split: str, threads: int, places: Places = SHARED
+    checkpoint_folder: str,
+    data_folder: str,
+    split: str,
+    threads: int,
+    places: Places = SHARED,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of any store.
+    """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of a store.
+
+    Args:
+        config: see Measurement.
 
     Raises:
         CheckpointError, DataError: either is missing or damaged, or they do not fit.
@@ -75,9 +77,17 @@ def evaluate_checkpoint(
     torch.set_num_threads(threads)
     places.pull(Path(checkpoint_folder))
     checkpoint = open_checkpoint(Path(checkpoint_folder))
-    trainer = Trainer(checkpoint.config, open_store(places.data(data_folder)))
+    store = open_store(places.data(data_folder))
+    run = checkpoint.config if config is None else parse_run_config(config)
+    weights = Weights(checkpoint.model_state(), checkpoint.config.task_info)
+
+    def move(model: Classifier) -> None:
+        transfer(model, weights, run.task_info, whole=True)
+
+    trainer = Trainer(run, store, before_training=None if config is None else move)
     try:
-        trainer.load_weights(checkpoint)
+        if config is None:
+            trainer.load_weights(checkpoint)
         result = trainer.evaluate(split)
     finally:
         trainer.close()
@@ -86,3 +96,26 @@ def evaluate_checkpoint(
         "accuracy": result.accuracy,
         "num_examples": result.num_examples,
     }
+
+
+def config_on(checkpoint: Checkpoint, task: str, settings: Mapping[str, Any]) -> RunConfig:
+    """The config in which a checkpoint's weights are evaluated on a task's data.
+
+    Its own, with the task's length and the settings given; the weights move as between stages.
+
+    Raises:
+        ConfigError: the task is of another kind than the checkpoint's.
+    """
+    own, wanted = checkpoint.config, task_for(task)
+    changes: dict[str, Any] = {}
+    if task != own.task:
+        known = own.task_info
+        same = (known.family, known.paired) == (wanted.family, wanted.paired)
+        if not same or (known.image_side is None) != (wanted.image_side is None):
+            raise ConfigError(
+                f"{checkpoint.folder} is a checkpoint of task {own.task}; --task {task} is of "
+                f"another kind, and its weights say nothing about it: give a task of the family "
+                f"{known.family}, or leave --task out."
+            )
+        changes = {"task": task, "model.max_length": wanted.max_length}
+    return parse_run_config(to_dict(own), changes, settings)

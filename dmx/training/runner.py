@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
 import traceback
@@ -20,6 +21,7 @@ from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.nn.model import Classifier
 from dmx.storage.claim import Claim
 from dmx.storage.patience import persist
+from dmx.tasks import Task
 from dmx.training.adopt import adopt
 from dmx.training.checkpoint import Checkpoint, open_checkpoint
 from dmx.training.evaluation import evaluate_checkpoint
@@ -106,7 +108,8 @@ class Runner:
                 places.pull(folder)
             resume = is_there(last)
         store = open_store(places.data(self.job.data_folder))
-        start = self._take_weights if self._ranks.leads and not resume else None
+        begins = self._ranks.leads and not resume and self.job.init_from is not None
+        start = functools.partial(self._take_weights, config.task_info) if begins else None
         self._trainer = Trainer(
             config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
         )
@@ -131,11 +134,11 @@ class Runner:
         trainer.load(own)
         return True
 
-    def _take_weights(self, model: Classifier) -> None:
-        if self.job.init_from is not None:
-            source = Path(self.job.init_from)
-            self.job.places.pull(source)
-            transfer(model, read_weights(source), self.job.reinit)
+    def _take_weights(self, task: Task, model: Classifier) -> None:
+        assert self.job.init_from is not None
+        source = Path(self.job.init_from)
+        self.job.places.pull(source)
+        transfer(model, read_weights(source), task, self.job.reinit)
 
     @property
     def trainer(self) -> Trainer:

@@ -13,7 +13,9 @@ import torch
 from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
+from dmx.data.manifest import Manifest
 from dmx.data.store import Store
+from dmx.errors import DataError
 from dmx.nn.allocator import keep_freed_memory
 from dmx.nn.device import autocast, peak_memory_mb, pick_device
 from dmx.nn.model import Classifier
@@ -41,6 +43,36 @@ def build_model(config: RunConfig) -> Classifier:
     return Classifier(config.model, config.attention, paired=config.task_info.paired)
 
 
+def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The config with the sizes that the data decide.
+
+    Raises:
+        ConfigError: a size of the model is too small for them.
+        DataError: they are of another length or kind than the task: nothing is cut or padded.
+    """
+    task, data = config.task_info, f"data {manifest.label}"
+    length = config.model.max_length or task.max_length
+    if manifest.paired != task.paired:
+        kinds = {True: "pairs of sequences", False: "single sequences"}
+        raise DataError(
+            f"{data} are {kinds[manifest.paired]}, but task {task.name} reads "
+            f"{kinds[task.paired]}; give the data of {task.name}."
+        )
+    if task.image_side is not None and manifest.max_length != task.max_length:
+        raise DataError(
+            f"{data} have {manifest.max_length:,} pixels, but those of task {task.name} have "
+            f"{task.max_length:,}; give the data of {task.name}."
+        )
+    if manifest.max_length > length:
+        raise DataError(
+            f"{data} have up to {manifest.max_length:,} tokens, but the model reads {length:,}; "
+            f"set model.max_length={manifest.max_length}."
+        )
+    return config.resolved(
+        vocab_size=max(task.vocab_size, manifest.vocab_size), num_classes=manifest.num_classes
+    )
+
+
 class Trainer:
     """One run: model, optimizer, data order, and counters.
 
@@ -61,11 +93,7 @@ class Trainer:
         before_training: Callable[[Classifier], None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        manifest = store.manifest
-        self.config = config = config.resolved(
-            vocab_size=max(config.task_info.vocab_size, manifest.vocab_size),
-            num_classes=manifest.num_classes,
-        )
+        self.config = config = resolve(config, store.manifest)
         self.store = store
         self.ranks = ranks
         self.device = pick_device(config.train.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,14 +11,22 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from dmx import log, train
-from dmx.errors import CheckpointError
+from dmx.config import parse_run_config
+from dmx.data.manifest import Manifest
+from dmx.data.store import Store, open_store
+from dmx.data.store_writer import StoreWriter
+from dmx.errors import CheckpointError, ConfigError, DataError
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
+from dmx.training.trainer import Trainer, resolve
+from dmx.training.transfer import POSITION_KEY, tile_positions
+from tests import tiny
 from tests.tiny import SETTINGS, TASK
 
 
@@ -106,8 +115,6 @@ def test_interrupted_and_continued_by_the_last_line(
 
 
 def test_other_settings_do_not_continue_a_run(tiny_root, tmp_path):
-    from dmx.errors import ConfigError
-
     assert main(words(tiny_root, "--name", "a")) == 0
     with pytest.raises(ConfigError, match=r"train\.seed was 2023, now 5"):
         main(words(tiny_root, "--name", "a", "--resume", "train.seed=5"))
@@ -159,3 +166,115 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tiny_root, tmp_path,
     assert capsys.readouterr().out == (tmp_path / "runs/a/best/config.yaml").read_text()
     with pytest.raises(CheckpointError, match=r"^runs is not a whole checkpoint: model\.pt is"):
         main(["--evaluate", "runs", "--data-root", str(tiny_root)])
+
+
+LARGE = "pathfinder32-cl3-d1"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a 16 x 16 task."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "best"
+    with tiny.trainer(tiny_store) as made:
+        made.advance()
+        made.save(folder)
+    return folder
+
+
+def write_pictures(root: Path, below: int) -> None:
+    """A store of 32 x 32 pictures: the first 256 pixels are the same whatever `below` is."""
+    manifest = Manifest(
+        task=LARGE, data_name=f"below {below}", origin="here", note="", num_classes=2,
+        max_length=1024, vocab_size=512, dtype="uint8",
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    with StoreWriter(root / LARGE, manifest) as writer:
+        for split in ("train", "dev", "test"):
+            rows = np.full((20, 1024), below, np.uint8)
+            rows[:, :256] = draw.integers(0, 256, (20, 256))
+            writer.add_rows(split, rows, np.arange(20) % 2)
+
+
+def test_a_checkpoint_is_evaluated_on_larger_pictures_as_a_whole(checkpoint, tmp_path, capsys):
+    """Its positions are enlarged as between stages; once it read the first 256 of 1,024 pixels."""
+    losses = []
+    for below in (0, 200):
+        root = tmp_path / str(below)
+        write_pictures(root, below)
+        argv = ["--evaluate", str(checkpoint), "--task", LARGE, "--data-root", str(root)]
+        assert main(argv) == 0
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert shown["weights"] == f"of {TASK}, positions 16 x 16 to 32 x 32"
+        losses.append(shown["loss"])
+    assert losses[0] != losses[1], "the pixels below count"
+    state = open_checkpoint(checkpoint).model_state()
+    state[POSITION_KEY] = tile_positions(state[POSITION_KEY], 1024)
+    with tiny.trainer(open_store(root / LARGE), task=LARGE) as made:
+        made.model.load_state_dict(state)
+        assert made.evaluate("test").loss == losses[1]
+    assert main([*argv, "attention.block_size=32"]) == 0, "settings count as well"
+    assert yaml.safe_load(capsys.readouterr().out)["loss"] not in losses
+
+
+@pytest.mark.parametrize("task", ["retrieval", "text", "image"])
+def test_a_task_of_another_kind_is_refused(checkpoint, tmp_path, task):
+    with pytest.raises(ConfigError) as caught:
+        main(["--evaluate", str(checkpoint), "--task", task, "--data-root", str(tmp_path)])
+    text = tiny.one_sentence(caught.value)
+    assert f"is a checkpoint of task {TASK}; --task {task} is of another kind" in text
+
+
+def test_larger_weights_on_smaller_pictures_are_refused(tmp_path):
+    store = tiny.write_tiny(tmp_path / "data", LARGE, 1024)
+    with tiny.trainer(store, task=LARGE) as made:
+        made.save(tmp_path / "best")
+    with pytest.raises(CheckpointError, match=r"\(1024, 16\) in the source, \(256, 16\) here"):
+        main(["--evaluate", "best", "--task", TASK])  # before any data are generated
+    assert not (tmp_path / "data" / TASK).exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_weights_that_do_not_fit_leave_no_folder(checkpoint, tiny_root, tmp_path, more):
+    rest = [w for w in words(tiny_root) if not w.startswith("model.hidden_dim")]
+    argv = [*rest, "--init-from", str(checkpoint), "--name", "b", *more]
+    with pytest.raises(CheckpointError) as caught:
+        main([*argv, "model.hidden_dim=24"])
+    text = tiny.one_sentence(caught.value)
+    assert "encoder.layers.0.mlp.0.weight is (16, 16) in the source, (24, 16) here" in text
+    assert text.endswith("name what may start afresh with --reinit.")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(CheckpointError, match=r"--reinit names 'haed\.', .* mean 'head\.'\?"):
+        main([*argv, "--reinit", "haed."])
+    with pytest.raises(ConfigError, match="--reinit is given without --init-from"):
+        main(words(tiny_root, "--reinit", "head."))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_may_start_afresh_is_named_and_told(checkpoint, tiny_root, tmp_path, capsys):
+    changed = ("optim.learning_rate", "model.hidden_dim")
+    rest = [w for w in words(tiny_root) if not w.startswith(changed)]
+    argv = [*rest, "--init-from", str(checkpoint), "model.hidden_dim=24", "--name", "b"]
+    names = ["--reinit", "encoder.layers.*.mlp.*", "--reinit", "head."]
+    assert main([*argv, *names, "optim.learning_rate=1e-30"]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    fresh = "encoder.layers.0.mlp.0.weight, encoder.layers.0.mlp.0.bias, "
+    fresh += "encoder.layers.0.mlp.3.weight, head.0.weight and 2 more"
+    assert told == f"from {checkpoint}: moved 18 tensors, afresh: {fresh}"
+    state = open_checkpoint(tmp_path / "runs" / "b" / "last").model_state()
+    for name, value in open_checkpoint(checkpoint).model_state().items():
+        if name.startswith("encoder.layers.0.attention"):
+            assert torch.equal(state[name], value), name
+
+
+def test_data_of_another_size_than_the_task_are_refused(tmp_path):
+    """Neither padded nor cut."""
+    store = tiny.write_tiny(tmp_path, LARGE, 256)
+    with pytest.raises(DataError, match=r"have 256 pixels, but those of task .* have 1,024"):
+        Trainer(tiny.config(task=LARGE), store)
+    with pytest.raises(DataError, match=r"have 1,024 pixels, but those of task .* have 256"):
+        Trainer(tiny.config(), tiny.write_tiny(tmp_path / "large", LARGE, 1024))
+    texts = dataclasses.replace(store.manifest, max_length=4097)
+    with pytest.raises(DataError, match=r"up to 4,097 tokens.*set model\.max_length=4097"):
+        resolve(parse_run_config({"task": "text"}), texts)
+    with pytest.raises(DataError, match="are single sequences, but task retrieval reads pairs"):
+        resolve(parse_run_config({"task": "retrieval"}), texts)

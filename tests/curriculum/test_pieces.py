@@ -94,16 +94,17 @@ def test_a_checkpoint_is_measured_on_its_own_data(tmp_path: Path, tiny_store: St
 
 
 def test_weights_are_measured_in_a_larger_model(tmp_path: Path, tiny_store: Store) -> None:
-    """As between stages: the position embedding is tiled, and nothing is trained."""
+    """As between stages: the positions of the picture are enlarged, and nothing is trained."""
     folder = trained(tmp_path / "best", tiny_store)
-    larger = tiny.config(model__max_length=1024)
+    store = tiny.write_tiny(tmp_path / "data", "pathfinder32-cl3-d1", 1024)
+    larger = tiny.config(task=store.manifest.task)
     wanted = Measurement(
-        checkpoint=str(folder), data_folder=str(tiny_store.folder), config=to_dict(larger)
+        checkpoint=str(folder), data_folder=str(store.folder), config=to_dict(larger)
     )
     found = measure(wanted, 1)
     state = open_checkpoint(folder).model_state()
     state[POSITION_KEY] = tile_positions(state[POSITION_KEY], 1024)
-    with tiny.trainer(tiny_store, model__max_length=1024) as trainer:
+    with tiny.trainer(store, task=store.manifest.task) as trainer:
         trainer.model.load_state_dict(state)
         assert trainer.evaluate("test").accuracy == found
     other = to_dict(tiny.config(model__num_layers=2))

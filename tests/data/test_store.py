@@ -47,21 +47,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "text"
 
 
-def test_variable_lengths_come_back_padded_and_cut(folder: Path) -> None:
+def test_variable_lengths_come_back_padded_and_are_never_cut(folder: Path) -> None:
     split = open_store(folder).split("train")
     assert len(split) == 4
     assert split.labels.tolist() == [0, 1, 0, 1]
     assert split.lengths.tolist() == [3, 6, 0, 1]
     assert split.tokens(1).tolist() == TEXTS[1]
     assert split.tokens(-1).tolist() == [7]
-    got = split.gather(np.array([3, 1, 2]), 5)
+    got = split.gather(np.array([3, 1, 2]), 7)
     assert got.dtype == np.uint16
-    assert got.tolist() == [[7, 0, 0, 0, 0], [256, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+    assert got.tolist() == [[7] + [0] * 6, [*TEXTS[1], 0], [0] * 7]
+    assert split.gather([3, 0], 3).tolist() == [[7, 0, 0], TEXTS[0]]
+    with pytest.raises(DataError, match="an example of 6 tokens in split train, more than the 5"):
+        split.gather([3, 1], 5)
     with pytest.raises(IndexError):
         split.tokens(4)
 
 
-def test_fixed_lengths_come_back_exact_padded_and_cut(tmp_path: Path) -> None:
+def test_fixed_lengths_come_back_exact_or_padded_and_are_never_cut(tmp_path: Path) -> None:
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2 * 3, 4)
 
     def fill_images(writer: StoreWriter) -> None:
@@ -73,7 +76,8 @@ def test_fixed_lengths_come_back_exact_padded_and_cut(tmp_path: Path) -> None:
     split = open_store(tmp_path / "image").split("dev")
     assert (split.gather([5, 0], 4) == images[[5, 0]]).all()
     assert split.gather([1], 6).tolist() == [[4, 5, 6, 7, 0, 0]]
-    assert split.gather([1], 2).tolist() == [[4, 5]]
+    with pytest.raises(DataError, match="an example of 4 tokens in split dev, more than the 2"):
+        split.gather([1], 2)
     assert split.gather([1], 4).dtype == np.uint8
     assert (tmp_path / "image" / "train.tokens.bin").read_bytes() == images.tobytes()
 

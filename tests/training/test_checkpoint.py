@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dmx.errors import CheckpointError
+from dmx.tasks import task_for
 from dmx.training import checkpoint
 from dmx.training.checkpoint import open_checkpoint, save_checkpoint
 from dmx.training.reference import load_model
 from dmx.training.trainer import build_model
-from dmx.training.transfer import plan_transfer, read_weights, tile_positions, transfer
+from dmx.training.transfer import (
+    Weights,
+    check_reinit,
+    plan_transfer,
+    read_weights,
+    tile_positions,
+    transfer,
+)
 from tests.golden_files import golden
 from tests.tiny import config, one_sentence
 
@@ -107,7 +117,7 @@ def test_a_kill_between_the_two_renames_is_put_right(tmp_path):
     assert value_of(folder) == 0.75
     assert not (tmp_path / ".best.old").exists()
     folder.rename(tmp_path / ".best.old")
-    assert read_weights(folder)["w"][0] == 0.75
+    assert read_weights(folder).state["w"][0] == 0.75
     save(folder, 0.5)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
@@ -213,10 +223,11 @@ def test_transfer_of_the_reference():
         for name, value in data["state"].items()
     }
     target = load_model(target_config, random)
-    report = transfer(target, source.state_dict())
-    assert report.tiled == (POSITION,) and not report.reinitialised
+    weights = Weights(source.state_dict(), None)
+    report = transfer(target, weights, task_for("pathfinder32-curv_baseline"))
+    assert not report.fresh and report.whole
     assert len(report.moved) == len(source.state_dict()) - 1
-    assert str(report) == f"moved {len(report.moved)} tensors, tiled {POSITION}"
+    assert str(report) == f"moved {len(report.moved)} tensors, positions 16 x 16 to 32 x 32"
     with torch.no_grad():
         difference = (target(data["input_ids"]) - data["logits"]).abs().max()
     assert difference <= 1e-5
@@ -238,11 +249,18 @@ def shapes(**given: tuple[int, ...]) -> dict[str, torch.Size]:
     return {name.replace("__", "."): torch.Size(shape) for name, shape in given.items()}
 
 
+TEXT, SMALL, LARGE = (task_for(n) for n in ("text", "pathfinder16-cl3-d1", "pathfinder32-cl3-d1"))
+
+
+def plan(source, target, reinit=(), tasks=(None, TEXT)):
+    return plan_transfer(source, target, reinit, tasks=tasks)
+
+
 def test_what_differs_is_listed_with_both_shapes():
     source = shapes(a=(2, 3), b=(4,), gone=(7,))
     target = shapes(a=(2, 3), b=(5,), new=(6,))
     with pytest.raises(CheckpointError) as caught:
-        plan_transfer(source, target)
+        plan(source, target)
     text = one_sentence(caught.value)
     for part in (
         "b is (4,) in the source, (5,) here",
@@ -251,27 +269,52 @@ def test_what_differs_is_listed_with_both_shapes():
         "`reinit`",
     ):
         assert part in text
-    report = plan_transfer(source, target, ["b", "new", "gone"])
-    assert (report.moved, report.tiled, report.reinitialised) == (("a",), (), ("b", "new"))
-    assert str(report) == "moved 1 tensors, reinitialised b, new"
+    report = plan(source, target, ["b", "new", "gone"])
+    assert (report.moved, report.fresh, report.dropped) == (("a",), ("b", "new"), ("gone",))
+    assert str(report) == "moved 1 tensors, afresh: b, new, left out: gone"
+    assert not report.whole
 
 
 def test_many_differences_are_counted():
     source, target = shapes(), shapes(**{f"p{i}": (1,) for i in range(9)})
     with pytest.raises(CheckpointError, match="and 5 more"):
-        plan_transfer(source, target)
+        plan(source, target)
 
 
 def test_reinit_names_or_prefixes_with_a_dot():
     source = shapes(head__0__weight=(2,), headroom=(3,), head=(4,))
     target = shapes(head__0__weight=(9,))
     with pytest.raises(CheckpointError, match="headroom"):
-        plan_transfer(source, target, ["head.", "head"])
-    assert plan_transfer(source, target, ["head.", "head", "headroom"]).reinitialised == (
-        "head.0.weight",
-    )
+        plan(source, target, ["head.", "head"])
+    assert plan(source, target, ["head.", "head", "headroom"]).fresh == ("head.0.weight",)
     with pytest.raises(CheckpointError, match=r"head\.0\.weight"):
-        plan_transfer(source, target, ["head", "headroom"])
+        plan(source, target, ["head", "headroom"])
+
+
+def test_reinit_takes_patterns():
+    source = shapes(layers__0__mlp__w=(2,), layers__1__mlp__w=(2,), layers__1__norm=(2,))
+    target = shapes(layers__0__mlp__w=(3,), layers__1__mlp__w=(3,), layers__1__norm=(2,))
+    assert plan(source, target, ["layers.*.mlp.*"]).fresh == ("layers.0.mlp.w", "layers.1.mlp.w")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.w"):
+        plan(source, target, ["layers.1.*"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ("haed.", "did you mean 'head.'?"),
+        ("head.0.wieght", "did you mean 'head.0.weight'?"),
+        ("head", "did you mean 'head.'?"),
+        ("*.bias", "a name is 'norm', for example"),
+    ],
+)
+def test_a_reinit_that_names_nothing_is_refused(entry, hint):
+    names = ["head.0.weight", "norm"]
+    check_reinit(["head.", "no*", "norm"], names)
+    with pytest.raises(CheckpointError) as caught:
+        check_reinit(["head.", entry], names)
+    text = one_sentence(caught.value)
+    assert f"names {entry!r}, which is no parameter" in text and hint in text
 
 
 @pytest.mark.parametrize(
@@ -287,8 +330,79 @@ def test_reinit_names_or_prefixes_with_a_dot():
     ],
 )
 def test_positions_that_cannot_be_tiled(source, target):
-    with pytest.raises(CheckpointError, match="position"):
-        plan_transfer({POSITION: torch.Size(source)}, {POSITION: torch.Size(target)})
+    """16 positions count as a 4 x 4 image: the source's task is unknown, the target's is one."""
+    for side in (None, SMALL):
+        with pytest.raises(CheckpointError, match="position"):
+            plan(
+                {POSITION: torch.Size(source)},
+                {POSITION: torch.Size(target)},
+                tasks=(side, replace(SMALL, image_side=math.isqrt(target[0]))),
+            )
+
+
+def positions_of(source_length, length, source_task, task):
+    """The report of a transfer, and the source's row in each position then; -1: none of them."""
+    table = torch.nn.Embedding(length, 2)
+    torch.nn.init.constant_(table.weight, -1.0)
+    model = table
+    for name in ("position", "embeddings", "encoder"):
+        model = torch.nn.ModuleDict({name: model})
+    rows = torch.arange(float(source_length))[:, None].expand(-1, 2)
+    report = transfer(model, Weights({POSITION: rows}, source_task), task)
+    assert torch.equal(table.weight[:, 0], table.weight[:, 1])
+    return report, table.weight[:, 0].int().tolist()
+
+
+@pytest.mark.parametrize("source", [TEXT, None])
+def test_a_text_keeps_its_first_positions(source):
+    """And is no 32 x 32 picture of which each pixel becomes four."""
+    report, rows = positions_of(1024, 4096, source, TEXT)
+    assert rows == list(range(1024)) + [-1] * 3072
+    assert str(report) == "moved 0 tensors, positions 0..1,023 kept, 1,024..4,095 afresh"
+    assert not report.whole
+    report, rows = positions_of(4096, 1024, source, TEXT)
+    assert rows == list(range(1024)) and report.whole
+    assert str(report) == "moved 0 tensors, positions 0..1,023 of 4,096"
+    report, rows = positions_of(1024, 1024, source, TEXT)
+    assert rows == list(range(1024)) and str(report) == "moved 1 tensors"
+
+
+@pytest.mark.parametrize("source", [SMALL, None])
+def test_a_picture_grows_with_its_side(source):
+    report, rows = positions_of(256, 1024, source, LARGE)
+    expected = [(p // 32 // 2) * 16 + (p % 32) // 2 for p in range(1024)]
+    assert rows == expected and report.whole
+    assert str(report) == "moved 0 tensors, positions 16 x 16 to 32 x 32"
+
+
+def test_a_table_that_is_longer_than_the_picture():
+    """Pixel (r, c) is row 16 r + c of the one table and row 32 r + c of the other."""
+    report, rows = positions_of(1024, 1024, SMALL, LARGE)
+    assert rows == [(p // 32 // 2) * 16 + (p % 32) // 2 for p in range(1024)]
+    assert "positions 16 x 16 to 32 x 32" in str(report)
+    report, rows = positions_of(256, 512, SMALL, SMALL)
+    assert rows == list(range(256)) + [-1] * 256 and report.whole, "the rest is never read"
+
+
+@pytest.mark.parametrize(("source", "target"), [(TEXT, LARGE), (LARGE, TEXT)])
+def test_a_text_is_no_picture(source, target):
+    with pytest.raises(CheckpointError, match=r"position.*\(only pathfinder32-cl3-d1 is a picture"):
+        plan(
+            {POSITION: torch.Size((256, 2))},
+            {POSITION: torch.Size((1024, 2))},
+            tasks=(source, target),
+        )
+
+
+def test_without_training_nothing_may_stay_fresh():
+    made = build_model(config().resolved(vocab_size=512, num_classes=2))
+    source = dict(made.state_dict())
+    del source["head.2.weight"]
+    weights = Weights(source, SMALL)
+    with pytest.raises(CheckpointError, match=r"head\.2\.weight .* is not in the source\.$"):
+        transfer(made, weights, SMALL, whole=True)
+    with pytest.raises(CheckpointError, match=r"without training: .* afresh: head\.2\.weight"):
+        transfer(made, weights, SMALL, ["head.2.weight"], whole=True)
 
 
 def test_reinitialised_weights_keep_the_fresh_values():
@@ -296,8 +410,8 @@ def test_reinitialised_weights_keep_the_fresh_values():
     fresh = {n: v.clone() for n, v in made.state_dict().items()}
     source = {n: torch.full_like(v, 0.5) for n, v in fresh.items()}
     source["head.2.weight"] = torch.zeros(7, 16)
-    report = transfer(made, source, ["head.2.weight"])
-    assert report.reinitialised == ("head.2.weight",)
+    report = transfer(made, Weights(source, SMALL), SMALL, ["head.2.weight"])
+    assert report.fresh == ("head.2.weight",)
     for name, value in made.state_dict().items():
         expected = fresh[name] if name == "head.2.weight" else source[name]
         assert torch.equal(value, expected), name
