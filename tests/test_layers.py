@@ -51,8 +51,8 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "ray",
-        "cluster.connection cluster.size cluster.torch_group cluster.worker_session "
-        "cluster.distributed cluster.launch study.trainable study.scheduler study.pbt "
+        "cluster.connection cluster.size cluster.gang "
+        "cluster.launch study.trainable study.scheduler study.pbt "
         "study.budget study.config study.watchdog study.hooks",
     ),
     (
@@ -75,8 +75,8 @@ LAYERS: list[tuple[str, str]] = [
 
 # Who may import what, at the top of a file or within a function.
 RAY = [
-    *("cluster", "cluster.connection", "cluster.distributed", "cluster.worker_session"),
-    *("cluster.torch_group", "cluster.gpu_packing", "cluster.launch"),
+    *("cluster", "cluster.connection", "cluster.gang"),
+    *("cluster.gpu_packing", "cluster.launch"),
     *("study.trainable", "study.scheduler", "study.study", "study.hooks", "study.watchdog"),
     *("study.files", "curriculum.backend", "data.ray_shards"),
 ]
@@ -87,7 +87,7 @@ OPTUNA = [
 ]
 # What a file imports only once it was asked for several workers.
 LAZY = {
-    "commands.train_workers": {"cluster", "cluster.connection", "cluster.distributed"},
+    "commands.train_workers": {"cluster", "cluster.connection", "cluster.gang"},
 }
 TENSORBOARD = ["tensorboard", "reporting.reading"]
 

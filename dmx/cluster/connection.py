@@ -23,10 +23,25 @@ __all__ = ["Resources", "check_request", "connect", "local_resources", "terminat
 
 @dataclass(frozen=True)
 class Resources:
-    """CPU cores and GPUs, of the whole cluster."""
+    """CPU cores and GPUs of the whole cluster, and of each node; () is one machine."""
 
     num_cpus: int
     num_gpus: int
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def places(self, *, cpus: float, gpus: float) -> int:
+        """How many processes of this size have room at once, each on one node."""
+        nodes = self.nodes or ((self.num_cpus, self.num_gpus),)
+        return sum(_places(*node, cpus=cpus, gpus=gpus) for node in nodes)
+
+
+def _places(num_cpus: float, num_gpus: float, *, cpus: float, gpus: float) -> int:
+    rooms = [num_cpus / cpus] if cpus else []
+    if gpus >= 1:
+        rooms.append(num_gpus / gpus)
+    elif gpus:  # a share is of one GPU
+        rooms.append(int(num_gpus) * int(1 / gpus + 1e-9))
+    return int(min(rooms, default=10.0**6) + 1e-9)
 
 
 def local_resources() -> Resources:
@@ -44,7 +59,7 @@ def connect(address: str | None) -> Iterator[Resources]:
         ConfigError: no cluster answers at the address.
     """
     if ray.is_initialized():  # a caller (tests, a notebook) brought its own cluster
-        yield _resources()
+        yield resources()
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -64,7 +79,7 @@ def connect(address: str | None) -> Iterator[Resources]:
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(_why_not(address, error)) from None
     try:
-        yield _resources()
+        yield resources()
     finally:
         ray.shutdown()
 
@@ -154,9 +169,11 @@ def _reach(address: str) -> None:
             raise ConnectionError(str(error)) from None
 
 
-def _resources() -> Resources:
-    total = ray.cluster_resources()
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+def resources() -> Resources:
+    """What the connected cluster has."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple((has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
+    return Resources(int(sum(n[0] for n in nodes)), int(sum(n[1] for n in nodes)), nodes)
 
 
 def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:

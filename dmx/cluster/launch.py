@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster.distributed import runner_of
+from dmx.cluster.gang import runner_of
 from dmx.training.job import Job
 
 import ray  # isort: skip
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError  # isort: skip
 
 logger = logging.getLogger("dmx.launch")
-_CLOSE_SECONDS = 20.0
 
 
 class _Actor:
@@ -29,9 +27,6 @@ class _Actor:
 
     def step(self) -> dict[str, Any]:
         return self._runner.step()
-
-    def close(self) -> None:
-        self._runner.close()
 
 
 @dataclass
@@ -62,8 +57,6 @@ def _launch(running: Running) -> None:
     several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
     cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Actor)
-    if several:  # so that it hears `close` while it waits for a report
-        remote = remote.options(max_concurrency=2)
     running.actor = remote.remote(running.job)
     running.future = running.actor.step.remote()
 
@@ -110,8 +103,5 @@ def wait_any(
 
 
 def stop(running: Running) -> None:
-    """End a run's processes at once; its last checkpoint stays."""
-    if running.job.workers > 1:  # in good order, so that Ray Train gives its reservation back
-        with contextlib.suppress(RayError):
-            ray.wait([running.actor.close.remote()], timeout=_CLOSE_SECONDS)
+    """End a run's process at once, and with it all that it owns; its last checkpoint stays."""
     ray.kill(running.actor, no_restart=True)

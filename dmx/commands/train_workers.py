@@ -32,14 +32,14 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
             "--address is for a run of several workers; add --gpus-per-trial, or leave it out."
         )
     if count > 1 and args.address is None:
-        from dmx.cluster import connection, distributed
+        from dmx.cluster import connection, gang
 
-        distributed.check_room(workers, connection.local_resources())
+        gang.check_room(workers, connection.local_resources())
     return workers
 
 
 def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:
     """The runner of a job of several workers, and its cluster; Ray is imported only here."""
-    from dmx.cluster import distributed
+    from dmx.cluster import gang
 
-    return distributed.opened(job, address)
+    return gang.opened(job, address)

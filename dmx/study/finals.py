@@ -11,7 +11,7 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.cluster import launch
-from dmx.cluster.distributed import evaluate
+from dmx.cluster.gang import evaluate
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
 from dmx.schema import to_dict

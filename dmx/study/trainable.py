@@ -8,7 +8,7 @@ from typing import Any
 from ray import tune
 
 from dmx import log
-from dmx.cluster.distributed import DistributedRunner, runner_of
+from dmx.cluster.gang import Gang, runner_of
 from dmx.training.job import Job
 from dmx.training.process_state import ProcessState
 from dmx.training.runner import Runner
@@ -29,10 +29,10 @@ class TrialTrainable(tune.Trainable):
         log.setup()
         self._state = ProcessState.now()
         self._job = Job(**config[JOB_KEY])
-        self._runner: Runner | DistributedRunner | None = None
+        self._runner: Runner | Gang | None = None
 
     @property
-    def runner(self) -> Runner | DistributedRunner:
+    def runner(self) -> Runner | Gang:
         """The run, built or continued from its last checkpoint."""
         if self._runner is None:
             self._runner = runner_of(self._job)

@@ -22,7 +22,7 @@ class Job:
         places: object storage and local copies, where nodes share no file system.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         workers: processes that train it together; more than one need Ray (see
-            dmx.cluster.distributed).
+            dmx.cluster.gang).
         cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
         within: a folder above `folder` that is there while its storage is; None does not look.
         stop_at: end this piece at that optimizer step; the run itself goes on in another job.

@@ -79,14 +79,14 @@ def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warne
         init=lambda **options: None,
         shutdown=lambda: None,
         is_initialized=lambda: False,
-        cluster_resources=lambda: {"CPU": 2.0},
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}],
         _raylet=inner if mode else SimpleNamespace(),
     )
     monkeypatch.setattr(connection, "ray", ray)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with connection.connect(address) as resources:
-            assert resources == connection.Resources(2, 0)
+            assert resources == connection.Resources(2, 0, ((2.0, 0.0),))
     said = [r.getMessage() for r in caplog.records]
     assert [f"the cluster at {address} was started without a token" in m for m in said] == (
         [True] if warned else []
@@ -107,7 +107,7 @@ def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
         init=init,
         shutdown=lambda: calls.append("shutdown"),
         is_initialized=lambda: False,
-        cluster_resources=lambda: {"CPU": 2.0},
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}],
     )
     monkeypatch.setattr(connection, "ray", ray)
     if failures == 1:
@@ -121,14 +121,14 @@ def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
 
 
 def test_gloo_listens_where_the_node_is(monkeypatch):
-    torch_group = pytest.importorskip("dmx.cluster.torch_group")
-    loopback = torch_group.interface_of("127.0.0.1")
+    gang = pytest.importorskip("dmx.cluster.gang")
+    loopback = gang.interface_of("127.0.0.1")
     assert loopback in {name for _, name in socket.if_nameindex()}
-    assert torch_group.interface_of("203.0.113.7") is None
-    monkeypatch.setattr(torch_group.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setenv(torch_group.GLOO_INTERFACE, "mine")
-    torch_group.use_node_interface()
-    assert os.environ[torch_group.GLOO_INTERFACE] == "mine"
-    monkeypatch.delenv(torch_group.GLOO_INTERFACE)
-    torch_group.use_node_interface()
-    assert os.environ[torch_group.GLOO_INTERFACE] == loopback
+    assert gang.interface_of("203.0.113.7") is None
+    monkeypatch.setattr(gang.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv(gang.GLOO_INTERFACE, "mine")
+    gang.use_node_interface()
+    assert os.environ[gang.GLOO_INTERFACE] == "mine"
+    monkeypatch.delenv(gang.GLOO_INTERFACE)
+    gang.use_node_interface()
+    assert os.environ[gang.GLOO_INTERFACE] == loopback

@@ -24,7 +24,7 @@ STEPS = 3
 def main() -> None:
     """Every exchange once, then a run."""
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.cuda.set_device(rank)  # as Ray Train does, whose workers see each other's GPUs
+    torch.cuda.set_device(rank)  # here all see each other's GPUs; in a gang each only its own
     dist.init_process_group(
         "nccl",
         init_method=f"file://{folder / 'meet'}",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dmx import records as keys
-from dmx.cluster.distributed import DistributedRunner
+from dmx.cluster.gang import Gang
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.processes import runs, started, wait_until
-from tests.study.test_distributed import check_close, job, reports_alone, to_end
+from tests.study.test_gang import check_close, job, reports_alone, to_end
 from tests.tiny import SETTINGS, TASK
 
 pytestmark = pytest.mark.slow
@@ -40,19 +40,18 @@ def test_ctrl_c_leaves_no_process(tiny_root, tmp_path):
     assert open_checkpoint(last.parent).metrics[keys.NUM_WORKERS] == 2
 
 
-def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_path, monkeypatch):
+def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_path):
     """Two nodes of one CPU; the second dies. What is left does the whole batch."""
     import ray
     from ray.cluster_utils import Cluster
     from soak_cluster import children, kill
 
     assert not ray.is_initialized()
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     other = nodes.add_node(num_cpus=1)
     try:
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-        runner = DistributedRunner(job(tmp_path / "run", tiny_store, workers=2))
+        runner = Gang(job(tmp_path / "run", tiny_store, workers=2), form_seconds=5)
 
         def lose(report):
             if report[keys.STEPS] == 4:

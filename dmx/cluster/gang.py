@@ -1,0 +1,353 @@
+"""A gang: one run by several processes, plain Ray actors that are started and lost together.
+
+There is no placement group: Ray removes one with the job of its creator, not with the actor that
+created it, so that a trial whose process is killed would leave its room reserved. Actors end with
+the process that owns them, however that ends, also where they still wait for room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dmx import log
+from dmx import records as keys
+from dmx.cluster import connection
+from dmx.data.files import copy_folder
+from dmx.storage.places import SHARED, Places
+from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import evaluate_checkpoint
+from dmx.training.job import Job
+from dmx.training.ranks import Group
+from dmx.training.runner import Runner
+from dmx.training.workers import Workers
+
+import psutil  # isort: skip  Ray brings its own
+import ray  # isort: skip
+import torch.distributed as dist  # isort: skip
+from ray.exceptions import RayError  # isort: skip
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+FORM_SECONDS = 30.0
+"""After the first member has room, the others have so long; then the gang is a smaller one."""
+_JOIN_SECONDS = 60.0
+_EXCHANGE_SECONDS = 1800.0
+_CLOSE_SECONDS = 10.0
+_MAX_RESTARTS = 3
+"""Gangs that may die one after another without a single further report."""
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IP address; None where none has."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
+
+
+def use_node_interface() -> None:
+    """Let gloo listen where Ray does, unless the user has said where.
+
+    Gloo listens at what the host's name resolves to. That is often an address of this host alone:
+    Debian's installer writes `127.0.1.1 NAME` into /etc/hosts. Others then cannot connect.
+    """
+    if GLOO_INTERFACE not in os.environ:
+        name = interface_of(ray.util.get_node_ip_address())
+        if name is not None:
+            os.environ[GLOO_INTERFACE] = name
+
+
+class GangMember:
+    """One process of a gang: a Runner that takes its share of every batch."""
+
+    def __init__(self) -> None:
+        log.setup()
+        self._store: dist.TCPStore | None = None
+        self._job: Job | None = None
+        self._runner: Runner | None = None
+
+    def node(self) -> str:
+        """The id of its node; that it answers says that it has room."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def listen(self, size: int) -> tuple[str, int]:
+        """Rank 0 only: open a meeting point for `size` members, at this node's own address."""
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = socket.create_server((host, 0), family=family)
+        port = int(server.getsockname()[1])
+        self._store = _store(host, port, size, listener=server.detach())
+        return host, port
+
+    def join(self, job: Job, meet: tuple[str, int], rank: int, size: int) -> None:
+        """Meet the others."""
+        use_node_interface()
+        # Ray shows each member its own GPU only, so that NCCL and the run find it as `cuda`.
+        dist.init_process_group(
+            "nccl" if job.gpus_per_worker else "gloo",
+            store=self._store or _store(*meet, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=_EXCHANGE_SECONDS),
+        )
+        self._job = job
+
+    def step(self) -> dict[str, Any]:
+        """See Runner.step. The first builds the run, or continues it from its last checkpoint."""
+        if self._runner is None:
+            assert self._job is not None
+            self._runner = Runner(self._job, ranks=Group())
+        return self._runner.step()
+
+    def close(self) -> None:
+        """Give the run's folder back."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+_RemoteMember: Any = ray.remote(max_restarts=0)(GangMember)
+
+
+def _store(host: str, port: int, size: int, listener: int | None = None) -> dist.TCPStore:
+    return dist.TCPStore(
+        host,
+        port,
+        size,
+        is_master=listener is not None,
+        timeout=timedelta(seconds=_JOIN_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+class Gang:
+    """A Runner whose work is done by `job.workers` processes, wherever the cluster has room.
+
+    Each `step` lets the members train to the next evaluation, and no further: what is on disk is
+    what was reported. When one dies, all are started again from the last checkpoint, as many as
+    there is room for. The batches stay the same, only the shares grow. A member that found no room
+    keeps waiting for it, and joins between two steps.
+
+    Args:
+        form_seconds: see FORM_SECONDS.
+    """
+
+    def __init__(self, job: Job, *, form_seconds: float = FORM_SECONDS) -> None:
+        self.job = job
+        self._form_seconds = form_seconds
+        self._members: list[Any] = []
+        self._waiting: dict[Any, Any] = {}  # members without a place in the group, by `node()`
+        self._resting = False  # between two steps
+        self._formed = False  # ever
+        self._deaths = 0  # since the latest report
+        self._steps = -1  # of the latest report
+
+    def step(self) -> dict[str, Any]:
+        """See Runner.step. With `lost` where the members died again and again."""
+        while True:
+            try:
+                report = self._advance()
+            except RayError as error:
+                self._end()
+                self._deaths += 1
+                if self._deaths <= _MAX_RESTARTS:
+                    continue
+                failure = (
+                    f"its workers died {self._deaths} times without getting any further, "
+                    f"last: {_reason(error)}"
+                )
+                end = {keys.FAILURE: failure, keys.LOST: True, "done": True}
+                return {keys.STEPS: max(self._steps, 0), keys.DEV_ACCURACY: 0.0, **end}
+            if keys.FAILURE in report:
+                self._end()
+                return report
+            if report[keys.STEPS] > self._steps:  # else it is known, repeated after a restart
+                self._steps, self._deaths = report[keys.STEPS], 0
+                return report
+
+    def _advance(self) -> dict[str, Any]:
+        """The leader's next report, or that of the first member that fails."""
+        if self._members and self._with_room():
+            self._rest()  # so that they start again together
+        self._resting = False
+        if not self._members:
+            self._form()
+        pending = [member.step.remote() for member in self._members]
+        reports = {}
+        leader = pending[0]
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1)
+            report: dict[str, Any] = ray.get(ready[0])
+            if keys.FAILURE in report:  # the others may wait for this one
+                return report
+            reports[ready[0]] = report
+        self._resting = True
+        return reports[leader]
+
+    # -- forming ----------------------------------------------------------------------------
+
+    def _form(self) -> None:
+        """Start the members that are missing, wait for their room, and let them meet."""
+        first: str | None = None
+        while len(self._waiting) < self.job.workers:
+            self._start_member(near=first)
+            if first is None:
+                place = ray.wait(list(self._waiting), num_returns=1)[0][0]
+                first = ray.get(place)
+        self._wait_for_room()
+        nodes = self._with_room()
+        # Neighbours on a node are neighbours in rank: what goes around leaves each node once.
+        self._members = [self._waiting.pop(place) for place in sorted(nodes, key=nodes.__getitem__)]
+        size = len(self._members)
+        job = dataclasses.replace(self.job, takes_over=self.job.takes_over or self._formed)
+        self._formed = True
+        meet = ray.get(self._members[0].listen.remote(size), timeout=_JOIN_SECONDS)
+        joins = [m.join.remote(job, meet, rank, size) for rank, m in enumerate(self._members)]
+        ray.get(joins, timeout=_JOIN_SECONDS)
+
+    def _start_member(self, *, near: str | None) -> None:
+        """One more; on that node where it has room, and never in its trial's placement group."""
+        strategy: Any = "DEFAULT"
+        if near is not None:
+            strategy = NodeAffinitySchedulingStrategy(near, soft=True, _spill_on_unavailable=True)
+        member = _RemoteMember.options(
+            num_cpus=self.job.cpus_per_worker,
+            num_gpus=self.job.gpus_per_worker,
+            scheduling_strategy=strategy,
+        ).remote()
+        self._waiting[member.node.remote()] = member
+
+    def _wait_for_room(self) -> None:
+        """Until all members have room that the cluster can ever hold; or, after a while, some."""
+        deadline = time.monotonic() + self._form_seconds
+        while True:
+            fitting = connection.resources().places(
+                cpus=self.job.cpus_per_worker, gpus=self.job.gpus_per_worker
+            )
+            wanted = max(min(fitting, self.job.workers), 1)
+            ready, _ = ray.wait(list(self._waiting), num_returns=wanted, timeout=1.0)
+            if len(ready) >= wanted or (ready and time.monotonic() > deadline):
+                return
+
+    def _with_room(self) -> dict[Any, str]:
+        """The waiting members that have room, and their nodes; dead ones are forgotten."""
+        if not self._waiting:
+            return {}
+        nodes = {}
+        count = len(self._waiting)
+        for place in ray.wait(list(self._waiting), num_returns=count, timeout=0)[0]:
+            try:
+                nodes[place] = ray.get(place)
+            except RayError:
+                del self._waiting[place]
+        return nodes
+
+    # -- ends -------------------------------------------------------------------------------
+
+    def _rest(self) -> None:
+        """End members that rest, in good order."""
+        closing = [member.close.remote() for member in self._members]
+        ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+        self._end()
+
+    def _end(self) -> None:
+        """End the members at once."""
+        members, self._members, self._resting = self._members, [], False
+        for member in members:
+            ray.kill(member)
+        self._with_room()
+
+    def close(self) -> None:
+        """End all: at once where they are at work, in good order where they rest."""
+        with contextlib.suppress(RayError):
+            if self._resting:
+                self._rest()
+            self._end()
+            for member in self._waiting.values():
+                ray.kill(member)
+        self._waiting.clear()
+
+    # -- what else a Runner does ------------------------------------------------------------
+
+    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
+        """evaluation.evaluate_checkpoint by one worker; the members must have ended."""
+        job = self.job
+        cpus, gpus = job.cpus_per_worker, job.gpus_per_worker
+        return evaluate(
+            str(folder), job.data_folder, split, cpus=cpus, gpus=gpus, places=job.places
+        )
+
+    def save_into(self, folder: Path) -> None:
+        """Copy the last checkpoint; the members rest, so that it is the present state."""
+        folder_of_last = Path(self.job.folder) / keys.LAST_DIR
+        self.job.places.pull(folder_of_last)
+        last = open_checkpoint(folder_of_last)
+        shutil.copytree(last.folder, folder, dirs_exist_ok=True)
+
+    def load_from(self, folder: Path) -> None:
+        """Go on from another checkpoint."""
+        self.close()
+        self._steps = -1
+        copy_folder(open_checkpoint(folder).folder, Path(self.job.folder) / keys.LAST_DIR)
+
+
+def _reason(error: RayError) -> str:
+    """The last line of what Ray says: the exception itself."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def runner_of(job: Job) -> Runner | Gang:
+    """Whatever runs the job: this process, or several others."""
+    return Runner(job) if job.workers == 1 else Gang(job)
+
+
+@contextlib.contextmanager
+def opened(job: Job, address: str | None) -> Iterator[Gang]:
+    """A gang in a cluster of this machine's own, or in the one at `address`.
+
+    Raises:
+        ConfigError: no cluster answers, or the run does not fit into it.
+    """
+    with connection.connect(address) as resources:
+        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
+        check_room(each, resources)
+        with contextlib.closing(Gang(job)) as gang:
+            yield gang
+
+
+def check_room(workers: Workers, resources: connection.Resources) -> None:
+    """Whether a run of these workers fits.
+
+    Raises:
+        ConfigError: it does not; Ray would wait for ever.
+    """
+    count = workers.count
+    connection.check_request(resources, cpus=workers.cpus * count, gpus=workers.gpus * count)
+
+
+def evaluate(
+    checkpoint_folder: str,
+    data_folder: str,
+    split: str,
+    *,
+    cpus: float,
+    gpus: float,
+    places: Places = SHARED,
+) -> dict[str, float]:
+    """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
+    threads = max(int(cpus), 1)
+    result: dict[str, float] = ray.get(
+        remote.remote(checkpoint_folder, data_folder, split, threads, places)
+    )
+    return result
