@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # A file's tests stay together, in their order: many wait for Ray, few keep two cores busy.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup run test lint docs clean
+.PHONY: setup run test test-all lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ run: setup
 	$(BIN)/python -m dmx.tune --attention butterfly --task text
 
 test: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-all: setup
 	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: setup

@@ -6,15 +6,16 @@ import contextlib
 import os
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from soak_net import Host, Network
+from soak_net import ROOT, Host, Network
 from soak_rounds import Study
 
-ROOT = Path(__file__).resolve().parents[1]
+RAY = str(Path(sys.executable).parent / "ray")  # PATH need not hold this environment's programs
 PORT = 6379
 START_SECONDS = 180.0
 QUICK = {
@@ -106,14 +107,14 @@ class RayHosts:
     def _ray(self, host: Host, *words: str, cpus: int) -> None:
         # Ray finds a host's address by its route to the internet; here is none.
         own = [f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
-        host.run(["ray", "start", *words, *own], self.env, START_SECONDS)
+        host.run([RAY, "start", *words, *own], self.env, START_SECONDS)
 
     def join_again(self, host: Host) -> float:
         """Once its node, given up while it was away, has ended: seconds that took."""
         began = time.monotonic()
         wait_until(lambda: not host.runs("raylet"), f"end of the node on {host.name}", 600)
         seconds = time.monotonic() - began
-        host.run(["ray", "stop", "--force"], self.env, START_SECONDS)
+        host.run([RAY, "stop", "--force"], self.env, START_SECONDS)
         self.join(host)
         return seconds
 

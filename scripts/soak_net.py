@@ -18,20 +18,27 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+SEEN = (ROOT, Path(sys.prefix), Path(sys.base_prefix))
+"""What each host sees where it is, even below /tmp."""
 SUBNET = "10.213.0"
 _SPACES = ("--net", "--pid", "--uts", "--ipc", "--mount")
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 _INIT = """
 hostname "$1"
 ip link set lo up
-mount --bind "$2/hosts" /etc/hosts
+own=$2
+shift 2
+mount --bind "$own/hosts" /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
-mount --bind "$2/disk" /mnt
+mount --bind "$own/disk" /mnt
 mount -t tmpfs -o size=2g none /dev/shm
-case "$3" in /tmp/*)
-    mkdir -p "$2/tmp/${3#/tmp/}" && mount --bind "$3" "$2/tmp/${3#/tmp/}" ;;
-esac
-mount --rbind "$2/tmp" /tmp
+for seen; do
+    case "$seen" in /tmp/*)
+        mkdir -p "$own/tmp/${seen#/tmp/}" && mount --bind "$seen" "$own/tmp/${seen#/tmp/}" ;;
+    esac
+done
+mount --rbind "$own/tmp" /tmp
 echo ready
 read -r _
 """
@@ -88,7 +95,8 @@ class Host:
         self._tmp = Path(tempfile.mkdtemp(prefix=f"host-{name}-", dir="/tmp"))
         (folder / "tmp").symlink_to(self._tmp)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
-        self._process = _start(_INIT, folder / "log", name, str(folder), str(shared))
+        seen = map(str, (shared, *SEEN))
+        self._process = _start(_INIT, folder / "log", name, str(folder), *seen)
         self._inside, self._switch, self._port = _inner(self._process), switch, f"port{number}"
         port, inside = self._port, str(self._inside)
         _ip("link", "add", port, "netns", str(switch), "type", "veth",
@@ -100,11 +108,8 @@ class Host:
     def start(self, words: list[str], env: Mapping[str, str], **how: object) -> subprocess.Popen:
         """A process on this host."""
         line = ["nsenter", "--target", str(self._inside), "--all", f"--wd={Path.cwd()}"]
-        own = {
-            "HOME": str(self.home),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        return subprocess.Popen([*line, *words], env={**env, **own}, **how)  # type: ignore[call-overload,no-any-return]
+        own = {**env, "HOME": str(self.home)}
+        return subprocess.Popen([*line, *words], env=own, **how)  # type: ignore[call-overload,no-any-return]
 
     def run(self, words: list[str], env: Mapping[str, str], timeout: float) -> str:
         """What a command on this host prints; an error if it fails."""

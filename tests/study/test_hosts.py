@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import soak_net
 from soak_hosts import hurt
-from soak_hosts_ray import HostStudy, RayHosts, ray_hosts
+from soak_hosts_ray import RAY, HostStudy, RayHosts, ray_hosts
 from soak_net import why_not
 from soak_rounds import LIMIT_SECONDS, Round, judge
 from soak_study import FIXED, TASK, command, journal, write_data
@@ -33,6 +36,24 @@ def hosts(tmp_path_factory) -> Iterator[RayHosts]:
     (folder / "runs").mkdir()
     with ray_hosts(folder, workers=2, quick=True, locks=False) as made:
         yield made
+
+
+def test_a_host_sees_an_environment_below_tmp(tmp_path, monkeypatch):
+    """Its /tmp is its own, but a checkout may lie there; and no program is looked for in PATH."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        program = Path(folder) / "bin" / "program"
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\necho seen\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(soak_net, "SEEN", (*soak_net.SEEN, Path(folder)))
+        network = soak_net.Network(tmp_path / "network")
+        try:
+            host = network.add("alone")
+            env = {"PATH": "/usr/bin:/bin"}
+            assert host.run([str(program)], env, 60) == "seen\n"
+            assert "ray, version" in host.run([RAY, "--version"], env, 60)
+        finally:
+            network.close()
 
 
 def test_a_cut_cable_loses_no_trial(hosts):
