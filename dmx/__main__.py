@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dmx import cli
 from dmx.commands.completion import PARSERS, parser_of
 from dmx.errors import EXIT_OK, ConfigError
+from dmx.resources import page
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{word!r} is no option; each command is a module of its own: {remedy}.")
     width = max(map(len, PARSERS))
     lines = [f"python -m {name:{width}}  {parser_of(name).description}" for name in PARSERS]
-    lines.append("Each has --help with examples. First steps: docs/tutorial.md.")
+    lines.append(f"Each has --help with examples. First steps: {page('tutorial')}")
     sys.stdout.write("\n".join(lines) + "\n")
     return EXIT_OK
 

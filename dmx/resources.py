@@ -1,4 +1,4 @@
-"""Finds the YAML files that dmx ships (search_spaces/, curricula/) and those of the user."""
+"""Finds the files that dmx ships (search_spaces/, curricula/, docs/) and those of the user."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from dmx.registry import choices_message
 
 
 def shipped_folder(kind: str) -> Path:
-    """The folder of shipped YAML files: package data of a wheel, or the checkout's own folder."""
+    """The folder of shipped files: package data of a wheel, or the checkout's own folder."""
     here = Path(__file__).resolve().parent
     packaged = here / kind
-    return packaged if any(packaged.glob("*.yaml")) else here.parent / kind
+    return packaged if any(packaged.glob("*.*")) else here.parent / kind
+
+
+def page(name: str) -> str:
+    """The path of a page of docs/, for a message."""
+    return str(shipped_folder("docs") / f"{name}.md")
 
 
 def shipped_names(kind: str) -> list[str]:

@@ -1,12 +1,16 @@
-"""A built wheel alone is enough: search spaces and curricula come with it."""
+"""A built wheel alone is enough: it has all files, and every line that installs it is right."""
 
 from __future__ import annotations
 
+import email.parser
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -31,43 +35,119 @@ print(" ".join(shipped_names("search_spaces")))
 print(" ".join(shipped_names("curricula")))
 print(len(task_names()), len(ATTENTIONS.names()))
 """
+INSTALL = re.compile(r"pip install(?: [^\s'`\"]+)*? '?(dmx[\w-]*)(?:\[(\w+)\])?['`\"\s);]")
+"""A line that installs dmx: which distribution, which extra."""
 
 
-def files(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*.py")}
+def files(folder: Path, ending: str = "py") -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob(f"*.{ending}")}
 
 
-@pytest.mark.slow
-def test_search_spaces_come_with_a_wheel(tmp_path):
+def installs() -> list[tuple[Path, str, str]]:
+    """(file, distribution, extra) of every line that a user is told to type."""
+    folders = [ROOT / name for name in ("dmx", "docs", "scripts", "search_spaces", "curricula")]
+    found = [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".md", ".yaml")]
+    found += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    return [
+        (path, *match.groups(default=""))
+        for path in found
+        for match in INSTALL.finditer(path.read_text(encoding="utf-8"))
+    ]
+
+
+def run(words: list[str | Path], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | more
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed in this environment")
-    source = tmp_path / "source"  # setuptools leaves build/ and an egg-info behind
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves build/ and an egg-info behind
     source.mkdir()
-    for name in ("dmx", "search_spaces", "curricula"):
+    for name in ("dmx", "search_spaces", "curricula", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "-w", str(tmp_path)], cwd=source, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("dmx-*.whl")
-    unpacked = tmp_path / "unpacked"
+    run([*command, "-w", str(folder)], source)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds the wheel, and what it needs from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "zz.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # after its own
+    return python
+
+
+def test_every_line_that_installs_names_this_distribution():
+    """PyPI's `dmx` is another package: it would be installed, and with it a stranger's code."""
+    found = installs()
+    assert {path.name for path, _, extra in found if extra} >= {
+        *("README.md", "search.md", "cluster.md", "reports.md", "sampling.py", "base.py"),
+        *("ray-cluster.yaml", "rayjob.yaml"),
+    }
+    for path, name, _ in found:
+        assert name == "dmx-lra", path
+
+
+def test_messages_name_no_page_that_only_a_checkout_has():
+    for path in (ROOT / "dmx").rglob("*.py"):
+        assert not re.search(r"docs/\w+\.md", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.slow
+def test_a_wheel_has_every_file_and_says_where_it_comes_from(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(unpacked)
-    assert files(unpacked / "dmx") == files(ROOT / "dmx"), "every module is in the wheel"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(unpacked)],
-        cwd=elsewhere,
-        env={**env, "PYTHONPATH": str(unpacked)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+        archive.extractall(tmp_path)
+    assert files(tmp_path / "dmx") == files(ROOT / "dmx"), "every module is in the wheel"
+    assert files(tmp_path / "dmx" / "docs", "md") == files(ROOT / "docs", "md")
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    said = email.parser.Parser().parsestr(metadata.read_text(encoding="utf-8"))
+    assert said["Name"] == "dmx-lra"
+    urls = said.get_all("Project-URL", [])
+    assert any("github.com/tsumansapkota/Solving-LRA-PathX" in url for url in urls), urls
+    assert {extra for _, _, extra in installs() if extra} <= set(said.get_all("Provides-Extra"))
+
+
+@pytest.mark.slow
+def test_search_spaces_come_with_a_wheel(installed, tmp_path):
+    home = installed.parents[1]
+    done = run([installed, "-c", CHECK, home], tmp_path)
     spaces, curricula, _ = done.stdout.splitlines()
     assert spaces.split() == sorted(p.stem for p in (ROOT / "search_spaces").glob("*.yaml"))
     assert curricula.split() == sorted(p.stem for p in (ROOT / "curricula").glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_commands_work_without_a_checkout(installed, tmp_path):
+    said = run([installed, "-m", "dmx"], tmp_path).stdout
+    page = said.split()[-1]
+    assert Path(page).is_file() and Path(page).is_relative_to(installed.parents[1]), said
+    words = ["--attention", "butterfly", "--task", "listops", "--dry-run"]
+    said = run([installed, "-m", "dmx.tune", *words], tmp_path, COLUMNS="80").stdout
+    assert "butterfly" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_every_line_that_installs_finds_the_wheel_in_an_empty_environment(wheel, tmp_path):
+    """As pip would, from the wheel's folder; what it depends on is not fetched."""
+    venv.create(tmp_path / "empty", with_pip=True, symlinks=True)
+    wanted = {f"{name}[{extra}]" if extra else name for _, name, extra in installs()}
+    assert len(wanted) >= 5
+    words = ["-m", "pip", "install", "--dry-run", "--no-deps", "--no-index"]
+    words += ["--find-links", str(wheel.parent), *sorted(wanted)]
+    done = run([tmp_path / "empty" / "bin" / "python", *words], tmp_path)
+    assert "Would install dmx-lra-" in done.stdout
+    assert "does not provide the extra" not in done.stderr, done.stderr

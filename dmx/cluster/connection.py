@@ -11,6 +11,7 @@ from typing import Any
 
 from dmx.cli import terminate_like_interrupt
 from dmx.errors import ConfigError, RunFailedError
+from dmx.resources import page
 from dmx.training.workers import num_cores
 
 import ray  # isort: skip
@@ -73,8 +74,9 @@ def connect(address: str | None) -> Iterator[Resources]:
             if not _has_token():
                 logger.warning(
                     "the cluster at %s was started without a token: whoever reaches its ports may "
-                    "run code there (see docs/security.md)",
+                    "run code there (see %s)",
                     address,
+                    page("security"),
                 )
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(_why_not(address, error)) from None
@@ -146,7 +148,7 @@ def _why_not(address: str | None, error: BaseException) -> str:
     if isinstance(error, AuthenticationError) or "AuthToken" in said:
         return (
             f"the Ray cluster at --address {address} wants a token, and this host has another one "
-            "or none (see docs/security.md)."
+            f"or none (see {page('security')})."
         )
     if "No node info found" in said:
         return (
@@ -155,7 +157,7 @@ def _why_not(address: str | None, error: BaseException) -> str:
         )
     return (
         f"no Ray cluster answers at --address {address}: {str(error).splitlines()[0]} "
-        "(one that wants a token may stay silent, too: see docs/security.md)"
+        f"(one that wants a token may stay silent, too: see {page('security')})"
     )
 
 

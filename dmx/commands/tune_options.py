@@ -90,7 +90,8 @@ def parser() -> cli.Parser:
         "--sampler",
         choices=SAMPLERS,
         default="tpe",
-        help="how points are proposed (default: tpe; docs/search.md says which when)",
+        help="how points are proposed (default: tpe; gp for few and costly trials; cmaes for "
+        "numbers, nsga2 for several objectives, each with hundreds of trials)",
     )
     p.add_argument(
         "--warm-start",

@@ -109,9 +109,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise ConfigError(f"--attention {args.attention} and --set {key} contradict.")
     name = args.space or config_class.name
     if args.space is None and name not in shipped_names("search_spaces"):
-        raise ConfigError(
-            f"attention {name!r} has no search space in search_spaces/; give --space."
-        )
+        raise ConfigError(f"attention {name!r} has no search space of its own; give --space FILE.")
     space = load_space(name, task.name, task.family)
     if space.attention != config_class.name:
         raise ConfigError(

