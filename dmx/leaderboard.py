@@ -18,7 +18,7 @@ from dmx.registry import choices_message
 from dmx.report import printable, write_whole
 from dmx.reporting import markdown
 from dmx.reporting.board import Board, Entry, boards, entries
-from dmx.reporting.collect import collect, kind_of, runs_below
+from dmx.reporting.collect import collect_all, kind_of, runs_below
 from dmx.reporting.plain import write_csv
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import make
@@ -38,28 +38,40 @@ def main(argv: Sequence[str]) -> int:
     args = reading_options.leaderboard().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
-    found = entries(gather([local_path("RUN", p) for p in args.runs or ["runs"]]))
+    unread: list[str] = []
+    found = entries(gather([local_path("RUN", p) for p in args.runs or ["runs"]], unread))
     text = printable(FORMATS[args.format](boards(found)))
     if args.out in (None, "-"):
         sys.stdout.write(text)
     else:
         write_whole(Path(args.out), text)
         sys.stdout.write(f"{args.out}\n")
+    sys.stdout.flush()
+    for sentence in unread:
+        logger.warning("left out: %s", sentence)
     return EXIT_OK
 
 
-def gather(paths: Sequence[Path]) -> list[RunReport]:
+def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunReport]:
     """Every run at or directly below the paths, each once.
 
+    Args:
+        unread: takes a sentence for each that could not be read.
+
     Raises:
-        ConfigError: a path holds no run. DataError, StageError: a run is damaged.
+        ConfigError: a path holds no run. DmxError: no run could be read.
     """
     folders: dict[Path, None] = {}
     for path in paths:
         inside = [] if kind_of(path) is not None else runs_below(path)
         for folder in inside or [path]:
             folders[folder.resolve()] = None
-    return [collect(folder) for folder in folders]
+    found, errors = collect_all(list(folders))
+    if not found:
+        raise errors[0]
+    if unread is not None:
+        unread.extend(map(str, errors))
+    return found
 
 
 def cell_text(entry: Entry | None) -> str:
@@ -72,7 +84,7 @@ def cell_text(entry: Entry | None) -> str:
 
 
 def _marks(entry: Entry) -> str:
-    one_seed = entry.how == "search" and len(entry.test) == 1
+    one_seed = "search" in entry.how and len(entry.test) == 1
     return "†" * entry.reduced + "‡" * entry.incomplete + "*" * one_seed
 
 

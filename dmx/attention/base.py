@@ -103,6 +103,11 @@ class AttentionConfig:
         """The value of `size_field`."""
         return None if self.size_field is None else int(getattr(self, self.size_field))
 
+    @property
+    def label(self) -> str:
+        """`butterfly-64`, as commands take it."""
+        return self.name if self.size is None else f"{self.name}-{self.size}"
+
 
 def split_name(name: str) -> tuple[type[AttentionConfig], int | None]:
     """`butterfly-64` -> (ButterflyConfig, 64); `butterfly` -> (ButterflyConfig, None).

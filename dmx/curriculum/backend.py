@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,13 +18,17 @@ from dmx.curriculum.work import ClusterLost, Key, Message
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
+from dmx.schema import to_dict
 from dmx.storage.claim import Claim
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import read_journal
 from dmx.storage.places import SHARED, Places
-from dmx.study.files import copy_best
+from dmx.study import end as study_end
+from dmx.study import identity as study_identity
+from dmx.study.files import write_settings, write_study
 from dmx.study.study import StudyConfig, run_study
 from dmx.study.view import TensorBoardView
+from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import Measurement, measure
 from dmx.training.job import Job
 
@@ -115,10 +120,10 @@ class RayBackend:
                 messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
             if key.kind == "train":
-                reports, failure = value
+                reports, failure, found = value
                 self._places.pull(self._searched[key] / keys.BEST_DIR)
                 messages += [Message(key=key, report=report) for report in reports]
-                messages.append(Message(key=key, done=True, failure=failure))
+                messages.append(Message(key=key, done=True, failure=failure, value=found))
             else:
                 messages.append(Message(key=key, done=True, value=value))
         return messages
@@ -156,8 +161,11 @@ def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nic
 
 def _search(
     study: StudyConfig, data_folder: str, folder: str, slots: int
-) -> tuple[list[dict[str, Any]], str | None]:
-    """(reports of the best trial, failure). Runs in a Ray worker, which drives Tune."""
+) -> tuple[list[dict[str, Any]], str | None, dict[str, Any] | None]:
+    """(reports of the best trial, failure, Attempt.search). Runs in a Ray worker that drives Tune.
+
+    The folder becomes a study's, which `dmx.report` reads as any other.
+    """
     log.setup()
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -167,23 +175,33 @@ def _search(
     view = TensorBoardView(path, {"task": study.task}, tuple(study.space.distributions()))
     try:
         store = open_store(study.places.data(data_folder))
+        write_settings(path, study_identity.settings(study, store))
         with sync:
             result = run_study(study, store, path, slots=slots, observers=(view,))
-        if result.best is None:
-            return [], "no trial of the search reported a dev accuracy"
-        best = copy_best(path, result.best)
-        assert best is not None
-        study.places.push(best)
+        summary = study_end.summarise(study, store, result)
+        del summary["environment"]["argv"]  # a Ray worker's
+        write_study(path, summary)
+        best = result.best
+        if best is None:
+            return [], "no trial of the search reported a dev accuracy", None
+        assert best.checkpoint is not None
+        study.places.push(path / keys.BEST_DIR)
         events, _ = read_journal(path / keys.JOURNAL_FILE)
     finally:
         view.close()
         claim.release()
     reports = [
-        e["metrics"]
-        for e in events
-        if e.get("event") == "report" and e["trial"] == result.best.number
+        e["metrics"] for e in events if e.get("event") == "report" and e["trial"] == best.number
     ]
-    return sorted(reports, key=lambda m: m[keys.STEPS]), None
+    found = {
+        "trial": best.number,
+        "num_trials": len(result.trials),
+        "params": summary["best"]["params"],
+        "config": to_dict(open_checkpoint(path / keys.BEST_DIR).config),
+        keys.STEPS: sum(t.steps for t in result.trials),
+        keys.TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
+    }
+    return sorted(reports, key=lambda m: m[keys.STEPS]), None, found
 
 
 def largest_node() -> int:

@@ -208,7 +208,7 @@ class Controller:
                 self.lost.add(launch.stage.name)
                 self._break(launch.stage.name, message.failure or "its process was lost")
             else:
-                self._decide(launch.stage, message.failure)
+                self._decide(launch.stage, message.failure, message.value)
 
     def _note_latency(self, launch: Launch) -> None:
         """How soon after the parent's gate the worker held the folder and began to train."""
@@ -222,7 +222,7 @@ class Controller:
 
     # -- gates ------------------------------------------------------------------------------
 
-    def _decide(self, stage: StageConfig, failure: str | None) -> None:
+    def _decide(self, stage: StageConfig, failure: str | None, search: Any = None) -> None:
         state = self.history.stage(stage.name)
         attempt = state.current
         assert attempt is not None
@@ -241,6 +241,7 @@ class Controller:
             failure=failure,
             checkpoint=checkpoint_facts(self.folder, stage.name, chosen, best.get(chosen)),
             judging=stage.judging(),
+            **({"search": search} if search is not None else {}),
         )
         self._gate_times[stage.name] = time.time()
         say(verdict)
@@ -251,4 +252,5 @@ class Controller:
             assert attempt is not None
             with log.context(stage.name):
                 logger.info("gate or on_fail was changed; judging again")
-                self._decide(stage, (attempt.decision or {}).get("failure"))
+                decision = attempt.decision or {}
+                self._decide(stage, decision.get("failure"), decision.get("search"))

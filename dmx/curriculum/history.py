@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +41,35 @@ class Attempt:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken, as far as reported."""
+        """Optimizer steps taken, as far as reported; of a search, those of its best trial."""
         return max(self.reports, default=0)
+
+    @property
+    def search(self) -> Mapping[str, Any] | None:
+        """What a search found and cost; None of a run, or before its end.
+
+        {"trial", "num_trials", "params", "config", "steps", "train_seconds"}: the first ones of its
+        best trial, the last two of all.
+        """
+        search: Mapping[str, Any] | None = (self.decision or {}).get("search")
+        return search
+
+    @property
+    def trained(self) -> Mapping[str, Any]:
+        """The plain RunConfig of its checkpoints: of a search, its best trial's."""
+        config: Mapping[str, Any] = self.config if self.search is None else self.search["config"]
+        return config
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of all that was trained in it."""
+        return self.steps if self.search is None else int(self.search["steps"])
+
+    @property
+    def all_seconds(self) -> float:
+        """Training time of all that was trained in it."""
+        seconds = self.last if self.search is None else self.search
+        return float(seconds.get(keys.TRAIN_SECONDS, 0.0))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -72,14 +99,19 @@ class StageState:
     """One stage.
 
     Attributes:
-        attempts: since the stage was last begun. num_attempts: ever.
+        attempts: since the stage was last begun. discarded: those before (--from-stage).
         tests: test accuracy by the name of the stage whose test split it was; None where the
             weights do not fit that stage's model.
     """
 
     attempts: tuple[Attempt, ...] = ()
-    num_attempts: int = 0
+    discarded: tuple[Attempt, ...] = ()
     tests: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def num_attempts(self) -> int:
+        """The next attempt's number; numbers are never used twice."""
+        return max((a.number for a in (*self.discarded, *self.attempts)), default=-1) + 1
 
     @property
     def current(self) -> Attempt | None:
@@ -109,6 +141,15 @@ class StageState:
         assert isinstance(checkpoint, Mapping)
         return checkpoint
 
+    @property
+    def shown(self) -> Attempt | None:
+        """The promoted attempt, else the latest."""
+        promoted = self.promoted
+        for attempt in self.attempts:
+            if promoted is not None and attempt.number == promoted["attempt"]:
+                return attempt
+        return self.current
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:
@@ -116,10 +157,14 @@ class History:
 
     Attributes:
         stages: by name, of those that were ever begun. created: time of the first session, or 0.
+        plan: {"name", "task", "parent", "attention"} of every stage of the file, in its order, as
+            the latest session found it. last_stage: see CurriculumConfig.last.
     """
 
     stages: Mapping[str, StageState] = field(default_factory=dict)
     created: float = 0.0
+    plan: tuple[Mapping[str, Any], ...] = ()
+    last_stage: str = ""
 
     def stage(self, name: str) -> StageState:
         """The state of a stage; a fresh one for a stage that was never begun."""
@@ -142,6 +187,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> History:
 _NUMBER = (int, float)
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "created": {"time": _NUMBER},
+    "session": {"time": _NUMBER, "host": str, "pid": int},
     "reset": {"stages": list},
     "started": {
         **{"stage": str, "attempt": int, "retry": int, "config": dict, "source": dict},
@@ -164,9 +210,20 @@ def advance(history: History, event: Mapping[str, Any]) -> History:
         expect(event, **_FIELDS.get(kind, {}))
     if kind == "created":
         return dataclasses.replace(history, created=event["time"])
+    if kind == "session" and "stages" in event:
+        expect(event, stages=list, last_stage=str)
+        for stage in event["stages"]:
+            named = stage if isinstance(stage, dict) else {}
+            expect({**named, "event": kind}, name=str, task=str, attention=str)
+        return dataclasses.replace(
+            history, plan=tuple(event["stages"]), last_stage=event["last_stage"]
+        )
     if kind == "reset":
+        again = event["stages"]
         kept = {
-            name: StageState(num_attempts=state.num_attempts) if name in event["stages"] else state
+            name: StageState(discarded=(*state.discarded, *state.attempts))
+            if name in again
+            else _without_tests_on(state, again)
             for name, state in history.stages.items()
         }
         return dataclasses.replace(history, stages=kept)
@@ -175,6 +232,12 @@ def advance(history: History, event: Mapping[str, Any]) -> History:
     name = event["stage"]
     state = _STEPS[kind](history.stage(name), event)
     return dataclasses.replace(history, stages={**history.stages, name: state})
+
+
+def _without_tests_on(state: StageState, stages: Collection[str]) -> StageState:
+    """A stage that is trained again may have another task or other data since."""
+    kept = {on: accuracy for on, accuracy in state.tests.items() if on not in stages}
+    return dataclasses.replace(state, tests=kept)
 
 
 def _started(state: StageState, event: Mapping[str, Any]) -> StageState:
@@ -187,11 +250,7 @@ def _started(state: StageState, event: Mapping[str, Any]) -> StageState:
         data=event["data"],
         started=event["time"],
     )
-    return dataclasses.replace(
-        state,
-        attempts=(*state.attempts, attempt),
-        num_attempts=max(state.num_attempts, attempt.number + 1),
-    )
+    return dataclasses.replace(state, attempts=(*state.attempts, attempt))
 
 
 def _report(state: StageState, event: Mapping[str, Any]) -> StageState:

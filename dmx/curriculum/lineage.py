@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.curriculum.history import Attempt, History, StageState, attempt_folder
+from dmx.attention.base import AttentionConfig
+from dmx.curriculum.history import History, StageState, attempt_folder
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
 from dmx.study.files import write_text
 
@@ -40,7 +41,7 @@ def describe(
     curriculum: CurriculumConfig, history: History, folder: Path, code: str
 ) -> dict[str, Any]:
     """The lineage as plain data. Accuracies are 0..1 or null; paths are absolute."""
-    last = curriculum.stages[-1].name
+    last = curriculum.last.name
     return {
         "name": folder.name,
         "curriculum": curriculum.name,
@@ -56,8 +57,7 @@ def describe(
 def _stage(
     stage: StageConfig, state: StageState, history: History, folder: Path, last: str
 ) -> dict[str, Any]:
-    promoted = state.promoted
-    attempt = _attempt(state, promoted)
+    promoted, attempt = state.promoted, state.shown
     decision = {} if state.current is None else (state.current.decision or {})
     checkpoint = None if promoted is None else folder / promoted["path"]
     shown: dict[str, Any] = {
@@ -87,21 +87,20 @@ def _stage(
         shown["data"] = dict(attempt.data)
         shown["code"] = attempt.spec.get("code")
         shown["seeds"] = {
-            "model": attempt.config["train"]["seed"],
-            "data": attempt.config["data"]["seed"],
+            "model": attempt.trained["train"]["seed"],
+            "data": attempt.trained["data"]["seed"],
         }
         shown[keys.STEPS] = attempt.steps
         shown[keys.TRAIN_SECONDS] = attempt.last.get(keys.TRAIN_SECONDS)
+        shown["all_attempts"] = {
+            keys.STEPS: sum(a.all_steps for a in state.attempts),
+            keys.TRAIN_SECONDS: math.fsum(a.all_seconds for a in state.attempts),
+        }
+        if attempt.search is not None:
+            shown["attention"] = dict(attempt.trained["attention"])
+            shown["search"] = {k: attempt.search[k] for k in ("trial", "num_trials", "params")}
         shown[keys.PARAMETERS] = attempt.last.get(keys.PARAMETERS)
     return shown
-
-
-def _attempt(state: StageState, promoted: Mapping[str, Any] | None) -> Attempt | None:
-    """The promoted attempt, else the latest."""
-    for attempt in state.attempts:
-        if promoted is not None and attempt.number == promoted["attempt"]:
-            return attempt
-    return state.current
 
 
 def picture(lineage: Mapping[str, Any]) -> str:
@@ -111,7 +110,8 @@ def picture(lineage: Mapping[str, Any]) -> str:
     for stage in lineage["stages"]:
         node = names[stage["name"]]
         text = (
-            f"<b>{stage['name']}</b><br/>{stage['task']}<br/>dev {_percent(stage['dev_accuracy'])}"
+            f"<b>{stage['name']}</b><br/>{stage['task']}<br/>{_attention(stage)}"
+            f"<br/>dev {_percent(stage['dev_accuracy'])}"
         )
         text += f", test {_percent(stage['test_accuracy'])}"
         lines.append(f'  {node}["{text}"]')
@@ -122,11 +122,10 @@ def picture(lineage: Mapping[str, Any]) -> str:
         elif "path" in source:
             lines.append(f'  {node}_init(["{source["path"]}"]) --> {node}')
     lines += ["```", ""]
-    lines.append(
-        f"Code: {lineage['code']}. The last column is the test split of {lineage['last_stage']}."
-    )
-    lines += ["", "| stage | status | from | data | steps | dev | test | test on last |"]
-    lines.append("|---|---|---|---|---:|---:|---:|---:|")
+    lines.append(f"Code: {lineage['code']}.")
+    last = lineage["last_stage"]
+    lines += ["", f"| stage | status | from | attention | data | step | dev | test | on {last} |"]
+    lines.append("|---|---|---|---|---|---:|---:|---:|---:|")
     for stage in lineage["stages"]:
         data = stage.get("data") or {}
         source = stage["init_from"] or {}
@@ -134,6 +133,7 @@ def picture(lineage: Mapping[str, Any]) -> str:
             stage["name"],
             stage["status"],
             source.get("stage") or source.get("path") or "-",
+            _attention(stage),
             f"{data['label']} `{data['checksum'][:12]}`" if data else "-",
             str(stage.get("step") or "-"),
             *(_percent(stage[k]) for k in ("dev_accuracy", "test_accuracy")),
@@ -141,6 +141,13 @@ def picture(lineage: Mapping[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _attention(stage: Mapping[str, Any]) -> str:
+    """`butterfly-64`, and which trial of how many chose it."""
+    label = AttentionConfig.parse(stage["attention"], "attention").label
+    found = stage.get("search")
+    return label + (f" (trial {found['trial']} of {found['num_trials']})" if found else "")
 
 
 def _percent(value: float | None) -> str:

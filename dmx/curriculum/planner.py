@@ -176,7 +176,7 @@ def wanted_tests(
     curriculum: CurriculumConfig, history: History
 ) -> list[tuple[StageConfig, StageConfig]]:
     """(stage, stage whose test split) that are not measured yet: its own, and the last one's."""
-    last = curriculum.stages[-1]
+    last = curriculum.last
     found = []
     for stage in curriculum.stages:
         state = history.stage(stage.name)

@@ -104,6 +104,8 @@ def _prepare_journal(
         argv=sys.argv[1:],
         fresh=options.fresh,
         from_stage=options.from_stage,
+        stages=[s.brief() for s in curriculum.stages],
+        last_stage=curriculum.last.name,
         time=time.time(),
     )
     if again:

@@ -138,6 +138,15 @@ class StageConfig:
         """Plain values of what decides whether the result is promoted."""
         return {"gate": self.gate.to_plain(), "on_fail": to_dict(self.on_fail)}
 
+    def brief(self) -> dict[str, Any]:
+        """What a report says of a stage that is still to come."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "parent": self.parent,
+            "attention": self.config.attention.label,
+        }
+
     def plain(self) -> dict[str, Any]:
         """All of it, for curriculum.yaml and the journal."""
         return {"name": self.name, **self.training(), **self.judging()}
@@ -177,6 +186,14 @@ class CurriculumConfig:
         names = [s.name for s in self.stages]
         self.stage(name)
         return tuple(names[: names.index(name) + 1])
+
+    @property
+    def last(self) -> StageConfig:
+        """The end of the longest chain, the file's first of several: a branch does not take over.
+
+        Its test split is the one that every stage is measured on.
+        """
+        return max(self.stages, key=lambda s: len(self.chain(s.name)))
 
     @property
     def leaves(self) -> tuple[str, ...]:

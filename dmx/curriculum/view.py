@@ -131,16 +131,15 @@ class TensorBoardView:
         for curve, chain in self._chains(event["stage"]):
             place = self._offset(history, chain, event["stage"]) + state.current.steps
             shown = {tag: event["accuracy"]}
-            if event["stage"] == self._curriculum.stages[-1].name:
+            if event["stage"] == self._curriculum.last.name:
                 shown["test_accuracy_on_last_stage"] = event["accuracy"]
             self._writer(curve).scalars(shown, place)
 
     def _chains(self, stage: str) -> list[tuple[str, tuple[StageConfig, ...]]]:
         """(run name, chain) of every curve that the stage is part of."""
-        last = self._curriculum.stages[-1].name
-        leaves = {*self._curriculum.leaves, last}
+        last = self._curriculum.last.name
         found = []
-        for leaf in sorted(leaves):
+        for leaf in sorted(self._curriculum.leaves):
             chain = self._curriculum.chain(leaf)
             if stage in [s.name for s in chain]:
                 found.append(("curriculum" if leaf == last else f"curriculum-{leaf}", chain))
@@ -186,7 +185,7 @@ def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> 
             *(Col(name, right=True, spare=spare.get(name, 0)) for name in names),
         ),
     )
-    last = curriculum.stages[-1].name
+    last = curriculum.last.name
     for stage in curriculum.stages:
         state = history.stage(stage.name)
         table.add_row(

@@ -36,7 +36,8 @@ class Message:
             reports, one message each. {} for the end of anything else.
         done: nothing more will come. failure: why it ended badly, one line.
         lost: it is the machines that failed; the work itself can be continued.
-        value: what a test or a preparation returned.
+        value: what a test or a preparation returned; at the end of a search what it found and cost
+            (see Attempt.search).
     """
 
     key: Key

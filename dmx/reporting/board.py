@@ -25,7 +25,9 @@ class Entry:
     """One configuration on one task, over its seeds. Accuracies lie in 0..1.
 
     Attributes:
-        runs: names of the folders. how: "fixed", "search" or "curriculum".
+        runs: names of the folders. how: "fixed", "search", "curriculum" or "curriculum with a
+            search".
+        steps: of a curriculum, those of all its stages and attempts (the mean over the runs).
         test: test accuracy of each seed. dev: best dev accuracy of each.
         reduced: its budget is not the task preset's. incomplete: a run has not ended.
         step_seconds, memory_mb: the median and the highest over the runs; NaN where unknown.
@@ -96,6 +98,8 @@ def entries(runs: Iterable[RunReport]) -> list[Entry]:
 
 
 def _group(run: RunReport) -> str:
+    if run.recipe:
+        return run.recipe
     if run.kind != "run" or run.config is None:
         return f"{run.kind} {run.folder}"
     settings = {k: v for k, v in flatten(run.config).items() if k not in _SEEDS}
@@ -119,7 +123,11 @@ def _entry(group: Sequence[RunReport]) -> Entry:
     memory = [v for t in best if math.isfinite(v := t.highest(keys.PEAK_MEMORY_MB))]
     settings = flatten(first.config or {})
     steps = settings.get("train.num_steps")
+    if first.stages:
+        steps = round(math.fsum(run.total_steps for run in group) / len(group))
     how = {"run": "fixed", "study": "search", "curriculum": "curriculum"}[first.kind]
+    if any(a.search for s in first.stages for a in s.attempts):
+        how += " with a search"
     return Entry(
         attention=first.attention,
         task=first.task,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.errors import ConfigError, DataError
-from dmx.reporting.curriculum import read_curriculum
+from dmx.errors import ConfigError, DataError, DmxError
+from dmx.reporting.curriculum import is_curriculum, read_curriculum
 from dmx.reporting.labels import UNKNOWN, attention_label
 from dmx.reporting.reading import read_document, read_scalars
 from dmx.reporting.records import Kind, RunReport, Trial
@@ -17,15 +17,15 @@ from dmx.reporting.studies import read_study
 from dmx.schema import read_yaml
 
 RESULT_FILE = "result.json"
-_CURRICULUM = (keys.LINEAGE_FILE, "curriculum.yaml", "stages")
 _STUDY = (keys.SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
 _RUN = (RESULT_FILE, keys.BEST_DIR, keys.LAST_DIR, "error.txt")
 
 
 def kind_of(folder: Path) -> Kind | None:
     """What the folder holds, by the files that only that kind leaves; None for anything else."""
+    if is_curriculum(folder):
+        return "curriculum"
     kinds: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-        ("curriculum", _CURRICULUM),
         ("study", _STUDY),
         ("run", _RUN),
     )
@@ -41,6 +41,26 @@ def runs_below(folder: Path) -> list[Path]:
         return []
     found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return sorted(p for p in found if kind_of(p) is not None)
+
+
+def collect_all(folders: Sequence[Path]) -> tuple[list[RunReport], list[DmxError]]:
+    """(The runs, why others could not be read): each is read on its own.
+
+    Raises:
+        ConfigError: a folder holds no run.
+    """
+    found: list[RunReport] = []
+    errors: list[DmxError] = []
+    for folder in folders:
+        if kind_of(folder) is None:
+            collect(folder)  # says what is there
+        try:
+            found.append(collect(folder))
+        except DmxError as error:
+            errors.append(error)
+        except Exception as error:  # a foreign file may be anything; it must not hide the others
+            errors.append(DataError(f"{folder} cannot be read ({type(error).__name__}: {error})."))
+    return found, errors
 
 
 def collect(folder: Path) -> RunReport:

@@ -1,194 +1,242 @@
-"""Read a curriculum's folder: stages, attempts, gates and lineage, from its journal and lineage."""
+"""Read a curriculum's folder: what its journal folds into, as the controller folds it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.errors import DataError
-from dmx.reporting.labels import UNKNOWN, attention_label
-from dmx.reporting.reading import Document, read_document
-from dmx.reporting.records import Attempt, RunReport, Stage, Trial
-from dmx.storage.journal import read_journal
+from dmx.cli import command_line
+from dmx.curriculum.history import STAGES_DIR, History, StageState, fold
+from dmx.curriculum.history import Attempt as Try
+from dmx.errors import ConfigError, DataError, StageError
+from dmx.overrides import flatten
+from dmx.reporting.labels import UNKNOWN, attention_label, base_name
+from dmx.reporting.records import Attempt, RunReport, Stage, StageSearch, Trial
+from dmx.schema import read_yaml
+from dmx.storage.journal import read_journal, wall_seconds
 
+CURRICULUM_FILE = "curriculum.yaml"
 _STATUS = {"promote": "passed", "stop": "failed", "retry": "trying again", "longer": "training on"}
+_SEEDS = ("train.seed", "data.seed", "search.seed", "data.root", "train.device", "train.compile")
+
+
+def is_curriculum(folder: Path) -> bool:
+    """Whether a folder holds what only a curriculum leaves."""
+    names = (keys.LINEAGE_FILE, CURRICULUM_FILE)
+    begun = (folder / keys.JOURNAL_FILE).exists() and (folder / STAGES_DIR).exists()
+    return begun or any((folder / name).exists() for name in names)
 
 
 def read_curriculum(folder: Path) -> RunReport:
     """A curriculum, finished, stopped or running.
 
     Raises:
-        DataError, StageError: a file is damaged; names it.
+        DataError, StageError: its journal is missing or damaged; names it.
     """
     path = folder / keys.JOURNAL_FILE
-    journalled = _from_journal(path)
-    lineage = read_document(folder / keys.LINEAGE_FILE)
-    stages = _laid_over(journalled, lineage.documents("stages") if lineage else [])
-    reached = [s for s in stages if s.attempts or math.isfinite(s.dev_accuracy)]
-    last = reached[-1] if reached else None
-    label = last.data if last else UNKNOWN
-    config = last.config if last else None
+    events, _ = read_journal(path)
+    if not events:
+        raise DataError(f"{path} is missing or empty, and nothing else tells how the run went.")
+    try:
+        history = fold(events)
+        stages = _stages(history, folder)
+        return _report(folder, history, stages, events)
+    except StageError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged: an event lacks a value ({type(error).__name__}: {error})."
+        ) from None
+
+
+def _report(
+    folder: Path, history: History, stages: Sequence[Stage], events: Sequence[Mapping[str, Any]]
+) -> RunReport:
+    goal = _goal(history, stages)
+    by_name = {s.name: s for s in stages}
+    chain = [s for s in _chain(goal, by_name) if s.attempts]
+    shown = chain[-1] if chain else None
     trials = tuple(_trial(i, s) for i, s in enumerate(stages) if s.attempts)
-    environment = _environment(lineage)
     return RunReport(
         kind="curriculum",
         name=folder.name,
         folder=folder,
-        task=last.task if last else UNKNOWN,
-        attention=attention_label(config),
-        data=label or UNKNOWN,
-        data_checksum=last.data_checksum if last else "",
+        task=shown.task if shown else (by_name[goal].task if goal in by_name else UNKNOWN),
+        attention=_attention([s.attention for s in chain or stages]),
+        data=(shown.data if shown else "") or UNKNOWN,
+        data_checksum=shown.data_checksum if shown else "",
         is_sample=any(s.data.endswith(", not LRA") for s in stages),
         complete=bool(stages) and all(s.status == "passed" for s in stages),
-        config=config,
+        config=shown.config if shown else None,
         trials=trials,
-        best=trials[-1].number if trials else None,
-        test_accuracy=last.test_accuracy if last else math.nan,
-        environment=environment,
-        seconds=math.fsum(
-            a.seconds for s in stages for a in s.attempts if math.isfinite(a.seconds)
+        best=next((t.number for t in trials if shown and stages[t.number] is shown), None),
+        test_accuracy=shown.test_accuracy if shown else math.nan,
+        environment=_environment(history, events),
+        seconds=wall_seconds(events),
+        train_seconds=math.fsum(
+            a.all_seconds for s in history.stages.values() for a in (*s.discarded, *s.attempts)
         ),
         stages=tuple(stages),
+        goal=goal,
+        shown=shown.name if shown else "",
+        recipe=_recipe(history, [s.name for s in stages]),
     )
 
 
-def _environment(lineage: Document | None) -> Mapping[str, Any]:
-    if lineage is None:
-        return {}
-    code = lineage.text("code")
-    return {**({"code": code} if code else {}), **lineage.mapping("environment").values}
+def _stages(history: History, folder: Path) -> list[Stage]:
+    """Those of the file in its order; a stage that the file has no more comes last."""
+    plan = [dict(p) for p in history.plan] or _planned(folder / CURRICULUM_FILE)
+    named = {p["name"]: p for p in plan}
+    for name in history.stages:
+        named.setdefault(name, {"name": name})
+    goal = history.last_stage or (list(named)[-1] if named else "")
+    return [_stage(planned, history.stage(name), goal, folder) for name, planned in named.items()]
+
+
+def _planned(path: Path) -> list[dict[str, Any]]:
+    """The stages in curriculum.yaml, for journals that do not list them."""
+    try:
+        found = read_yaml(path).get("stages") if path.is_file() else None
+    except ConfigError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    stages = [s for s in found or [] if isinstance(s, Mapping) and isinstance(s.get("name"), str)]
+    names = {s["name"] for s in stages}
+    return [
+        {
+            "name": s["name"],
+            "task": str(s.get("task", s["name"])),
+            "attention": attention_label(s),
+            "parent": s["init_from"] if s.get("init_from") in names else None,
+        }
+        for s in stages
+    ]
+
+
+def _goal(history: History, stages: Sequence[Stage]) -> str:
+    """The stage that all are measured on."""
+    return history.last_stage or (stages[-1].name if stages else "")
+
+
+def _chain(name: str, stages: Mapping[str, Stage]) -> list[Stage]:
+    """The stages that lead to one, and itself."""
+    found: list[Stage] = []
+    stage = stages.get(name)
+    while stage is not None and stage not in found:
+        found.insert(0, stage)
+        stage = stages.get(stage.parent or "")
+    return found
+
+
+def _attention(labels: Sequence[str]) -> str:
+    """`butterfly-64` at the end of one attention's growing sizes; `butterfly, then linear` of two.
+
+    The labels are those of the stages along the chain.
+    """
+    names = list(dict.fromkeys(base_name(label) for label in labels))
+    return ", then ".join(names) if len(names) > 1 else (labels[-1] if labels else UNKNOWN)
+
+
+def _stage(planned: Mapping[str, Any], state: StageState, goal: str, folder: Path) -> Stage:
+    shown, promoted = state.shown, state.promoted
+    name, planned_task = str(planned["name"]), str(planned.get("task", planned["name"]))
+    if shown is None:
+        return Stage(
+            name=name,
+            task=planned_task,
+            attention=str(planned.get("attention", "")),
+            status="waiting",
+            parent=planned.get("parent"),
+        )
+    attempts = tuple(_attempt(t) for t in state.attempts)
+    own = next(a for a in attempts if a.number == shown.number)
+    accuracy = None if promoted is None else promoted.get(keys.DEV_ACCURACY)
+    checkpoint = promoted or (shown.decision or {}).get("checkpoint") or {}
+    source = state.attempts[0].source
+    return Stage(
+        name=name,
+        task=str(shown.config.get("task", planned_task)),
+        attention=attention_label(shown.trained),
+        data=str(shown.data.get("label", "")),
+        data_checksum=str(shown.data.get("checksum") or ""),
+        status=_STATUS.get(str(state.next_step), "running"),
+        parent=source.get("stage") or source.get("path") or None,
+        steps=own.steps,
+        all_steps=sum(a.all_steps for a in attempts),
+        seconds=math.fsum(a.seconds for a in attempts if math.isfinite(a.seconds)),
+        dev_accuracy=own.best if accuracy is None else float(accuracy),
+        test_accuracy=_accuracy(state.tests, name),
+        test_on_last=_accuracy(state.tests, goal),
+        checkpoint=_place(folder, checkpoint.get("path")),
+        start=_place(folder, shown.source.get("path")),
+        attempts=attempts,
+        promoted=None if promoted is None else int(promoted["attempt"]),
+        config=shown.trained or None,
+    )
+
+
+def _place(folder: Path, path: object) -> str:
+    """A path of the journal's, which names what lies in the run by what follows its folder."""
+    return str(folder / str(path)) if path else ""
+
+
+def _accuracy(tests: Mapping[str, float | None], on: str) -> float:
+    """NaN where it was not measured, or where the weights do not fit that stage's model."""
+    value = tests.get(on)
+    return math.nan if value is None else float(value)
+
+
+def _attempt(found: Try) -> Attempt:
+    decided = found.decision or {}
+    search = found.search
+    return Attempt(
+        number=found.number,
+        reports=tuple(found.reports[s] for s in sorted(found.reports)),
+        passed=decided.get("passed"),
+        reason=str(decided.get("reason", "")),
+        steps=found.steps,
+        all_steps=found.all_steps,
+        seconds=found.all_seconds if found.reports else math.nan,
+        search=None
+        if search is None
+        else StageSearch(
+            trial=int(search["trial"]),
+            num_trials=int(search["num_trials"]),
+            params=dict(search["params"]),
+        ),
+    )
 
 
 def _trial(number: int, stage: Stage) -> Trial:
-    status: keys.TrialStatus = "COMPLETE" if stage.status == "passed" else "RUNNING"
-    if stage.status == "failed":
-        status = "FAILED"
-    return Trial(
-        number=number, status=status, params={}, reports=stage.attempts[-1].reports, error=""
-    )
+    """The stage's promoted attempt, else its latest, as every kind of run has trials."""
+    ends: dict[str, keys.TrialStatus] = {"passed": "COMPLETE", "failed": "FAILED"}
+    own = next((a for a in stage.attempts if a.number == stage.promoted), stage.attempts[-1])
+    return Trial(number=number, status=ends.get(stage.status, "RUNNING"), reports=own.reports)
 
 
-def _from_journal(path: Path) -> dict[str, Stage]:
-    """The stages that were begun, in the order of their first launch."""
-    attempts: dict[str, dict[int, dict[str, Any]]] = {}
-    tests: dict[str, dict[str, float]] = {}
-    try:
-        for event in read_journal(path)[0]:
-            kind, name = event.get("event"), event.get("stage")
-            if not isinstance(name, str):
-                continue
-            if kind == "tested":
-                tests.setdefault(name, {})[str(event["on"])] = float(event["accuracy"])
-                continue
-            if kind not in ("started", "report", "decided"):
-                continue
-            tries = attempts.setdefault(name, {})
-            entry = tries.setdefault(int(event["attempt"]), {"reports": {}})
-            if kind == "started":
-                entry["started"] = event
-            elif kind == "report":
-                entry["reports"][int(event["step"])] = dict(event["metrics"])
-            else:
-                entry["decided"] = event
-        return {name: _stage(name, tries, tests.get(name, {})) for name, tries in attempts.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise DataError(f"{path} is damaged: an event lacks a value.") from None
+def _environment(history: History, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The versions of dmx that trained its stages, and the latest command."""
+    shown = (s.shown for s in history.stages.values())
+    code = list(dict.fromkeys(str(c) for t in shown if t and (c := t.spec.get("code"))))
+    found: dict[str, Any] = {"code": ", then ".join(code)} if code else {}
+    for event in reversed(events):
+        if event.get("event") == "session" and isinstance(event.get("argv"), list):
+            words = [str(word) for word in event["argv"]]
+            found["argv"] = [command_line("dmx.curriculum", words)]
+            break
+    return found
 
 
-def _stage(name: str, tries: Mapping[int, Mapping[str, Any]], tests: Mapping[str, float]) -> Stage:
-    attempts = []
-    for number in sorted(tries):
-        entry = tries[number]
-        decided = entry.get("decided") or {}
-        reports = tuple(entry["reports"][s] for s in sorted(entry["reports"]))
-        seconds = reports[-1].get(keys.TRAIN_SECONDS, math.nan) if reports else math.nan
-        attempts.append(
-            Attempt(
-                number=number,
-                reports=reports,
-                passed=decided.get("passed"),
-                reason=str(decided.get("reason", "")),
-                seconds=float(seconds),
-            )
-        )
-    newest = tries[max(tries)]
-    started = newest.get("started") or {}
-    config = started.get("config") or {}
-    source = started.get("source") or {}
-    decided = newest.get("decided") or {}
-    checkpoint = decided.get("checkpoint") or {}
-    data = started.get("data") or {}
-    accuracy = checkpoint.get(keys.DEV_ACCURACY)
-    return Stage(
-        name=name,
-        task=str(config.get("task", name)),
-        data=str(data.get("label", "")),
-        data_checksum=str(data.get("checksum") or ""),
-        status=_STATUS.get(str(decided.get("next")), "running"),
-        parent=source.get("stage") if source.get("stage") != name else None,
-        steps=int(attempts[-1].reports[-1].get(keys.STEPS, 0)) if attempts[-1].reports else 0,
-        dev_accuracy=attempts[-1].best if accuracy is None else float(accuracy),
-        test_accuracy=float(tests.get(name, math.nan)),
-        checkpoint=str(checkpoint.get("path", "")),
-        attempts=tuple(attempts),
-        config=config or None,
-    )
-
-
-def _laid_over(known: dict[str, Stage], lineage: list[Document]) -> list[Stage]:
-    """The lineage's order and what only it says, over what the journal says."""
-    stages = dict(known)
-    order = list(known)
-    for document in lineage:
-        name = document.text("name")
-        if not name:
-            raise DataError(f"{document.path} is damaged: {document.where} has no name.")
-        old = stages.get(name)
-        dev, test = document.number(keys.DEV_ACCURACY), document.number(keys.TEST_ACCURACY)
-        stages[name] = Stage(
-            name=name,
-            task=document.text("task", old.task if old else name),
-            data=_label(document, old),
-            data_checksum=old.data_checksum if old else "",
-            status=document.text("status", old.status if old else "passed"),
-            parent=_parent(document, old),
-            steps=document.whole("steps") or (old.steps if old else 0),
-            dev_accuracy=dev if math.isfinite(dev) else (old.dev_accuracy if old else math.nan),
-            test_on_last=document.number("test_accuracy_on_last_stage"),
-            test_accuracy=test if math.isfinite(test) else (old.test_accuracy if old else math.nan),
-            checkpoint=_checkpoint(document, old),
-            attempts=old.attempts if old else (),
-            config=old.config if old else None,
-        )
-        if name not in order:
-            order.append(name)
-    return [stages[name] for name in order]
-
-
-def _parent(document: Document, old: Stage | None) -> str | None:
-    """The stage it starts from, else the weights on disk, else None."""
-    given = document.values.get("init_from")
-    source = given if isinstance(given, Mapping) else {}
-    found = document.text("parent") or str(source.get("stage") or source.get("path") or "")
-    return found or (old.parent if old else None)
-
-
-def _label(document: Document, old: Stage | None) -> str:
-    value = document.values.get("data")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping) and isinstance(value.get("label"), str):
-        return str(value["label"])
-    return old.data if old else ""
-
-
-def _checkpoint(document: Document, old: Stage | None) -> str:
-    value = document.values.get("checkpoint")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
-        return str(value["path"])
-    return old.checkpoint if old else ""
+def _recipe(history: History, names: Sequence[str]) -> str:
+    """A digest of all that decides the result but for seeds: equal ones are the same experiment."""
+    parts = []
+    for name in names:
+        tried = history.stage(name).attempts
+        spec = flatten(dict(tried[0].spec)) if tried else {}
+        spec = {k: v for k, v in spec.items() if k not in _SEEDS}
+        parts.append([name, spec, tried[0].data.get("checksum") if tried else None])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -63,10 +63,10 @@ def _tiles(run: RunReport) -> Markup:
         seeds = len(run.finals.seeds)
         found.append((tables.ours(run) + " %", f"test accuracy over {seeds} seeds"))
     if math.isfinite(run.test_accuracy):
-        which = "last stage" if run.stages else "best checkpoint"
+        which = f"stage {run.shown}" if run.stages else "best checkpoint"
         found.append((percent(run.test_accuracy) + " %", f"test accuracy, {which}"))
     if best is not None:
-        what = "best dev accuracy" if run.kind != "curriculum" else "dev accuracy, last stage"
+        what = "best dev accuracy" + (f", stage {run.shown}" if run.stages else "")
         at = f", step {run.best_step:,}" if run.best_step else ""
         found.append((percent(best.best) + " %", what + at))
     if run.kind == "study":
@@ -78,13 +78,17 @@ def _tiles(run: RunReport) -> Markup:
         passed = sum(s.status == "passed" for s in run.stages)
         found.append((f"{passed} of {len(run.stages)}", "stages passed"))
     trained = math.fsum(s for t in run.trials if math.isfinite(s := t.last(keys.TRAIN_SECONDS)))
+    if math.isfinite(run.train_seconds):
+        trained = run.train_seconds
     if math.isfinite(run.seconds):
-        inside = "" if run.kind == "curriculum" else f"; training of all trials {duration(trained)}"
-        found.append((duration(run.seconds), "wall time" + (inside if trained else "")))
+        what = "attempts" if run.stages else "trials"
+        inside = f"; training of all {what} {duration(trained)}" if trained else ""
+        found.append((duration(run.seconds), "wall time" + inside))
     elif trained:
         found.append((duration(trained), "training time"))
     if best is not None:
-        found.append((scaled(best.last(keys.PARAMETERS)), "parameters of the best model"))
+        whose = "the model" if run.stages else "the best model"
+        found.append((scaled(best.last(keys.PARAMETERS)), f"parameters of {whose}"))
     tiles = (
         el("div", el("b", b, class_="long" if len(b) > 10 else None), el("span", t), class_="tile")
         for b, t in found

@@ -9,7 +9,7 @@ from dmx.reporting.markup import Markup, el
 from dmx.reporting.records import Stage
 from dmx.reporting.text import percent
 
-_WIDTH, _HEIGHT, _ACROSS, _DOWN = 208, 92, 44, 22
+_WIDTH, _HEIGHT, _ACROSS, _DOWN = 208, 112, 44, 22
 _PER_ROW = 4
 
 
@@ -103,6 +103,7 @@ def _box(stage: Stage, x: int, y: int) -> list[Markup]:
     lines = (
         (_clip(stage.name, 28), "label strong"),
         (_clip(stage.task, 32) if stage.task != stage.name else "", "label note"),
+        (_clip(stage.attention, 32), "label note"),
         (", ".join(scores) or "no accuracy yet", "label"),
         (state, "label note"),
     )

@@ -49,19 +49,24 @@ def render(run: RunReport) -> str:
     ]
     test = tables.ours(run)
     seeds = f" over {len(run.finals.seeds)} seeds" if run.finals else ""
+    seeds += f" (stage {escape(run.shown)})" if run.stages else ""
     best = run.best_trial
     if test != MISSING:
         parts.append(f"Test accuracy: {test} %{seeds}.")
     if best is not None and math.isfinite(best.best):
-        where = {"study": f"trial {best.number}", "run": "", "curriculum": "last stage"}[run.kind]
-        what = "Dev accuracy" if run.stages else "Best dev accuracy"
-        parts.append(f"{what}: {100 * best.best:.2f} %{f' ({where})' if where else ''}.")
+        stage = f"stage {run.shown}"
+        where = {"study": f"trial {best.number}", "run": "", "curriculum": stage}[run.kind]
+        where = f" ({escape(where)})" if where else ""
+        parts.append(f"Best dev accuracy: {100 * best.best:.2f} %{where}.")
     command = train_command(run)
     if command:
-        title = "Last configuration" if run.stages else "Best configuration"
+        stage = f"Configuration of stage {escape(run.shown)}"
+        title = stage if run.stages else "Best configuration"
         parts += [f"## {title}", f"```\n{command}\n```"]
     if run.stages:
         parts += ["## Stages", table(tables.stages_table(run))]
+        if (searches := tables.searches_table(run)).rows:
+            parts += ["## Searches: what each chose", table(searches)]
     if run.kind == "study" and run.trials:
         parts += ["## Trials", table(tables.trials_table(run))]
         if run.several:

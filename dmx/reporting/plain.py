@@ -74,6 +74,10 @@ def to_csv(run: RunReport) -> str:
                     keys.DEV_ACCURACY: s.dev_accuracy,
                     keys.TEST_ACCURACY: s.test_accuracy,
                     keys.STEPS: s.steps,
+                    "test_accuracy_on_last_stage": s.test_on_last,
+                    "attention": s.attention,
+                    "all_steps": s.all_steps,
+                    "all_train_seconds": s.seconds,
                 }
                 for s in run.stages
             ]

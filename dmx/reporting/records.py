@@ -103,14 +103,31 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageSearch:
+    """What a stage that is a search found: its best trial, and that trial's values."""
+
+    trial: int
+    num_trials: int
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One try at a curriculum's stage; `passed` is None while its gate has not decided."""
+    """One try at a curriculum's stage; `passed` is None while its gate has not decided.
+
+    Attributes:
+        reports: of a search, those of its best trial. steps: likewise.
+        all_steps, seconds: optimizer steps and training time, of a search those of all its trials.
+    """
 
     number: int
     reports: tuple[Mapping[str, Any], ...] = ()
     passed: bool | None = None
     reason: str = ""
+    steps: int = 0
+    all_steps: int = 0
     seconds: float = math.nan
+    search: StageSearch | None = None
 
     @property
     def best(self) -> float:
@@ -123,21 +140,30 @@ class Stage:
     """One stage of a curriculum. Accuracies lie in 0..1, NaN where unknown.
 
     Attributes:
+        attention: with its size; of a search, its best trial's.
         parent: the stage it started from, or where else its weights came from, or None.
+        steps: of the promoted attempt, else of the latest. all_steps, seconds: of all attempts.
         test_on_last: accuracy on the test split of the curriculum's last stage.
+        checkpoint: of the promoted attempt. start: that which this one's training started from.
+        promoted: the attempt whose checkpoint the next stage gets, or None.
     """
 
     name: str
     task: str
+    attention: str = ""
     data: str = ""
     data_checksum: str = ""
     status: str = ""
     parent: str | None = None
     steps: int = 0
+    all_steps: int = 0
+    seconds: float = 0.0
     dev_accuracy: float = math.nan
     test_accuracy: float = math.nan
     test_on_last: float = math.nan
     checkpoint: str = ""
+    start: str = ""
+    promoted: int | None = None
     attempts: tuple[Attempt, ...] = ()
     config: Mapping[str, Any] | None = None
 
@@ -152,7 +178,11 @@ class RunReport:
         config: the plain RunConfig of the best checkpoint (of the last stage), or None.
         best: number of the best trial, or None.
         test_accuracy, test_loss: of the best checkpoint; NaN where it was not tested.
-        seconds: wall time of the whole run, or NaN.
+        seconds: wall time of the whole run, without the pauses between its sessions, or NaN.
+        train_seconds: of all that was trained, side by side or not, or NaN.
+        goal: a curriculum's last stage. shown: the last one on the way to it that was begun: task,
+            data, config and accuracies are its.
+        recipe: of a curriculum, equal where all but the seeds is.
     """
 
     kind: Kind
@@ -175,6 +205,10 @@ class RunReport:
     stages: tuple[Stage, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = math.nan
+    train_seconds: float = math.nan
+    goal: str = ""
+    shown: str = ""
+    recipe: str = ""
 
     @property
     def best_trial(self) -> Trial | None:
@@ -198,6 +232,11 @@ class RunReport:
         if "gpus" not in self.environment:
             return ""
         return "GPU" if self.environment["gpus"] else "process"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages of a curriculum."""
+        return sum(s.all_steps for s in self.stages)
 
     def count(self, status: str) -> int:
         """Trials with this status."""

@@ -69,12 +69,12 @@ def _result(run: RunReport) -> Section | None:
     words = {
         "study": "Train the best configuration again:",
         "run": "The same run again:",
-        "curriculum": "The last stage that was begun, again, by itself:",
+        "curriculum": f"Stage {run.shown} again, by itself:",
     }[run.kind]
     notes = [el("p", c.text, class_="soft") for c in caveats(run) if c.level == "note"]
     assert run.config is not None
     every = el("details", el("summary", "Every setting"), table(tables.config_table(run.config)))
-    title = "Last configuration" if run.stages else "Best configuration"
+    title = f"Configuration of stage {run.shown}" if run.stages else "Best configuration"
     return "best", title, join(el("p", words), el("pre", command), *notes, every)
 
 
@@ -82,8 +82,11 @@ def _stages(run: RunReport) -> Section | None:
     if not run.stages:
         return None
     chart = el("div", lineage_chart(run.stages), class_="scroll")
-    gates = el("h3", "Gates")
-    body = join(chart, gates, table(tables.stages_table(run)), figures.stage_curves(run))
+    parts: list[Markup] = [el("h3", "Gates"), table(tables.stages_table(run))]
+    searches = tables.searches_table(run)
+    if searches.rows:
+        parts += [el("h3", "Searches: what each chose"), table(searches)]
+    body = join(chart, *parts, figures.stage_curves(run))
     return "stages", "Stages: lineage and gates", body
 
 

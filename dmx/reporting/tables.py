@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx import records as keys
+from dmx.curriculum.history import STAGES_DIR
 from dmx.overrides import flatten
 from dmx.reporting.labels import base_name
 from dmx.reporting.pareto import study_front
@@ -113,17 +114,21 @@ def population_table(run: RunReport) -> Table:
 def stages_table(run: RunReport) -> Table:
     """One row an attempt at a stage of a curriculum."""
     rows, styles = [], []
+    verdict = {True: "passed", False: "refused", None: "open"}
     for stage in run.stages:
         for attempt in stage.attempts or (None,):
             first = attempt is None or attempt is stage.attempts[0]
-            verdict = {True: "passed", False: "refused", None: "open"}
-            last = attempt is None or attempt is stage.attempts[-1]
+            # Tests are those of the promoted weights.
+            last = attempt is None or attempt.number == stage.promoted
             rows.append(
                 (
                     stage.name if first else "",
                     stage.task if first else "",
+                    stage.attention if first else "",
                     stage.data if first else "",
                     "" if attempt is None else str(attempt.number),
+                    "" if attempt is None else f"{attempt.all_steps:,}",
+                    "" if attempt is None else duration(attempt.seconds),
                     percent(stage.dev_accuracy if attempt is None else attempt.best),
                     percent(stage.test_accuracy) if last else "",
                     percent(stage.test_on_last) if last else "",
@@ -133,8 +138,32 @@ def stages_table(run: RunReport) -> Table:
                 )
             )
             styles.append("")
-    titles = "stage|task|data|>attempt|>best dev acc., %|>test acc., %|>test of last stage, %"
+    titles = "stage|task|attention|data|>attempt|>steps|>training|>best dev acc., %|>test acc., %"
+    titles += f"|>test of {run.goal}, %"
     return make(titles + "|gate|which rule fired|starts from", rows, styles)
+
+
+def searches_table(run: RunReport) -> Table:
+    """One row an attempt at a stage that is a search: its best trial, which the gate judged."""
+    rows = []
+    for stage in run.stages:
+        for attempt in stage.attempts:
+            if (found := attempt.search) is None:
+                continue
+            names = short_names(list(found.params))
+            values = zip(names, map(short, found.params.values()), strict=True)
+            folder = run.folder / STAGES_DIR / stage.name / f"attempt-{attempt.number}"
+            rows.append(
+                (
+                    stage.name,
+                    str(attempt.number),
+                    f"{found.trial} of {found.num_trials}",
+                    ", ".join(f"{name} {value}" for name, value in values),
+                    f"{attempt.steps:,} of {attempt.all_steps:,}",
+                    f"python -m dmx.report {folder}",
+                )
+            )
+    return make("stage|>attempt|>best trial|its settings|>its steps|all trials", rows)
 
 
 def ours(run: RunReport) -> str:

@@ -100,10 +100,8 @@ def train_command(run: RunReport) -> str:
 
 
 def _start(run: RunReport) -> str:
-    """The checkpoint that a curriculum's last stage started from, or ""."""
-    begun = [s for s in run.stages if s.attempts]
-    parents = {s.name: s.checkpoint for s in run.stages}
-    return parents.get(begun[-1].parent or "", "") if begun else ""
+    """The checkpoint that the shown stage of a curriculum started from, or ""."""
+    return next((s.start for s in run.stages if s.name == run.shown), "")
 
 
 def _differences(config: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,22 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
         events.append(event)
         sound += len(line)
     return events, sound
+
+
+def wall_seconds(events: Iterable[Mapping[str, Any]]) -> float:
+    """How long a run was worked on: from the begin of each session to its last event.
+
+    NaN for a journal that tells of no session.
+    """
+    total, begun, last = math.nan, math.nan, math.nan
+    for event in events:
+        time = event.get("time")
+        if not isinstance(time, int | float):
+            continue
+        if event.get("event") == "session":
+            total, begun = (0.0 if math.isnan(begun) else total + last - begun), float(time)
+        last = float(time)
+    return total + last - begun
 
 
 class Journal:

@@ -31,11 +31,37 @@ def finish(
         The content of study.json but for `seconds`. An incomplete study is not tested: its best
         trial may still change.
     """
-    folder = result.folder
-    label = store.manifest.label
+    folder, best = result.folder, result.best
+    summary = summarise(config, store, result)
+    if best is None or best.checkpoint is None:
+        return summary
+    best_folder = folder / keys.BEST_DIR
+    config.places.push(best_folder)
+    if result.complete:
+        test = finals.evaluate_test(best_folder, store, config.workers, config.places)
+        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
+        summary["best"][keys.TEST_LOSS] = test["loss"]
+        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
+        if final_seeds:
+            summary["final_seeds"] = finals.retrain(
+                best_folder,
+                store,
+                folder,
+                final_seeds,
+                workers=config.workers,
+                slots=slots,
+                places=config.places,
+            )
+    return summary
+
+
+def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> dict[str, Any]:
+    """Write trials.csv and best/; the content of study.json, but for tests and `seconds`."""
     several = len(config.objectives) > 1
-    study_files.write_trials(folder, result.trials, label, result.front if several else None)
-    best_folder = study_files.copy_best(folder, result.best)
+    label = store.manifest.label
+    front = result.front if several else None
+    study_files.write_trials(result.folder, result.trials, label, front)
+    study_files.copy_best(result.folder, result.best)
     summary: dict[str, Any] = {
         "name": config.name,
         "data": label,
@@ -56,33 +82,15 @@ def finish(
         "best": None,
         "environment": study_files.environment(),
     }
-    if best_folder is None or result.best is None:
-        return summary
-    config.places.push(best_folder)
     best = result.best
-    assert best.checkpoint is not None
-    summary["best"] = {
-        "trial": best.number,
-        "params": apply(best.params, best.changes, best.checkpoint.step),
-        keys.DEV_ACCURACY: best.best_dev_accuracy,
-        "step": best.checkpoint.step,
-        "checkpoint": keys.BEST_DIR,
-    }
-    if result.complete:
-        test = finals.evaluate_test(best_folder, store, config.workers, config.places)
-        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
-        summary["best"][keys.TEST_LOSS] = test["loss"]
-        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
-        if final_seeds:
-            summary["final_seeds"] = finals.retrain(
-                best_folder,
-                store,
-                folder,
-                final_seeds,
-                workers=config.workers,
-                slots=slots,
-                places=config.places,
-            )
+    if best is not None and best.checkpoint is not None:
+        summary["best"] = {
+            "trial": best.number,
+            "params": apply(best.params, best.changes, best.checkpoint.step),
+            keys.DEV_ACCURACY: best.best_dev_accuracy,
+            "step": best.checkpoint.step,
+            "checkpoint": keys.BEST_DIR,
+        }
     return summary
 
 

@@ -38,6 +38,11 @@ def _as_text(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, indent=1, sort_keys=True)
 
 
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """settings.json: what the trials of a study have in common."""
+    write_text(folder / keys.SETTINGS_FILE, _as_text(settings))
+
+
 def check_same(folder: Path, settings: Mapping[str, Any]) -> bool:
     """See that the folder holds the study with these settings; nothing is written.
 
@@ -86,7 +91,7 @@ def open_folder(
             unchanged = check_same(folder, settings)
             Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray
             if not unchanged:
-                write_text(folder / keys.SETTINGS_FILE, text)
+                write_settings(folder, settings)
             return
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)

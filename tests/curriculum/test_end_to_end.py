@@ -19,6 +19,7 @@ import yaml
 from dmx import records as keys
 from dmx.curriculum.history import fold
 from dmx.schema import to_dict
+from dmx.reporting.collect import collect
 from dmx.storage.journal import read_journal
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -197,3 +198,25 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     assert len(a.current.reports) == 12
     b = json.loads((command.folder / keys.LINEAGE_FILE).read_text())["stages"][1]
     assert b["init_from"]["path"] == str(promoted) and b["status"] == "passed"
+    # The lineage and the report tell of the trial that was promoted, and of what all of them cost.
+    rate = (1e-9, 1e-2)[best]
+    run = collect(command.folder)
+    stage = run.stages[0]
+    assert stage.config is not None and stage.config["optim"]["learning_rate"] == rate
+    lineage = json.loads((command.folder / keys.LINEAGE_FILE).read_text())["stages"][0]
+    told = {"trial": best, "num_trials": 2, "params": {"optim.learning_rate": rate}}
+    assert lineage["search"] == told and lineage["all_attempts"]["steps"] == 48 == stage.all_steps
+    seconds = [
+        max(e["metrics"][keys.TRAIN_SECONDS] for e in reports)
+        for reports in _reports_by_trial(command.folder / "stages" / "a" / "attempt-0")
+    ]
+    assert stage.seconds == pytest.approx(sum(seconds)) and len(seconds) == 2
+    study = collect(command.folder / "stages" / "a" / "attempt-0")
+    assert (study.task, study.attention, study.best) == (TASK, "butterfly-16", best)
+    assert study.complete and study.search is not None and study.search.num_trials == 2
+
+
+def _reports_by_trial(folder: Path) -> list[list[dict[str, Any]]]:
+    events = read_journal(folder / keys.JOURNAL_FILE)[0]
+    reports = [e for e in events if e["event"] == "report"]
+    return [[e for e in reports if e["trial"] == n] for n in sorted({e["trial"] for e in reports})]

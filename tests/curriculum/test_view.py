@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_a_branch_has_its_own_curve(tmp_path: Path) -> None:
         {"name": "a"}, {"name": "b", "init_from": "a"}, {"name": "c", "init_from": "a"}
     )
     session(tree, folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
-    for name in ("curriculum", "curriculum-b"):
+    for name in ("curriculum", "curriculum-c"):
         assert [s for s, _ in points(folder, name, keys.DEV_ACCURACY)] == list(range(2, 17, 2))
 
 
@@ -104,3 +105,39 @@ def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
 def test_durations_in_words() -> None:
     cases = {0: "0 s", 119: "119 s", 121: "2 min", 7300: "2 h 1 min", 180000: "2.1 days"}
     assert {seconds: seconds_text(seconds) for seconds in cases} == cases
+
+
+def branched(*more: dict[str, Any]) -> CurriculumConfig:
+    """A -> b, then stages that start from a."""
+    return curriculum({"name": "a"}, {"name": "b"}, *({**m, "init_from": "a"} for m in more))
+
+
+def test_an_appended_branch_is_not_the_last_stage(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    session(branched(), folder, FakeBackend({n: [GOOD] for n in "ab"}, root))
+    backend = FakeBackend({"side": [GOOD]}, root)
+    session(branched({"name": "side"}), folder, backend)
+    assert backend.tested == [("side", "side"), ("side", "b")], "no other stage is tested again"
+    lineage = json.loads((folder / keys.LINEAGE_FILE).read_text())
+    assert lineage["last_stage"] == "b"
+    assert [s["name"] for s in lineage["stages"]] == ["a", "b", "side"]
+    assert (
+        curriculum({"name": "a"}, {"name": "b", "init_from": "none"}, {"name": "c"}).last.name
+        == "c"
+    )
+
+
+def test_the_lineage_tells_attentions_and_what_each_cost(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    gate = {"gate": {"name": "threshold", "at_least": 0.9}, "on_fail": "retry"}
+    config = chain(b={**gate, "attention": {"block_size": 8}})
+    session(config, folder, FakeBackend({"a": [GOOD], "b": [GOOD, [0.9] * 4], "c": [GOOD]}, root))
+    text = (folder / "lineage.md").read_text()
+    assert "<br/>butterfly-8<br/>" in text and "| b | passed | a | butterfly-8 |" in text
+    stages = json.loads((folder / keys.LINEAGE_FILE).read_text())["stages"]
+    # A fake attempt has 8 steps and says 4 seconds; b had two.
+    assert [s["all_attempts"] for s in stages] == [
+        {"steps": 8, "train_seconds": 4.0},
+        {"steps": 16, "train_seconds": 8.0},
+        {"steps": 8, "train_seconds": 4.0},
+    ]

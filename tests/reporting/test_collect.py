@@ -88,23 +88,21 @@ def test_curriculum(tmp_path: Path) -> None:
     assert harder.parent == "easy" and [a.passed for a in harder.attempts] == [False, True]
     assert harder.attempts[0].reason.endswith("below 0.8") and harder.attempts[1].best == 0.85
     assert last.status == "waiting" and last.parent == "harder" and not last.attempts
-    assert run.attention == "butterfly-32" and run.environment == {"code": "abc123"}
+    assert run.attention == "butterfly-32" and run.environment["code"] == "abc123"
+    assert run.environment["argv"] == ["python -m dmx.curriculum c.yaml"]
 
 
-def test_curriculum_without_lineage_is_read_from_its_journal(tmp_path: Path) -> None:
+def test_a_curriculum_is_read_from_its_journal_alone(tmp_path: Path) -> None:
     folder = make_curriculum(tmp_path / "c")
     (folder / "lineage.json").unlink()
     (folder / "stages").mkdir()
     run = collect(folder)
-    assert [(s.name, s.status) for s in run.stages] == [("easy", "passed"), ("harder", "passed")]
-
-
-def test_curriculum_without_journal_is_read_from_its_lineage(tmp_path: Path) -> None:
-    (tmp_path / "c").mkdir()
-    stages = [{"name": "a", "dev_accuracy": 0.7, "test_accuracy": None, "checkpoint": "x"}]
-    (tmp_path / "c" / "lineage.json").write_text(json.dumps({"stages": stages}))
-    run = collect(tmp_path / "c")
-    assert run.stages[0].dev_accuracy == 0.7 and math.isnan(run.stages[0].test_accuracy)
+    stages = [("easy", "passed"), ("harder", "passed"), ("last", "waiting")]
+    assert [(s.name, s.status) for s in run.stages] == stages
+    (folder / "journal.jsonl").unlink()
+    (folder / "lineage.json").write_text('{"stages": [{"name": "a", "dev_accuracy": 0.7}]}')
+    with pytest.raises(DmxError, match=r"journal\.jsonl is missing or empty"):
+        collect(folder)
 
 
 def _study_json(folder: Path, text: str) -> None:

@@ -149,7 +149,8 @@ def test_curriculum_is_an_entry(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = _root(tmp_path)
     (root / "sample" / "study.json").write_text("{")
-    bad = [["--format", "x"], [str(tmp_path / "none")], [str(root)], [str(root / "short" / "best")]]
+    only = str(root / "sample")
+    bad = [["--format", "x"], [str(tmp_path / "none")], [only], [str(root / "short" / "best")]]
     for argv in bad:
         with pytest.raises(SystemExit) as caught:
             cli.run("dmx.leaderboard", leaderboard.main, argv)

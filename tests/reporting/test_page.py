@@ -172,7 +172,8 @@ def test_markdown_of_a_curriculum_speaks_of_stages(tmp_path: Path) -> None:
     run = collect(make_curriculum(tmp_path / "c"))
     assert run.data_checksum == "ab" * 32
     text = markdown(run)
-    assert "## Last configuration" in text and "(last stage)" in text and "(trial" not in text
+    assert "## Configuration of stage harder" in text and "(stage harder)" in text
+    assert "(trial" not in text
 
 
 def test_markdown_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
