@@ -18,8 +18,8 @@ import yaml
 
 from dmx import records as keys
 from dmx.curriculum.history import fold
-from dmx.schema import to_dict
 from dmx.reporting.collect import collect
+from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
 from dmx.training.job import Job
 from dmx.training.runner import Runner

@@ -208,3 +208,43 @@ def make_curriculum(folder: Path) -> Path:
     write_journal(folder / "journal.jsonl", events)
     (folder / "lineage.json").write_text("{}")  # a view; nothing is read from it
     return folder
+
+
+def curriculum_events(
+    *stages: tuple[str, str | None, list[float]], last: str, seed: int = 1, begun: float = 0.0
+) -> list[dict[str, Any]]:
+    """The journal of a curriculum in one session: (stage, parent, dev accuracies), all promoted.
+
+    A report every 100 steps and 10 seconds of training; 15 seconds pass from event to event.
+    """
+    events: list[dict[str, Any]] = []
+
+    def add(kind: str, **values: Any) -> None:
+        events.append({"event": kind, **values, "time": begun + 15.0 * len(events)})
+
+    task = "pathfinder32-cl6-d4"
+    brief = [
+        {"name": name, "task": task, "parent": parent, "attention": "butterfly-32"}
+        for name, parent, _ in stages
+    ]
+    add("session", host="h", pid=1, argv=["c.yaml"], stages=brief, last_stage=last)
+    for name, parent, curve in stages:
+        plain = config("butterfly-32", task, train__seed=seed)
+        source = {} if parent is None else {"stage": parent, "attempt": 0, "path": f"{parent}/best"}
+        common = {"stage": name, "attempt": 0}
+        data = {"label": f"{task} (1,000 images)", "checksum": "ab" * 32}
+        spec = {**plain, "name": name, "code": "abc123", "init_from": parent}
+        add("started", **common, retry=0, config=plain, source=source, spec=spec, data=data)
+        for i, accuracy in enumerate(curve, start=1):
+            add("report", **common, step=100 * i, metrics=metrics(100 * i, accuracy))
+        best = {"attempt": 0, "path": f"{name}/best", "dev_accuracy": max(curve), "step": 100}
+        verdict = {"passed": True, "reason": "always", "next": "promote"}
+        add("decided", **common, **verdict, checkpoint=best)
+    return events
+
+
+def write_curriculum(folder: Path, events: Sequence[Mapping[str, Any]]) -> Path:
+    """A run folder with that journal."""
+    (folder / "stages").mkdir(parents=True)
+    write_journal(folder / "journal.jsonl", events)
+    return folder

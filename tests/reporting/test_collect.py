@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dmx.errors import ConfigError, DmxError
 from dmx.reporting.caveats import caveats
 from dmx.reporting.collect import collect, kind_of, runs_below
+from dmx.reporting.html import render
 from dmx.reporting.stopping import filled_rungs
-from tests.reporting.makers import make_curriculum, make_run, make_study
+from dmx.reporting.text import train_command
+from dmx.storage.journal import read_journal
+from tests.reporting.makers import (
+    config,
+    curriculum_events,
+    make_curriculum,
+    make_run,
+    make_study,
+    write_curriculum,
+    write_journal,
+)
 
 
 def test_study(tmp_path: Path) -> None:
@@ -103,6 +115,99 @@ def test_a_curriculum_is_read_from_its_journal_alone(tmp_path: Path) -> None:
     (folder / "lineage.json").write_text('{"stages": [{"name": "a", "dev_accuracy": 0.7}]}')
     with pytest.raises(DmxError, match=r"journal\.jsonl is missing or empty"):
         collect(folder)
+
+
+def _chain(**values: Any) -> list[dict[str, Any]]:
+    return curriculum_events(("a", None, [0.6, 0.7]), ("b", "a", [0.8]), last="b", **values)
+
+
+def _tested(stage: str, on: str, accuracy: float | None) -> dict[str, Any]:
+    return {"event": "tested", "stage": stage, "on": on, "accuracy": accuracy, "time": 200.0}
+
+
+def test_weights_that_do_not_fit_the_last_stage_are_no_damage(tmp_path: Path) -> None:
+    events = [*_chain(), _tested("a", "a", 0.65), _tested("a", "b", None), _tested("b", "b", 0.75)]
+    run = collect(write_curriculum(tmp_path / "c", events))
+    a, b = run.stages
+    assert a.test_accuracy == 0.65 and math.isnan(a.test_on_last)
+    assert b.test_accuracy == b.test_on_last == 0.75 == run.test_accuracy and run.complete
+
+
+def test_two_attentions_are_both_named(tmp_path: Path) -> None:
+    events = _chain()
+    for event in events:
+        if event.get("stage") == "b" and event["event"] == "started":
+            event["config"] = config("linear", "pathfinder32-cl6-d4")
+    run = collect(write_curriculum(tmp_path / "c", events))
+    assert [s.attention for s in run.stages] == ["butterfly-32", "linear"]
+    assert run.attention == "butterfly, then linear"
+
+
+def test_wall_time_has_no_pauses_and_training_time_is_told_apart(tmp_path: Path) -> None:
+    first = _chain()  # 8 events: 105 s
+    again = {"event": "session", "host": "h", "pid": 2, "argv": [], "time": 9000.0}
+    last = {**_tested("b", "b", 0.7), "time": 9020.0}
+    run = collect(write_curriculum(tmp_path / "c", [*first, again, last]))
+    # The reports' own training seconds: 0.1 s a step, 200 steps and 100.
+    assert run.seconds == 105 + 20 and run.train_seconds == pytest.approx(20 + 10)
+    page = render(run)
+    assert "wall time; training of all attempts 30 s" in page and "2 min 5 s" in page
+
+
+def test_what_was_trained_again_leaves_no_old_number(tmp_path: Path) -> None:
+    tests = [_tested("a", "a", 0.61), _tested("a", "b", 0.62), _tested("b", "b", 0.63)]
+    reset = {"event": "reset", "stages": ["b"], "time": 300.0}
+    run = collect(write_curriculum(tmp_path / "c", [*_chain(), *tests, reset]))
+    a, b = run.stages
+    assert a.test_accuracy == 0.61 and math.isnan(a.test_on_last), "b may be another task since"
+    assert b.status == "waiting" and math.isnan(b.test_accuracy) and not b.attempts
+    assert (run.shown, run.test_accuracy) == ("a", 0.61) and not run.complete
+    assert run.train_seconds == pytest.approx(30), "what was discarded was trained all the same"
+
+
+def test_an_appended_branch_does_not_take_the_headline(tmp_path: Path) -> None:
+    events = curriculum_events(
+        ("a", None, [0.6]), ("b", "a", [0.8]), ("side", "a", [0.9]), last="b"
+    )
+    tests = [_tested("b", "b", 0.75), _tested("side", "side", 0.95)]
+    run = collect(write_curriculum(tmp_path / "c", [*events, *tests]))
+    assert (run.goal, run.shown, run.test_accuracy) == ("b", "b", 0.75)
+    assert run.best_trial is not None and run.best_trial.best == 0.8
+    assert "test accuracy, stage b" in render(run)
+
+
+def test_the_promoted_attempt_is_shown_and_not_the_latest(tmp_path: Path) -> None:
+    folder = make_curriculum(tmp_path / "c")
+    path = folder / "journal.jsonl"
+    events = read_journal(path)[0]
+    events[-2]["checkpoint"] = {"attempt": 0, "path": "p", "dev_accuracy": 0.7, "step": 200}
+    write_journal(path, events)  # on_fail: continue, and the first try was the better one
+    harder = collect(folder).stages[1]
+    assert harder.promoted == 0 and harder.dev_accuracy == 0.7
+    assert collect(folder).best_trial.best == 0.7  # type: ignore[union-attr]
+    assert harder.all_steps == 400 and harder.steps == 200
+
+
+def _searched() -> list[dict[str, Any]]:
+    events = _chain()
+    found = config("butterfly-32", "pathfinder32-cl6-d4", optim__learning_rate=0.0123)
+    decided = next(e for e in events if e["event"] == "decided" and e["stage"] == "b")
+    decided["search"] = {
+        **{"trial": 3, "num_trials": 8, "params": {"optim.learning_rate": 0.0123}},
+        **{"config": found, "steps": 550, "train_seconds": 77.0},
+    }
+    return events
+
+
+def test_a_searched_stage_tells_its_best_trial_and_the_cost_of_all(tmp_path: Path) -> None:
+    run = collect(write_curriculum(tmp_path / "c", _searched()))
+    b = run.stages[1]
+    assert b.steps == 100 and b.all_steps == 550 and b.seconds == 77
+    assert run.train_seconds == 20 + 77 and run.total_steps == 200 + 550
+    assert "optim.learning_rate=0.0123" in train_command(run)
+    assert f"--init-from {run.folder / 'a/best'}" in train_command(run)
+    text = render(run)
+    assert "3 of 8" in text and "learning_rate 0.0123" in text and "100 of 550" in text
 
 
 def _study_json(folder: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,14 @@ from dmx.errors import ConfigError
 from dmx.leaderboard import cell_text, gather, latex_escape
 from dmx.reporting.board import boards, entries
 from dmx.reporting.caveats import caveats, comparable
-from tests.reporting.makers import config, make_curriculum, make_run, make_study
+from tests.reporting.makers import (
+    config,
+    curriculum_events,
+    make_curriculum,
+    make_run,
+    make_study,
+    write_curriculum,
+)
 
 
 def _root(tmp_path: Path) -> Path:
@@ -144,6 +152,39 @@ def test_curriculum_is_an_entry(tmp_path: Path) -> None:
     (entry,) = entries(gather([make_curriculum(tmp_path / "c")]))
     assert entry.how == "curriculum" and entry.incomplete and entry.attention == "butterfly-32"
     assert cell_text(entry) == "–‡", "its last stage is not tested yet"
+
+
+def _curriculum(folder: Path, seed: int, test: float, **more: Any) -> Path:
+    events = curriculum_events(("a", None, [0.6, 0.7]), ("b", "a", [0.8]), last="b", seed=seed)
+    for event in events:
+        if event["event"] == "started":
+            event["spec"].update(more)
+    tested = {"event": "tested", "stage": "b", "on": "b", "accuracy": test, "time": 300.0}
+    return write_curriculum(folder, [*events, tested])
+
+
+def test_curricula_that_differ_in_seeds_alone_share_an_entry(tmp_path: Path) -> None:
+    _curriculum(tmp_path / "one", 1, 0.70)
+    _curriculum(tmp_path / "two", 2, 0.74)
+    _curriculum(tmp_path / "other", 3, 0.90, gate={"name": "budget"})
+    both, other = sorted(entries(gather([tmp_path])), key=lambda e: len(e.runs), reverse=True)
+    assert both.runs == ("one", "two") and both.mean == pytest.approx(0.72)
+    assert cell_text(both).startswith("72.00 ± 2.83 (2)")
+    assert other.runs == ("other",) and other.mean == 0.90
+    assert both.steps == 300, "200 of the first stage and 100 of the second, in each run"
+
+
+def test_a_bad_run_never_hides_the_others(tmp_path: Path, capsys) -> None:
+    root = _root(tmp_path)
+    (root / "sample" / "study.json").write_text("{")
+    make_curriculum(root / "torn")
+    with (root / "torn" / "journal.jsonl").open("r+b") as file:
+        file.write(b"junk")
+    assert leaderboard.main([str(root)]) == 0
+    assert "63.00 ± 3.61 (3)" in capsys.readouterr().out
+    unread: list[str] = []
+    gather([root], unread)
+    assert len(unread) == 2 and "study.json is damaged" in unread[0] and "torn" in unread[1]
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
