@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,11 @@ T = TypeVar("T")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 1e-4 as a number, as YAML 1.2 does."""
+    """Safe YAML that refuses a key given twice and has the plain values of YAML 1.2.
+
+    1e-4 is a number, and `yes`, `no`, `on` and `off` are texts. A number that 1.1 and 1.2 read
+    differently (0100, 1:30) is refused.
+    """
 
 
 def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -39,11 +44,31 @@ def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, A
     return loader.construct_mapping(node, deep=True)
 
 
+def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    """An int or a float, in base 10 unless it says 0x or 0b."""
+    text = node.value
+    if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
+        raise ConfigError(
+            f"line {node.start_mark.line + 1}: {text} is no plain decimal number (YAML 1.1 reads "
+            "another one); write it without a leading zero or a colon, or in quotes as a text."
+        )
+    whole = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+def _true_or_false(loader: _StrictLoader, node: yaml.ScalarNode) -> bool | str:
+    text: str = node.value
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:bool", _true_or_false)
 _FLOAT = r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    typing.cast(Any, __import__("re").compile(_FLOAT)),
+    typing.cast(Any, re.compile(_FLOAT)),
     list("-+0123456789"),
 )
 

@@ -23,6 +23,7 @@ from dmx.commands import train_workers
 from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costing import costs
+from dmx.costing.count import check_memory
 from dmx.costing.stand_in import dry_data
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     workers = train_workers.choose(args, config)
     if args.address is None:
-        pick_device(config.train.device)
+        check_memory([("", config)], pick_device(config.train.device))
     costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
     if args.reinit and args.init_from is None:
         raise ConfigError("--reinit is given without --init-from; leave it out.")

@@ -50,6 +50,21 @@ def test_round_trip_through_plain_data():
     assert from_dict(Outer, plain) == value
 
 
+def test_plain_values_are_those_of_yaml_1_2():
+    found = parse_yaml(
+        "{a: [yes, No, on, off, y, true, FALSE], on: 1e-4, b: [0x10, 1_000, 0]}", "x"
+    )
+    assert found == {
+        "a": ["yes", "No", "on", "off", "y", True, False],
+        "on": 1e-4,
+        "b": [16, 1000, 0],
+    }
+    for ambiguous in ("0100", "-012", "1:30", "1:30.5"):
+        with pytest.raises(ConfigError, match=f"x: line 1: {ambiguous} is no plain decimal"):
+            parse_yaml(f"a: {ambiguous}", "x")
+        assert parse_yaml(f"a: '{ambiguous}'", "x") == {"a": ambiguous}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dmx.attention.base import split_name
 from dmx.cluster import gpu_packing
 from dmx.cluster.connection import Resources
 from dmx.commands import tune_search
+from dmx.costing.count import check_memory
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names
@@ -44,7 +47,7 @@ class Plan:
             self.task,
             resources,
             self.space.defaults,
-            searched=self.space.distributions(),
+            searched=self.space.names(),
             num_trials=args.num_trials,
             max_steps=args.max_steps,
             trials_per_gpu=trials_per_gpu or gpu_packing.wanted(args.trials_per_gpu),
@@ -61,12 +64,18 @@ class Plan:
         """Build the experiment at every corner of the space.
 
         Raises:
-            ConfigError: one is impossible, or its batch cannot be shared out.
+            ConfigError: one is impossible, does not fit this machine, or its batch cannot be
+                shared out.
         """
         self.space.check(self.task.name, self.fixed(budget))
-        for corner in self.space.corners() if budget.workers > 1 else ():
+        runs = []
+        for corner in self.space.corners():
             config = self.space.run_config(self.task.name, self.fixed(budget), corner)
             check_batch(config.train.batch_size, budget.workers)
+            at = ", ".join(f"{k}={v}" for k, v in corner.items()) or "its defaults"
+            runs.append((f"search space {self.space.name} at {at}: ", config))
+        if self.args.address is None:  # a cluster's machines are others
+            check_memory(runs, torch.device("cuda" if budget.gpus else "cpu"))
 
     def study(self, budget: Budget, name: str, places: Places = SHARED) -> StudyConfig:
         """The study to run."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dmx.config import RunConfig
 from dmx.costing.asha import ExpectedSteps, expected_steps
-from dmx.costing.count import StepCost, count_step
+from dmx.costing.count import StepCost, count_step, sizes
 from dmx.costing.estimate import Cost, check_price
 from dmx.costing.probe import Probe, probe_step
 from dmx.costing.view import describe, to_plain
 from dmx.data.store import Store
-from dmx.schema import to_dict
 
 if TYPE_CHECKING:
     from dmx.study.config import StudyConfig
@@ -163,19 +161,10 @@ def _kinds(runs: Iterable[RunConfig]) -> dict[str, tuple[RunConfig, int]]:
     """Runs of different cost, and how many of the given ones each stands for."""
     found: dict[str, tuple[RunConfig, int]] = {}
     for run in runs:
-        sizes = (to_dict(run.attention), to_dict(run.model), run.train.batch_size)
-        text = json.dumps(_without_dropout(sizes), sort_keys=True, default=str)
-        text += str(run.train.micro_batch_size)
+        text = sizes(run)
         known = found.get(text)
         found[text] = (run, 1) if known is None else (known[0], known[1] + 1)
     return found
-
-
-def _without_dropout(value: Any) -> Any:
-    """Dropout rates change a result, and hardly its cost."""
-    if isinstance(value, Mapping):
-        return {k: _without_dropout(v) for k, v in value.items() if "dropout" not in k}
-    return [_without_dropout(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _counted(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.nn.device import total_memory
 from dmx.nn.model import Classifier
+from dmx.schema import to_dict
 from dmx.training.trainer import resolve
 
 _OPTIMIZER_BYTES = 7 * 4
@@ -91,13 +97,82 @@ _FORMULAS = {  # what PyTorch's table lacks: in-place products, and the CPU's at
 }
 
 
+def sizes(config: RunConfig) -> str:
+    """What a run's cost depends on, as text; equal ones cost the same."""
+    parts = (to_dict(config.attention), to_dict(config.model), config.train.batch_size)
+    text = json.dumps(_without_dropout(parts), sort_keys=True, default=str)
+    return text + str(config.train.micro_batch_size)
+
+
+def _without_dropout(value: Any) -> Any:
+    """Dropout rates change a result, and hardly its cost."""
+    if isinstance(value, Mapping):
+        return {k: _without_dropout(v) for k, v in value.items() if "dropout" not in k}
+    return [_without_dropout(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def num_parameters(config: RunConfig) -> float:
+    """Parameters of a run's model, without its memory; infinite where no tensor is so large.
+
+    NaN where the attention cannot be built without memory.
+    """
+    task = config.task_info
+    config = config.resolved(
+        vocab_size=config.model.vocab_size or task.vocab_size,
+        num_classes=config.model.num_classes or task.num_classes,
+    )
+    # All layers have the same shape.
+    layers = config.model.num_layers
+    counts = []
+    for some in range(min(layers, 1), min(layers, 2) + 1):
+        model = dataclasses.replace(config.model, num_layers=some)
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                made = Classifier(model, config.attention, paired=task.paired)
+        except Exception as error:  # an attention from elsewhere may raise anything
+            return math.inf if "overflow" in str(error).lower() else math.nan
+        counts.append(sum(p.numel() for p in made.parameters()))
+    return float(counts[0] + (layers - 1) * (counts[-1] - counts[0]))
+
+
+def check_memory(runs: Iterable[tuple[str, RunConfig]], device: torch.device) -> None:
+    """Refuse models that no memory of this machine holds, without building them.
+
+    Args:
+        runs: what to call each in a message, and its config. device: that would train them.
+
+    Raises:
+        ConfigError: weights, gradients and optimizer state alone need more than there is.
+    """
+    kinds: dict[str, tuple[str, RunConfig]] = {}
+    for name, run in runs:
+        kinds.setdefault(sizes(run), (name, run))
+    have = total_memory(device)
+    for name, run in kinds.values():
+        parameters = num_parameters(run)
+        if _STATE_BYTES * parameters > have:
+            many = f"{parameters:.3g}" if math.isfinite(parameters) else "more than 10^18"
+            need = f"{_STATE_BYTES * parameters / 2**30:,.0f} GiB"
+            need = f"need {need}" if math.isfinite(parameters) else "fit nowhere"
+            where = "the GPU" if device.type == "cuda" else "this machine"
+            raise ConfigError(
+                f"{name}the model has {many} parameters: weights, gradients and the optimizer's "
+                f"state {need}, and {where} has {have / 2**30:,.0f} GiB of memory; make the model "
+                "smaller."
+            )
+
+
 def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCost:
     """Count a step on the CPU, on `examples` training examples and on twice as many.
 
     The difference of the two is what an example costs; what remains is the cost of a pass. The
     examples are spread over the split, so that their lengths are typical. One thread: the counters
     see only the thread they were started in.
+
+    Raises:
+        ConfigError: the model does not fit this machine's memory.
     """
+    check_memory([("", config)], torch.device("cpu"))
     config = resolve(config, store.manifest)
     length = config.model.max_length
     assert length

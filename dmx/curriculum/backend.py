@@ -172,7 +172,7 @@ def _search(
     claim = Claim(path)  # a driver that was just killed may still hold the study
     sync = FolderSync(study.places.below(path))
     sync.restore()
-    view = TensorBoardView(path, {"task": study.task}, tuple(study.space.distributions()))
+    view = TensorBoardView(path, {"task": study.task}, study.space.names())
     try:
         store = open_store(study.places.data(data_folder))
         write_settings(path, study_identity.settings(study, store))

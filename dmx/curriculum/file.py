@@ -189,7 +189,7 @@ def _space(
             f"runs {config.attention.name}."
         )
     space = space.without(overrides)
-    searched = space.distributions()
+    searched = space.names()
     fixed = {k: v for k, v in flatten(to_dict(config)).items() if k not in searched and k != "task"}
     space.check(keys.task, fixed)
     if keys.search.scheduler == "pbt":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory: of the GPU, else of the machine, or what its container may use of it."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # `max` is no number
+            limits.append(float(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -158,18 +158,18 @@ def importance_bars(values: dict[str, float]) -> Markup:
 def slice_plot(run: RunReport, name: str) -> Markup | None:
     """Accuracy against one searched value; None where no trial had it."""
     assert run.search is not None
-    trials = [t for t in run.trials if name in t.params and math.isfinite(t.best)]
+    trials = [t for t in run.trials if name in t.drawn and math.isfinite(t.best)]
     if not trials:
         return None
     kind, *values = run.search.searched[name]
     if kind == "choice":
-        options = list(dict.fromkeys([*values, *(t.params[name] for t in trials)]))
+        options = list(dict.fromkeys([*values, *(t.drawn[name] for t in trials)]))
         places = {repr(o): i for i, o in enumerate(options)}
         texts = tuple(short(o) for o in options)
         x = Axis(label=name, low=-0.6, high=len(options) - 0.4, categories=texts)
-        at = [float(places[repr(t.params[name])]) for t in trials]
+        at = [float(places[repr(t.drawn[name])]) for t in trials]
     else:
-        at = [float(t.params[name]) for t in trials]
+        at = [float(t.drawn[name]) for t in trials]
         log = kind.startswith("log")
         whole = kind.endswith("int")
         around = Axis.around(name, [*at, *(float(v) for v in values)], log=log)

@@ -27,6 +27,8 @@ class Trial:
     """One trial of a study, or the only one of a single run, with all that it reported.
 
     Attributes:
+        params: the searched values. drawn: the same by Optuna's names, which tell a setting's
+            distributions under several conditions apart.
         reports: flat metrics at each evaluation, by rising step.
         error: one line of what failed, or "".
     """
@@ -34,6 +36,7 @@ class Trial:
     number: int
     status: keys.TrialStatus
     params: Mapping[str, Any] = field(default_factory=dict)
+    drawn: Mapping[str, Any] = field(default_factory=dict)
     reports: tuple[Mapping[str, Any], ...] = ()
     error: str = ""
 
@@ -82,7 +85,7 @@ class Search:
     """How a study searched.
 
     Attributes:
-        searched: dotted path -> (kind, *values), as in the search space.
+        searched: Optuna's name -> (kind, *values), as in the search space.
         grace_steps, reduction_factor: of ASHA.
         objectives: names, see dmx.search.objectives.
         warm_start: the earlier studies it learnt from.

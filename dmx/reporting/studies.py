@@ -15,6 +15,7 @@ from dmx.reporting.reading import Document, read_document, read_points
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.schema import read_yaml
 from dmx.search.objectives import DEFAULT, OBJECTIVES
+from dmx.search.space import settings_of
 from dmx.storage.journal import read_journal
 
 _STATES: dict[str, keys.TrialStatus] = {
@@ -105,7 +106,8 @@ def _trials(folder: Path) -> tuple[Trial, ...]:
             Trial(
                 number=number,
                 status=cast(keys.TrialStatus, status),
-                params=params,
+                params=settings_of(params),
+                drawn=params,
                 reports=tuple(steps[s] for s in sorted(steps)),
                 error=str(outcome.get("error") or ""),
             )

@@ -17,6 +17,7 @@ from dmx.reporting.records import RunReport, Trial
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import GENERATION
+from dmx.search.space import settings_of
 from dmx.storage.journal import read_journal
 from dmx.wording import short_names
 
@@ -51,7 +52,7 @@ def make(
 
 def trials_table(run: RunReport) -> Table:
     """One row a trial, the best first; values that never varied are left out."""
-    names = list(run.search.searched) if run.search else []
+    names = list(settings_of(run.search.searched)) if run.search else []
     names += sorted({k for t in run.trials for k in t.params} - set(names))
     varied = [n for n in names if len({repr(t.params.get(n)) for t in run.trials}) > 1]
 

@@ -22,7 +22,7 @@ from dmx.search.optuna_file import open_optuna
 from dmx.search.past import ASKED_AFTER, Past, past_trials
 from dmx.search.proposals import Proposer, Recorded
 from dmx.search.sampling import REMEMBERING
-from dmx.search.space import SearchSpace
+from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_record import StudyRecord
 from dmx.search.telling import is_value, name_objectives, report, tell
 from dmx.search.trial_results import trial_result
@@ -146,7 +146,7 @@ class Ledger:
         number = trial.number
         start = self.space.start[number] if number < len(self.space.start) else {}
         fixed = self._frozen(number).system_attrs.get("fixed_params", {})  # enqueued by hand
-        known = {**start, **fixed, **trial.params}
+        known = {**self.space.for_optuna({**start, **fixed}), **trial.params}
         earlier = self._past(number) if self._proposer.looks_back else []
         point = self._proposer.propose(number, earlier, known, after)
         self.study.sampler = Recorded(point)
@@ -229,7 +229,7 @@ class Ledger:
         """The searched values of a trial."""
         if number in self._live:
             return self._live[number].point
-        return dict(self._frozen(number).params)
+        return settings_of(self._frozen(number).params)
 
     def _result(self, frozen: FrozenTrial) -> keys.TrialResult:
         number = frozen.number
@@ -237,7 +237,7 @@ class Ledger:
         return trial_result(
             frozen,
             folder=trial_folder(self.folder, number) / keys.BEST_DIR,
-            params=live.point if live else dict(frozen.params),
+            params=live.point if live else settings_of(frozen.params),
             reports=self.reports.get(number, {}),
             values=dict(zip(self.objectives, self._values(number), strict=True)),
             error=self.outcomes.get(number, {}).get("error", ""),

@@ -49,7 +49,7 @@ def check_population(space: SearchSpace, num_trials: int) -> None:
         ConfigError: a searched value shapes the model or the data, a value is conditional, nothing
             is searched, or there are too few members.
     """
-    fixed = [name for name in space.distributions() if not changeable(name)]
+    fixed = [name for name in space.names() if not changeable(name)]
     if fixed:
         raise ConfigError(
             f"scheduler pbt copies weights between trials, so {', '.join(fixed)} cannot be "

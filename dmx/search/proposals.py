@@ -21,7 +21,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_tria
 from dmx.search.objectives import DEFAULT, directions
 from dmx.search.past import Past, comparable, ranked
 from dmx.search.sampling import REMEMBERING, independent, make_sampler
-from dmx.search.space import SearchSpace
+from dmx.search.space import SearchSpace, setting_of
 
 
 class _Shared(FrozenTrial):
@@ -54,7 +54,7 @@ class Recorded(BaseSampler):
         self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> Any:
         """The value that was chosen."""
-        return self._point[param_name]
+        return self._point[setting_of(param_name)]
 
 
 class _Seeded(BaseSampler):
@@ -126,7 +126,8 @@ class Proposer:
         """The point of trial `number`, a function of the arguments alone.
 
         Args:
-            earlier: this study's trials before it. known: values that are already decided.
+            earlier: this study's trials before it. known: values that are already decided, by
+                Optuna's names.
             after: how many trials had ended when it is, or was, proposed.
         """
         try:

@@ -43,8 +43,8 @@ def check_sampler(kind: str, space: SearchSpace, objectives: Sequence[str] = DEF
 
 
 def independent(kind: str, space: SearchSpace) -> tuple[str, ...]:
-    """The values that the sampler draws at random, each by itself, since it cannot relate them."""
-    conditional = [name for c in space.conditions for name in c.then]
+    """What the sampler draws at random, each by itself; by Optuna's names."""
+    conditional = [space.label(n, d) for c in space.conditions for n, d in c.then.items()]
     if kind == "cmaes":
         choices = [name for name, dist in space.space.items() if dist.kind == "choice"]
         return tuple(dict.fromkeys([*choices, *conditional]))

@@ -57,34 +57,73 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
         )
     )
     start = _starts(own.get("start", raw.get("start")), f"{where}: start")
+    conditions = _ordered(conditions, space)
     found = SearchSpace(name, attention, defaults, space, conditions, start)
-    every = found.distributions()
+    every = found.names()
     for key in (*defaults, *every):
         if key in ("task", "attention", "attention.name"):
             raise ConfigError(f"{where}: {key} is not to be set here; a space is for one of each.")
     _check_conditions(found, where)
+    _check_ways(found, where)
     for point in start:
         for key, value in point.items():
-            if key not in every or not every[key].holds(value):
+            if not found.holds(key, value):
                 raise ConfigError(
                     f"{where}: start gives {key}={value!r}, which the space cannot yield."
                 )
     return found
 
 
+def _ordered(
+    conditions: tuple[Condition, ...], space: Mapping[str, Distribution]
+) -> tuple[Condition, ...]:
+    """Each condition after those that search its key, in whatever order the file has them."""
+    waiting, found = list(conditions), list[Condition]()
+    while waiting:
+        open_keys = {name for c in waiting for name in c.then} - set(space)
+        ready = next((c for c in waiting if c.key not in open_keys), waiting[0])
+        waiting.remove(ready)
+        found.append(ready)
+    return tuple(found)
+
+
 def _check_conditions(space: SearchSpace, where: str) -> None:
-    known = dict(space.space)
+    known = set(space.space)
+    searched = set(space.names())
     for condition in space.conditions:
         key, value = condition.key, condition.value
-        if key not in known and key not in space.defaults:
+        if key not in known and key in searched and key not in space.defaults:
+            raise ConfigError(f"{where}: `when` searches {key} only where {key} has a value.")
+        if key not in searched and key not in space.defaults:
             raise ConfigError(
-                f"{where}: `when` asks for {key}, which is neither searched above nor a default."
+                f"{where}: `when` asks for {key}, which is neither searched nor a default."
             )
-        if key in known and not known[key].holds(value):
+        if key in searched and not space.holds(key, value):
             raise ConfigError(
                 f"{where}: `when` asks for {key}={value!r}, which the space cannot yield."
             )
         known.update(condition.then)
+
+
+def _check_ways(space: SearchSpace, where: str) -> None:
+    """Refuse a setting that two distributions would give a value at once."""
+    # Of a setting: what must hold for it to exist, by distribution; each a list of alternatives.
+    ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        name: [(repr(dist), {})] for name, dist in space.space.items()
+    }
+    for c in space.conditions:
+        before = [{}] if c.key in space.defaults else [w for _, w in ways.get(c.key, [])]
+        here = [{**w, c.key: c.value} for w in before if w.get(c.key, c.value) == c.value]
+        for name, dist in c.then.items():
+            for other, there in ways.get(name, []):
+                both = any(all(w.get(k, v) == v for k, v in there.items()) for w in here)
+                if other != repr(dist) and both:
+                    at = " and ".join(f"{k}={v}" for k, v in there.items()) or "every condition"
+                    raise ConfigError(
+                        f"{where}: {name} has two distributions at once, under {c.key}={c.value} "
+                        f"and under {at}; give it one for each value of one setting."
+                    )
+            ways.setdefault(name, []).extend((repr(dist), w) for w in here)
 
 
 def _only(raw: Mapping[str, Any], allowed: set[str], where: str) -> None:
@@ -131,13 +170,18 @@ def _distribution(value: object, where: str) -> Distribution:
     number: tuple[type, ...] = (int,) if whole else (int, float)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, number) for v in values):
         what = "two whole numbers" if whole else "two numbers"
-        raise ConfigError(f"{where}.{kind} must be [low, high], {what}, not {values!r}.")
+        hint = ""
+        if len(values) == 3:
+            hint = "; for steps, list the values: {choice: [...]}"
+        elif any(isinstance(v, str) for v in values):
+            hint = "; numbers stand without quotes"
+        raise ConfigError(f"{where}.{kind} must be [low, high], {what}, not {values!r}{hint}.")
     low, high = values
     if not -_LARGEST < low < high < _LARGEST:
         raise ConfigError(f"{where}.{kind} is [{low}, {high}]; low must be below high.")
     if kind.startswith("log") and low <= 0:
         raise ConfigError(f"{where}.{kind} starts at {low}; a logarithmic range must be positive.")
-    return Distribution(kind, (low, high))
+    return Distribution(kind, (low, high) if whole else (float(low), float(high)))
 
 
 def _conditions(value: object, where: str) -> Iterator[Condition]:

@@ -24,7 +24,7 @@ from dmx.paths import local_path
 from dmx.schema import to_dict
 from dmx.search.objectives import evaluate, missing
 from dmx.search.past import Past
-from dmx.search.space import SearchSpace
+from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import read_journal
 
@@ -157,7 +157,8 @@ def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[st
             continue
         steps = reports.get(trial.number, {})
         values = evaluate(here.objectives, [steps[s] for s in sorted(steps)])
-        point = _fit(here, {**fixed, **trial.params}, set(trial.params))
+        params = settings_of(trial.params)
+        point = _fit(here, {**fixed, **params}, set(params))
         if point is None or missing(here.objectives, values):
             yield None
         else:
@@ -192,11 +193,10 @@ def _fit(here: Here, values: Mapping[str, Any], searched: set[str]) -> dict[str,
 
 def _point(space: SearchSpace, values: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        point = dict(space.suggest(FixedTrial(dict(values))))
+        point = space.suggest(FixedTrial(space.for_optuna(values)))
     except ValueError:  # a value is missing, or is none of the choices
         return None
-    known = space.distributions()
-    return point if all(known[k].holds(v) for k, v in point.items()) else None
+    return point if all(space.holds(k, v) for k, v in point.items()) else None
 
 
 def _note(name: str, settings: Mapping[str, Any], here: Here, kept: int, outside: int) -> str:
@@ -235,11 +235,11 @@ def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
         return ()
     found = []
     for place, trial in enumerate(json.loads(path.read_text(encoding="utf-8"))["trials"]):
-        fixed = FixedTrial(trial["params"])
-        params = dict(space.suggest(fixed))
+        fixed = FixedTrial(space.for_optuna(trial["params"]))
+        space.suggest(fixed)
         found.append(
             Past(
-                params=params,
+                params=fixed.params,
                 distributions=fixed.distributions,
                 state=TrialState.COMPLETE,
                 values=tuple(trial["values"]),

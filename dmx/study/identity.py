@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx.data.store import Store
-from dmx.search.space import Distribution
+from dmx.search.space import Distribution, setting_of
 from dmx.study.config import StudyConfig
 from dmx.study.view import TensorBoardView
 from dmx.tensorboard import Column, announce_study
@@ -50,10 +50,12 @@ def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView
         "task": config.task,
         "data": store.manifest.label,
     }
-    searched = config.space.distributions()
-    columns = {name: _column(dist) for name, dist in searched.items()}
+    columns: dict[str, Column] = {}
+    for label, dist in config.space.distributions().items():
+        name, column = setting_of(label), _column(dist)
+        columns[name] = columns[name].united(column) if name in columns else column
     announce_study(folder, {**columns, **{k: Column((v,)) for k, v in constants.items()}})
-    return TensorBoardView(folder, constants, tuple(searched))
+    return TensorBoardView(folder, constants, tuple(columns))
 
 
 def _column(dist: Distribution) -> Column:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
-from dmx.costing import costs
+from dmx.costing import costs, count
 from dmx.costing.asha import ExpectedSteps, expected_steps
-from dmx.costing.count import StepCost, count_step
+from dmx.costing.count import StepCost, check_memory, count_step, num_parameters
 from dmx.costing.estimate import Cost
 from dmx.costing.probe import Probe, _part, probe_step
 from dmx.costing.stage import stage_cost
@@ -23,7 +24,7 @@ from dmx.data.batches import Batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.training.trainer import Trainer
-from tests.tiny import SETTINGS, TASK
+from tests.tiny import SETTINGS, TASK, one_sentence
 
 SIZES = {k: v for k, v in SETTINGS.items() if k != "attention.block_size"}
 
@@ -52,6 +53,35 @@ def test_flops_of_softmax_grow_by_the_scores(tiny_store: Store, execution: str) 
     one_product = 2 * 2 * 8 * pairs  # two heads of width 8
     products = (with_scores.flops - without.flops) / one_product
     assert 5.9 < products < 8.5
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS.names())
+def test_parameters_are_counted_without_their_memory(tiny_store: Store, attention: str) -> None:
+    config = _config(attention, model__num_layers=3)
+    assert num_parameters(config) == count_step(config, tiny_store).parameters
+
+
+def test_a_model_that_no_memory_holds_is_refused_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit of width costs an MLP 16 -> h -> 16 33 parameters, a head 16 -> h -> 2 another 19."""
+    cpu, small = torch.device("cpu"), _config("none")
+    huge = _config("none", model__hidden_dim=10**10)
+    assert num_parameters(huge) - num_parameters(small) == (33 + 19) * (10**10 - 16)
+    with pytest.raises(ConfigError, match=r"at x: the model has 5\.2e\+11 .* 7,749 GiB") as caught:
+        check_memory([("a: ", small), ("at x: ", huge)], cpu)
+    one_sentence(caught.value)
+    assert math.isinf(num_parameters(_config("none", model__hidden_dim=10**18)))
+    with pytest.raises(ConfigError, match="fit nowhere") as caught:
+        check_memory([("", _config("none", model__hidden_dim=10**19))], cpu)
+    one_sentence(caught.value)
+    need = 16 * num_parameters(small)
+    monkeypatch.setattr(count, "total_memory", lambda device: need)
+    check_memory([("", small)], cpu)
+    monkeypatch.setattr(count, "total_memory", lambda device: need - 1)
+    with pytest.raises(ConfigError, match="make the model smaller"):
+        check_memory([("", small)], cpu)
+    # An attention from elsewhere that needs real tensors to be built is not refused.
+    monkeypatch.setattr(count, "Classifier", lambda *a, **k: torch.ones(1).item())
+    check_memory([("", small)], cpu)
 
 
 def test_accumulation_changes_memory_and_not_flops(tiny_store: Store) -> None:

@@ -20,6 +20,7 @@ from dmx.search.objectives import OBJECTIVES, directions, pareto_front, parse_ob
 from dmx.search.sampling import SAMPLERS, check_sampler, independent, make_sampler
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
+from tests.search.test_space import WAYS
 from tests.study.helpers import space
 from tests.tiny import TASK, one_sentence
 
@@ -239,6 +240,42 @@ def test_what_a_sampler_cannot_do(tmp_path, monkeypatch):
     assert {type(make_sampler(k, 1, 40)).__name__ for k in SAMPLERS} == {
         *("TPESampler", "RandomSampler", "CmaEsSampler", "GPSampler", "NSGAIISampler")
     }
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_every_sampler_searches_a_setting_with_several_distributions(tmp_path, kind, monkeypatch):
+    """A new session in the middle changes nothing; results know the setting by its one name."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    path = tmp_path / "ways.yaml"
+    path.write_text(WAYS)
+    chosen = load_space(str(path), TASK, "pathfinder")
+    count = 12
+
+    def points(name: str, restarts: set[int]) -> list[dict[str, Any]]:
+        make = {"name": "s", "space": chosen, "num_trials": count, "seed": 2, "sampler": kind}
+        ledger, found = Ledger(tmp_path / name, **make), []
+        while (asked := ledger.next_trial()) is not None:
+            number, point = asked
+            found.append(point)
+            if number in restarts:
+                ledger.close()
+                ledger = Ledger(tmp_path / name, **make)
+                assert ledger.next_trial() == asked
+            value = point.get("model.dropout", 0.0) + number / 100
+            ledger.report(number, 2, {"steps": 2, "dev_accuracy": value})
+            ledger.finish(number, "COMPLETE")
+        assert [dict(r.params) for r in ledger.results()] == found
+        ledger.close()
+        return found
+
+    found = points("once", set())
+    assert points("again", {1, 6, 9}) == found
+    assert found[0]["attention.block_size"] == 32 and found[0]["model.dropout"] == 0.4
+    ranges = {16: (0.0, 0.1), 32: (0.0, 0.5), 64: (0.2, 0.3)}
+    for point in found:
+        low, high = ranges[point["attention.block_size"]]
+        assert low <= point["model.dropout"] <= high
+    assert len({p["attention.block_size"] for p in found}) == 3
 
 
 # -- objectives ---------------------------------------------------------------------------------

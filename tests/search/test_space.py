@@ -177,6 +177,9 @@ def test_a_large_space_is_sampled_the_same_every_time(tmp_path):
         ("optim.anneal: {choice: [cos, linear, square]}", "optim.anneal=square"),
         ("model.num_layers: {choice: [1000000000]}", "model.num_layers=1000000000"),
         ("model.dropout: {choice: [0.1, '0.1']}", "model.dropout=0.1"),
+        ("train.compile: {choice: [yes, no]}", "must be true or false, not 'yes'"),
+        # Both bounds are powers of two, and hardly any number between them.
+        ("attention.block_size: {int: [16, 256]}", "does not divide"),
     ],
 )
 def test_an_impossible_corner_is_named(tmp_path, line, where):
@@ -185,6 +188,83 @@ def test_an_impossible_corner_is_named(tmp_path, line, where):
         space.check("text", {})
     text = one_sentence(caught.value)
     assert text.startswith(f"search space {tmp_path / 'space.yaml'} at ") and where in text
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("model.num_layers: {uniform: [1, 3]}", "uniform draws fractions; use {int: [1, 3]}"),
+        ("model.num_layers: {uniform: [0.5, 3.5]}", "use {int: [1, 3]}"),
+        ("train.micro_batch_size: {loguniform: [1, 8]}", "use {logint: [1, 8]}"),
+    ],
+)
+def test_a_range_of_fractions_for_a_whole_number(tmp_path, given, wanted):
+    space = load(tmp_path, f"attention: butterfly\nspace:\n  {given}\n")
+    with pytest.raises(ConfigError) as caught:
+        space.check("text", {})
+    assert wanted in one_sentence(caught.value)
+
+
+def test_what_exists_under_a_value_within_a_range_is_built_too(tmp_path):
+    """Neither bound of num_layers is 2."""
+    text = "attention: butterfly\nspace: {model.num_layers: {int: [1, 3]}}\nwhen:\n"
+    text += "  - if: {model.num_layers: 2}\n    then: {model.num_heads: {choice: [0]}}\n"
+    space = load(tmp_path, text)
+    assert {c["model.num_layers"] for c in space.corners()} == {1, 2, 3}
+    with pytest.raises(ConfigError, match=r"model\.num_layers=2, model\.num_heads=0: "):
+        space.check("text", {})
+
+
+WAYS = """
+attention: butterfly
+space:
+  attention.block_size: {choice: [16, 32, 64]}
+  optim.learning_rate: {loguniform: [1e-4, 3e-2]}
+when:
+  - if: {model.dropout: 0.1}
+    then: {model.mlp_dropout: {uniform: [0.0, 0.2]}}
+  - if: {attention.block_size: 16}
+    then: {model.dropout: {choice: [0.0, 0.1]}}
+  - if: {attention.block_size: 32}
+    then: {model.dropout: {uniform: [0.0, 0.5]}}
+  - if: {attention.block_size: 64}
+    then: {model.dropout: {uniform: [0.2, 0.3]}}
+start:
+  - {attention.block_size: 32, model.dropout: 0.4}
+  - {model.dropout: 0.25}
+"""
+
+
+def test_a_setting_with_another_distribution_under_each_condition(tmp_path):
+    """One name outside; inside one for each, since Optuna knows one distribution a name."""
+    space = load(tmp_path, WAYS)
+    assert space.names() == (
+        *("attention.block_size", "optim.learning_rate", "model.dropout", "model.mlp_dropout"),
+    )
+    trial = Fixed()
+    point = space.suggest(trial)
+    assert point["model.dropout"] == 0.0 and "model.mlp_dropout" not in point
+    assert trial.asked["model.dropout if attention.block_size=16"] == "choice [0.0, 0.1]"
+    space.suggest(trial := Fixed(block_size=64))
+    assert trial.asked["model.dropout if attention.block_size=64"] == "float 0.2 0.3 False"
+    assert "model.dropout" not in trial.asked
+    # The condition on it stands first in the file, and is met last.
+    assert space.conditions[-1].key == "model.dropout"
+    assert {c.get("model.mlp_dropout") for c in space.corners()} == {None, 0.0, 0.2}
+    # A start point's value serves wherever it may turn out to belong.
+    assert space.for_optuna({"model.dropout": 0.25, "attention.block_size": 16}) == {
+        "attention.block_size": 16,
+        "model.dropout if attention.block_size=32": 0.25,
+        "model.dropout if attention.block_size=64": 0.25,
+    }
+    assert space.holds("model.dropout", 0.4) and not space.holds("model.dropout", 0.6)
+    with pytest.raises(ConfigError, match=r"start gives model\.dropout=0\.6"):
+        load(tmp_path, WAYS.replace("0.25", "0.6"))
+    # Only one of them is left: no need for another name.
+    one = space.without({"attention.block_size": 32})
+    assert set(one.distributions()) == {
+        *("optim.learning_rate", "model.dropout", "model.mlp_dropout"),
+    }
 
 
 def test_an_override_can_make_a_corner_impossible(tmp_path):
@@ -237,12 +317,33 @@ BAD = {
     ),
     "when-unknown": (
         "attention: butterfly\nwhen: [{if: {a: 1}, then: {c: {int: [1, 2]}}}]\n",
-        "`when` asks for a, which is neither searched above nor a default",
+        "`when` asks for a, which is neither searched nor a default",
     ),
     "when-impossible": (
         "attention: butterfly\nspace: {a: {choice: [x]}}\n"
         "when: [{if: {a: y}, then: {c: {int: [1, 2]}}}]\n",
         "`when` asks for a='y', which the space cannot yield",
+    ),
+    "when-itself": (
+        "attention: butterfly\nspace: {b: {int: [1, 2]}}\n"
+        "when: [{if: {a: 1}, then: {c: {int: [1, 2]}}}, {if: {c: 1}, then: {a: {int: [1, 2]}}}]\n",
+        "`when` searches a only where a has a value",
+    ),
+    "when-two-ways": (
+        "attention: butterfly\nspace: {a: {int: [1, 2]}, b: {int: [1, 2]}}\n"
+        "when: [{if: {a: 1}, then: {c: {int: [1, 2]}}}, {if: {b: 1}, then: {c: {int: [1, 3]}}}]\n",
+        "c has two distributions at once, under b=1 and under a=1",
+    ),
+    "when-nested-two-ways": (
+        "attention: butterfly\nspace: {a: {int: [1, 2]}}\n"
+        "when: [{if: {a: 1}, then: {b: {int: [1, 2]}, c: {int: [1, 2]}}},\n"
+        "  {if: {b: 1}, then: {c: {choice: [7]}}}]\n",
+        "c has two distributions at once, under b=1 and under a=1",
+    ),
+    "when-besides-space": (
+        "attention: butterfly\nspace: {a: {int: [1, 2]}, c: {uniform: [0, 1]}}\n"
+        "when: [{if: {a: 1}, then: {c: {choice: [0.5]}}}]\n",
+        "c has two distributions at once, under a=1 and under every condition",
     ),
     "start-mapping": ("attention: butterfly\nstart: {a: 1}\n", "start must be a list of mappings"),
     "start-number": ("attention: butterfly\nstart: [1]\n", "start[0] must be a mapping"),
@@ -287,8 +388,9 @@ BAD_DISTRIBUTIONS = {
     "choice-twice": ("{choice: [1, 2, 1]}", "holds a value twice"),
     "int-float": ("{int: [1, 2.5]}", "int must be [low, high], two whole numbers"),
     "int-one": ("{int: [1]}", "two whole numbers, not [1]"),
-    "int-three": ("{int: [1, 2, 3]}", "two whole numbers"),
-    "int-text": ("{int: ['1', 2]}", "two whole numbers"),
+    "int-three": ("{int: [1, 2, 3]}", "[1, 2, 3]; for steps, list the values: {choice: [...]}"),
+    "int-text": ("{int: ['1', 2]}", "['1', 2]; numbers stand without quotes"),
+    "octal": ("{choice: [0100, 32]}", "0100 is no plain decimal number"),
     "int-bool": ("{int: [false, true]}", "two whole numbers"),
     "uniform-text": ("{uniform: [0, x]}", "two numbers"),
     "uniform-turned": ("{uniform: [2, 1]}", "low must be below high"),

@@ -14,6 +14,7 @@ from dmx.errors import ConfigError, StageError
 from dmx.search.ledger import Ledger
 from dmx.search.past import Past, comparable, ranked
 from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
 from dmx.search.warm_start import WARM_START_FILE, Here, check_kept, prepare, read_prior, take
 from tests.search.test_sampling import finish
 from tests.study.helpers import FIXED, space
@@ -110,6 +111,45 @@ def test_a_value_that_was_fixed_then_and_is_searched_now(tmp_path):
     (path / "settings.json").write_text(json.dumps(settings(overrides=fixed)))
     taken = json.loads(take([path], here(chosen)).text)["trials"]
     assert [t["params"]["attention.block_size"] for t in taken] == [16] * 4
+
+
+def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
+    """0.05 lies in a range of the old study, and is a choice under 16 in the new one."""
+    shared = "attention: butterfly\nspace:\n  attention.block_size: {choice: [16, 32]}\nwhen:\n"
+    branch = "  - if: {attention.block_size: %d}\n    then: {model.dropout: %s}\n"
+    old_file, new_file = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old_file.write_text(shared + branch % (16, "{uniform: [0.0, 0.1]}"))
+    new_file.write_text(
+        shared + branch % (16, "{choice: [0.0, 0.05]}") + branch % (32, "{uniform: [0.0, 0.5]}")
+    )
+    ledger = Ledger(
+        tmp_path / "old",
+        name="old",
+        space=dataclasses.replace(
+            load_space(str(old_file), TASK, "pathfinder"),
+            start=({"attention.block_size": 16, "model.dropout": 0.05},),
+        ),
+        num_trials=1,
+        seed=9,
+    )
+    assert ledger.next_trial() == (0, {"attention.block_size": 16, "model.dropout": 0.05})
+    ledger.report(0, 2, {"steps": 2, "best_dev_accuracy": 0.5})
+    ledger.finish(0, "COMPLETE")
+    ledger.close()
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings()))
+    new = load_space(str(new_file), TASK, "pathfinder")
+    warm = take([tmp_path / "old"], here(new))
+    assert json.loads(warm.text)["trials"][0]["params"] == {
+        "attention.block_size": 16,
+        "model.dropout": 0.05,
+    }
+    (tmp_path / WARM_START_FILE).write_text(warm.text)
+    (prior,) = read_prior(tmp_path, new)
+    assert prior.params == {
+        "attention.block_size": 16,
+        "model.dropout if attention.block_size=16": 0.05,
+    }
+    assert set(prior.distributions) == set(prior.params)
 
 
 @pytest.mark.parametrize(
