@@ -6,6 +6,7 @@ import pytest
 
 from dmx.errors import ConfigError
 from dmx.tasks import find_task, task_for, task_names
+from tests.tiny import one_sentence
 
 # lra-data.md, section 1 and 2; the reference's own pickles of image have 45,002 for training.
 PUBLISHED = {
@@ -67,6 +68,25 @@ def test_labels_that_no_part_of_the_set_has_are_told(
     published = task_for(name).published
     assert published is not None
     assert published.unbalanced({"train": counts}) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("imdb", "text"),
+        ("IMDB", "text"),
+        ("aan", "retrieval"),
+        ("cifar10", "image"),
+        ("CIFAR-10", "image"),
+        ("pathx", "pathfinder128-curv_contour_length_14"),
+        ("Path-X", "pathX-cl14_nogap"),
+        ("pathfinder", "pathfinder32-curv_contour_length_14"),
+    ],
+)
+def test_other_names_of_the_tasks_get_ours(name: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task '{name}' is called .*{ours}.* here\.") as error:
+        task_for(name)
+    one_sentence(error.value)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,19 @@ def choose(task: Task, source: Source | None) -> Reader:
                 return reader
         raise DataError(f"{task.name} cannot be generated or downloaded; pass --source PATH.")
     expected = "; or ".join(r.expects for r in readers if not r.fits(task, None))
-    raise DataError(f"{source.path} holds no data for {task.name}. Looked for: {expected}.")
+    raise DataError(
+        f"{source.path} holds no data for {task.name}. Looked for: {expected}."
+        + _remedy(readers, task, source)
+    )
+
+
+def _remedy(readers: list[Reader], task: Task, source: Source) -> str:
+    """Where a part of the right folder was given: the whole."""
+    whole = source.path.parent
+    with suppress(DataError):
+        if source.path.is_dir() and any(r.fits(task, open_source(whole)) for r in readers):
+            return f" {whole} does hold them; pass that."
+    return ""
 
 
 def prepare_all(

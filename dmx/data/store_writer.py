@@ -52,6 +52,7 @@ class StoreWriter:
         self._labels: dict[str, list[npt.NDArray[np.int64]]] = {}
         self._counts = dict.fromkeys(manifest.stored_splits, 0)
         self._placed: set[str] = set()
+        self._remarks: list[str] = []
 
     def __enter__(self) -> StoreWriter:
         lock = self.folder.with_name(f".{self.folder.name}.lock")
@@ -88,6 +89,10 @@ class StoreWriter:
         """Append one example: `ids` [L] unpadded, and for a paired task `ids_1` [M]."""
         sides = [np.asarray(ids)] if ids_1 is None else [np.asarray(ids), np.asarray(ids_1)]
         self._append(split, [s[None] for s in sides], np.array([label], np.int64))
+
+    def remark(self, difference: str) -> None:
+        """Note what sets the data apart from the published set, for the manifest's `partial`."""
+        self._remarks.append(difference)
 
     def add_rows(self, split: str, rows: npt.NDArray[Any], labels: npt.ArrayLike) -> None:
         """Append `rows` [N, L], examples of equal length, with `labels` [N]."""
@@ -194,7 +199,8 @@ class StoreWriter:
             dmx_version=dmx.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        self.manifest = replace(self.manifest, partial=lacking(self.manifest, self._classes()))
+        differences = [lacking(self.manifest, self._classes()), *self._remarks]
+        self.manifest = replace(self.manifest, partial="; ".join(d for d in differences if d))
         path = self._partial / MANIFEST_FILE
         path.write_bytes(self.manifest.to_json())
         fsync_path(path)

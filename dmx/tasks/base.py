@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -101,6 +102,8 @@ def task_for(name: str) -> Task:
         value = TASKS.get(name)
         if isinstance(value, Task):
             return value
+    if (ours := _OTHER_NAMES.get(re.sub("[-_ ]", "", name.lower()))) is not None:
+        raise ConfigError(f"task {name!r} is called {ours} here.")
     for key in TASKS.names():
         value = TASKS.get(key)
         if not isinstance(value, Task):
@@ -108,6 +111,16 @@ def task_for(name: str) -> Task:
             if task is not None:
                 return task
     raise ConfigError(f"task {choices_message(name, task_names())}.")
+
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("imdb", "aclimdb", "imdbreviews"), "text"),
+    **dict.fromkeys(("aan", "matching"), "retrieval"),
+    **dict.fromkeys(("cifar", "cifar10", "scifar10"), "image"),
+    **dict.fromkeys(("pathfinder", "pathfinder32"), "pathfinder32-curv_contour_length_14"),
+    "pathx": "pathfinder128-curv_contour_length_14 (as released) or pathX-cl14_nogap (generated)",
+}
+"""What other papers and programs call the tasks, in small letters and without hyphens."""
 
 
 def find_task(name: str) -> Task | None:

@@ -49,6 +49,25 @@ def test_text_pickles_keep_order_and_lose_padding(tmp_path: Path, protocol: int)
         assert (train.gather([k], 4096)[0] == example["input_ids_0"]).all()
 
 
+@pytest.mark.parametrize("prefix", ["", "lra-"])
+@pytest.mark.parametrize("label", [int, np.int32, np.array])
+@pytest.mark.parametrize("ids", [list, np.asarray])
+def test_lists_scalars_and_prefixed_names_mean_the_same(
+    tmp_path: Path, ids: Any, label: Any, prefix: str
+) -> None:
+    rows = [[5, 6, 7], [256]]
+    examples = [
+        {"input_ids_0": ids(row + [0] * (4096 - len(row))), "label": label(n)}
+        for n, row in enumerate(rows)
+    ]
+    source = write(tmp_path / "old", f"{prefix}text", dict.fromkeys(SPLITS, examples), 4)
+    store = prepare("text", tmp_path / "data", source=source)
+    for split in SPLITS:
+        found = store.split(split)
+        assert [found.tokens(n).tolist() for n in range(2)] == rows
+        assert found.labels.tolist() == [0, 1]
+
+
 def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
     pixels = np.zeros(1024, np.int32)
     pixels[3] = 255
@@ -74,7 +93,13 @@ def test_paired_pickles(tmp_path: Path) -> None:
     [
         ({"input_ids_0": np.zeros(4095, np.int32), "label": 1}, "4095 values of int32"),
         ({"input_ids_0": np.zeros(4096, np.float32), "label": 1}, "float32"),
-        ({"input_ids_0": [1, 2], "label": 1}, "no list of numbers"),
+        ({"input_ids_0": [1, 2], "label": 1}, "2 values of int64 instead of 4096"),
+        ({"input_ids_0": [1, 0.5], "label": 1}, "no list of numbers"),
+        ({"input_ids_0": [1, 1 << 70], "label": 1}, "no list of numbers"),
+        ({"input_ids_0": np.zeros(4096, np.int32), "label": 1}, "nothing but padding"),
+        ({"input_ids_0": [0] * 4096, "label": 1}, "nothing but padding"),
+        ({"input_ids_0": np.ones(4096, np.int32), "label": np.array([1])}, "whole number"),
+        ({"input_ids_0": np.ones(4096, np.int32), "label": np.array(0.5)}, "whole number"),
         ({"label": 1}, "no list of numbers"),
         ({"input_ids_0": np.ones(4096, np.int32), "label": 0.5}, "whole number"),
         ({"input_ids_0": np.ones(4096, np.int32), "label": 2}, "label 2"),

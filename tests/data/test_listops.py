@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmx.data.listops import VOCABULARY, decode, evaluate, example
+from dmx.data.listops import VOCABULARY, decode, example, values
 from dmx.data.prepare import prepare
 from dmx.errors import ConfigError, DataError
 from tests.data.helpers import write_folder, write_tar
+from tests.tiny import one_sentence
 
 LINE = b"( ( ( ( [MAX 2 ) ( ( ( ( [SM 9 ) 8 ) 7 ) ] ) ) 3 ) ] )\t4\r\n"
 """As the stock generator writes it. Ids by the sorted vocabulary: digits 1..10, X 11, [MAX 12..."""
@@ -65,7 +66,9 @@ def test_source_may_be_any_level_of_the_release(tmp_path: Path, inner: str) -> N
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (b"Source\tTarget\tMore\r\n", "line 1: expected the columns"),
+        (b"Source,Target\r\n1,1\r\n", "line 1: expected the columns"),
+        (tsv(LINE).decode().encode("utf-16"), "UTF-16; save it as UTF-8"),
+        (tsv(b"[MAX " + b"1 " * 1999 + b"]\t1\n"), "line 2: 2,001 tokens are more than 2,000"),
         (b"", "line 1: expected the columns"),
         (tsv(LINE, b"[MAX 1 2 ]\r\n"), "line 3: 1 columns"),
         (tsv(b"1\t2\t3\n"), "line 2: 3 columns"),
@@ -137,11 +140,13 @@ def test_generated_examples_obey_the_grammar_and_match_lras_figures() -> None:
     # Measured on LRA's own generator: mean 1,067, median 1,012 (lra-data.md, 2.1).
     assert statistics.mean(lengths) == pytest.approx(1067, abs=60)
     assert statistics.median(lengths) == pytest.approx(1012, abs=90)
-    for text, (ids, label) in list(zip(texts, made, strict=True))[:150]:
-        assert independent_value(text) == label == evaluate(np.frombuffer(ids, np.uint8))
+    for text, (_, label) in list(zip(texts, made, strict=True))[:150]:
+        assert independent_value(text) == label
         depth, widths = depth_and_widths(text)
         assert depth <= 10
         assert 2 <= min(widths) <= max(widths) <= 10
+    found = values([np.frombuffer(ids, np.uint8) for ids, _ in made])
+    assert found.tolist() == [label for _, label in made]
     widths = [w for text in texts[:100] for w in depth_and_widths(text)[1]]
     assert {*widths} == set(range(2, 11))
     shares = {value: count / len(made) for value, count in Counter(v for _, v in made).items()}
@@ -158,9 +163,79 @@ def test_examples_are_a_function_of_seed_index_and_attempt() -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [11], [12, 11], [1, 1], [12, 1], [16], [0]])
-def test_evaluate_refuses_what_is_no_expression(ids: list[int]) -> None:
-    with pytest.raises(ValueError, match="not an expression"):
-        evaluate(ids)
+def test_what_is_no_expression_has_no_value(ids: list[int]) -> None:
+    two = np.array([14, 3, 4, 11], np.uint8)  # [MIN 2 3 ]
+    assert values([two, np.array(ids, np.uint8), two]).tolist() == [2, -1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[MED 1 2 ]", 1),
+        ("[MED 9 0 4 ]", 4),
+        ("[MED 9 9 0 0 ]", 4),
+        ("[MED 3 [MAX 1 8 ] [SM 9 9 9 ] 0 ]", 5),
+        ("[SM 5 5 ]", 0),
+        ("[MIN 7 ]", 7),
+        ("4", 4),
+    ],
+)
+def test_values_of_written_expressions(text: str, value: int) -> None:
+    numbers = {token: n for n, token in enumerate(VOCABULARY, 1)} | {"]": 11}
+    ids = np.array([numbers[token] for token in text.split()], np.uint8)
+    assert values([ids]).tolist() == [value] == [independent_value(text)]
+
+
+def test_targets_are_held_against_the_expressions(tmp_path: Path) -> None:
+    wrong = tsv(LINE, b"[MIN 1 2 ]\t2\n", LINE)
+    source = write_folder(tmp_path / "raw", files(wrong))
+    with pytest.raises(DataError, match=r"train\.tsv, line 3: the target is 2, but the source has"):
+        prepare("listops", tmp_path / "data", source=source)
+    for broken in (b"[MIN 1 2\t1\n", b"1 2\t1\n", b"[MIN ]\t1\n", b"] 1\t1\n"):
+        source = write_folder(tmp_path / "raw", files(tsv(LINE, broken)))
+        with pytest.raises(DataError, match=r"line 3: the target is 1, .* no whole expression"):
+            prepare("listops", tmp_path / "data", source=source)
+    assert not (tmp_path / "data" / "listops").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.replace(b"\r\n", b"\n"),
+        lambda text: text.replace(b"\r\n", b"\r\r\n"),
+        lambda text: text + b"\r\n\n",
+        lambda text: text.removesuffix(b"\r\n"),
+        lambda text: text.replace(b"]", b"X"),
+        lambda text: text.replace(b"( ", b"").replace(b" )", b""),
+        lambda text: text.replace(b"( (", b"(  ("),
+        lambda text: b"".join(b"7\t" + row for row in text.splitlines(keepends=True)),
+        lambda text: text.replace(b"\tTarget", b"\tTarget\tlength").replace(b"\t4\r", b"\t4\t9\r"),
+        lambda text: b'"' + text.replace(b"\t", b'"\t"').replace(b"\r\n", b'"\r\n"')[:-1],
+    ],
+)
+def test_files_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
+    source = write_folder(tmp_path / "raw", files(change(tsv(LINE, LINE))))
+    train = prepare("listops", tmp_path / "data", source=source).split("train")
+    assert [train.tokens(n).tolist() for n in range(len(train))] == [IDS, IDS]
+    assert train.labels.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("up", ["listops", "", ".."])
+def test_s4_layout_and_the_folder_above_it(tmp_path: Path, up: str) -> None:
+    raw = files(tsv(LINE))
+    write_folder(tmp_path / "h" / "data", {f"listops/{n.split('/')[-1]}": raw[n] for n in raw})
+    source = (tmp_path / "h" / "data" / up).resolve()
+    assert len(prepare("listops", tmp_path / "data", source=source).split("train")) == 1
+
+
+def test_a_folder_inside_the_right_one_is_told_which_is_right(tmp_path: Path) -> None:
+    raw = write_folder(tmp_path / "raw", files(tsv(LINE)))
+    inside = raw / "lra_release" / "lra_release" / "listops-1000" / "plots"
+    inside.mkdir()
+    with pytest.raises(DataError, match=r"listops-1000 does hold them; pass that\.") as caught:
+        prepare("listops", tmp_path / "data", source=inside)
+    one_sentence(caught.value)
 
 
 def sizes(train: int, dev: int, test: int, **more: int) -> dict[str, int]:

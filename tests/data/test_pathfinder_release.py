@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from dmx.data.pathfinder_split import pathfinder_split
 from dmx.data.prepare import prepare
 from dmx.errors import DataError
-from tests.data.helpers import png, write_folder, write_tar
+from tests.data.helpers import png, write_folder, write_tar, write_zip
+from tests.tiny import one_sentence
 
 LEVEL = "lra_release/lra_release/pathfinder32/curv_contour_length_14"
 TASK = "pathfinder32-curv_contour_length_14"
@@ -91,19 +93,89 @@ def test_split_facts_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("archive", [False, True])
-def test_empty_image_is_skipped_and_counted(
+def test_the_published_empty_image_is_skipped_and_counted(
     tmp_path: Path, archive: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    baseline = "curv_baseline"
     raw = release() | {f"{LEVEL}/imgs/2/sample_3.png": b""}
+    raw = {name.replace("curv_contour_length_14", baseline): raw[name] for name in raw}
     write = write_tar if archive else write_folder
+    source = write(tmp_path / "raw", raw)
     with caplog.at_level("WARNING", logger="dmx"):
-        store = prepare(TASK, tmp_path / "data", source=write(tmp_path / "raw", raw))
+        store = prepare(f"pathfinder32-{baseline}", tmp_path / "data", source=source)
     assert sum(store.manifest.splits.values()) == 17
     assert store.manifest.parameters["skipped_empty_images"] == 1
     assert "1 empty image file(s) left out" in caplog.text
     listed = [(b, n) for b in (0, 2, 10) for n in range(6) if (b, n) != (2, 3)]
     batch, n = listed[expected_split(17)["train"][0]]
     assert (store.split("train").tokens(0) == pixels(batch * 100 + n).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize(
+    ("level", "empty", "words"),
+    [
+        (
+            "curv_contour_length_14",
+            1,
+            "1 of 18 image files are empty, imgs/2/sample_0.png the firs",
+        ),
+        ("curv_contour_length_14", 6, "6 of 18 image files are empty"),
+        ("curv_baseline", 2, "2 of 18 image files are empty.*, and 1 in the published set"),
+    ],
+)
+def test_more_empty_images_are_a_broken_copy(
+    tmp_path: Path, level: str, empty: int, words: str, archive: bool
+) -> None:
+    raw = release() | {f"{LEVEL}/imgs/2/sample_{n}.png": b"" for n in range(empty)}
+    raw = {name.replace("curv_contour_length_14", level): raw[name] for name in raw}
+    source = (write_tar if archive else write_folder)(tmp_path / "raw", raw)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(f"pathfinder32-{level}", tmp_path / "data", source=source)
+    one_sentence(caught.value)
+    assert not (tmp_path / "data" / f"pathfinder32-{level}").exists()
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_images_that_no_metadata_list_are_told(
+    tmp_path: Path, archive: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = {name: c for name, c in release().items() if not name.endswith("metadata/2.npy")}
+    source = (write_tar if archive else write_folder)(tmp_path / "raw", raw)
+    with caplog.at_level("WARNING", logger="dmx"):
+        store = prepare(TASK, tmp_path / "data", source=source)
+    assert "no metadata file lists the images in imgs/2; they are left out" in caplog.text
+    assert store.manifest.partial == "12 of 200,000 examples"
+
+
+def twelve(text: bytes) -> bytes:
+    return text.replace(b" 0.5 1 1\n", b" 0.5 1 1 20\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b"\n", b" \n"),
+        lambda text: text.replace(b" ", b"  "),
+        lambda text: text.replace(b" ", b"\t"),
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text + b"\n \n",
+        lambda text: text.removesuffix(b"\n"),
+        lambda text: text.replace(b" 1 1.0", b" 1.0 1.0").replace(b" 0 1.0", b" 0.0 1.0"),
+        lambda text: text.replace(b"imgs/2", b"imgs\\2"),
+        twelve,
+    ],
+)
+def test_metadata_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
+    raw = release()
+    wanted = prepare(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+    raw |= {n: change(c) for n, c in raw.items() if n.endswith("metadata/2.npy")}
+    raw |= {f"{LEVEL}/metadata/._2.npy": b"\0\5\x16\7\xb0", f"{LEVEL}/metadata/.DS_Store": b"\0"}
+    for write in (write_folder, write_tar, write_zip):
+        path = tmp_path / write.__name__
+        store = prepare(TASK, path / "data", source=write(tmp_path / f"{path.name}.raw", raw))
+        assert store.manifest.checksum == wanted.manifest.checksum
 
 
 def test_original_generators_folder_with_real_npy(tmp_path: Path) -> None:

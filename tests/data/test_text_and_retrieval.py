@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,35 @@ def test_aan_pairs_become_ids_of_the_repr(tmp_path: Path, archive: bool) -> None
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: b"label\tid_1\tid_2\ttext_1\ttext_2\n" + text,
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text + b"\n\r\n",
+        lambda text: text.removesuffix(b"\n"),
+        lambda text: text.replace(b".0\t", b"\t"),
+    ],
+)
+def test_pairs_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
+    train = pair("1.0", b"b'a'", b"b'b'") + pair("0.0", b'b"c"', b"b'd'")
+    source = write_folder(tmp_path / "raw", aan(change(train)))
+    store = prepare("retrieval", tmp_path / "data", source=source)
+    split = store.split("train")
+    assert split.labels.tolist() == [1, 0]
+    # "b'a'" is 98 39 97 39 as bytes, and an id is one more.
+    assert split.tokens(0).tolist() == [99, 40, 98, 40]
+    assert split.tokens_1(1).tolist() == [99, 40, 101, 40]
+    assert store.manifest.partial == "4 of 182,613 examples"
+
+
+def test_texts_that_are_no_reprs_are_not_the_published_ones(tmp_path: Path) -> None:
+    raw = aan(pair("1.0", b"b'a'", b"plain"))
+    store = prepare("retrieval", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+    assert store.manifest.partial == "3 of 182,613 examples; decoded texts"
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         (b"1.0\ta\tb\tonly four\n", "line 2: 4 columns instead of 5"),
@@ -128,7 +158,8 @@ def test_aan_pairs_become_ids_of_the_repr(tmp_path: Path, archive: bool) -> None
         (pair("2.0", b"a", b"b"), "line 2: label b'2.0'"),
         (pair("1.0", b"", b"b"), "line 2: an empty text"),
         (pair("1.0", b"\xff\xfe", b"b"), "line 2: not UTF-8"),
-        (b"\n", "line 2: 1 columns"),
+        (b"1.0\ta\tb\n", "line 2: the ids of two papers and not their texts"),
+        (b"label\ta\tb\tc\td\n", "line 2: label b'label'"),
     ],
 )
 def test_bad_pairs_name_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:

@@ -13,7 +13,7 @@ try:
     from numba import njit
     from numba.core.cpu import CPUTargetOptions
 except ImportError as missing:
-    raise ConfigError("the Pathfinder generator needs numba: pip install numba.") from missing
+    raise ConfigError("dmx.data needs numba: pip install numba.") from missing
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -25,37 +25,53 @@ _LARGE_BYTES = 1_000_000_000
 
 def _ids(example: Any, key: str, task: Task, where: str) -> npt.NDArray[Any]:
     value = example.get(key) if isinstance(example, dict) else None
-    if not isinstance(value, PickledArray) or value.value.ndim != 1:
+    if isinstance(value, list) and all(type(n) is int and abs(n) < 1 << 63 for n in value):
+        ids = np.array(value, np.int64)
+    elif isinstance(value, PickledArray) and value.value.ndim == 1:
+        ids = value.value
+    else:
         raise DataError(f"{where} has no list of numbers {key!r}.")
-    ids = value.value
     if ids.dtype.kind not in "iu" or len(ids) != task.max_length:
         raise DataError(
             f"{where} has {len(ids)} values of {ids.dtype} instead of {task.max_length} integers."
         )
     if task.image_side is None:  # texts are stored without padding; a black pixel is no padding
-        ids = ids[: int(np.flatnonzero(ids)[-1]) + 1] if ids.any() else ids[:0]
+        if not ids.any():
+            raise DataError(f"{where} has nothing but padding in {key!r}.")
+        ids = ids[: int(np.flatnonzero(ids)[-1]) + 1]
     return ids
 
 
 def _label(example: Any, where: str) -> int:
     value = example.get("label")
+    if isinstance(value, PickledArray) and value.value.ndim == 0:
+        value = value.value[()]
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise DataError(f"{where} has no whole number as its label.")
     return int(value)
 
 
+def find(task: Task, source: Source) -> str | None:
+    """What the pickles' names begin with, the folder and perhaps `lra-` included; or None."""
+    for stem in (task.name, f"lra-{task.name}"):
+        root = source.locate(("",), f"{stem}.train.pickle")
+        if root is not None:
+            return posixpath.join(root, stem)
+    return None
+
+
 def fits(task: Task, source: Source | None) -> bool:
     """Whether the source has the task's train pickle."""
-    return source is not None and source.locate(("",), f"{task.name}.train.pickle") is not None
+    return source is not None and find(task, source) is not None
 
 
 def prepare(request: Request) -> None:
     """Write the store with exactly the pickles' examples in their order, dev and test apart."""
     source, task = request.source, request.task
     assert source is not None
-    root = source.locate(("",), f"{task.name}.train.pickle")
-    assert root is not None
-    names = {posixpath.join(root, f"{task.name}.{split}.pickle"): split for split in SPLITS}
+    stem = find(task, source)
+    assert stem is not None
+    names = {f"{stem}.{split}.pickle": split for split in SPLITS}
 
     def fill(writer: StoreWriter) -> None:
         for name, stream in source.open(names):
@@ -77,7 +93,7 @@ def prepare(request: Request) -> None:
     manifest = manifest_for(
         request,
         data_name=f"reference-{task.name}",
-        origin=f"pickles of Solving-LRA-PathX / Nystromformer, {source.describe(root)}",
+        origin=f"pickles of Solving-LRA-PathX / Nystromformer, {source.describe(stem)}.*.pickle",
         dtype="uint16" if task.family in ("text", "retrieval") else "uint8",
         licence="as the data they were made from",
     )

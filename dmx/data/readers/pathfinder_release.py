@@ -20,12 +20,14 @@ from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import Task
+from dmx.tasks.pathfinder import EMPTY_IMAGES
 
 log = logging.getLogger(__name__)
 NUM_FIELDS = 11
 """subpath, file, number, label, continuity, contour length, distractor length, paddle length,
-thickness, margin, number of contrasts."""
+thickness, margin, number of contrasts. Some versions of the generator write more."""
 _LABEL_FIELD = 3
+_LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 _NPY_MAGIC = b"\x93NUMPY"
 _BATCH = 1000
 
@@ -71,26 +73,31 @@ def parse_metadata(content: bytes, where: str) -> list[ImageEntry]:
             cells = table.astype("S").tolist()
             rows = [[cell.decode("utf-8") for cell in row] for row in cells]
         else:
-            rows = [line.split(" ") for line in content.decode("utf-8").splitlines()]
+            rows = [line.split() for line in content.decode("utf-8-sig").splitlines()]
+            while rows and not rows[-1]:
+                rows.pop()
     except (ValueError, EOFError) as error:  # a UnicodeDecodeError is a ValueError
         raise DataError(f"{where} is no readable metadata file ({error}).") from error
     entries = []
     for number, row in enumerate(rows, 1):
         at = f"{where}, line {number}"
-        if len(row) != NUM_FIELDS:
+        if len(row) < NUM_FIELDS:
             raise DataError(f"{at}: {len(row)} fields instead of {NUM_FIELDS}.")
-        if row[_LABEL_FIELD] not in ("0", "1"):
+        label = _LABELS.get(row[_LABEL_FIELD])
+        if label is None:
             raise DataError(f"{at}: label {row[_LABEL_FIELD][:20]!r} is neither 0 nor 1.")
-        path = safe_name(f"{row[0]}/{row[1]}", where)
-        entries.append(ImageEntry(path, int(row[_LABEL_FIELD])))
+        entries.append(ImageEntry(safe_name(f"{row[0]}/{row[1]}", where), label))
     return entries
 
 
-def entries(source: Source, root: str) -> tuple[list[ImageEntry], int]:
+def entries(source: Source, root: str, empty: int) -> tuple[list[ImageEntry], int]:
     """All images in the order of their metadata files, and how many empty files were left out.
 
+    Args:
+        empty: image files that are empty in the published set.
+
     Raises:
-        DataError: no metadata, or an image is missing.
+        DataError: no metadata, or an image is missing, empty or listed twice.
     """
     folder = posixpath.join(root, "metadata")
     names = [n for n in source.files(folder) if n.endswith(".npy") and "bkp" not in n]
@@ -105,6 +112,21 @@ def entries(source: Source, root: str) -> tuple[list[ImageEntry], int]:
     full = [e for e in listed if source.size(posixpath.join(root, e.path)) > 0]
     if len({entry.path for entry in full}) < len(full):
         raise DataError(f"{source.describe(folder)} lists an image twice.")
+    if len(listed) - len(full) > empty:
+        first = next(e for e in listed if source.size(posixpath.join(root, e.path)) == 0)
+        raise DataError(
+            f"{source.describe(root)}: {len(listed) - len(full):,} of {len(listed):,} image files "
+            f"are empty, {first.path} the first, and {empty or 'none'} in the published set; the "
+            "copy is broken, copy the images again."
+        )
+    listing = {posixpath.dirname(entry.path) for entry in listed}
+    images = [posixpath.join("imgs", n) for n in source.folders(posixpath.join(root, "imgs"))]
+    if lost := [name for name in images if name not in listing]:
+        log.warning(
+            "%s: no metadata file lists the images in %s%s; they are left out",
+            *(source.describe(root), ", ".join(lost[:3])),
+            f" and {len(lost) - 3} more folders" if len(lost) > 3 else "",
+        )
     return full, len(listed) - len(full)
 
 
@@ -128,7 +150,7 @@ def prepare(request: Request) -> None:
     assert root is not None
 
     def fill(writer: StoreWriter) -> dict[str, int]:
-        images, skipped = entries(source, root)
+        images, skipped = entries(source, root, EMPTY_IMAGES.get(task.name, 0))
         if skipped:
             log.warning("%s: %d empty image file(s) left out, as in the reference", root, skipped)
         numbers = {posixpath.join(root, entry.path): n for n, entry in enumerate(images)}

@@ -13,7 +13,7 @@ from dmx.data.build import write_store
 from dmx.data.bytetext import encode
 from dmx.data.progress import progress
 from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source
+from dmx.data.source import Source, without_bom
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import Task
@@ -27,6 +27,7 @@ FOLDERS = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data
 NUM_COLUMNS = 5
 _MAX_LINE_BYTES = 64 << 20
 _LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
+_REPR = (b"b'", b'b"')
 
 Pair = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], int]
 
@@ -41,12 +42,17 @@ def parse(stream: IO[bytes], where: str) -> Iterator[Pair]:
         DataError: a line has other columns, an unknown label, an empty text, or is not UTF-8.
     """
     number = 0
+    stream = without_bom(stream, where)
     while line := stream.readline(_MAX_LINE_BYTES):
         number += 1
         at = f"{where}, line {number}"
         if len(line) == _MAX_LINE_BYTES:
             raise DataError(f"{at}: longer than {_MAX_LINE_BYTES >> 20} MiB.")
         columns = line.rstrip(b"\r\n").split(b"\t")
+        if columns == [b""] or (number == 1 and columns[0] == b"label"):
+            continue
+        if len(columns) == NUM_COLUMNS - 2:
+            raise DataError(f"{at}: the ids of two papers and not their texts, which are needed.")
         if len(columns) != NUM_COLUMNS:
             raise DataError(f"{at}: {len(columns)} columns instead of {NUM_COLUMNS}.")
         label = _LABELS.get(columns[0])
@@ -60,6 +66,10 @@ def parse(stream: IO[bytes], where: str) -> Iterator[Pair]:
         if not (len(first) and len(second)):
             raise DataError(f"{at}: an empty text.")
         yield first, second, label
+
+
+def _is_repr(ids: npt.NDArray[np.uint16]) -> bool:
+    return (ids[:2] - 1).astype(np.uint8).tobytes() in _REPR
 
 
 def fits(task: Task, source: Source | None) -> bool:
@@ -76,12 +86,16 @@ def prepare(request: Request) -> None:
 
     def fill(writer: StoreWriter) -> None:
         names = [posixpath.join(root, name) for name in FILES]
+        published = True
         with progress("retrieval", 0, "pairs") as advance:
             for name, stream in source.open(names):
                 split = FILES[posixpath.basename(name)]
                 for first, second, label in parse(stream, source.describe(name)):
                     writer.add(split, first, label, second)
+                    published = published and _is_repr(first) and _is_repr(second)
                     advance(1)
+        if not published:
+            writer.remark("decoded texts")  # published are reprs of bytes, b'...'
 
     manifest = manifest_for(
         request,
