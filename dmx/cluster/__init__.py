@@ -15,7 +15,6 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 # Our journal is what a study is rebuilt from; Ray's snapshots would only cost time.
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray speaks of trials by names that mean nothing to a user; what matters we say ourselves.
 for _name in ("ray.tune", "ray.train", "ray.air"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,6 +177,18 @@ def resources() -> Resources:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = tuple((has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
     return Resources(int(sum(n[0] for n in nodes)), int(sum(n[1] for n in nodes)), nodes)
+
+
+def hide_unreserved_gpus() -> None:
+    """Within Ray's work that has no GPU: let the process see none, so that `auto` is the CPU.
+
+    Ray leaves all of a node's GPUs visible to work that asked for none, and others have them.
+    """
+    if not ray.is_initialized():
+        return
+    context = ray.get_runtime_context()
+    if context.get_task_id() is not None and not context.get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:

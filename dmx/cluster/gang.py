@@ -71,6 +71,7 @@ class GangMember:
 
     def __init__(self) -> None:
         log.setup()
+        connection.hide_unreserved_gpus()
         self._store: dist.TCPStore | None = None
         self._job: Job | None = None
         self._runner: Runner | None = None
@@ -335,6 +336,11 @@ def check_room(workers: Workers, resources: connection.Resources) -> None:
     connection.check_request(resources, cpus=workers.cpus * count, gpus=workers.gpus * count)
 
 
+def _evaluate(*arguments: Any) -> dict[str, float]:
+    connection.hide_unreserved_gpus()
+    return evaluate_checkpoint(*arguments)
+
+
 def evaluate(
     checkpoint_folder: str,
     data_folder: str,
@@ -345,7 +351,7 @@ def evaluate(
     places: Places = SHARED,
 ) -> dict[str, float]:
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
-    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(evaluate_checkpoint)
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_evaluate)
     threads = max(int(cpus), 1)
     result: dict[str, float] = ray.get(
         remote.remote(checkpoint_folder, data_folder, split, threads, places)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
+from dmx.cluster import connection
 from dmx.cluster.gang import runner_of
 from dmx.training.job import Job
 
@@ -23,6 +24,7 @@ class _Actor:
 
     def __init__(self, job: Job) -> None:
         log.setup()
+        connection.hide_unreserved_gpus()
         self._runner = runner_of(job)
 
     def step(self) -> dict[str, Any]:

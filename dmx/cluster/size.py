@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dmx.cluster.connection import Resources, check_request, local_resources
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
 from dmx.errors import ConfigError
-from dmx.training.workers import Workers, check_batch, share_out
+from dmx.training.workers import Workers, check_batch, check_device, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,9 @@ def means_of(
         wanted_cpus, wanted_gpus = means.of(stage)
         try:
             check_request(resources, cpus=wanted_cpus, gpus=wanted_gpus)
-            check_batch(stage.config.train.batch_size, means.shared_out(stage).count)
+            shared = means.shared_out(stage)
+            check_batch(stage.config.train.batch_size, shared.count)
+            check_device(stage.config.train.device, shared)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
     return means

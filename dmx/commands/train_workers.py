@@ -9,7 +9,7 @@ from typing import Any
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
 from dmx.training.job import Job
-from dmx.training.workers import Workers, check_batch, num_cores, share_out
+from dmx.training.workers import Workers, check_batch, check_device, num_cores, share_out
 
 
 def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
@@ -27,6 +27,8 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
     there = num_cores() if args.address is None else count
     workers = share_out(cpus=args.threads or there, gpus=gpus, workers=count)
     check_batch(config.train.batch_size, count)
+    if count > 1:
+        check_device(config.train.device, workers)
     if count == 1 and args.address is not None:
         raise ConfigError(
             "--address is for a run of several workers; add --gpus-per-trial, or leave it out."

@@ -13,7 +13,7 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster import launch
+from dmx.cluster import connection, launch
 from dmx.curriculum.work import ClusterLost, Key, Message
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
@@ -72,7 +72,7 @@ class RayBackend:
 
     def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
         """A task, retried when its process or node dies."""
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(measure)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure)
         wanted = dataclasses.replace(wanted, places=self._places)
         self._tasks[remote.remote(wanted, max(int(cpus), 1))] = key
 
@@ -147,6 +147,11 @@ def _reason(error: RayError) -> str:
         return str(cause)
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def _measure(wanted: Measurement, threads: int) -> float | None:
+    connection.hide_unreserved_gpus()
+    return measure(wanted, threads)
 
 
 def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> float:

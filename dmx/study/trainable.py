@@ -8,6 +8,7 @@ from typing import Any
 from ray import tune
 
 from dmx import log
+from dmx.cluster import connection
 from dmx.cluster.gang import Gang, runner_of
 from dmx.training.job import Job
 from dmx.training.process_state import ProcessState
@@ -27,6 +28,7 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Note the job. It is built in the first step: Tune gives up a trial that dies in here."""
         log.setup()
+        connection.hide_unreserved_gpus()
         self._state = ProcessState.now()
         self._job = Job(**config[JOB_KEY])
         self._runner: Runner | Gang | None = None

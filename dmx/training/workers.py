@@ -61,6 +61,23 @@ def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Worker
     return Workers(count=count, cpus=each, gpus=gpus / count)
 
 
+def check_device(device: str, workers: Workers) -> None:
+    """Whether the workers have what `train.device` insists on.
+
+    Raises:
+        ConfigError: it is `cuda` and they have no GPU, or `cpu` and each of several has one.
+    """
+    if device == "cuda" and not workers.gpus:
+        raise ConfigError(
+            "train.device is cuda, but the run has no GPU; give it some with --gpus-per-trial, or "
+            "leave train.device out."
+        )
+    if device == "cpu" and workers.gpus and workers.count > 1:
+        raise ConfigError(
+            "train.device is cpu, but every worker has a GPU; leave one of the two out."
+        )
+
+
 def check_batch(batch_size: int, workers: int) -> None:
     """Whether every worker gets something of each batch.
 

@@ -9,15 +9,22 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dmx.cluster import connection
+from dmx.cluster import connection, gang, launch
+from dmx.curriculum import backend
 from dmx.errors import ConfigError, RunFailedError
+from dmx.nn.device import pick_device
+from dmx.study.trainable import JOB_KEY, TrialTrainable
+from dmx.training.evaluation import Measurement
+from dmx.training.job import Job
 from tests.study.helpers import environment
 from tests.tiny import one_sentence
 
 LISTENERS = """
 import os
-from dmx.cluster import connection
+from dmx.cluster import connection, gang, launch
+from dmx.curriculum import backend
 import ray, psutil
 with connection.connect(None):
     ray.get(ray.remote(lambda: 1).remote())
@@ -121,7 +128,6 @@ def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
 
 
 def test_gloo_listens_where_the_node_is(monkeypatch):
-    gang = pytest.importorskip("dmx.cluster.gang")
     loopback = gang.interface_of("127.0.0.1")
     assert loopback in {name for _, name in socket.if_nameindex()}
     assert gang.interface_of("203.0.113.7") is None
@@ -132,3 +138,59 @@ def test_gloo_listens_where_the_node_is(monkeypatch):
     monkeypatch.delenv(gang.GLOO_INTERFACE)
     gang.use_node_interface()
     assert os.environ[gang.GLOO_INTERFACE] == loopback
+
+
+@pytest.mark.parametrize(
+    ("connected", "task", "reserved", "visible"),
+    [
+        (False, None, [], "0,1"),
+        (True, None, [], "0,1"),  # the driver, which may be a notebook of the user's
+        (True, "a task", [], ""),
+        (True, "a task", ["1"], "0,1"),  # Ray has set what it may see
+    ],
+)
+def test_work_without_a_gpu_sees_none(monkeypatch, connected, task, reserved, visible):
+    """Ray leaves all GPUs of a node visible to work that asked for none."""
+    context = SimpleNamespace(
+        get_task_id=lambda: task, get_accelerator_ids=lambda: {"GPU": reserved, "TPU": []}
+    )
+    ray = SimpleNamespace(is_initialized=lambda: connected, get_runtime_context=lambda: context)
+    monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    connection.hide_unreserved_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_whatever_ray_runs_looks_for_its_gpu_first(monkeypatch):
+    """Trials, single runs, members of a gang, evaluations, tests of a curriculum."""
+    done: list[str] = []
+    monkeypatch.setattr(connection, "hide_unreserved_gpus", lambda: done.append("hidden"))
+    monkeypatch.setattr(launch, "runner_of", lambda job: done.append("used"))
+    monkeypatch.setattr(gang, "evaluate_checkpoint", lambda *_: done.append("used"))
+    monkeypatch.setattr(backend, "measure", lambda *_: done.append("used"))
+    job = {"run_config": {}, "data_folder": "", "folder": ""}
+    TrialTrainable({JOB_KEY: job})
+    gang.GangMember()
+    assert done == ["hidden"] * 2
+    launch._Actor(Job(**job))
+    gang._evaluate()
+    backend._measure(Measurement(checkpoint="", data_folder=""), 1)
+    assert done[2:] == ["hidden", "used"] * 3
+
+
+@pytest.mark.parametrize(
+    ("gpu_ids", "expected"), [([], "cpu"), (["0"], "cuda")], ids=["none", "one"]
+)
+def test_device_auto_is_what_was_reserved(monkeypatch, gpu_ids, expected):
+    """On a host with a GPU, which torch sees where the environment lets it."""
+    context = SimpleNamespace(
+        get_task_id=lambda: "a task", get_accelerator_ids=lambda: {"GPU": gpu_ids}
+    )
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
+    monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""
+    )
+    gang.GangMember()
+    assert pick_device("auto").type == expected

@@ -16,7 +16,7 @@ from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
-from dmx.training.workers import Workers, check_batch, share_out
+from dmx.training.workers import Workers, check_batch, check_device, share_out
 from tests.rank_process import CASES, PLAIN
 from tests.tiny import TASK, config, one_sentence, trainer, write_tiny
 from tests.training.test_trainer import facts, same_state
@@ -167,3 +167,14 @@ def test_sharing_out_the_impossible(given, message):
     with pytest.raises(ConfigError, match=message) as error:
         share_out(cpus=4, **given)
     one_sentence(error.value)
+
+
+def test_device_and_workers_go_together():
+    two = Workers(count=2, cpus=1, gpus=0)
+    two_gpus = Workers(count=2, cpus=1, gpus=1)
+    for device, workers in (("auto", two), ("cpu", two), ("auto", two_gpus), ("cuda", two_gpus)):
+        check_device(device, workers)
+    with pytest.raises(ConfigError, match="is cuda, but the run has no GPU"):
+        check_device("cuda", two)
+    with pytest.raises(ConfigError, match="is cpu, but every worker has a GPU"):
+        check_device("cpu", two_gpus)
