@@ -124,8 +124,8 @@ def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None)
     """What the run would cost; nothing is written."""
     root = _data_root(args, config)
 
-    def prepared() -> Store:
-        return obtain(config.task, root, allow_sample=True, generate=False)
+    def prepared(temporary: Path) -> Store:
+        return obtain(config.task, root, allow_sample=True, generate=False, temporary=temporary)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
         _tell_transfer(args, start, resolve(config, data.store.manifest))

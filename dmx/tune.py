@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -71,7 +70,10 @@ def main(argv: Sequence[str]) -> int:
         _check_free(folder, resume=args.resume)
     if args.dry_run:
         root = None if args.data_root is None else Path(args.data_root)
-        opened = functools.partial(_open_data, args, task, places)
+
+        def opened(temporary: Path) -> Store:
+            return _open_data(args, task, places, temporary)
+
         generate = args.prepare and not is_url(args.data_root or "")
         with dry_data(task, root, opened, generate=generate) as data:
             return tune_dryrun.show(plan, data, folder)
@@ -88,7 +90,9 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_FAILED
 
 
-def _open_data(args: argparse.Namespace, task: Task, places: Places) -> Store:
+def _open_data(
+    args: argparse.Namespace, task: Task, places: Places, temporary: Path | None = None
+) -> Store:
     return place_options.open_data(
         places,
         task.name,
@@ -96,6 +100,7 @@ def _open_data(args: argparse.Namespace, task: Task, places: Places) -> Store:
         allow_sample=args.address is None,
         generate=args.prepare and not args.dry_run,
         address=args.address,
+        temporary=temporary,
     )
 
 

@@ -80,18 +80,29 @@ def open_data(
     allow_sample: bool,
     generate: bool,
     address: str | None = None,
+    temporary: Path | None = None,
 ) -> Store:
     """The task's data, as obtain() has them; copied to this node where `places` says so.
+
+    With `temporary`, a folder, they are read where they are, or copied there and not to where the
+    node keeps them.
 
     Raises:
         DataError: see obtain() and copy_store().
     """
     if places.data_source is not None and is_url(places.data_source):
         assert places.node_data is not None
-        return open_store(copy_store(places.data_source, task, Path(places.node_data)))
+        node_data = temporary or Path(places.node_data)
+        return open_store(copy_store(places.data_source, task, node_data))
     root = None if data_root is None else Path(data_root)
-    store = obtain(task, root, allow_sample=allow_sample, generate=generate, address=address)
-    here = places.data(str(store.folder))
+    store = obtain(
+        *(task, root),
+        allow_sample=allow_sample,
+        generate=generate,
+        address=address,
+        temporary=temporary,
+    )
+    here = store.folder if temporary is not None else places.data(str(store.folder))
     return store if here == store.folder else open_store(here)
 
 

@@ -67,12 +67,13 @@ class DryData:
 
 @contextlib.contextmanager
 def dry_data(
-    task: Task, root: Path | None, obtain: Callable[[], Store], *, generate: bool
+    task: Task, root: Path | None, obtain: Callable[[Path], Store], *, generate: bool
 ) -> Iterator[DryData]:
     """The task's data; a stand-in where the run itself would generate them, as nothing is written.
 
     Args:
-        root: the data root; None is the default one. obtain: opens data that are there.
+        root: the data root; None is the default one.
+        obtain: opens data that are there, or a sample, which it puts into the folder it is given.
         generate: the run may generate data.
 
     Raises:
@@ -80,8 +81,9 @@ def dry_data(
     """
     root = default_data_root() if root is None else root
     if not generate or not task.generated or is_prepared(task.name, root):
-        store = obtain()
-        yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
+        with tempfile.TemporaryDirectory(prefix="dmx-dry-run-") as temporary:
+            store = obtain(Path(temporary))
+            yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
         return
     with stand_in(task) as store:
         words = (

@@ -39,12 +39,19 @@ def is_prepared(task_name: str, data_root: Path) -> bool:
     return (data_root / task_name / MANIFEST_FILE).is_file()
 
 
-def locate(task_name: str, data_root: Path | None, *, allow_sample: bool) -> Store:
+def locate(
+    task_name: str,
+    data_root: Path | None,
+    *,
+    allow_sample: bool,
+    temporary: Path | None = None,
+) -> Store:
     """Open the task's data.
 
     With `data_root` only that root counts. Without it the default root is looked at; if the task
     is not prepared there, `allow_sample` is True and the task has a sample, the sample is prepared
-    (once, in `<default root>/samples/`) and opened, and a banner is logged.
+    (once, in `<default root>/samples/`) and opened, and a banner is logged. With `temporary`, a
+    folder, a sample that is not prepared yet is put there.
 
     Raises:
         ConfigError: no such task.
@@ -70,6 +77,8 @@ def locate(task_name: str, data_root: Path | None, *, allow_sample: bool) -> Sto
     if data_root is not None or not allow_sample or sample is None:
         raise DataError(missing)
     folder = root / SAMPLES_FOLDER / sample.name
+    if temporary is not None and not (folder / MANIFEST_FILE).is_file():
+        folder = temporary / sample.name
     try:
         if not (folder / MANIFEST_FILE).is_file():
             sample.prepare(folder)

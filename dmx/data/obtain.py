@@ -18,8 +18,12 @@ def obtain(
     allow_sample: bool,
     generate: bool,
     address: str | None = None,
+    temporary: Path | None = None,
 ) -> Store:
     """Open the task's data; what dmx can generate is generated when missing and `generate` is True.
+
+    With `temporary`, a folder, a sample that is not prepared yet is put there and not below the
+    data root.
 
     Raises:
         DataError: see locate and prepare_missing; each gives the command that prepares the data.
@@ -33,4 +37,4 @@ def obtain(
                 f"{prepare_command(task.name, root)}"
             )
         return prepare_missing(task.name, root, address=address)
-    return locate(task.name, data_root, allow_sample=allow_sample)
+    return locate(task.name, data_root, allow_sample=allow_sample, temporary=temporary)

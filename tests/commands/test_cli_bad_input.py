@@ -344,6 +344,25 @@ def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("module", [tune, train])
+def test_a_dry_run_on_a_sample_leaves_none(module, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("DMX_DATA_ROOT", str(tmp_path / "data"))
+    asked = []
+
+    def cost(config, store, **rest):
+        asked.append((store.manifest.label, len(store.split("train")), store.folder))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(costs, "run_cost", cost)
+    monkeypatch.setattr(costs, "study_cost", cost)
+    with pytest.raises(ConfigError, match="enough"):
+        module.main(["--attention", "softmax", "--task", "image", "--dry-run"])
+    ((label, examples, folder),) = asked
+    assert (label, examples) == ("sample-digits, not LRA", 1200)
+    assert not (tmp_path / "data").exists() and not folder.exists()
+
+
+@pytest.mark.parametrize("module", [tune, train])
 def test_a_dry_run_generates_no_data(module, tmp_path, capsys, monkeypatch):
     """It measures on a stand-in where the run itself would generate its data, and says so."""
     asked = []
