@@ -158,8 +158,8 @@ class RunConfig:
         assert model.vocab_size and model.num_classes
         if model.vocab_size < vocab_size:
             raise ConfigError(
-                f"model.vocab_size is {model.vocab_size}; the data of task {self.task} "
-                f"need at least {vocab_size}."
+                f"model.vocab_size is {model.vocab_size}; task {self.task} has {vocab_size} token "
+                f"ids, with padding and CLS: leave it out, or give at least {vocab_size}."
             )
         if model.num_classes < num_classes:
             raise ConfigError(

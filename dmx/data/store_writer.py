@@ -147,8 +147,9 @@ class StoreWriter:
         for rows in sides:
             if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < manifest.vocab_size - 1:
                 raise DataError(
-                    f"{at}: ids {rows.min()}..{rows.max()} are outside "
-                    f"0..{manifest.vocab_size - 2}."
+                    f"{at}: token ids {rows.min()}..{rows.max()} are outside "
+                    f"0..{manifest.vocab_size - 2}, those of the task; the source is another "
+                    "task's, or was encoded otherwise."
                 )
             if rows.shape[1] > manifest.max_length:
                 raise DataError(

@@ -41,6 +41,8 @@ _RENAMES = (
     (r"^seq_classifer\.mlpblock\.", "head."),
 )
 
+_CORES = ("numpy.core", "numpy._core")
+
 # Reformer holds the projections of q and v a second time, and old versions of its library save
 # the mask constants.
 _DROPPED = re.compile(
@@ -145,6 +147,20 @@ def adopt(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> No
     model.load_state_dict(dict(state))
 
 
+class _Ignored:
+    """Stands in for what numpy left beside the weights, such as the best accuracy."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+_NUMPY = (
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"{core}.multiarray.{name}" for core in _CORES for name in ("scalar", "_reconstruct")),
+)
+
+
 def read_output_model(path: Path) -> dict[str, Tensor]:
     """The state dict in a reference `*_output.model` file, with our names.
 
@@ -152,13 +168,22 @@ def read_output_model(path: Path) -> dict[str, Tensor]:
         CheckpointError: unreadable, or not such a file. Nothing is unpickled but tensors.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Ignored, name) for name in _NUMPY]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except Exception as error:  # torch raises many types on damaged or hostile files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a weights-only file: {reason}") from None
+        # Its own text has colours in it, and advises to trust the file.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (
+            f"it asks for {asked[1]}, and nothing but tensors and numbers is read"
+            if asked
+            else "it is damaged, or was not written by torch.save"
+        )
+        raise CheckpointError(f"{path} cannot be read: {reason}.") from None
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no `model_state_dict`; is it a *_output.model file?")
+        raise CheckpointError(
+            f"{path} holds no `model_state_dict`, so it is no *_output.model file."
+        )
     return rename_state(state)

@@ -1,7 +1,9 @@
 """Models of the reference: golden outputs, dense and packed; pools; the files users have."""
 
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from dmx.errors import CheckpointError, ConfigError
 from dmx.training.reference import adopt, load_model, read_output_model, rename_state
 from tests.golden_files import NAMES, golden
+from tests.tiny import one_sentence
 
 BOUND = 1e-5
 
@@ -142,12 +145,13 @@ class Evil:
         (None, "does not exist"),
         (b"not a checkpoint", "cannot be read"),
         (b"", "cannot be read"),
-        (Evil(), "cannot be read as a weights-only file"),
+        (Evil(), "cannot be read: it "),
+        ({"model_state_dict": {}, "where": Path("x")}, "asks for pathlib.P"),
         ({"model": {}}, "no `model_state_dict`"),
         ({"model_state_dict": {"a": 3}}, "no `model_state_dict`"),
         ([1], "no `model_state_dict`"),
     ],
-    ids=["missing", "text", "empty", "code", "other-key", "no-tensors", "list"],
+    ids=["missing", "text", "empty", "code", "path", "other-key", "no-tensors", "list"],
 )
 def test_files_that_are_no_output_models(tmp_path, content, message):
     path = tmp_path / "x_output.model"
@@ -160,6 +164,18 @@ def test_files_that_are_no_output_models(tmp_path, content, message):
     with pytest.raises(CheckpointError) as error:
         read_output_model(path)
     assert message in str(error.value) and "x_output.model" in str(error.value)
+    assert "x1b" not in one_sentence(error.value)  # torch colours its messages
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_numpy_left_beside_the_weights_is_ignored(tmp_path, zipped):
+    path = tmp_path / "x_output.model"
+    weights = {"seq_classifer.mlpblock.0.bias": torch.tensor([1.0, 2.0])}
+    numbers = {"best_accuracy": np.float64(0.5), "step": np.int64(3), "losses": np.arange(3.0)}
+    torch.save(
+        {"model_state_dict": weights, **numbers}, path, _use_new_zipfile_serialization=zipped
+    )
+    assert read_output_model(path)["head.0.bias"].tolist() == [1.0, 2.0]
 
 
 def test_states_that_do_not_fit_are_listed():
