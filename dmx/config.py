@@ -54,10 +54,13 @@ class TrainConfig:
         num_steps: optimizer steps of the whole schedule. eval_every_steps: steps between
             evaluations of the whole dev split.
         seed: of weights and dropout (`seed_model` of the reference).
-        precision: `auto` is bf16 autocast on CUDA and fp32 elsewhere.
+        precision: `auto` is bf16 autocast on a GPU from compute capability 8.0 (A100, RTX 30) on
+            and fp32 elsewhere.
+        device: `auto` is CUDA where there is a GPU, else the CPU.
         clip_gradient_norm: None does not clip, as the reference.
         patience: stop after so many evaluations without a better dev accuracy; None never does.
-        eval_batch_size: None takes the micro batch's size, on a CPU at least 32.
+        eval_batch_size: None takes the micro batch's size, on a CPU at least 32, on CUDA 8 times it
+            where no example depends on the others of its batch.
         compile: torch.compile the model (CUDA).
     """
 
@@ -211,16 +214,23 @@ def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
 _EVALUATIONS = 8
 
 
+def full_budget(task: Task, key: str) -> int:
+    """A whole number of a task's preset, or the general one where the preset leaves it out."""
+    section, name = key.split(".")
+    general = {"train": TrainConfig(), "optim": OptimConfig()}[section]
+    return int(str(task.preset.get(key, getattr(general, name))))
+
+
 def schedule(task: Task, num_steps: object) -> dict[str, int]:
     """What of a task's preset follows from another number of steps; {} where it is the preset's.
 
     The warm-up keeps its share (text: 40 %, as in the reference). A shorter run is evaluated eight
     times.
     """
-    full = int(str(task.preset["train.num_steps"]))
+    full = full_budget(task, "train.num_steps")
     if type(num_steps) is not int or num_steps < 1 or num_steps == full:
         return {}
-    share = int(str(task.preset["optim.warmup_steps"])) / full
+    share = full_budget(task, "optim.warmup_steps") / full
     every = {"train.eval_every_steps": max(num_steps // _EVALUATIONS, 1)}
     return {
         **(every if num_steps < full else {}),

@@ -27,6 +27,10 @@ DROPOUT = {"attention__dropout": 0.2, "model__dropout": 0.1, "model__embedding_d
 CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "bucketed": {**PLAIN, "data__order": "bucketed", "train__micro_batch_size": 2},
+    "redraws": {
+        "attention": {"name": "performer", "num_features": 16, "redraw_every_steps": 3},
+        "train__clip_gradient_norm": 0.5,
+    },
     "eval": {**PLAIN, "train__eval_batch_size": 4, "train__num_steps": 4},
 }
 TOO_LARGE = {**PLAIN, "optim__learning_rate": 1e30}

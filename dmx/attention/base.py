@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.errors import ConfigError
-from dmx.nn.packing import Grouping
+from dmx.nn.packing import Grouping, Layout
 from dmx.registry import Registry
 from dmx.schema import from_dict, to_dict
+
+if TYPE_CHECKING:
+    from dmx.attention.softmax_rows import Projections
 
 ATTENTIONS: Registry[type[AttentionConfig]] = Registry("attention", "dmx.attention")
 
@@ -158,10 +161,17 @@ class TokenMixer(nn.Module):
     """Mixes information between tokens, head by head.
 
     `forward` is the formula over all L positions. A mixer whose result at real tokens can be
-    computed from real tokens alone sets `packs = True` and implements `mix_real`.
+    computed from real tokens alone sets `packs = True` and implements `mix_real`. The faster ways
+    `mix_rows` and `attend_packed` are optional: None leaves the work to `mix_buckets`.
     """
 
     packs: ClassVar[bool] = False
+    packs_on_accelerators: ClassVar[bool] = False
+    """Whether `mix_rows` does its work in a number of operations that does not grow with the number
+    of distinct lengths; else `execution: auto` computes all positions on an accelerator, where a
+    few operations for each length cost more than the positions that they save."""
+    mixes_examples: ClassVar[bool] = False
+    """Whether an example's result depends on the others of its batch, in evaluation too."""
     projection_bias: ClassVar[bool] = True
     """False: the projections' biases do not enter q, k and v (Reformer)."""
 
@@ -176,6 +186,13 @@ class TokenMixer(nn.Module):
             [B, H, L, Dh]; rows of masked tokens are finite and otherwise undefined.
         """
         raise NotImplementedError
+
+    def at_step(self, step: int, seed: int) -> None:
+        """Called before each optimizer step with the number of steps done before and `train.seed`.
+
+        What changes over a run is made here, and only from these and the layer: the same in each
+        process, in a step that is done again, and after a resume.
+        """
 
     def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """The probabilities by which `forward` weighs v, where the config's `has_map` is true.
@@ -217,3 +234,11 @@ class TokenMixer(nn.Module):
         a draw of hashes); every other one leaves it.
         """
         return [self.mix_real(q, k, v, slot, full_length) for q, k, v, slot in buckets]
+
+    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
+        """All buckets in few calls, for accelerators: [T, 3 * H * Dh] -> [T, H * Dh], or None."""
+        return None
+
+    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
+        """The whole branch of a block, [T, D] -> [T, D]: x + drop(output(attention(norm(x))))."""
+        return None

@@ -96,6 +96,8 @@ class ButterflyMixer(TokenMixer):
         self.inner = inner
         self._grouping = grouping
         self.packs = inner.packs  # type: ignore[misc]
+        self.packs_on_accelerators = inner.packs_on_accelerators  # type: ignore[misc]
+        self.mixes_examples = inner.mixes_examples  # type: ignore[misc]
         self.projection_bias = inner.projection_bias  # type: ignore[misc]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -108,6 +110,10 @@ class ButterflyMixer(TokenMixer):
     def _split(self, x: Tensor) -> Tensor:
         """[B, H, L, Dh] -> [B * L / n, H, n, Dh]."""
         return to_groups(x.transpose(1, 2), self._grouping).transpose(1, 2)
+
+    def at_step(self, step: int, seed: int) -> None:
+        """The inner mixer's."""
+        self.inner.at_step(step, seed)
 
     def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """The inner attention's map of every group."""
@@ -125,14 +131,12 @@ class ButterflyMixer(TokenMixer):
         return self.inner.mix_buckets(buckets, full_length)
 
     def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
-        """The inner mixer's `attend_packed`, where it has one."""
-        attend = getattr(self.inner, "attend_packed", None)
-        return None if attend is None else attend(x, around, layout)
+        """The inner mixer's, where it has one."""
+        return self.inner.attend_packed(x, around, layout)
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
-        """The inner mixer's `mix_rows`, where it has one."""
-        mix = getattr(self.inner, "mix_rows", None)
-        return None if mix is None else mix(qkv, layout, num_heads)
+        """The inner mixer's, where it has one."""
+        return self.inner.mix_rows(qkv, layout, num_heads)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -48,24 +48,20 @@ class MultiHead(nn.Module):
     def packed(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout) -> Tensor:
         """[T, D] in the layout's order -> [T, D], x + dropout(self(norm(x)))."""
         weight, bias = self._weights()
-        attend = getattr(self.mixer, "attend_packed", None)
-        if attend is not None:
-            around = Projections(norm, weight, bias, self.output, self.num_heads, dropout.rate)
-            out = attend(x, around, layout)
-            if out is not None:
-                return out
+        around = Projections(norm, weight, bias, self.output, self.num_heads, dropout.rate)
+        out = self.mixer.attend_packed(x, around, layout)
+        if out is not None:
+            return out
         qkv, x = norm_linear(x, norm, weight, bias)  # [T, 3 * H * Dh]
         mixed = self._mix_rows(qkv, layout)
         return residual_linear(x, mixed, self.output, dropout.rate)
 
     def _mix_rows(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], on an accelerator by the mixer's own way."""
-        mix = getattr(self.mixer, "mix_rows", None)
-        if mix is not None and qkv.device.type != "cpu":
-            mixed: Tensor | None = mix(qkv, layout, self.num_heads)
-            if mixed is not None:
-                return mixed
-        return self._mix_buckets(qkv, layout)
+        mixed = None
+        if qkv.device.type != "cpu":
+            mixed = self.mixer.mix_rows(qkv, layout, self.num_heads)
+        return self._mix_buckets(qkv, layout) if mixed is None else mixed
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
+from dmx.nn.packing import Layout
 
 
 @ATTENTIONS.register("none")
@@ -26,6 +27,7 @@ class NoneMixer(TokenMixer):
     """See NoneConfig."""
 
     packs = True
+    packs_on_accelerators = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """[B, H, L, Dh] values, unchanged."""
@@ -34,3 +36,7 @@ class NoneMixer(TokenMixer):
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """[n, H, l, Dh] values, unchanged."""
         return v
+
+    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+        """[T, 3 * H * Dh] -> the values [T, H * Dh], unchanged."""
+        return qkv.chunk(3, dim=1)[2]

@@ -73,7 +73,7 @@ class NystromConfig(AttentionConfig):
 
     def build(self, context: MixerContext) -> TokenMixer:
         """The mixer of one layer."""
-        return NystromMixer(self, context.num_heads)
+        return NystromMixer(self, context)
 
 
 class NystromMixer(TokenMixer):
@@ -81,13 +81,16 @@ class NystromMixer(TokenMixer):
 
     packs = True
 
-    def __init__(self, config: NystromConfig, num_heads: int) -> None:
+    def __init__(self, config: NystromConfig, context: MixerContext) -> None:
         super().__init__()
         self.num_landmarks = config.num_landmarks
         self.inverse_init = config.inverse_init
+        approximate = config.num_landmarks < context.length
+        original = config.inverse_init == "original"
+        self.mixes_examples = approximate and original  # type: ignore[misc]
         self.conv: nn.Conv2d | None = None
         if config.conv_kernel_size is not None:
-            taps, heads = config.conv_kernel_size, num_heads
+            taps, heads = config.conv_kernel_size, context.num_heads
             self.conv = nn.Conv2d(
                 heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False
             )

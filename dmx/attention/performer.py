@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +33,8 @@ class PerformerConfig(AttentionConfig):
         kernel: `softmax`: phi(x) = exp(w x - |x|^2 / 2) (lemma 1 of the paper; what the reference
             runs); `relu`: max(w x, 0) (section 4.3); `exp`: exp(w x), with the stabiliser of
             `softmax`, where performer_pytorch's has none and overflows.
-        redraw_every_steps: draw new directions after that many training forward passes (a pair
-            of texts counts two); 0 keeps the first ones, as the reference does.
+        redraw_every_steps: draw new directions after that many optimizer steps; 0 keeps the first
+            ones, as the reference does.
     """
 
     name: ClassVar[str] = "performer"
@@ -57,10 +57,10 @@ class PerformerConfig(AttentionConfig):
 
     def build(self, context: MixerContext) -> TokenMixer:
         """The mixer of one layer, with directions of its own."""
-        return PerformerMixer(self, context.head_dim)
+        return PerformerMixer(self, context)
 
 
-def orthogonal_directions(count: int, dim: int) -> Tensor:
+def orthogonal_directions(count: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     """[count, dim] Gaussian rows, orthogonal within each block of `dim` rows (section 3.3).
 
     A row has the length of an independent Gaussian vector, so that each by itself is Gaussian.
@@ -69,9 +69,9 @@ def orthogonal_directions(count: int, dim: int) -> Tensor:
     """
     blocks = []
     for _ in range(-(-count // dim)):
-        q, r = torch.linalg.qr(torch.randn(dim, dim))
+        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
         blocks.append((q * r.diagonal().sign()).T)
-    lengths = torch.randn(count, dim).norm(dim=1, keepdim=True)
+    lengths = torch.randn(count, dim, generator=generator).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:count] * lengths
 
 
@@ -81,33 +81,37 @@ class PerformerMixer(TokenMixer):
     packs = True
 
     projection: Tensor
-    passes: Tensor
 
-    def __init__(self, config: PerformerConfig, head_dim: int) -> None:
+    def __init__(self, config: PerformerConfig, context: MixerContext) -> None:
         super().__init__()
         self.kernel = config.kernel
         self.redraw_every_steps = config.redraw_every_steps
-        self.register_buffer("projection", orthogonal_directions(config.num_features, head_dim))
-        # Saved only where it matters: a resumed run redraws when the uninterrupted one does.
-        redraws = config.redraw_every_steps > 0
-        self.register_buffer("passes", torch.zeros((), dtype=torch.long), persistent=redraws)
+        self._layer, self._drawn = context.layer_index, 0
+        directions = orthogonal_directions(config.num_features, context.head_dim)
+        self.register_buffer("projection", directions)
+
+    def at_step(self, step: int, seed: int) -> None:
+        """New directions when it is time, a function of the seed, the layer and their number.
+
+        The first ones, number 0, are those it was built with or started from.
+        """
+        number = step // self.redraw_every_steps if self.redraw_every_steps else 0
+        again, self._drawn = number == self._drawn, number
+        if again or number == 0:
+            return
+        words = np.random.SeedSequence([seed, self._layer, number]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(words[0] >> 1))
+        count, dim = self.projection.shape
+        self.projection = orthogonal_directions(count, dim, generator).to(self.projection)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Dense: masked keys and values are zero vectors."""
-        self._count_pass()
         hidden = ~mask.bool()[:, None, :, None]
         return self._attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), 0)
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """All masked keys have the same features, so their number is enough."""
         return self._attend(q, k, v, full_length - q.shape[2])
-
-    def mix_buckets(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
-        """Bucket by bucket; all of them are one pass."""
-        self._count_pass()
-        return super().mix_buckets(buckets, full_length)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_masked: int) -> Tensor:
         """[n, H, l, Dh] with num_masked more keys that are zero vectors, and their values too."""
@@ -144,15 +148,6 @@ class PerformerMixer(TokenMixer):
         if self.kernel == "softmax":
             exponents = exponents - x.square().sum(dim=-1, keepdim=True) / 2
         return exponents.exp() + epsilon, (-top).exp() + epsilon
-
-    def _count_pass(self) -> None:
-        """Redraw when it is time. A new tensor: an older graph may still need the old one."""
-        if not (self.training and self.redraw_every_steps):
-            return
-        if int(self.passes) >= self.redraw_every_steps:
-            self.projection = orthogonal_directions(*self.projection.shape).to(self.projection)
-            self.passes = torch.zeros_like(self.passes)
-        self.passes = self.passes + 1
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

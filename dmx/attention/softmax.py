@@ -43,6 +43,7 @@ class SoftmaxMixer(TokenMixer):
     """See SoftmaxConfig."""
 
     packs = True
+    packs_on_accelerators = True
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

@@ -184,6 +184,9 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
     with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         model = Classifier(config.model, config.attention, paired=config.task_info.paired)
+        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        if on_gpu and not model.encoder.packs_on_accelerators:
+            model.encoder.packs = False  # counted here, as the run computes it there
         model.train()
         first, second = _count(model, once), _count(model, twice)
     micro = train.micro_batch_size or train.batch_size

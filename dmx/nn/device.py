@@ -15,24 +15,38 @@ from dmx.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for `train.device`; `auto` is CUDA, else MPS, else CPU.
+    """The device for `train.device`; `auto` is CUDA, else CPU.
+
+    MPS is taken by name alone: nothing of dmx has been tested there.
 
     Raises:
         ConfigError: the named device is not there.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        name = "cuda" if cuda else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"train.device is {name}, which this machine does not have; use auto.")
     return torch.device(name)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what losses and counts are summed: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for `train.precision`: bf16 where it is asked for, or `auto` on CUDA."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+    """Mixed precision for `train.precision`: bf16 where it is asked for, or by `auto` on a GPU
+    that computes in it. Older ones (T4, V100) emulate it, slower than fp32.
+    """
+    if precision == "bf16" or (precision == "auto" and _has_bf16(device)):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Not torch.cuda.is_bf16_supported, which counts emulation."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def total_memory(device: torch.device) -> float:

@@ -34,7 +34,8 @@ class ModelConfig:
         mask: `nonzero`: tokens with id 0 are masked, black pixels too, as in the reference;
             `none`: every position is real.
         execution: `packed` computes real tokens only, exactly; `dense` computes all positions;
-            `auto` packs where the attention can.
+            `auto` packs where the attention can, and on an accelerator only where it does so in
+            few operations.
     """
 
     num_layers: int = 2
@@ -144,13 +145,16 @@ class Encoder(nn.Module):
             for index in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.embedding_dim)
-        can_pack = all(block.attention.mixer.packs for block in self.blocks())
+        mixers = [block.attention.mixer for block in self.blocks()]
+        can_pack = all(mixer.packs for mixer in mixers)
         if config.execution == "packed" and not can_pack:
             raise ConfigError(
                 f"model.execution is packed, but attention {attention.name!r} needs every "
                 "position; use auto or dense."
             )
         self.packs = can_pack and config.execution != "dense"
+        few = all(mixer.packs_on_accelerators for mixer in mixers)
+        self.packs_on_accelerators = self.packs and (few or config.execution == "packed")
 
     def blocks(self) -> list[Block]:
         """The layers, typed."""
@@ -176,7 +180,8 @@ class Encoder(nn.Module):
                 assert self.config.vocab_size
                 ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
                 mask = F.pad(mask[:, :-1], (1, 0), value=True)
-        return self._packed(ids, mask) if self.packs else self._dense(ids, mask)
+        packs = self.packs if ids.device.type == "cpu" else self.packs_on_accelerators
+        return self._packed(ids, mask) if packs else self._dense(ids, mask)
 
     def _dense(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.embeddings(ids)
@@ -220,6 +225,16 @@ class Classifier(nn.Module):
             nn.ReLU(),
             nn.Linear(config.hidden_dim, config.num_classes),
         )
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether an example's result depends on the others of its batch."""
+        return any(block.attention.mixer.mixes_examples for block in self.encoder.blocks())
+
+    def at_step(self, step: int, seed: int) -> None:
+        """Before each optimizer step: how many were done, and `train.seed`."""
+        for block in self.encoder.blocks():
+            block.attention.mixer.at_step(step, seed)
 
     def forward(self, input_ids: Tensor, input_ids_1: Tensor | None = None) -> Tensor:
         """[B, L] ids (and a second [B, L] for pairs) -> logits [B, C]."""

@@ -47,9 +47,11 @@ def padded_batches(layout: Layout) -> list[Padded]:
 
 
 def padded_width(length: int) -> int:
-    """To how many rows a group is padded: few different ones, and at most an eighth is padding.
+    """To how many rows a group is padded: few different ones, a multiple of 16 or of an eighth of
+    the power of two above.
 
-    A multiple of 16 as well, which torch's fused attention wants of a mask.
+    Torch's fused attention wants 16 of a mask. It makes padding of a large part of short groups: on
+    Path-X 35 % of all rows (no gap) or 20 % (alpha 1.25), in groups of up to 128.
     """
     step = max(16, 1 << max((length - 1).bit_length() - 4, 0))
     return -(-length // step) * step

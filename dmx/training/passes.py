@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmx.config import TrainConfig
 from dmx.data.batches import Batch, eval_batches
 from dmx.data.store import Split
-from dmx.nn.device import autocast
+from dmx.nn.device import autocast, sum_dtype
+from dmx.nn.model import Classifier
 from dmx.training.micro_batch import Pieces, RandomState
 from dmx.training.ranks import Ranks
 
 _CPU_EVAL_BATCH = 32
+_CUDA_EVAL_TIMES = 8
 """Small training batches need not make the evaluation slow: without gradients memory is cheap."""
 
 
@@ -38,13 +40,14 @@ class Passes:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Classifier,
         run: Callable[..., Tensor],
         train: TrainConfig,
         device: torch.device,
         ranks: Ranks,
     ) -> None:
         self._model, self._run, self._device, self._ranks = model, run, device, ranks
+        self._sum_dtype = sum_dtype(device)
         self._train = train
         share = -(-train.batch_size // ranks.size)
         micro = train.micro_batch_size or train.batch_size
@@ -52,6 +55,8 @@ class Passes:
         size = train.eval_batch_size or micro
         if train.eval_batch_size is None and device.type == "cpu":
             size = max(size, _CPU_EVAL_BATCH)
+        elif train.eval_batch_size is None and device.type == "cuda" and not model.mixes_examples:
+            size *= _CUDA_EVAL_TIMES
         self._eval_batch_size = size
         self.evaluation = Pieces(size, size, "evaluation")
 
@@ -63,7 +68,7 @@ class Passes:
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Leave the gradient of the whole batch's mean loss, as far as it comes from the examples
-        here; (their part of that loss, float64; how many were right).
+        here; (their part of that loss, of sum_dtype; how many were right).
 
         Raises:
             RunFailedError: not even one sequence fits the memory.
@@ -73,14 +78,14 @@ class Passes:
 
     def _backward(self, batch: Batch, size: int) -> tuple[Tensor, Tensor]:
         self._model.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=self._device, dtype=torch.float64)
+        loss_sum = torch.zeros((), device=self._device, dtype=self._sum_dtype)
         correct = torch.zeros((), device=self._device, dtype=torch.int64)
         for chunk in batch.chunks(size):
             logits = self.logits(chunk)
             loss = F.cross_entropy(logits, chunk.labels)
             loss = loss / (self._train.batch_size / len(chunk.labels))
             loss.backward()
-            loss_sum += loss.detach().double()
+            loss_sum += loss.detach().to(self._sum_dtype)
             correct += (logits.argmax(-1) == chunk.labels).sum()
         return loss_sum, correct
 
@@ -88,10 +93,10 @@ class Passes:
     def evaluate(self, data: Split, length: int) -> Evaluation:
         """Loss and accuracy over the whole split, the ragged last batch included.
 
-        The batches are the same for any number of processes, and their sums are of float64.
+        The batches are the same for any number of processes, and their sums are of sum_dtype.
         """
         self._model.eval()
-        sums = torch.zeros(2, device=self._device, dtype=torch.float64)  # loss, hits
+        sums = torch.zeros(2, device=self._device, dtype=self._sum_dtype)  # loss, hits
         size, share = self._eval_batch_size, self._ranks.share
         for batch in eval_batches(data, size, length, self._device, share):
             sums += self.score(batch)
@@ -100,7 +105,7 @@ class Passes:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """[2] float64: the sum of the losses, and how many were right, in pieces that fit.
+        """[2] of sum_dtype: the sum of the losses, and how many were right, in pieces that fit.
 
         Raises:
             RunFailedError: not even one sequence fits the memory.
@@ -109,11 +114,12 @@ class Passes:
         return self.evaluation.run(lambda size: self._score(batch, size), random.restore)
 
     def _score(self, batch: Batch, size: int) -> Tensor:
-        """[2] float64: the sum of the losses, and how many were right."""
-        sums = torch.zeros(2, device=self._device, dtype=torch.float64)
+        """[2] of sum_dtype: the sum of the losses, and how many were right."""
+        sums = torch.zeros(2, device=self._device, dtype=self._sum_dtype)
         for chunk in batch.chunks(size):
             logits = self.logits(chunk)
-            sums[0] += F.cross_entropy(logits, chunk.labels, reduction="sum").double()
+            loss = F.cross_entropy(logits, chunk.labels, reduction="sum")
+            sums[0] += loss.to(self._sum_dtype)
             sums[1] += (logits.argmax(-1) == chunk.labels).sum()
         return sums
 

@@ -65,7 +65,7 @@ def predict_samples(trainer: Trainer) -> Samples:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for start in range(0, len(indices), size):
             batch = make_batch(split, indices[start : start + size], trainer.length)
-            parts.append(trainer.probabilities(batch.to(device)).double().cpu())
+            parts.append(trainer.probabilities(batch.to(device)).cpu().double())
     found = torch.cat(parts)
     return Samples(
         step=trainer.step,

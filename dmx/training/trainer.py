@@ -17,7 +17,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import DataError
 from dmx.nn.allocator import keep_freed_memory
-from dmx.nn.device import autocast, peak_memory_mb, pick_device
+from dmx.nn.device import autocast, peak_memory_mb, pick_device, sum_dtype
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
@@ -186,7 +186,8 @@ class Trainer:
         """Steps up to `target`; (mean loss, accuracy, last gradient norm, real tokens)."""
         self.model.train()
         first = self.step
-        sums = torch.zeros(3, device=self.device, dtype=torch.float64)  # loss, hits, tokens
+        # loss, hits, tokens
+        sums = torch.zeros(3, device=self.device, dtype=sum_dtype(self.device))
         norm = torch.zeros((), device=self.device)
         while self.step < target:
             batch = self.batches(self.step)
@@ -210,6 +211,7 @@ class Trainer:
         the norm of the whole gradient.
         """
         self.ranks.seed(self.config.train.seed, self.step)
+        self.model.at_step(self.step, self.config.train.seed)
         loss_sum, correct = self.passes.backward(batch)
         self.ranks.add_gradients(self.model.parameters())
         limit = self.config.train.clip_gradient_norm

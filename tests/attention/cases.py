@@ -11,6 +11,13 @@ from dmx.attention import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
 
 LENGTH, HEADS, HEAD_DIM = 64, 2, 8
 
+# What dmx ships. Costs and the order of positions are promises of these; the contract is one of
+# every registered attention, also of one that docs/extending.md adds.
+SHIPPED = (
+    *("butterfly", "linear", "linformer", "none", "nystrom", "performer", "reformer"),
+    "softmax",
+)
+
 # Sizes that exercise the approximation at 64 positions. An attention that is not listed here is
 # tested with its defaults, so a new file in dmx/attention is covered without a change.
 SMALL: dict[str, dict[str, Any]] = {
@@ -58,6 +65,9 @@ def mixer(name: str, *, seed: int = 0, layer: int = 0) -> TokenMixer:
     settings = config(name)
     settings.check(context(layer))
     return settings.build(context(layer)).eval()
+
+
+PACKING = [name for name in NAMES if mixer(name).packs]
 
 
 def base_name(name: str) -> str:

@@ -169,7 +169,9 @@ def test_an_example_does_not_depend_on_its_batch(name):
     together = run(name, q, k, v, mask)
     alone = torch.cat([run(name, *(x[i : i + 1] for x in (q, k, v, mask))) for i in range(4)])
     gap = ((alone - together) * mask[:, None, :, None]).abs().max()
-    if base_name(name) == "nystrom" and name not in ("nystrom/per_matrix", "nystrom/exact"):
+    mixes = base_name(name) == "nystrom" and name not in ("nystrom/per_matrix", "nystrom/exact")
+    assert mixer(name).mixes_examples == mixes, "its own word for it"
+    if mixes:
         assert gap > 1e-6, "the original initialisation takes a maximum over the batch"
     else:
         assert gap < 1e-5

@@ -7,17 +7,19 @@ import torch
 from dmx.attention import AttentionConfig
 from dmx.errors import ConfigError
 from dmx.nn.model import Classifier, ModelConfig
-from tests.attention.cases import CASES, LENGTH, NAMES, masks, mixer, qkv
+from tests.attention.cases import CASES, LENGTH, NAMES, PACKING, SHIPPED, masks, mixer, qkv
 from tests.golden_files import FOLDERS
 
-every = pytest.mark.parametrize("name", NAMES)
+every = pytest.mark.parametrize("name", PACKING)
 
 
-def models(attention, length, *, pooling="mean", layers=3, paired=False):
+def models(
+    attention, length, *, pooling="mean", layers=3, paired=False, executions=("dense", "packed")
+):
     """The same model, dense and packed."""
     settings = AttentionConfig.parse(attention, "attention")
     pair = []
-    for execution in ("dense", "packed"):
+    for execution in executions:
         torch.manual_seed(0)
         config = ModelConfig(
             num_layers=layers,
@@ -36,7 +38,8 @@ def models(attention, length, *, pooling="mean", layers=3, paired=False):
         for block in model.encoder.blocks():
             block.attention.query.weight.data *= 3
             block.attention.key.weight.data *= 3
-    pair[1].load_state_dict(pair[0].state_dict())
+    for model in pair[1:]:
+        model.load_state_dict(pair[0].state_dict())
     return pair
 
 
@@ -93,7 +96,7 @@ def test_on_pairs_of_texts(name):
     assert_same(pair, ids_of(one, 1), ids_of(other, 2))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "/" not in n])
+@pytest.mark.parametrize("name", [n for n in PACKING if "/" not in n])
 def test_on_pathfinder_images(name):
     for folder in FOLDERS:
         path = folder.parent / "pathfinder_images.npz"
@@ -142,10 +145,20 @@ def test_a_single_group_without_the_batch(name):
     torch.testing.assert_close(packed, dense, rtol=1e-5, atol=1e-6)
 
 
-def test_every_attention_packs():
-    for name in NAMES:
-        assert mixer(name).packs, name
-        assert models(CASES[name], LENGTH)[1].encoder.packs
+def test_every_attention_of_dmx_packs_on_a_cpu_without_being_told():
+    ours = [n for n in NAMES if n.removeprefix("butterfly(").rstrip(")").split("/")[0] in SHIPPED]
+    assert len(ours) >= 2 * len(SHIPPED) - 1
+    for name in ours:
+        assert name in PACKING
+        assert models(CASES[name], LENGTH, executions=["auto"])[0].encoder.packs
+
+
+def test_an_attention_that_does_not_pack_is_dense_and_says_so():
+    """None of dmx's; docs/extending.md's window is one."""
+    for name in set(NAMES) - set(PACKING):
+        assert not models(CASES[name], LENGTH, executions=["auto"])[0].encoder.packs
+        with pytest.raises(ConfigError, match="needs every position; use auto or dense"):
+            models(CASES[name], LENGTH)
 
 
 def test_an_attention_that_cannot_pack_runs_dense():

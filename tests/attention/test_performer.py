@@ -92,49 +92,67 @@ def test_directions_are_orthogonal_in_blocks_with_gaussian_lengths():
     assert abs(squares.mean() - 8) < 0.3 and abs(squares.var() - 16) < 2.5  # chi-square of 8
 
 
-def test_redraws_in_training_only_and_on_time():
+def drawn(step, *, seed=7, layer=0, **settings):
+    """The directions before a step, of a mixer that sees that step only."""
+    torch.manual_seed(3)
+    mix = PerformerConfig(num_features=8, redraw_every_steps=2, **settings).build(context(layer))
+    mix.at_step(step, seed)
+    return mix.projection
+
+
+def test_redraws_are_a_function_of_seed_layer_and_step():
+    """Whatever steps a mixer has seen, in which order, and how often."""
+    first = drawn(0)
+    assert torch.equal(drawn(1), first), "the ones it was built with"
+    second, third = drawn(2), drawn(4)
+    assert torch.equal(drawn(3), second) and torch.equal(drawn(5), third)
+    torch.manual_seed(99)
+    mix = PerformerConfig(num_features=8, redraw_every_steps=2).build(context())
+    own = mix.projection
+    for step in (0, 0, 1, 1):
+        mix.at_step(step, 7)
+        assert mix.projection is own
+    for step, expected in ((2, second), (2, second), (3, second), (4, third), (2, second)):
+        mix.at_step(step, 7)
+        assert torch.equal(mix.projection, expected), step
+    others = [first, second, third, drawn(2, seed=8), drawn(2, layer=1)]
+    for one, other in itertools.combinations(others, 2):
+        assert not torch.equal(one, other)
+    gram = second @ second.T
+    assert (gram - torch.diag(gram.diagonal())).abs().max() < 1e-4, "still orthogonal"
+
+
+def test_no_pass_redraws_and_no_redraw_moves_the_generator():
     q, k, v = qkv()
-    mask = masks()["full"]
-    mix = build(num_features=8, redraw_every_steps=2)
-    first = mix.projection
-    for _ in range(5):
-        mix(q, k, v, mask)
-    assert mix.projection is first
-    mix.train()
-    seen = []
-    for _ in range(5):
-        mix(q, k, v, mask)
-        seen.append(mix.projection)
-    assert torch.equal(seen[0], first) and torch.equal(seen[1], first)
-    assert not torch.equal(seen[2], first) and torch.equal(seen[3], seen[2])
-    assert not torch.equal(seen[4], seen[3])
+    mix = build(num_features=8, redraw_every_steps=1).train()
+    mix.at_step(3, 0)
+    before, state = mix.projection, torch.get_rng_state()
+    for _ in range(3):
+        mix(q, k, v, masks()["full"])
+    mix.at_step(4, 0)
+    assert not torch.equal(mix.projection, before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_redraw_between_two_passes_keeps_both_differentiable():
     q, k, v = (x.requires_grad_() for x in qkv())
     mix = build(num_features=8, redraw_every_steps=1).train()
     mask = masks()["full"]
-    (mix(q, k, v, mask) + mix(q, k, v, mask)).sum().backward()
+    total = mix(q, k, v, mask)
+    mix.at_step(1, 0)
+    (total + mix(q, k, v, mask)).sum().backward()
     assert q.grad.isfinite().all()
 
 
-def test_resuming_redraws_as_the_uninterrupted_run():
-    q, k, v = qkv()
-    mask = masks()["full"]
-    runs = []
-    for resumed in (False, True):
-        mix = build(num_features=8, redraw_every_steps=3).train()
-        for _ in range(2):
-            mix(q, k, v, mask)
-        if resumed:
-            state = mix.state_dict()
-            mix = build(9, num_features=8, redraw_every_steps=3).train()
-            mix.load_state_dict(state)
-        torch.manual_seed(4)
-        runs.append([mix(q, k, v, mask) for _ in range(3)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+def test_back_at_the_start_the_loaded_directions_stay():
+    mix = build(num_features=8, redraw_every_steps=2)
+    first = {"projection": mix.projection.clone()}
+    mix.at_step(6, 0)
+    mix.load_state_dict(first)
+    mix.at_step(0, 0)
+    assert torch.equal(mix.projection, first["projection"])
 
 
-def test_state_holds_nothing_but_the_directions_unless_it_redraws():
-    assert list(build().state_dict()) == ["projection"]
-    assert list(build(redraw_every_steps=5).state_dict()) == ["projection", "passes"]
+@pytest.mark.parametrize("every", [0, 5])
+def test_state_holds_nothing_but_the_directions(every):
+    assert list(build(redraw_every_steps=every).state_dict()) == ["projection"]

@@ -17,13 +17,13 @@ from tests.tiny import SETTINGS, TASK, one_sentence
 
 # Issue 5's table: task, block, batch, batch per GPU, warmup, seed_data.
 RECIPE = [
-    ("pathfinder32-curv_contour_length_14", 32, 256, 256, 312, 123),
-    ("pathfinder64-curv_contour_length_9", 64, 64, 64, 500, 456),
-    ("pathX-cl14_nogap", 128, 64, 32, 500, 789),
-    ("pathX-cl14_alpha0.0", 128, 64, 32, 500, 147),
-    ("pathX-cl14_alpha0.75", 128, 64, 32, 500, 258),
-    ("pathX-cl14_alpha1.25", 128, 64, 32, 500, 369),
-    ("pathfinder128-curv_contour_length_14", 128, 64, 32, 500, 321),
+    ("pathfinder32-curv_contour_length_14", 32, 256, None, 312, 123),
+    ("pathfinder64-curv_contour_length_9", 64, 64, None, 500, 456),
+    ("pathX-cl14_nogap", 128, 64, None, 500, 789),
+    ("pathX-cl14_alpha0.0", 128, 64, None, 500, 147),
+    ("pathX-cl14_alpha0.75", 128, 64, None, 500, 258),
+    ("pathX-cl14_alpha1.25", 128, 64, None, 500, 369),
+    ("pathfinder128-curv_contour_length_14", 128, 64, None, 500, 321),
 ]
 
 

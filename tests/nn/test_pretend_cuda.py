@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmx.attention import base
 from dmx.attention.base import fused_attention
@@ -16,7 +17,7 @@ from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.schema import to_dict
 from dmx.training.job import Job
 from dmx.training.runner import Runner
-from tests.attention.cases import CASES, LENGTH, NAMES, masks
+from tests.attention.cases import CASES, LENGTH, NAMES, PACKING, masks
 from tests.attention.test_packed_equals_dense import ids_of, models
 from tests.pretend_cuda import (
     DeviceMismatch,
@@ -42,14 +43,15 @@ def test_every_attention_dense_and_packed_forward_and_backward(name):
     no more often with more layers: only where tokens are counted, once for each grouping.
     """
     ids = ids_of(masks()["holes"])
-    pair = models(CASES[name], LENGTH, layers=2)
+    executions = ("dense", "packed") if name in PACKING else ("dense",)
+    pair = models(CASES[name], LENGTH, layers=2, executions=executions)
     torch.manual_seed(1)
     expected = pair[0](ids)
     weight = torch.linspace(-1, 1, expected.numel()).view_as(expected)
     loss_of(expected, weight).backward()
     theirs = gradients(pair[0])
     groupings = {b.attention.mixer.grouping(LENGTH) for b in pair[0].encoder.blocks()}
-    for model in models(CASES[name], LENGTH, layers=2):
+    for model in models(CASES[name], LENGTH, layers=2, executions=executions):
         with PretendCuda() as gpu:
             module_to_gpu(model)
             inputs, gpu_weight = to_gpu(ids.to(torch.uint8)), to_gpu(weight)
@@ -64,6 +66,46 @@ def test_every_attention_dense_and_packed_forward_and_backward(name):
             assert (gradient - theirs[key]).abs().max() <= limit, key
         assert waits <= (1 + 4 * len(groupings) if model.encoder.packs else 0), gpu.waits
         assert gpu.waits.total() == waits, "the backward pass never waits"
+
+
+class CountOperations(TorchDispatchMode):
+    """How many operations autograd's engine and the formulas issue; views as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(name, execution, lengths):
+    """Of a forward and a backward pass on the pretended GPU over sequences of these lengths."""
+    mask = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    (model,) = models(CASES[name], LENGTH, layers=2, executions=[execution])
+    with PretendCuda():
+        module_to_gpu(model)
+        inputs = to_gpu(ids_of(mask))
+        with CountOperations() as counter:
+            model(inputs).sum().backward()
+    return counter.count
+
+
+FEW, MANY = [9, 15, 25, 31, 41, 47, 57, 63] * 4, list(range(1, 65, 2))
+"""32 sequences of 8 and of 32 lengths; each of the four widths to which groups of up to 64 tokens
+are padded (16, 32, 48, 64) has several."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_auto_issues_does_not_grow_with_the_number_of_lengths(name):
+    assert operations(name, "auto", MANY) == operations(name, "auto", FEW)
+
+
+def test_what_multiplies_with_the_lengths_is_noticed():
+    """What `auto` avoids: linear attention, packed, does the same for each length."""
+    few, many = (operations("linear", "packed", lengths) for lengths in (FEW, MANY))
+    assert many > 2 * few > 2 * operations("linear", "auto", MANY)
 
 
 def test_an_optimizer_step_does_not_wait():

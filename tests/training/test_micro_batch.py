@@ -55,6 +55,9 @@ def test_another_error_is_not_tried_again():
     assert calls == [8]
 
 
+DIRECTIONS = "encoder.layers.0.attention.mixer.projection"
+
+
 class Memory:
     """A device that holds so many sequences: the forward pass, or the backward, fails above."""
 
@@ -101,6 +104,21 @@ def test_equals_a_run_with_small_pieces_from_the_start(tiny_store, backward, err
     states = made.state(), small.state()
     assert [s.pop("micro_batch_limit") for s in states] == [2, None]
     assert same_state(*states)
+
+
+def test_a_step_that_is_done_again_redraws_once(tiny_store):
+    """Performer's directions belong to the step, not to its passes, of which two are in vain."""
+    performer = {"name": "performer", "num_features": 8, "redraw_every_steps": 3}
+    with trainer(tiny_store, attention=performer, train__micro_batch_size=2) as small:
+        expected = [facts(small.advance()) for _ in range(3)]
+    with trainer(tiny_store, attention=performer) as made:
+        fresh = made.model.state_dict()[DIRECTIONS].clone()
+        memory = Memory(made, training=3, evaluation=99)
+        found = [facts(made.advance()) for _ in range(3)]
+    assert memory.failures == [("training", 8), ("training", 4)]
+    assert found == expected
+    assert same_state(made.model.state_dict(), small.model.state_dict())
+    assert not torch.equal(made.model.state_dict()[DIRECTIONS], fresh)
 
 
 def test_in_the_middle_of_a_run(tiny_store):

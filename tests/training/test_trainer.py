@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from dmx.config import parse_run_config
 from dmx.errors import CheckpointError, ConfigError
+from dmx.nn import device
+from dmx.nn.device import pick_device
 from dmx.schema import to_dict
+from dmx.training import passes
+from dmx.training import trainer as trainer_module
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import evaluate_checkpoint
 from dmx.training.job import Job
+from dmx.training.ranks import ALONE
 from dmx.training.runner import Runner
-from dmx.training.trainer import Diverged
-from tests.tiny import LENGTH, SIZES, config, examples, one_sentence, trainer
+from dmx.training.trainer import Diverged, build_model
+from tests.tiny import LENGTH, SETTINGS, SIZES, TASK, config, examples, one_sentence, trainer
+
+MPS = torch.device("mps")
 
 TIMES = {
     "train_seconds",
@@ -63,9 +73,14 @@ RANDOM = {
         {"data__order": "bucketed", "train__micro_batch_size": 4},
         {"data__order": "reference", "optim__anneal": "cos", "train__clip_gradient_norm": 0.5},
         {"attention": "performer", "attention__num_features": 8},
+        {
+            "attention": "performer",
+            "attention__num_features": 8,
+            "attention__redraw_every_steps": 3,
+        },
         {"attention": "reformer", "model__max_length": 256},
     ],
-    ids=["plain", "bucketed", "reference", "performer", "reformer"],
+    ids=["plain", "bucketed", "reference", "performer", "redraws", "reformer"],
 )
 def test_n_and_resume_and_n_equals_2n_bit_for_bit(tiny_store, tmp_path, changes):
     changes = {**RANDOM, **changes}
@@ -239,8 +254,6 @@ def test_the_data_decide_open_sizes(tiny_store):
 
 
 def test_a_device_that_is_not_there():
-    from dmx.nn.device import pick_device
-
     assert pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError) as caught:
@@ -319,3 +332,73 @@ def test_a_checkpoint_of_another_run_is_refused(tiny_store, tmp_path):
     with trainer(tiny_store, model__num_layers=2) as other, pytest.raises(CheckpointError) as e:
         other.load(open_checkpoint(tmp_path / "last"))
     assert "does not fit the model" in one_sentence(e.value)
+
+
+# -- devices that are not there ------------------------------------------------------------------
+
+
+def test_auto_does_not_take_mps(monkeypatch):
+    """Which nothing here is tested on; by its name it is taken."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    assert pick_device("mps").type == "mps"
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device like MPS, on which the first tensor of float64 raises."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize("execution", ["dense", "packed"])
+def test_on_mps_nothing_is_summed_in_float64(tiny_store, monkeypatch, execution):
+    """The whole of a step and an evaluation, with the CPU in the place of MPS."""
+    assert device.sum_dtype(torch.device("cuda")) == torch.float64
+    monkeypatch.setattr(trainer_module, "sum_dtype", lambda _: device.sum_dtype(MPS))
+    monkeypatch.setattr(passes, "sum_dtype", lambda _: device.sum_dtype(MPS))
+    with trainer(tiny_store, model__execution=execution) as made, NoFloat64():
+        assert 0.0 <= made.advance()["dev_accuracy"] <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "mixed"),
+    [
+        ((7, 0), "auto", False),  # V100
+        ((7, 5), "auto", False),  # T4
+        ((8, 0), "auto", True),  # A100
+        ((9, 0), "auto", True),  # H100
+        ((7, 5), "bf16", True),
+        ((9, 0), "fp32", False),
+    ],
+)
+def test_auto_takes_bf16_where_it_is_computed_not_emulated(
+    monkeypatch, capability, precision, mixed
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = device.autocast(torch.device("cuda"), precision)
+    assert isinstance(found, torch.autocast) == mixed
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "given", "expected"),
+    [
+        ("softmax", "cuda", None, 64),
+        ("softmax", "cuda", 5, 5),
+        ("softmax", "cpu", None, 32),
+        ("nystrom-16", "cuda", None, 8),  # the original initialisation mixes a batch's examples
+        ({"name": "nystrom", "inverse_init": "per_matrix"}, "cuda", None, 64),
+    ],
+)
+def test_evaluation_batches_on_cuda(attention, kind, given, expected):
+    settings = {k: v for k, v in SETTINGS.items() if not k.startswith("attention.")}
+    made = parse_run_config(
+        {"task": TASK, "attention": attention, "train.eval_batch_size": given}, settings
+    ).resolved(vocab_size=512, num_classes=2)
+    model = build_model(made)
+    found = passes.Passes(model, model, made.train, torch.device(kind), ALONE)
+    assert (found.micro.size, found.evaluation.size) == (8, expected)
