@@ -33,7 +33,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def run_in(checkout: Path, code: str) -> str:
+def run_in(checkout: Path, code: str, timeout: float = 120) -> str:
     """What a fresh Python prints that sees only the copy."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -41,6 +41,7 @@ def run_in(checkout: Path, code: str) -> str:
         env={"PYTHONPATH": str(checkout), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -60,6 +61,58 @@ def test_the_attention_runs_and_averages_a_window(checkout: Path) -> None:
     )
     # Mean over three positions; avg_pool1d counts the zeros beyond the ends.
     assert out.strip() == "[3.0, 6.0, 9.0, 7.0]"
+
+
+@pytest.mark.slow
+def test_the_contract_holds_for_it_without_a_change(checkout: Path) -> None:
+    """Every contract test, of it alone and within a butterfly; none of them needs packing."""
+    for name in ("tests", "pyproject.toml", "docs"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(checkout)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "window",
+         "tests/attention", "tests/nn/test_pretend_cuda.py"],
+        cwd=checkout,
+        env={"PYTHONPATH": str(checkout), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert re.match(r"\.{30,} +\[100%\]\n", done.stdout), "none of them is skipped"
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_searched_on_a_cpu(checkout: Path) -> None:
+    """The page's, whose family is in no table, with a store by `write_store`; two trials."""
+    out = run_in(
+        checkout,
+        """
+        import logging, sys
+        from pathlib import Path
+        import numpy as np
+        from dmx import tune
+        from dmx.data.manifest import Manifest
+        from dmx.data.store import write_store
+
+        def fill(writer):
+            draw = np.random.default_rng(0)
+            for split in ("train", "dev", "test"):
+                for _ in range(40):
+                    ids = draw.integers(1, 3, 16)
+                    writer.add(split, ids, int((ids == 1).sum() % 2))
+
+        manifest = Manifest(
+            task="parity", data_name="parity", origin="here", note="", num_classes=2,
+            max_length=64, vocab_size=8, dtype="uint8",
+        )
+        write_store(Path("data/parity"), manifest, fill)
+        sizes = ["model.num_layers=1", "model.embedding_dim=8", "model.hidden_dim=8"]
+        words = ["--attention", "window", "--task", "parity", "--data-root", "data"]
+        sys.exit(tune.main([*words, "--num-trials", "2", "--max-steps", "8", *sizes]))
+        """,
+        timeout=240,
+    )
+    assert "test accuracy" in out
 
 
 def test_its_size_is_checked_before_training(checkout: Path) -> None:

@@ -90,7 +90,7 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             f"All trials failed, the first because: {run.trials[0].error or 'unknown'}. There is "
             "no result; the column error of the trials says more."
         )
-    if task is not None and task.family == "text" and not run.is_sample:
+    if run.task == "text" and not run.is_sample:
         notes.append(
             "Text has no validation set of its own: dev is test, as in the reference, so the best "
             "checkpoint was chosen on the test data."

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.cluster.connection import Resources
-from dmx.config import schedule
+from dmx.config import full_budget, schedule
 from dmx.errors import ConfigError
 from dmx.schema import convert
 from dmx.tasks import Task
 from dmx.training.workers import share_out
 
-_CPU_STEPS = {"text": 320, "listops": 160, "retrieval": 80, "image": 200, "pathfinder": 200}
-"""Optimizer steps of a full trial where there is no GPU: minutes, not days."""
-_CPU_BATCH = {"text": 16, "listops": 16, "retrieval": 8, "image": 32, "pathfinder": 32}
 _CPU_TRIALS = 10
 _GPU_TRIALS = 32
 
@@ -85,17 +82,18 @@ def fit_budget(
         raise ConfigError(
             f"--max-steps is {max_steps}, but train.num_steps is {wanted}; give one of them."
         )
-    full = int(str(task.preset["train.num_steps"]))
+    full = full_budget(task, "train.num_steps")
+    full_batch = full_budget(task, "train.batch_size")
     steps = max_steps or int(overrides.get("train.num_steps", 0))
     if not steps:
-        steps = full if on_gpu else min(full, _CPU_STEPS[task.family])
+        steps = full if on_gpu else min(full, task.cpu_steps)
     settings: dict[str, Any] = {"train.num_steps": steps}
     settings |= schedule(task, steps)
     if not on_gpu:
-        settings["train.batch_size"] = _CPU_BATCH[task.family]
+        settings["train.batch_size"] = min(full_batch, task.cpu_batch_size)
     evaluation = overrides.get(
         "train.eval_every_steps",
-        settings.get("train.eval_every_steps", task.preset["train.eval_every_steps"]),
+        settings.get("train.eval_every_steps", full_budget(task, "train.eval_every_steps")),
     )
     settings = {k: v for k, v in settings.items() if k not in overrides and k not in searched}
     settings["train.num_steps"] = steps
@@ -111,8 +109,7 @@ def fit_budget(
         batch = {**settings, **overrides}.get("train.batch_size", "as searched")
         reason = (
             f"no GPU, {resources.num_cpus} CPU cores: {trials} trials of up to {steps:,} steps, "
-            f"batch {batch} (the task's full budget is {full:,} steps, batch "
-            f"{task.preset['train.batch_size']})"
+            f"batch {batch} (the task's full budget is {full:,} steps, batch {full_batch})"
         )
     if workers > 1:
         reason += f", each by {workers} workers"

@@ -71,6 +71,8 @@ class Task:
             results stand beside no published ones.
         preset: dotted RunConfig keys to the reference's values for this task (lra_config.py of
             Solving-LRA-PathX), laid under whatever the user sets.
+        cpu_steps, cpu_batch_size: a trial of a search where there is no GPU, and no more than the
+            preset's: minutes, not days.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Task:
     generated: bool = False
     published: Published | None = None
     preset: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    cpu_steps: int = 200
+    cpu_batch_size: int = 32
 
 
 TaskFamily = Callable[[str], Task | None]

@@ -13,6 +13,8 @@ TASKS.register("listops")(
         image_side=None,
         generated=True,
         published=Published(counts=((96000, 2000, 2000),), shares=(0.06, 0.18)),
+        cpu_steps=160,
+        cpu_batch_size=16,
         preset={
             "train.batch_size": 32,
             "train.num_steps": 5000,

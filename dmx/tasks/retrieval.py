@@ -13,6 +13,8 @@ TASKS.register("retrieval")(
         image_side=None,
         generated=False,
         published=Published(counts=((147086, 18090, 17437),), shares=(0.4, 0.6)),
+        cpu_steps=80,
+        cpu_batch_size=8,
         preset={
             "train.batch_size": 32,
             "train.num_steps": 30000,

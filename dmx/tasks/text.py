@@ -13,6 +13,8 @@ TASKS.register("text")(
         image_side=None,
         generated=False,
         published=Published(counts=((25000, 25000, 25000),), shares=(0.5, 0.5)),
+        cpu_steps=320,
+        cpu_batch_size=16,
         preset={
             "train.batch_size": 32,
             "train.num_steps": 20000,

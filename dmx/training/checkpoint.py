@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
 from dmx.data.files import fsync_path, is_there, put_back, replace_folder
 from dmx.errors import CheckpointError, ConfigError
@@ -26,6 +27,7 @@ from dmx.records import (
     TRAINING_STATE_FILE,
 )
 from dmx.schema import read_yaml
+from dmx.tasks import find_task
 
 logger = logging.getLogger("dmx.checkpoint")
 
@@ -124,7 +126,8 @@ class Checkpoint:
         state = _load(self.folder / MODEL_FILE)
         if not all(isinstance(v, Tensor) for v in state.values()):
             raise CheckpointError(f"{self.folder / MODEL_FILE} is damaged: it holds no weights.")
-        return state
+        # Performers that redraw once counted their passes.
+        return {k: v for k, v in state.items() if not k.endswith(".mixer.passes")}
 
     def training_state(self) -> dict[str, Any]:
         """Optimizer, schedule, random generators and data cursor."""
@@ -150,15 +153,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is missing.")
+    plain: Mapping[str, Any] = {}
     try:
-        config = parse_run_config(read_yaml(folder / CONFIG_FILE))
+        plain = read_yaml(folder / CONFIG_FILE)
+        config = parse_run_config(plain)
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         if not isinstance(metrics, dict):
             raise ValueError(f"{METRICS_FILE} holds no mapping.")
     except (ConfigError, ValueError, OSError, RecursionError) as error:
+        if missing := _unregistered(plain):
+            raise CheckpointError(
+                f"{folder} is a checkpoint of {missing}, which is not registered here: add the "
+                "file that registers it to this dmx, or take the one that made the checkpoint."
+            ) from None
         reason = first_line(error).rstrip(".")
         raise CheckpointError(f"{folder} is damaged: {reason}.") from None
     return Checkpoint(folder, config, metrics)
+
+
+def _unregistered(plain: Mapping[str, Any]) -> str:
+    """`attention 'window'`, where a config names what this dmx does not have; else ""."""
+    task, attention = plain.get("task"), plain.get("attention")
+    if isinstance(task, str) and find_task(task) is None:
+        return f"task {task!r}"
+    while isinstance(attention, Mapping):
+        name = attention.get("name")
+        if isinstance(name, str) and name not in ATTENTIONS:
+            return f"attention {name!r}"
+        attention = attention.get("inner")
+    return ""
 
 
 def first_line(error: BaseException) -> str:

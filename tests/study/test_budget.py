@@ -7,7 +7,7 @@ import pytest
 from dmx.cluster.connection import Resources, check_request
 from dmx.errors import ConfigError
 from dmx.study.budget import fit_budget
-from dmx.tasks import task_for
+from dmx.tasks import Task, task_for
 from tests.tiny import one_sentence
 
 CPU, GPU = Resources(2, 0), Resources(32, 4)
@@ -40,6 +40,35 @@ def test_on_cpus_a_short_schedule_of_the_same_shape(task):
     assert budget.num_trials >= 8 and budget.gpus == 0 and budget.cpus == 1.0
     assert budget.grace_steps >= budget.settings["train.eval_every_steps"]
     assert str(preset["train.batch_size"]) in budget.reason, "it says what the full budget is"
+
+
+def test_what_each_task_gets_on_cpus():
+    found = {
+        name: (fit(name).max_steps, fit(name).settings["train.batch_size"])
+        for name in ("text", "listops", "retrieval", "image", "pathX-cl14_nogap")
+    }
+    assert found == {
+        "text": (320, 16),
+        "listops": (160, 16),
+        "retrieval": (80, 8),
+        "image": (200, 32),
+        "pathX-cl14_nogap": (200, 32),
+    }
+
+
+def test_a_task_of_ones_own_has_a_budget():
+    """Whatever its family and preset; docs/extending.md's is searched in tests/test_extending."""
+    sizes = {"max_length": 64, "vocab_size": 8, "num_classes": 2}
+    bare = Task(name="mine", family="mine", **sizes)
+    for resources, expected in ((CPU, (200, 32)), (GPU, (5000, None))):
+        budget = fit_budget(bare, resources, {}, **OPEN)
+        assert (budget.max_steps, budget.settings.get("train.batch_size")) == expected
+    assert budget.grace_steps == 5000 // 9
+    small = Task(
+        name="mine", family="mine", **sizes, preset={"train.batch_size": 4, "train.num_steps": 50}
+    )
+    budget = fit_budget(small, CPU, {}, **OPEN)
+    assert (budget.max_steps, budget.settings["train.batch_size"]) == (50, 4)
 
 
 def test_what_is_fixed_or_searched_is_left_alone():

@@ -94,7 +94,7 @@ def prepare(request: Request) -> None:
         request,
         data_name=f"reference-{task.name}",
         origin=f"pickles of Solving-LRA-PathX / Nystromformer, {source.describe(stem)}.*.pickle",
-        dtype="uint16" if task.family in ("text", "retrieval") else "uint8",
+        dtype="uint8" if task.image_side is not None or task.vocab_size <= 256 else "uint16",
         licence="as the data they were made from",
     )
     write_store(request.folder, manifest, fill, replace_existing=request.force)
