@@ -97,6 +97,11 @@ def refused(result: Result, *words: str) -> None:
             ("stage b from a", "encoder.embeddings.token.weight", "(512, 16)", "reinit"),
         ),
         (
+            stages(b={"reinit": ["haed."]}),
+            (),
+            ("stage b from a", "'haed.'", "no parameter", "mean 'head.'"),
+        ),
+        (
             stages(a={"gate": {"name": "threshold", "metric": "accuracy", "at_least": 1}}),
             (),
             ("stages.a.gate", "'accuracy' is unknown", "dev_accuracy"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dmx.curriculum.file import load_curriculum, parse_curriculum
+from dmx.curriculum.precheck import StageData, check_transfers
 from dmx.curriculum.stages import CurriculumConfig
 from dmx.errors import ConfigError
 from dmx.resources import find_yaml
@@ -190,3 +191,14 @@ def test_searched_values_win_over_the_file_and_set_over_both() -> None:
     assert fixed.space is not None
     assert "optim.learning_rate" not in fixed.space.distributions()
     assert fixed.overrides["optim.learning_rate"] == 0.5
+
+
+def test_what_each_stage_of_pathx_takes_over() -> None:
+    """32 -> 64 -> 128, then the same size; the dry run and the start of a run tell it."""
+    curriculum = pathx()
+    data = {s.name: StageData(store=None) for s in curriculum.stages}
+    told = {name: str(r) for name, r in check_transfers(curriculum, data).items()}
+    first, second, *rest = (s.name for s in curriculum.stages[1:])
+    assert told.pop(first).endswith("tensors, positions 32 x 32 to 64 x 64")
+    assert told.pop(second).endswith("tensors, positions 64 x 64 to 128 x 128")
+    assert sorted(told) == sorted(rest) and not any("position" in text for text in told.values())

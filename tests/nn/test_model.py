@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dmx.attention import AttentionConfig
+from dmx.errors import DataError
 from dmx.nn.model import Classifier, ModelConfig
 from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.training.reference import load_model
@@ -134,3 +135,12 @@ def test_the_trajectory_of_the_reference_in_two_threads():
         optimizer.step()
         schedule.step()
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("execution", ["dense", "packed"])
+def test_more_positions_than_the_model_has_are_refused(execution):
+    """Before any table is looked up, where a GPU would only say `device-side assert`."""
+    made = model(execution)
+    assert made(torch.ones(2, 64, dtype=torch.long)).shape == (2, 3)
+    with pytest.raises(DataError, match="have 128 positions, but the model reads 64"):
+        made(torch.ones(2, 128, dtype=torch.long))
