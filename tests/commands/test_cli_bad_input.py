@@ -108,7 +108,8 @@ TUNE_BAD = {
     "block": (["--attention", "butterfly-48", "--task", TASK], "block_size is 48"),
     "block-long": (["--attention", "butterfly-512", "--task", TASK], "block_size is 512"),
     "task": (["--attention", "butterfly", "--task", "txt"], "did you mean 'text'?"),
-    "task-family": (["--attention", "butterfly", "--task", "pathfinder"], "names no Pathfinder"),
+    "task-family": (["--attention", "butterfly", "--task", "pathfinder8"], "names no Pathfinder"),
+    "task-alias": (["--attention", "butterfly", "--task", "imdb"], "is called text here"),
     "set-form": ([*TUNE, "--set", "a"], "override 'a' must look like a.b=value"),
     "set-key": ([*TUNE, "--set", "model.num_layer=2"], "did you mean model.num_layers?"),
     "set-type": ([*TUNE, "--set", "model.num_layers=two"], "must be a whole number, not 'two'"),
@@ -173,7 +174,7 @@ TRAIN_BAD = {
     "key-option": ([*TRAIN, "--learning-rate", "1"], "did you mean optim.learning_rate=VALUE?"),
     "block": ([*TRAIN[:-7], "attention.block_size=48"], "attention.block_size is 48"),
     "attention": (["--attention", "fancy", "--task", TASK], "attention 'fancy' is unknown"),
-    "task": (["--attention", "butterfly", "--task", "imdb"], "task 'imdb' is unknown"),
+    "task": (["--attention", "butterfly", "--task", "imdb"], "task 'imdb' is called text here"),
     "device": ([*TRAIN, "train.device=cuda"], "this machine does not have"),
     "device-name": ([*TRAIN, "train.device=tpu"], "train.device is 'tpu'; allowed:"),
     **{
