@@ -95,7 +95,10 @@ def main(argv: Sequence[str]) -> int:
     if args.resume:
         _check_same(folder, resolved, again)
     try:
-        with cli.terminate_like_interrupt() as check:
+        with (
+            cli.terminate_like_interrupt() as check,
+            train_workers.connected(workers, args.address),
+        ):
             return _train(args, config, store, folder, workers, check)
     except KeyboardInterrupt:
         logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -61,9 +62,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     check_limits(args)
     if args.address is None:
-        budget = plan.budget(connection.local_resources())
-        connection.check_request(connection.local_resources(), cpus=budget.cpus, gpus=budget.gpus)
-        plan.check(budget)
+        _check_budget(plan, connection.local_resources())
     sync = FolderSync(places)
     if not args.dry_run:
         sync.restore()
@@ -77,17 +76,26 @@ def main(argv: Sequence[str]) -> int:
         generate = args.prepare and not is_url(args.data_root or "")
         with dry_data(task, root, opened, generate=generate) as data:
             return tune_dryrun.show(plan, data, folder)
-    store = _open_data(args, task, places)
     again = cli.command_line(MODULE, argv, add="--resume")
-    try:
-        with cli.terminate_like_interrupt():
-            return _search(plan, store, folder, sync, again, started)
-    except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
-        logger.warning("interrupted. Continue with:\n%s", again)
-        return EXIT_INTERRUPTED
-    except StorageError as error:
-        logger.error("%s\n%s", error, again)
-        return EXIT_FAILED
+    with contextlib.ExitStack() as stack:
+        if args.address is not None:  # what cannot be met there is refused before data are made
+            _check_budget(plan, stack.enter_context(connection.connect(args.address)))
+        store = _open_data(args, task, places)
+        try:
+            with cli.terminate_like_interrupt():
+                return _search(plan, store, folder, sync, again, started)
+        except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
+            logger.warning("interrupted. Continue with:\n%s", again)
+            return EXIT_INTERRUPTED
+        except StorageError as error:
+            logger.error("%s\n%s", error, again)
+            return EXIT_FAILED
+
+
+def _check_budget(plan: Plan, resources: connection.Resources) -> None:
+    budget = plan.budget(resources)
+    connection.check_request(resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers)
+    plan.check(budget)
 
 
 def _open_data(
@@ -132,7 +140,8 @@ def _search(
             budget = plan.budget(resources, trials_per_gpu=fitting)
             config = plan.study(budget, folder.name, sync.places)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
-        slots = connection.check_request(resources, cpus=cpus, gpus=gpus)
+        workers = config.workers.count
+        slots = connection.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
         slots = min(slots, args.max_concurrent_trials or slots)
         from dmx.study.study import run_study  # Ray Tune: seconds that a refusal need not wait
 

@@ -51,7 +51,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "ray",
-        "cluster.connection cluster.size cluster.gang "
+        "cluster.connection cluster.size cluster.gang cluster.waiting "
         "cluster.launch study.trainable study.scheduler study.pbt "
         "study.budget study.config study.watchdog study.hooks",
     ),
@@ -75,7 +75,7 @@ LAYERS: list[tuple[str, str]] = [
 
 # Who may import what, at the top of a file or within a function.
 RAY = [
-    *("cluster", "cluster.connection", "cluster.gang"),
+    *("cluster", "cluster.connection", "cluster.gang", "cluster.waiting"),
     *("cluster.gpu_packing", "cluster.launch"),
     *("study.trainable", "study.scheduler", "study.study", "study.hooks", "study.watchdog"),
     *("study.files", "curriculum.backend", "data.ray_shards"),

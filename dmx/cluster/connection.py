@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.cli import terminate_like_interrupt
+from dmx.cluster import waiting
 from dmx.errors import ConfigError, RunFailedError
 from dmx.resources import page
 from dmx.training.workers import num_cores
@@ -25,11 +26,15 @@ __all__ = ["Resources", "check_request", "connect", "local_resources", "terminat
 
 @dataclass(frozen=True)
 class Resources:
-    """CPU cores and GPUs of the whole cluster, and of each node; () is one machine."""
+    """CPU cores and GPUs of the whole cluster, and of each node; () is one machine.
+
+    `grows`: an autoscaler may add nodes.
+    """
 
     num_cpus: int
     num_gpus: int
     nodes: tuple[tuple[float, float], ...] = ()
+    grows: bool = False
 
     def places(self, *, cpus: float, gpus: float) -> int:
         """How many processes of this size have room at once, each on one node."""
@@ -61,7 +66,8 @@ def connect(address: str | None) -> Iterator[Resources]:
         ConfigError: no cluster answers at the address.
     """
     if ray.is_initialized():  # a caller (tests, a notebook) brought its own cluster
-        yield resources()
+        with waiting.watched():
+            yield resources()
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -82,7 +88,8 @@ def connect(address: str | None) -> Iterator[Resources]:
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(_why_not(address, error)) from None
     try:
-        yield resources()
+        with waiting.watched():
+            yield resources()
     finally:
         ray.shutdown()
 
@@ -191,12 +198,15 @@ def hide_unreserved_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:
-    """How many trials of this size run at once.
+def check_request(resources: Resources, *, cpus: float, gpus: float, workers: int = 1) -> int:
+    """How many trials of this size, each by so many workers, run at once.
 
     Raises:
-        ConfigError: not even one fits; Ray would wait for ever.
+        ConfigError: not even one fits, and the cluster will not grow; Ray would wait for ever.
     """
+    slots = resources.places(cpus=cpus / workers, gpus=gpus / workers) // workers
+    if slots or resources.grows:
+        return max(slots, 1)
     if gpus > resources.num_gpus:
         raise ConfigError(
             f"a trial asks for {gpus:g} GPUs, but the cluster has {resources.num_gpus}; "
@@ -207,7 +217,12 @@ def check_request(resources: Resources, *, cpus: float, gpus: float) -> int:
             f"a trial asks for {cpus:g} CPUs, but the cluster has {resources.num_cpus}; "
             "lower --cpus-per-trial."
         )
-    slots = int(resources.num_cpus / cpus) if cpus else 10**6
-    if gpus:
-        slots = min(slots, int(resources.num_gpus / gpus + 1e-9))
-    return max(slots, 1)
+    asks = f"{workers} workers of a trial ask" if workers > 1 else "a trial asks"
+    each = " each" if workers > 1 else ""
+    nodes = sorted(set(resources.nodes))
+    raise ConfigError(
+        f"{asks} for {waiting.amount(cpus / workers, gpus / workers)}{each}, each on one node, "
+        "but the cluster's nodes have "
+        f"{', or '.join(waiting.amount(*node) for node in nodes)}; lower --cpus-per-trial or "
+        "--gpus-per-trial."
+    )

@@ -20,7 +20,7 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster import connection
+from dmx.cluster import connection, waiting
 from dmx.data.files import copy_folder
 from dmx.storage.places import SHARED, Places
 from dmx.training.checkpoint import open_checkpoint
@@ -333,7 +333,8 @@ def check_room(workers: Workers, resources: connection.Resources) -> None:
         ConfigError: it does not; Ray would wait for ever.
     """
     count = workers.count
-    connection.check_request(resources, cpus=workers.cpus * count, gpus=workers.gpus * count)
+    cpus, gpus = workers.cpus * count, workers.gpus * count
+    connection.check_request(resources, cpus=cpus, gpus=gpus, workers=count)
 
 
 def _evaluate(*arguments: Any) -> dict[str, float]:
@@ -353,7 +354,8 @@ def evaluate(
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_evaluate)
     threads = max(int(cpus), 1)
-    result: dict[str, float] = ray.get(
-        remote.remote(checkpoint_folder, data_folder, split, threads, places)
-    )
+    with waiting.for_task():
+        result: dict[str, float] = ray.get(
+            remote.remote(checkpoint_folder, data_folder, split, threads, places)
+        )
     return result

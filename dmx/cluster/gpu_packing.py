@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dmx.cluster import waiting
 from dmx.config import RunConfig, parse_run_config
 from dmx.costing import costs
 from dmx.data.batches import Batch, make_batch
@@ -68,7 +69,8 @@ def measure(config: StudyConfig, store: Store) -> int:
     runs = [config.space.run_config(config.task, config.overrides, point) for point in points]
     largest = costs.largest(runs, store)
     remote = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(peak_usage)
-    usage = ray.get(remote.remote(to_dict(largest), str(store.folder)))
+    with waiting.for_task():
+        usage = ray.get(remote.remote(to_dict(largest), str(store.folder)))
     count = trials_that_fit(usage)
     logger.info(
         "the largest trial takes %.1f of %.1f GB of a GPU: %d trials per GPU",

@@ -59,14 +59,13 @@ def means_of(
     gpus: float | None,
     workers: int | None = None,
     *,
-    largest_node: int | None = None,
     check: bool = True,
 ) -> Means:
     """Choose what the command line left open.
 
     With GPUs a worker has one of them and its share of the cores; without, the cores are shared
-    by as many stages as could ever run at once. `largest_node`: CPU cores of the cluster's largest
-    node, which no worker may exceed; None where it is one machine.
+    by as many stages as could ever run at once. No
+    worker exceeds the cluster's largest node.
 
     Raises:
         ConfigError: a stage asks for more than there is; Ray would wait for ever.
@@ -75,9 +74,8 @@ def means_of(
         gpus = 1.0 if resources.num_gpus else 0.0
     if cpus is None:
         runs = int(resources.num_gpus / gpus) if gpus else len(curriculum.leaves)
-        cpus = float(
-            max(min(resources.num_cpus, largest_node or resources.num_cpus) // max(runs, 1), 1)
-        )
+        largest = max((int(node[0]) for node in resources.nodes), default=resources.num_cpus)
+        cpus = float(max(min(resources.num_cpus, largest) // max(runs, 1), 1))
     means = Means(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
@@ -88,8 +86,9 @@ def means_of(
     for stage in curriculum.stages if check else ():
         wanted_cpus, wanted_gpus = means.of(stage)
         try:
-            check_request(resources, cpus=wanted_cpus, gpus=wanted_gpus)
             shared = means.shared_out(stage)
+            count = shared.count
+            check_request(resources, cpus=wanted_cpus, gpus=wanted_gpus, workers=count)
             check_batch(stage.config.train.batch_size, shared.count)
             check_device(stage.config.train.device, shared)
         except ConfigError as error:

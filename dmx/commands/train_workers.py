@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from dmx.config import RunConfig
@@ -38,6 +39,23 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
 
         gang.check_room(workers, connection.local_resources())
     return workers
+
+
+@contextlib.contextmanager
+def connected(workers: Workers, address: str | None) -> Iterator[None]:
+    """Within the block the cluster at `address` is connected, and the workers fit into it.
+
+    Raises:
+        ConfigError: they do not, or no cluster answers.
+    """
+    if address is None:  # this machine was looked at; its Ray starts with the run
+        yield
+        return
+    from dmx.cluster import connection, gang
+
+    with connection.connect(address) as resources:
+        gang.check_room(workers, resources)
+        yield
 
 
 def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:

@@ -27,7 +27,9 @@ def show(plan: Plan, data: DryData, folder: Path) -> int:
     args, task, space = plan.args, plan.task, plan.space
     with _resources(args.address) as resources:
         budget = plan.budget(resources)
-        slots = connection.check_request(resources, cpus=budget.cpus, gpus=budget.gpus)
+        slots = connection.check_request(
+            resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers
+        )
         slots = min(slots, args.max_concurrent_trials or slots)
     plan.check(budget)
     config = plan.study(budget, folder.name)

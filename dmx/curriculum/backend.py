@@ -13,7 +13,7 @@ from typing import Any
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster import connection, launch
+from dmx.cluster import connection, launch, waiting
 from dmx.curriculum.work import ClusterLost, Key, Message
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
@@ -82,8 +82,10 @@ class RayBackend:
         Raises:
             ClusterLost: Ray does not answer any more.
         """
+        tasks = any(key.kind == "test" for key in self._tasks.values())
         try:
-            return self._poll(timeout_seconds)
+            with waiting.for_task() if tasks else contextlib.nullcontext():
+                return self._poll(timeout_seconds)
         except (RayError, ConnectionError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ClusterLost(reason) from None
@@ -207,8 +209,3 @@ def _search(
         keys.TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
     }
     return sorted(reports, key=lambda m: m[keys.STEPS]), None, found
-
-
-def largest_node() -> int:
-    """CPU cores of the connected cluster's largest node."""
-    return max(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])

@@ -42,10 +42,19 @@ CURRICULUM_FILE = "curriculum.yaml"
 def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     """Run or continue the curriculum; the exit code."""
     precheck.check_device(curriculum, local=options.address is None)
-    sync = FolderSync(options.places)
-    sync.restore(checkpoints=True)
     if options.address is None:
         local_means(curriculum, options.cpus, options.gpus, options.workers)
+        return _session(curriculum, options)
+    from dmx.cluster import connection
+
+    with connection.connect(options.address) as resources:  # refused before anything is written
+        means_of(curriculum, resources, options.cpus, options.gpus, options.workers)
+        return _session(curriculum, options)
+
+
+def _session(curriculum: CurriculumConfig, options: Options) -> int:
+    sync = FolderSync(options.places)
+    sync.restore(checkpoints=True)
     data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
     transfers = precheck.check_transfers(curriculum, data)
     selected = [s.name for s in curriculum.stages]
@@ -120,7 +129,7 @@ def _connected(
     curriculum: CurriculumConfig, options: Options, journal: Journal, selected: list[str]
 ) -> int:
     from dmx.cluster import connection
-    from dmx.curriculum.backend import RayBackend, largest_node
+    from dmx.curriculum.backend import RayBackend
     from dmx.curriculum.controller import Controller
     from dmx.curriculum.work import ClusterLost
 
@@ -145,12 +154,7 @@ def _connected(
                     journal,
                     backend,
                     means=means_of(
-                        curriculum,
-                        resources,
-                        options.cpus,
-                        options.gpus,
-                        options.workers,
-                        largest_node=largest_node(),
+                        curriculum, resources, options.cpus, options.gpus, options.workers
                     ),
                     data_root=options.data_root,
                     selected=selected,

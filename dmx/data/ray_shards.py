@@ -18,6 +18,8 @@ from dmx.errors import DataError
 log = logging.getLogger(__name__)
 _TASKS_PER_CPU = 2
 _CONNECT_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
+_AGAIN_SECONDS = 180.0
 
 
 def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes:
@@ -43,7 +45,12 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
             reason = str(error).splitlines()[0]
             raise DataError(f"No Ray cluster answers at {address!r}: {reason}") from error
     try:
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if not cpus:
+            raise DataError(
+                f"the Ray cluster at {address!r} has no CPU, and each shard is made by one; start "
+                "a node with CPUs, or leave --address out."
+            )
         log.info("making %s on %d CPUs of the Ray cluster", plan.store.name, cpus)
         # A node that dies takes its tasks along; Ray runs them again elsewhere.
         make = ray.remote(num_cpus=1, max_retries=3)(_make)
@@ -54,7 +61,7 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
                 shard = todo.pop()
                 start, stop = plan.bounds(shard)
                 running[make.remote(plan.maker, start, stop, dict(plan.arguments))] = shard
-            (ready,), _ = ray.wait(list(running), num_returns=1)
+            ready = _first(ray, list(running), cpus, _PATIENCE_SECONDS)
             shard = running.pop(ready)
             try:
                 content = ray.get(ready)
@@ -68,6 +75,24 @@ def ray_shards(plan: ShardPlan, shards: list[int], address: str) -> Iterator[tup
     finally:
         if started:
             ray.shutdown()
+
+
+def _first(ray: Any, running: list[Any], cpus: int, seconds: float) -> Any:
+    """The first that is done; says what is free where none is after so long, and again later."""
+    waited = 0.0
+    while True:
+        done, _ = ray.wait(running, num_returns=1, timeout=seconds)
+        if done:
+            return done[0]
+        waited, seconds = waited + seconds, max(seconds, _AGAIN_SECONDS)
+        free = ray.available_resources().get("CPU", 0.0)
+        log.warning(
+            "no shard of data came back for %.0f s: each asks for 1 CPU, and %g of the cluster's "
+            "%d are free; they wait for room where other work holds the rest.",
+            waited,
+            free,
+            cpus,
+        )
 
 
 def _check_reachable(address: str) -> None:
