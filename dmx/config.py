@@ -124,6 +124,11 @@ class RunConfig:
             raise ConfigError(
                 f"model.max_length is {length}, below the {task.max_length} of task {task.name}."
             )
+        if task.image_side is not None and length != task.max_length:
+            raise ConfigError(
+                f"model.max_length is {length}, but the pictures of task {task.name} have "
+                f"{task.max_length} pixels; leave it out."
+            )
         # Strides repeat after log2(length) layers at the latest.
         for layer_index in range(min(self.model.num_layers, length.bit_length())):
             context = MixerContext(

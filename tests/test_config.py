@@ -141,6 +141,11 @@ def test_overrides_win_over_layers_and_presets():
         ({"task": "text", "data.seed": -1}, "data.seed is -1"),
         ({"task": "text", "data.order": "sorted"}, "data.order is 'sorted'; allowed:"),
         ({"task": "text", "model.max_length": 2048}, "model.max_length is 2048"),
+        (
+            {"task": "pathfinder32-curv_baseline", "model.max_length": 4096},
+            "model.max_length is 4096, but the pictures of task pathfinder32-curv_baseline have "
+            "1024 pixels; leave it out",
+        ),
         ({"task": "text", "model.num_layers": 10**9}, "model.num_layers is 1000000000"),
         ({"task": "text", "model.dropout": -0.1}, "model.dropout is -0.1"),
     ],

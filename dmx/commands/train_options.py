@@ -57,7 +57,11 @@ def parser() -> cli.Parser:
         help="with --init-from: what may start afresh where it does not fit; a parameter's name, "
         "a prefix ending in a dot, or a pattern with * (repeatable)",
     )
-    p.add_argument("--evaluate", metavar="CHECKPOINT", help="only evaluate this checkpoint")
+    p.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="only evaluate this checkpoint; with --task on another set of its family",
+    )
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     compute_flags.add_options(p, "the run", whole_gpus=True)
