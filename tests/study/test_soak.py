@@ -1,4 +1,4 @@
-"""scripts/soak.py, shortly: nodes of a cluster and drivers are killed, and nothing is lost."""
+"""scripts/soak.py and soak_gang.py, shortly: what is killed or stopped loses and leaves nothing."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def test_two_rounds_on_a_cluster_and_on_this_machine(tmp_path):
     assert "| cluster | 1 |" in first and "node @" in first and "equal, bit for bit" in first
     assert "| local | 2 |" in second and "driver @" in second and "consistent" in second
     assert "2 of 2 rounds without loss; 6 trials" in text
+
+
+def test_stops_of_a_gang_at_random_moments(tmp_path):
+    """scripts/soak_gang.py: each moment once; the room is back within 10 s, nothing is reserved."""
+    words = [sys.executable, str(ROOT / "scripts" / "soak_gang.py"), "--work", str(tmp_path / "w")]
+    words += ["--stops", "5", "--seed", "3"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "5 of 5 stops gave all room back" in done.stdout
