@@ -1,6 +1,7 @@
 """dmx: distributed hyperparameter search and curricula for the Long Range Arena."""
 
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -8,3 +9,8 @@ if "_ARGCOMPLETE" in os.environ:  # a shell's TAB key: answered before torch and
     import importlib
 
     importlib.import_module("dmx.commands.completion").answer()
+
+if sys.argv[:1] == ["-m"]:  # `python -m dmx.tune` and its siblings, whose imports take seconds
+    import importlib
+
+    importlib.import_module("dmx.process").begin()

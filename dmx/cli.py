@@ -19,11 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dmx import log
+from dmx import log, process
 from dmx.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_OK,
     ConfigError,
     DmxError,
     RunFailedError,
@@ -107,23 +108,32 @@ class Parser(argparse.ArgumentParser):
 def run(
     prog: str, main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Call a command and turn its errors into one sentence and an exit code."""
-    log.setup()
+    """Call a command and turn its errors, signals and lost streams into an exit code."""
+    with process.running() as out:
+        log.setup()
+        code = _call(prog, main, sys.argv[1:] if argv is None else argv)
+        out.flush()
+        if out.lost is not None and not out.broken:
+            said = f"{prog}: standard output cannot be written ({out.lost.strerror})"
+            if process.output_counts():
+                sys.stderr.write(f"{said}.\n")
+                code = code or EXIT_FAILED
+            else:
+                sys.stderr.write(f"{said}; the files hold everything.\n")
+    raise SystemExit(code)
+
+
+def _call(prog: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
-        code = main(sys.argv[1:] if argv is None else argv)
+        return main(argv)
     except DmxError as error:
         sys.stderr.write(f"{prog}: {error}\n")
-        code = EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_BAD_INPUT
+        return EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{prog}: interrupted.\n")
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe went away
-        code = 0
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more
-    raise SystemExit(code)
+        return EXIT_INTERRUPTED
+    except SystemExit as ended:  # of argparse
+        return ended.code if isinstance(ended.code, int) else EXIT_OK
 
 
 _LONGEST_NAME = 255
@@ -156,7 +166,7 @@ def run_folder(storage: str, name: str | None, default: str) -> Path:
 
 @contextlib.contextmanager
 def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
-    """Within the block SIGTERM (a batch system's preemption) acts like Ctrl-C.
+    """Within the block SIGTERM (a batch system's preemption) and SIGHUP act like Ctrl-C.
 
     It yields a check that raises KeyboardInterrupt once either has come. A loop around foreign
     code calls it: an exception that a signal raises in the middle of that may be lost there.
@@ -175,8 +185,10 @@ def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
         act(signal.SIGINT, frame)
 
     try:
-        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        signal.signal(signal.SIGTERM, terminate)
+        before = {s: signal.getsignal(s) for s in process.SIGNALS}
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if before[number] is not signal.SIG_IGN:  # nohup
+                signal.signal(number, terminate)
     except ValueError:  # not the main thread: signals are someone else's business
         yield check
         return

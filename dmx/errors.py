@@ -5,7 +5,7 @@ EXIT_BAD_INPUT = 2
 """Exit code of a command that refused its input and changed nothing."""
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM: work is kept, the last line says how to continue."""
+"""Exit code after Ctrl-C, SIGTERM or SIGHUP: work is kept, the last line says how to continue."""
 EXIT_PARTIAL = 75
 """Exit code of a run that its time budget stopped and that can be continued (EX_TEMPFAIL)."""
 

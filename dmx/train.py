@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmx import cli
+from dmx import cli, process
 from dmx import records as keys
 from dmx.commands import train_workers
 from dmx.commands.train_options import parser
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
     again = cli.command_line("dmx.train", argv, add="--resume")
     if args.resume:
         _check_same(folder, resolved, again)
+    process.files_decide()
     try:
         with (
             cli.terminate_like_interrupt() as check,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmx import cli
+from dmx import cli, process
 from dmx.cluster import connection, gpu_packing
 from dmx.commands import place_options, tune_dryrun, tune_search
 from dmx.commands.tune_options import check_limits, parser
@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
         with dry_data(task, root, opened, generate=generate) as data:
             return tune_dryrun.show(plan, data, folder)
     again = cli.command_line(MODULE, argv, add="--resume")
+    process.files_decide()
     with contextlib.ExitStack() as stack:
         if args.address is not None:  # what cannot be met there is refused before data are made
             _check_budget(plan, stack.enter_context(connection.connect(args.address)))

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dmx"
 # Lowest first (design.md, section 2). A file imports its own layer and lower ones, never a higher
 # one. A new file is put where it belongs; what matches an earlier line is not looked at again.
 LAYERS: list[tuple[str, str]] = [
-    ("errors, log", "__init__ errors log"),
+    ("errors, log", "__init__ errors log process"),
     ("packages", "nn storage training search cluster study curriculum commands costing reporting"),
     (
         "values",

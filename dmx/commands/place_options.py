@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -30,7 +32,11 @@ def find_places(
     Raises:
         ConfigError: the name is no plain folder name, a folder cannot be written, a URL is none.
     """
-    base = Path(scratch or Path.home() / ".cache" / "dmx").absolute()
+    home = os.path.expanduser("~")  # noqa: PTH111  pathlib raises where there is none
+    own = Path(home) / ".cache" / "dmx"
+    if home == "~":
+        own = Path(tempfile.gettempdir()) / f"dmx-{os.getuid()}"
+    base = Path(scratch or own).absolute()
     run_url = None
     if is_url(storage):
         ObjectStorage(storage)  # a malformed one is said now

@@ -30,6 +30,7 @@ from dmx.errors import (
     ConfigError,
 )
 from dmx.log import console, verbatim
+from dmx.process import files_decide
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
 from dmx.study.files import code_version, write_text
@@ -62,6 +63,7 @@ def _session(curriculum: CurriculumConfig, options: Options) -> int:
         selected = list(curriculum.until(options.until))
     if options.fresh and not _unfinished(options.folder, "fresh", True):
         _move_aside(options.folder)
+    files_decide()
     with _open(options.folder) as journal:
         _prepare_journal(curriculum, options, journal, selected)
         history = fold(journal.events)
@@ -136,12 +138,10 @@ def _connected(
     code = code_version()
     lineage = LineageWriter(curriculum, options.folder, code)
     _announce(curriculum, options.folder)
-    with connection.terminate_like_interrupt():
+    with connection.terminate_like_interrupt() as check:
         try:
             with (
                 connection.connect(options.address) as resources,
-                # Once more: Ray's start took SIGTERM over.
-                connection.terminate_like_interrupt() as check,
                 contextlib.closing(
                     TensorBoardView(curriculum, options.folder, journal.events)
                 ) as tensorboard,

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from rich.text import Text
 
-from dmx import cli, log
+from dmx import cli, log, process
 from dmx.data import listing, show
 from dmx.data.locate import default_data_root, locate
 from dmx.data.prepare import prepare, prepare_all
-from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, DmxError
+from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK
 from dmx.paths import local_path
 from dmx.tasks import task_for, task_names
 
@@ -129,28 +128,25 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
     return EXIT_OK
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; user errors are one sentence on stderr and exit code 2."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
     p = parser()
     args = p.parse_args(argv)
     if (args.what == "show") != (args.task is not None):
         p.error("show needs a task" if args.what == "show" else f"unexpected {args.task!r}")
     if args.what == "all" and args.source is None:
         p.error("all needs --source PATH")
-    log.setup()
+    if args.what in ("list", "show"):
+        return run(args)
+    process.files_decide()
     try:
         with cli.terminate_like_interrupt():
             return run(args)
-    except DmxError as error:
-        sys.stderr.write(f"{p.prog}: {error}\n")
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        command = shlex.join(sys.argv[1:] if argv is None else argv)
-        logger.error(
-            "interrupted; finished parts are kept, continue with: python -m dmx.data %s", command
-        )
+        again = cli.command_line("dmx.data", argv)
+        logger.error("interrupted; finished parts are kept, continue with: %s", again)
         return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run("python -m dmx.data", main)

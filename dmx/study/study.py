@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from dmx import records as keys
 from dmx.cluster import connection
 from dmx.data.store import Store
 from dmx.errors import DmxError
+from dmx.process import own_signals
 from dmx.search.brackets import num_brackets
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.objectives import pareto_front
@@ -207,7 +204,7 @@ def _fit(
             verbose=0,
         ),
     )
-    with connection.terminate_like_interrupt(), _own_interrupt_handler():
+    with connection.terminate_like_interrupt(), own_signals():  # Tune's swallows a later Ctrl-C
         try:
             tuner.fit()
         except Exception as error:
@@ -231,16 +228,3 @@ def _trial_resources(config: StudyConfig) -> dict[str, float]:
     if config.workers.count > 1:
         return {"cpu": 0, "memory": 1}
     return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-
-
-@contextlib.contextmanager
-def _own_interrupt_handler() -> Iterator[None]:
-    """Afterwards Ctrl-C means what it meant before: Ray Tune leaves a handler that swallows it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

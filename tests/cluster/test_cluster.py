@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +56,30 @@ def test_no_other_host_reaches_a_local_ray():
     assert len(listeners) >= 4 and set(listeners) == {"listens 127.0.0.1"}
 
 
+GREETING = bytes.fromhex("000006040000000000") + bytes.fromhex("000300000064")
+"""SETTINGS of HTTP/2 (RFC 9113, 6.5): length 6, type 4, no flags, stream 0; one of 100 streams."""
+
+
+@contextlib.contextmanager
+def listening(answer: bytes | None) -> Iterator[str]:
+    """HOST:PORT of a server that says something to whoever comes, or nothing."""
+    with socket.create_server(("", 0)) as server:
+        lines: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    lines.append(server.accept()[0])
+                    if answer is not None:
+                        lines[-1].recv(100)
+                        lines[-1].sendall(answer)
+                        lines[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -67,10 +98,12 @@ def test_rays_refusals_are_one_sentence(monkeypatch, error, said):
 
     ray = SimpleNamespace(init=init, is_initialized=lambda: False)
     monkeypatch.setattr(connection, "ray", ray)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=said) as refused, connection.connect(address):
-            pass
+    with (
+        listening(GREETING) as address,
+        pytest.raises(ConfigError, match=said) as refused,
+        connection.connect(address),
+    ):
+        pass
     text = str(refused.value)
     assert address in text and "\n" not in text
     if "--num-cpus" not in text:  # which ends with a command
@@ -90,10 +123,8 @@ def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warne
         _raylet=inner if mode else SimpleNamespace(),
     )
     monkeypatch.setattr(connection, "ray", ray)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with connection.connect(address) as resources:
-            assert resources == connection.Resources(2, 0, ((2.0, 0.0),))
+    with listening(GREETING) as address, connection.connect(address) as resources:
+        assert resources == connection.Resources(2, 0, ((2.0, 0.0),))
     said = [r.getMessage() for r in caplog.records]
     assert [f"the cluster at {address} was started without a token" in m for m in said] == (
         [True] if warned else []
@@ -194,3 +225,142 @@ def test_device_auto_is_what_was_reserved(monkeypatch, gpu_ids, expected):
     )
     gang.GangMember()
     assert pick_device("auto").type == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "no answer within 1 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "what listens there is no Ray"),
+        (b"", "what listens there is no Ray"),
+    ],
+)
+@pytest.mark.parametrize("form", ["auto", "HOST:PORT"])
+def test_who_does_not_answer_as_ray_is_refused_in_time(monkeypatch, tmp_path, answer, said, form):
+    """Ray itself tried for more than five minutes; `auto` is where `ray start` was last."""
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    began = time.monotonic()
+    with listening(answer) as address:
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        given = "auto" if form == "auto" else address
+        with (
+            pytest.raises(ConfigError, match=re.escape(said)) as refused,
+            connection.connect(given),
+        ):
+            pass
+    assert f"--address {given}" in str(refused.value) and time.monotonic() - began < 10
+
+
+def test_a_cluster_that_is_gone_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    with (
+        pytest.raises(ConfigError, match=r"--address auto: .*Connection refused"),
+        connection.connect("auto"),
+    ):
+        pass
+
+
+@pytest.fixture
+def base(monkeypatch) -> Iterator[Path]:
+    """A short folder, and no wish of the environment."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="d") as folder:
+        yield Path(folder)
+
+
+def test_ray_keeps_its_files_where_it_is_told(base, monkeypatch, caplog):
+    assert connection.ray_folder() in ("/tmp/ray", f"/tmp/dmx-ray-{os.getuid()}")
+    (base / "slurm").mkdir()
+    monkeypatch.setenv("TMPDIR", str(base / "slurm"))
+    assert connection.ray_folder() == str(base / "slurm" / "ray")
+    monkeypatch.setenv("RAY_TMPDIR", str(base / "new"))  # which Ray makes
+    assert connection.ray_folder() == str(base / "new" / "ray")
+    assert (base / "new" / "ray").is_dir() and not caplog.records
+    monkeypatch.chdir(base)
+    monkeypatch.setenv("RAY_TMPDIR", "relative")
+    assert connection.ray_folder() == str(base / "relative" / "ray")
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ("x" * 60, "is longer than the 39 bytes that leave room"),
+        ("file", "cannot be written (Not a directory)"),
+        ("file/below", "cannot be written (Not a directory)"),
+        ("missing", "does not exist"),
+    ],
+)
+def test_a_folder_that_does_not_do_is_said_and_another_taken(
+    base, monkeypatch, caplog, name, wish, said
+):
+    """107 bytes of a path, less /ray/session_(date, time, number, pid)/sockets/plasma_store."""
+    (base / "file").touch()
+    if wish.startswith("x"):
+        (base / wish).mkdir()
+    elif wish == "missing" and name == "RAY_TMPDIR":
+        pytest.skip("it is made")
+    elif wish == "file/below" and name == "TMPDIR":
+        said = "does not exist"
+    monkeypatch.setenv(name, str(base / wish))
+    assert connection.ray_folder().startswith("/tmp/")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{name}={base / wish} {said}")
+
+
+def test_another_users_folder_is_left_alone(base, monkeypatch):
+    """Of a name that all users share, or of ours."""
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
+    (base / "ray").touch()
+    own = base / f"dmx-ray-{os.getuid()}"
+    assert connection.ray_folder() == str(own)
+    assert own.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() == 0:
+        os.chown(own, 12345, 12345)
+        assert not connection.ray_folder().startswith(str(base))
+
+
+def test_no_folder_at_all_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(connection, "_unfit", lambda folder, make: "cannot be written (x)")
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    with pytest.raises(ConfigError, match="set RAY_TMPDIR to a folder") as refused:
+        connection.ray_folder()
+    said = one_sentence(refused.value)
+    for place in ("RAY_TMPDIR=/nowhere", "/tmp", "/var/tmp", "/dev/shm"):
+        assert f"{place} cannot be written (x)" in said
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_private_ray_has_a_token_without_a_home(monkeypatch, known):
+    """A home that cannot be written, or none: a container's user without a passwd entry."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.setenv("HOME", "/proc/nonexistent")  # root cannot make it either
+    if not known:
+        monkeypatch.setattr(Path, "home", none)
+    connection._give_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_token_in_the_home_folder_is_kept(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("mine")
+    connection._give_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert (tmp_path / ".ray" / "auth_token").read_text() == "mine"

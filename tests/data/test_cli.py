@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmx.data.__main__ import main
+from dmx.cli import run
+from dmx.data import __main__ as command
 from tests.data.helpers import cli, write_folder, write_tar
 from tests.data.test_listops import LINE, files, tsv
 from tests.data.test_pathfinder_release import pixels, release
@@ -26,6 +27,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger = logging.getLogger("dmx")  # main installs a handler on a stream of this test
     logger.handlers.clear()
     logger.propagate = True
+
+
+def main(words: list[str]) -> int:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        run("python -m dmx.data", command.main, words)
+    return int(str(ended.value.code))
 
 
 def test_prepare_list_and_show_a_generated_set(
@@ -146,9 +154,7 @@ def test_empty_list_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+    assert main(arguments) == 2
 
 
 def test_as_a_program(tmp_path: Path) -> None:
@@ -185,10 +191,7 @@ def test_read_only_root(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_bad_input_is_one_sentence(words, message, tmp_path, capsys) -> None:
-    try:
-        code = main(words)
-    except SystemExit as stopped:
-        code = stopped.code
+    code = main(words)
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
     assert err.startswith("python -m dmx.data: ") and list(tmp_path.iterdir()) == []

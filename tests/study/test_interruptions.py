@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shlex
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from dmx.training.checkpoint import open_checkpoint
 from tests.study import events
-from tests.study.helpers import command, facts, journal, rows
+from tests.study.helpers import command, environment, facts, journal, rows
 from tests.study.processes import started, wait_until
 
 pytestmark = pytest.mark.slow
@@ -109,4 +112,36 @@ def test_terminated_interrupted_out_of_time_and_continued(whole, tiny_root, tmp_
     with started(words[:-2], tmp_path) as last:
         code, _, err = last.end()
     assert code == 0, err
+    check_same(study, whole.folder)
+
+
+def test_a_closed_terminal_a_stop_while_the_best_is_retrained_and_lost_streams(
+    whole, tiny_root, tmp_path
+):
+    study = tmp_path / "runs" / "study"
+    words = command(tmp_path, tiny_root, "--final-seeds", "1")
+    with started(words, tmp_path) as running:
+        running.until_events(study, len(journal(whole.folder)) // 3)
+        os.killpg(running.process.pid, signal.SIGHUP)  # as a terminal that is closed
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        again = again_command(err)
+        wait_until(lambda: not running.left(), "end of the cluster")
+
+    with started(again, tmp_path) as running:
+        wait_until(lambda: list(study.glob("final/seed-*/*")), "a final run", running.process)
+        running.terminate()
+        code, out, err = running.end()
+        assert code == 130, err
+        assert "Traceback" not in out + err
+        assert again_command(err) == again
+    assert not (study / "study.json").exists() or "final_seeds" not in (
+        json.loads((study / "study.json").read_text())
+    )
+
+    line = f"{shlex.join(again)} <&- >/dev/full 2>&-"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment(), timeout=240)
+    assert done.returncode == 0
+    assert len(json.loads((study / "study.json").read_text())["final_seeds"]["seeds"]) == 1
     check_same(study, whole.folder)

@@ -1,0 +1,152 @@
+"""A command's process: the signals that end it in order, and standard streams that may fail.
+
+Ctrl-C, SIGTERM (a batch system) and SIGHUP (a closed terminal, a lost ssh) all end a command with
+exit code 130 and nothing lost. One that was ignored when the command began (SIGHUP under nohup,
+SIGINT in a shell's background) stays ignored. Nothing heavy is imported here: dmx/__init__.py calls
+`begin` before torch and Ray, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from dmx.errors import EXIT_INTERRUPTED
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_began: list[bool] = []
+_files_decide: list[bool] = []
+
+
+def begin() -> None:
+    """Before a command's imports: open what is closed of 0, 1 and 2, and leave at a signal."""
+    _began.append(True)
+    _open_streams()
+    _handle(_leave)
+
+
+def _open_streams() -> None:
+    """The next file that is opened would be standard output, and hold what a library writes."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that end this process."""
+    return tuple(s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler: all of them are Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\ninterrupted; nothing was started.\n")
+    os._exit(EXIT_INTERRUPTED)  # an exception is lost in some modules' imports
+
+
+def _handle(handler: Any) -> None:
+    for number in heeded():
+        signal.signal(number, handler)
+
+
+class Stream:
+    """A standard stream whose reader may go away and whose disk may be full: writing goes on."""
+
+    def __init__(self, stream: Any, number: int) -> None:
+        self._stream, self._number = stream, number
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is written as \\x..
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write, or find out that nobody will read it."""
+        try:
+            return int(self._stream.write(text) or 0)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or find out that nobody will read it."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = self.lost or error
+        null = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and for Python's last flush
+        os.dup2(null, self._number)
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a pipe's reader went away, as `| head` does."""
+        return self.lost is not None and self.lost.errno == errno.EPIPE
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Stream]:
+    """Within the block signals are KeyboardInterrupt, and streams never raise; yields stdout."""
+    _open_streams()
+    out, err = sys.stdout, sys.stderr
+    held = Stream(out, 1)
+    _files_decide.clear()
+    sys.stdout, sys.stderr = held, Stream(err, 2)
+    try:
+        before = {number: signal.getsignal(number) for number in heeded()}
+        _handle(interrupt)
+    except ValueError:  # not the main thread: signals are someone else's business
+        before = {}
+    try:
+        yield held
+    finally:
+        held.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = out, err
+        for number, handler in before.items():  # what the exit code says is decided
+            signal.signal(number, signal.SIG_IGN if _began else handler or signal.SIG_DFL)
+
+
+def files_decide() -> None:
+    """From here on what a command did is in files: a standard output that fails is not its end."""
+    _files_decide.append(True)
+
+
+def output_counts() -> bool:
+    """Whether what the command was asked for is what it prints."""
+    return not _files_decide
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Handlers that foreign code sets within the block are gone after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # one that was not set from Python cannot be set again
+                signal.signal(number, handler)
