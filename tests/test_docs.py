@@ -87,6 +87,7 @@ def test_examples_in_help_are_true_as_well() -> None:
             assert set(used) <= set(known), f"{command} --help: {named} {used}"
 
 
+@pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     """As CI builds it: a broken link, a page or a docstring that cannot be read is an error."""
     words = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

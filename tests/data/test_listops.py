@@ -246,6 +246,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
 
 
+@pytest.mark.slow
 def test_generated_set_is_equal_for_any_number_of_workers(tmp_path: Path) -> None:
     options = sizes(2100, 30, 20, seed=3)
     one = prepare("listops", tmp_path / "one", options=options, workers=1)

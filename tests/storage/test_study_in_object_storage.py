@@ -6,12 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from dmx.search.ledger import Ledger
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import NUM_TRIALS, command, journal, rows, run, space
 from tests.study.processes import Command
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_another_continues(tmp_path: Path, tiny_root: Path):
     """The driver is killed, its whole disk is gone, and a driver elsewhere ends the study."""
 

@@ -277,11 +277,13 @@ def test_a_population(undisturbed):
         assert last[4].weight_decay == now["optim.weight_decay"]
 
 
+@pytest.mark.slow
 def test_slots_and_turns_change_nothing(undisturbed, tiny_store, tmp_path):
     train(tmp_path / "study", tiny_store, slots=3)
     assert picture(tmp_path / "study") == picture(undisturbed)
 
 
+@pytest.mark.slow
 def test_nodes_that_meet_in_object_storage_only(undisturbed, tiny_store, tmp_path):
     folder = tmp_path / "study"
     places = Places(run=str(folder), run_url=(tmp_path / "bucket").as_uri())
