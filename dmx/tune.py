@@ -157,7 +157,8 @@ def _search(
         summary = study_end.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
-        summary["seconds"] = time.monotonic() - started
+        earlier = study_end.earlier_seconds(folder)
+        summary["seconds"] = earlier + time.monotonic() - started
         study_files.write_study(folder, summary)
     if args.output == "json":
         write_json(event="finished", **summary)

@@ -227,6 +227,13 @@ def advance(history: History, event: Mapping[str, Any]) -> History:
             for name, state in history.stages.items()
         }
         return dataclasses.replace(history, stages=kept)
+    if kind == "decided" and event["next"] == "promote":
+        expect(event, checkpoint=dict)
+        expect({**event["checkpoint"], "event": kind}, attempt=int, path=str)
+    if kind == "decided" and event.get("search") is not None:
+        expect(event, search=dict)
+        expect({**event["search"], "event": kind}, trial=int, num_trials=int, params=dict)
+        expect({**event["search"], "event": kind}, config=dict, steps=int, train_seconds=_NUMBER)
     if kind not in ("started", "report", "decided", "tested"):
         return history
     name = event["stage"]

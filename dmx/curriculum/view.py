@@ -213,7 +213,7 @@ def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
         str(attempt.retry + 1),
         f"{attempt.steps:,}/{total:,}",
         *(_accuracy(v) for v in (best, state.tests.get(stage.name), state.tests.get(last))),
-        seconds_text(sum(a.last.get(keys.TRAIN_SECONDS, 0.0) for a in state.attempts)),
+        seconds_text(sum(a.all_seconds for a in state.attempts)),
         seconds_text(left) if state.status == "running" and attempt.reports else "",
     ]
 

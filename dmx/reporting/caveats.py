@@ -80,8 +80,10 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
         severe.append(f"The data are {run.data}, not the whole set of {run.task}.")
     differences = budget_differences(run.task, run.config)
     if differences:
+        whose = f" of stage {run.shown}" if run.stages else ""
         severe.append(
-            f"The budget differs from the preset of {run.task}: {budget_sentence(differences)}."
+            f"The budget{whose} differs from the preset of {run.task}: "
+            f"{budget_sentence(differences)}."
         )
     if not run.complete:
         severe.append(_incomplete(run))
@@ -105,6 +107,11 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
             "The settings of a population change while it trains. Trials are listed with those "
             "they began with, and training the best one's last settings from the start is another "
             "run."
+        )
+    if (stage := run.shown_stage) is not None and stage.reinit:
+        notes.append(
+            f"Stage {stage.name} started with fresh weights of {', '.join(stage.reinit)} (reinit), "
+            "which the command of a single run cannot say."
         )
     if run.memory_of == "process" and run.trials:
         notes.append(

@@ -173,6 +173,8 @@ def _stage(planned: Mapping[str, Any], state: StageState, goal: str, folder: Pat
         test_on_last=_accuracy(state.tests, goal),
         checkpoint=_place(folder, checkpoint.get("path")),
         start=_place(folder, shown.source.get("path")),
+        data_root=str(Path(data).parent) if (data := str(shown.data.get("folder") or "")) else "",
+        reinit=tuple(map(str, shown.spec.get("reinit") or ())) if source else (),
         attempts=attempts,
         promoted=None if promoted is None else int(promoted["attempt"]),
         config=shown.trained or None,

@@ -125,7 +125,8 @@ def stage_curves(run: RunReport) -> Markup | None:
         start, before = start + length, stage.name
     return figure(
         chart.render(),
-        "Each stage begins with its parent's weights. A stage's name stands at its first step.",
+        "Each stage begins with its parent's weights. A stage's name stands at its first step. "
+        "Of a search the best trial is drawn.",
         legend([("line complete", "passed or open"), ("line pruned", "refused by its gate")]),
     )
 

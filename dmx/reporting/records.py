@@ -148,6 +148,7 @@ class Stage:
         steps: of the promoted attempt, else of the latest. all_steps, seconds: of all attempts.
         test_on_last: accuracy on the test split of the curriculum's last stage.
         checkpoint: of the promoted attempt. start: that which this one's training started from.
+        data_root: the folder of all data. reinit: weights that started afresh.
         promoted: the attempt whose checkpoint the next stage gets, or None.
     """
 
@@ -166,6 +167,8 @@ class Stage:
     test_on_last: float = math.nan
     checkpoint: str = ""
     start: str = ""
+    data_root: str = ""
+    reinit: tuple[str, ...] = ()
     promoted: int | None = None
     attempts: tuple[Attempt, ...] = ()
     config: Mapping[str, Any] | None = None
@@ -235,6 +238,11 @@ class RunReport:
         if "gpus" not in self.environment:
             return ""
         return "GPU" if self.environment["gpus"] else "process"
+
+    @property
+    def shown_stage(self) -> Stage | None:
+        """The stage of a curriculum that `shown` names."""
+        return next((s for s in self.stages if s.name == self.shown), None)
 
     @property
     def total_steps(self) -> int:

@@ -16,7 +16,7 @@ from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.schema import read_yaml
 from dmx.search.objectives import DEFAULT, OBJECTIVES
 from dmx.search.space import settings_of
-from dmx.storage.journal import read_journal
+from dmx.storage.journal import read_journal, wall_seconds
 
 _STATES: dict[str, keys.TrialStatus] = {
     "COMPLETE": "COMPLETE",
@@ -34,8 +34,16 @@ def read_study(folder: Path) -> RunReport:
     """
     settings = read_document(folder / "settings.json") or Document(folder / "settings.json", {})
     result = read_document(folder / keys.STUDY_FILE)
-    source = result or settings
     trials = _trials(folder)
+    ended = sum(t.status != "RUNNING" for t in trials)
+    complete = result is not None and result.flag("complete")
+    complete = complete and ended >= (settings.whole("num_trials") or 0)
+    environment = result.mapping("environment").values if result else {}
+    seconds = [result.number("seconds")] if result else []
+    seconds.append(wall_seconds(read_journal(folder / keys.JOURNAL_FILE)[0]))
+    if result is not None and _is_older(result, ended):
+        result = None
+    source = result or settings
     best = None
     test_accuracy = test_loss = math.nan
     best_step = None
@@ -50,7 +58,8 @@ def read_study(folder: Path) -> RunReport:
         scored = [t for t in trials if math.isfinite(t.best)]
         best = max(scored, key=lambda t: (t.best, -t.number)).number if scored else None
     config_file = folder / keys.BEST_DIR / keys.CONFIG_FILE
-    config = read_yaml(config_file) if config_file.is_file() else _trial_config(folder, best)
+    whole = result is not None and config_file.is_file()
+    config = read_yaml(config_file) if whole else _trial_config(folder, best)
     search = _search(settings, source)
     attention = source.text("attention", UNKNOWN)
     fixed = flatten(settings.mapping("overrides").values)
@@ -64,7 +73,7 @@ def read_study(folder: Path) -> RunReport:
         data=label,
         is_sample=source.flag("is_sample") if result else label.endswith(", not LRA"),
         data_checksum=source.text("data_checksum"),
-        complete=result.flag("complete") if result else False,
+        complete=complete,
         config=config,
         trials=trials,
         best=best,
@@ -73,9 +82,19 @@ def read_study(folder: Path) -> RunReport:
         test_loss=test_loss,
         finals=finals,
         search=search,
-        environment=result.mapping("environment").values if result else {},
-        seconds=result.number("seconds") if result else math.nan,
+        environment=environment,
+        seconds=max((s for s in seconds if math.isfinite(s)), default=math.nan),
     )
+
+
+def _is_older(result: Document, ended: int) -> bool:
+    """Whether study.json is of an earlier session than the journal: more trials have ended since.
+
+    Its best trial, and what that one's test said, may be another's by now.
+    """
+    counts = result.mapping("trials")
+    known = [counts.whole(status) or 0 for status in counts.values]
+    return bool(known) and sum(known) < ended
 
 
 def _trials(folder: Path) -> tuple[Trial, ...]:
@@ -152,7 +171,9 @@ def _search(settings: Document, source: Document) -> Search:
     searched = {}
     for key in settings.mapping("searched").values:
         found = settings.mapping("searched").items(key)
-        if len(found) < 2 or not isinstance(found[0], str):
+        plain = all(isinstance(v, str | int | float) for v in found)  # bool is an int
+        numbers = not any(isinstance(v, str) for v in found[1:]) or found[:1] == ["choice"]
+        if len(found) < 2 or not isinstance(found[0], str) or not plain or not numbers:
             raise DataError(f"{settings.path} is damaged: searched.{key} is no distribution.")
         searched[key] = tuple(found)
     objectives = tuple(settings.items("objectives")) or DEFAULT

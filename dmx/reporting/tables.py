@@ -13,7 +13,7 @@ from dmx.overrides import flatten
 from dmx.reporting.labels import base_name
 from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
-from dmx.reporting.records import RunReport, Trial
+from dmx.reporting.records import Attempt, RunReport, Stage, Trial
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import GENERATION
@@ -115,7 +115,6 @@ def population_table(run: RunReport) -> Table:
 def stages_table(run: RunReport) -> Table:
     """One row an attempt at a stage of a curriculum."""
     rows, styles = [], []
-    verdict = {True: "passed", False: "refused", None: "open"}
     for stage in run.stages:
         for attempt in stage.attempts or (None,):
             first = attempt is None or attempt is stage.attempts[0]
@@ -124,24 +123,38 @@ def stages_table(run: RunReport) -> Table:
             rows.append(
                 (
                     stage.name if first else "",
-                    stage.task if first else "",
+                    _data_of(stage) if first else "",
                     stage.attention if first else "",
-                    stage.data if first else "",
                     "" if attempt is None else str(attempt.number),
                     "" if attempt is None else f"{attempt.all_steps:,}",
                     "" if attempt is None else duration(attempt.seconds),
                     percent(stage.dev_accuracy if attempt is None else attempt.best),
                     percent(stage.test_accuracy) if last else "",
                     percent(stage.test_on_last) if last else "",
-                    stage.status if attempt is None else verdict[attempt.passed],
+                    stage.status if attempt is None else _verdict(stage, attempt),
                     "" if attempt is None else attempt.reason,
                     (stage.parent or "fresh weights") if first else "",
                 )
             )
             styles.append("")
-    titles = "stage|task|attention|data|>attempt|>steps|>training|>best dev acc., %|>test acc., %"
+    titles = (
+        "stage|task and data|attention|>attempt|>steps|>training|>best dev acc., %|>test acc., %"
+    )
     titles += f"|>test of {run.goal}, %"
     return make(titles + "|gate|which rule fired|starts from", rows, styles)
+
+
+def _data_of(stage: Stage) -> str:
+    """The data's label, after the task where it does not name it."""
+    return stage.data if stage.data.startswith(stage.task) else f"{stage.task} {stage.data}".strip()
+
+
+def _verdict(stage: Stage, attempt: Attempt) -> str:
+    if attempt.passed is None:
+        return "open"
+    if attempt.passed:
+        return "passed"
+    return "refused, promoted all the same" if attempt.number == stage.promoted else "refused"
 
 
 def searches_table(run: RunReport) -> Table:
@@ -206,7 +219,10 @@ def published_table(run: RunReport, published: Published, sources: set[str] | No
 def provenance(run: RunReport) -> Table:
     """Where the numbers come from: data, code, machine, settings of the search."""
     found: list[tuple[str, str]] = [
-        ("data", run.data + (" (sample)" if run.is_sample else "")),
+        (
+            "data" + (f" of stage {run.shown}" if run.stages else ""),
+            run.data + (" (sample)" if run.is_sample else ""),
+        ),
         ("data checksum (SHA-256)", run.data_checksum or MISSING),
         ("folder", str(run.folder)),
     ]

@@ -89,19 +89,17 @@ def train_command(run: RunReport) -> str:
     It names only what differs from the task's preset and the defaults, so that it stays readable.
     """
     config = run.config
-    if config is None:
+    if config is None or not isinstance(config.get("task"), str):
         return ""
     label = attention_label(config)
     words = ["python", "-m", "dmx.train", "--attention", label, "--task", str(config["task"])]
     words += ["--name", f"{run.name}-again"]
-    words += ["--init-from", start] if (start := _start(run)) else []
+    stage = run.shown_stage
+    if stage is not None:
+        words += ["--data-root", stage.data_root] if stage.data_root else []
+        words += ["--init-from", stage.start] if stage.start else []
     words += [f"{key}={_plain(value)}" for key, value in _differences(config, label).items()]
     return " ".join(shlex.quote(word) for word in words)
-
-
-def _start(run: RunReport) -> str:
-    """The checkpoint that the shown stage of a curriculum started from, or ""."""
-    return next((s.start for s in run.stages if s.name == run.shown), "")
 
 
 def _differences(config: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class StudyRecord:
             "from a backup, or start under a new name."
         )
 
+    def begin(self) -> None:
+        """Record that a session begins: see journal.wall_seconds."""
+        self._append(event="session")
+
     def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         """Record one report; its flat metrics, or None when this step of this trial is known."""
         if step in self.reports.get(number, {}):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
@@ -10,6 +12,7 @@ from dmx.data.store import Store
 from dmx.log import console, verbatim
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import apply
+from dmx.storage.journal import read_journal, wall_seconds
 from dmx.study import files as study_files
 from dmx.study import finals
 from dmx.study.config import StudyConfig
@@ -92,6 +95,14 @@ def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> di
             "checkpoint": keys.BEST_DIR,
         }
     return summary
+
+
+def earlier_seconds(folder: Path) -> float:
+    """How long the sessions before the latest one worked on the study."""
+    events = read_journal(folder / keys.JOURNAL_FILE)[0]
+    begins = [i for i, event in enumerate(events) if event.get("event") == "session"]
+    seconds = wall_seconds(events[: begins[-1]]) if begins else math.nan
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def population(result: keys.StudyResult) -> list[dict[str, Any]]:

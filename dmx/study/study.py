@@ -66,6 +66,7 @@ def run_study(
     try:
         scheduler = _scheduler(config, ledger)
         _catch_up(ledger, scheduler, observers)
+        ledger.record.begin()
         again = ledger.remaining() > 0
         deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
         while again:

@@ -16,7 +16,9 @@ from dmx.reporting.html import render
 from dmx.reporting.stopping import filled_rungs
 from dmx.reporting.text import train_command
 from dmx.storage.journal import read_journal
+from dmx.study.end import earlier_seconds
 from tests.reporting.makers import (
+    TRIALS,
     config,
     curriculum_events,
     make_curriculum,
@@ -186,6 +188,7 @@ def test_the_promoted_attempt_is_shown_and_not_the_latest(tmp_path: Path) -> Non
     assert harder.promoted == 0 and harder.dev_accuracy == 0.7
     assert collect(folder).best_trial.best == 0.7  # type: ignore[union-attr]
     assert harder.all_steps == 400 and harder.steps == 200
+    assert "refused, promoted all the same" in render(collect(folder))
 
 
 def _searched() -> list[dict[str, Any]]:
@@ -276,3 +279,37 @@ def test_what_is_no_run_is_told_apart(tmp_path: Path) -> None:
         collect(tmp_path / "a" / "result.json")
     assert kind_of(tmp_path / "empty") is None
     assert [p.name for p in runs_below(tmp_path)] == ["a", "b"]
+
+
+def test_an_old_study_json_does_not_stand_for_what_came_after_it(tmp_path: Path) -> None:
+    def with_counts(folder: Path) -> Path:  # of the session that wrote study.json
+        found = json.loads((folder / "study.json").read_text())
+        counts = {"COMPLETE": 2, "PRUNED": 1, "FAILED": 1}
+        (folder / "study.json").write_text(json.dumps({**found, "trials": counts}))
+        return folder
+
+    folder = with_counts(make_study(tmp_path / "s"))
+    assert collect(folder).complete and collect(folder).test_accuracy == 0.47
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "num_trials": 6}))
+    run = collect(folder)
+    assert not run.complete, "more trials were asked for"
+    more = [*TRIALS, ("COMPLETE", 32, 4e-3, {8: 0.9})]
+    newer = with_counts(make_study(tmp_path / "t", more))
+    (newer / "best" / "config.yaml").write_text("task: listops\n")  # of the earlier best trial
+    run = collect(newer)
+    assert run.best == 4 and math.isnan(run.test_accuracy) and run.config is None
+
+
+def test_a_studys_wall_time_counts_all_its_sessions(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "s")
+    events = read_journal(folder / "journal.jsonl")[0]
+    times = [*range(100, 100 + len(events) - 1), 5030]
+    timed = [{**e, "time": float(t)} for e, t in zip(events, times, strict=True)]
+    sessions = [{"event": "session", "time": 90.0}, {"event": "session", "time": 5000.0}]
+    write_journal(folder / "journal.jsonl", [sessions[0], *timed[:-1], sessions[1], timed[-1]])
+    first = 100 + len(events) - 2 - 90
+    assert collect(folder).seconds == first + 30
+    assert earlier_seconds(folder) == first
+    (folder / "study.json").unlink()
+    assert collect(folder).seconds == first + 30, "as long as it runs, too"
