@@ -13,11 +13,11 @@ from pathlib import Path
 from dmx import cli
 from dmx.commands import reading_options
 from dmx.commands.reading_options import REPORT_FILE
-from dmx.errors import EXIT_OK, ConfigError
+from dmx.errors import EXIT_OK, ConfigError, DataError, DmxError
 from dmx.paths import local_path
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
-from dmx.reporting.collect import collect
+from dmx.reporting.collect import collect, collect_all, kind_of, runs_below
 from dmx.reporting.records import RunReport
 
 logger = logging.getLogger("dmx.report")
@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
     args = reading_options.report().parse_args(argv)
     if args.format not in FORMATS:
         raise ConfigError(f"--format {choices_message(args.format, list(FORMATS))}.")
-    run = collect(local_path("RUN", args.run))
+    folder = local_path("RUN", args.run)
+    no_run = kind_of(folder) is None
+    if no_run and args.format == "html" and args.out is None and (several := runs_below(folder)):
+        return _pages(several)
+    run = collect(folder)
     text = printable(FORMATS[args.format](run))
     target = args.out
     if target is None and args.format == "html":
@@ -45,6 +49,32 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     write_whole(Path(target), text)
     sys.stdout.write(f"{target}\n")
+    return EXIT_OK
+
+
+def _pages(folders: Sequence[Path]) -> int:
+    """A page in each run's own folder; those that cannot be made are named at the end.
+
+    Raises:
+        DmxError: none could be made.
+    """
+    errors: list[DmxError] = []
+    for folder in folders:
+        runs, unread = collect_all([folder])
+        errors += unread
+        for run in runs:
+            try:
+                write_whole(folder / REPORT_FILE, printable(html.render(run)))
+                sys.stdout.write(f"{folder / REPORT_FILE}\n")
+            except DmxError as error:
+                errors.append(error)
+            except Exception as error:  # of what a foreign file holds; it must not hide the others
+                errors.append(DataError(f"{folder} cannot be shown ({type(error).__name__})."))
+    if len(errors) == len(folders):
+        raise errors[0]
+    sys.stdout.flush()
+    for error in errors:
+        logger.warning("left out: %s", error)
     return EXIT_OK
 
 

@@ -178,7 +178,8 @@ class Column:
             cells = [_cell(o) for o in self.options]
             same = len({type(c) for c in cells}) == 1
             return hp.Discrete(cells if same else [str(c) for c in cells])
-        assert self.low is not None and self.high is not None
+        if self.low is None or self.high is None:
+            raise ValueError("a column has options or bounds")
         return hp.RealInterval(float(self.low), float(self.high))
 
 
@@ -196,13 +197,21 @@ def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
     union: dict[str, Column] = {}
     for study in studies:
         try:
-            for key, raw in json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8")).items():
+            found = json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8"))
+            united = dict(union)
+            for key, raw in found.items():
                 column = Column(tuple(raw["options"]), raw["low"], raw["high"])
-                union[key] = union[key].united(column) if key in union else column
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # another study is being written or deleted right now
+                united[key] = union[key].united(column) if key in union else column
+                united[key].domain()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # another study is damaged, or being written or deleted right now
+        union = united
     for study in studies:
-        _write_experiment(study, union)
+        try:
+            _write_experiment(study, union)
+        except OSError:  # another user's, or just deleted: its own next session writes it
+            if study == folder:
+                raise
 
 
 def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:

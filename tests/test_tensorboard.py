@@ -78,3 +78,32 @@ def test_a_writer_on_a_full_disk_prints_nothing_and_tells_the_next_write(tmp_pat
     other.start()
     other.join()
     assert shown == [ZeroDivisionError], "others are shown as ever"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"x": {"options": [], "low": "a", "high": 2}}',
+        '{"x": {"options": [], "low": null, "high": null}}',
+        '{"x": {"options": [[1], {}], "low": 1, "high": 2}}',
+        "[" * 100_000,
+        '{"x": 3}',
+        "[]",
+        "\x00",
+    ],
+)
+def test_another_studys_damaged_columns_stop_no_study(tmp_path: Path, content: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "hparams.json").write_text(content)
+    announce_study(tmp_path / "own", {"optim.learning_rate": Column((), 1e-4, 1e-2)})
+    assert list((tmp_path / "own" / "hparams").glob("events.*"))
+
+
+def test_a_study_that_cannot_be_written_stops_no_other(tmp_path: Path) -> None:
+    announce_study(tmp_path / "a", {"x": Column((1, 2))})
+    for file in (tmp_path / "a" / "hparams").iterdir():
+        file.unlink()
+    (tmp_path / "a" / "hparams").rmdir()
+    (tmp_path / "a" / "hparams").write_text("in the way")
+    announce_study(tmp_path / "b", {"y": Column((1, 2))})
+    assert list((tmp_path / "b" / "hparams").glob("events.*"))

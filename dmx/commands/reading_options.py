@@ -17,6 +17,8 @@ _REPORT = """\
       markdown on the terminal; json and csv likewise
   python -m dmx.report runs/pathx --out /tmp/pathx.html
       a curriculum: lineage and gates as well
+  python -m dmx.report runs
+      a page in the folder of each run below it
 """
 
 _LEADERBOARD = """\

@@ -87,7 +87,10 @@ def collect(folder: Path) -> RunReport:
         raise ConfigError(f"{folder} is a checkpoint; give the run it belongs to: {folder.parent}.")
     inside = [p.name for p in runs_below(folder)]
     if inside:
-        raise ConfigError(f"{folder} holds several runs; give one: {', '.join(inside)}.")
+        raise ConfigError(
+            f"{folder} holds several runs; give one: {', '.join(inside)}. (Without --format and "
+            "--out each gets its page.)"
+        )
     raise ConfigError(
         f"{folder} holds no run; a run's folder has {keys.STUDY_FILE}, {RESULT_FILE} or "
         f"{keys.LINEAGE_FILE}."

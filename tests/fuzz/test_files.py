@@ -24,12 +24,15 @@ from dmx.data.source import open_source
 from dmx.data.store import open_store
 from dmx.data.unpickle import load_pickle
 from dmx.errors import DmxError, StageError
+from dmx.leaderboard import gather, to_markdown
+from dmx.reporting.board import boards, entries
 from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.files import open_folder
 from dmx.training.checkpoint import open_checkpoint
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn
+from tests.reporting.makers import make_curriculum, make_run, make_study
 from tests.study.helpers import space
 from tests.tiny import TASK, trainer, write_tiny
 
@@ -50,7 +53,11 @@ STAGES: list[dict[str, Any]] = [
         **{"config": {"model": {"num_classes": 2}}, "source": {}, "spec": {}, "data": {}},
     },
     {"event": "report", "stage": "a", "attempt": 0, "step": 2, "metrics": METRICS},
-    {"event": "decided", "stage": "a", "attempt": 0, "next": "promote", "passed": True},
+    {
+        **{"event": "decided", "stage": "a", "attempt": 0, "next": "promote", "passed": True},
+        "checkpoint": {"attempt": 0, "path": "stages/a/attempt-0/best", "dev_accuracy": 0.5},
+    },
+    {"event": "tested", "stage": "a", "on": "a", "accuracy": None},
 ]
 
 
@@ -133,6 +140,45 @@ def test_journals_of_curricula(room, content):
         fold(events)
         with Journal(file) as journal:
             assert journal.events == events
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of every kind, and a good one."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "run")
+    make_study(folder / "study")
+    make_curriculum(folder / "curriculum")
+    make_run(folder / "good", 0.7)
+    return folder
+
+
+@share(0.02)
+@given(st.data())
+def test_a_bad_run_folder_hides_no_other(runs, room, data):
+    kind = data.draw(st.sampled_from(["run", "study", "curriculum"]))
+    file = data.draw(st.sampled_from(sorted(f for f in (runs / kind).rglob("*") if f.is_file())))
+    root = room / "runs"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(runs / "good", root / "good")
+    shutil.copytree(runs / kind, root / "bad")
+    target, content = root / "bad" / file.relative_to(runs / kind), file.read_bytes()
+    how = data.draw(st.sampled_from(["torn", "changed", "gone", "a folder", "a dead link"]))
+    if how == "changed" and file.name == "journal.jsonl":
+        target.write_bytes(data.draw(changed(read_journal(file)[0]).map(as_list).map(lines)))
+    elif how == "changed" and file.suffix == ".json":
+        target.write_text(data.draw(changed(json.loads(content)).map(json.dumps)))
+    elif how in ("torn", "changed"):
+        target.write_bytes(data.draw(torn(content)))
+    else:
+        target.unlink()
+        if how == "a folder":
+            target.mkdir()
+        elif how == "a dead link":
+            target.symlink_to(room / "nowhere")
+    found = gather([root], unread := [])
+    assert "good" in [run.name for run in found] and len(found) + len(unread) in (1, 2)
+    assert "good" in to_markdown(boards(entries(found)))
 
 
 SETTINGS = {"task": TASK, "seed": 0, "overrides": {"model.num_layers": 1}}

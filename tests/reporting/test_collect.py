@@ -269,7 +269,7 @@ def test_what_is_no_run_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"does not exist; runs there: a, b\."):
         collect(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match=r"several runs; give one: a, b\."):
+    with pytest.raises(ConfigError, match=r"several runs; give one: a, b\. "):
         collect(tmp_path)
     with pytest.raises(ConfigError, match="is a checkpoint"):
         collect(tmp_path / "a" / "best")

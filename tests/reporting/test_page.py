@@ -243,3 +243,18 @@ def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="No space left"):
         report.write_whole(page, "new text")
     assert page.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_folder_of_runs_gets_a_page_each(tmp_path: Path, capsys, caplog) -> None:
+    root = tmp_path / "runs"
+    make_run(root / "a")
+    make_study(root / "b")
+    make_curriculum(root / "c")
+    (root / "b" / "study.json").write_text("{")
+    assert report.main([str(root)]) == 0
+    pages = [root / name / "report.html" for name in "ac"]
+    assert capsys.readouterr().out == "".join(f"{page}\n" for page in pages)
+    assert all(page.read_text().startswith("<!doctype html>") for page in pages)
+    (text,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "left out" in text and "study.json is damaged" in text
+    assert not (root / "b" / "report.html").exists()
