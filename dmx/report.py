@@ -73,8 +73,8 @@ def _pages(folders: Sequence[Path]) -> int:
     if len(errors) == len(folders):
         raise errors[0]
     sys.stdout.flush()
-    for error in errors:
-        logger.warning("left out: %s", error)
+    for left_out in errors:
+        logger.warning("left out: %s", left_out)
     return EXIT_OK
 
 

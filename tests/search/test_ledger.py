@@ -352,3 +352,16 @@ def test_proposals_do_not_scan_for_waiting_trials(tmp_path, monkeypatch):
         ledger.study.enqueue_trial({"model.dropout": 0.125})
         ledger.num_trials = 31
         assert (ledger.next_trial() or (0, {}))[1]["model.dropout"] == 0.125
+
+
+def test_a_session_in_the_journal_changes_nothing_of_a_study(tmp_path: Path) -> None:
+    record = StudyRecord(tmp_path / "journal.jsonl")
+    record.begin()
+    record.report(0, 2, {"steps": 2, "dev_accuracy": 0.5})
+    record.close()
+    again = StudyRecord(tmp_path / "journal.jsonl")
+    again.begin()
+    assert list(again.reports) == [0] and not again.outcomes
+    assert again.history() == [(0, 2, {"steps": 2, "dev_accuracy": 0.5})]
+    assert [e["event"] for e in again.journal.events] == ["session", "report", "session"]
+    again.close()
