@@ -106,7 +106,7 @@ def test_a_task_of_ones_own_is_searched_on_a_cpu(checkout: Path) -> None:
             max_length=64, vocab_size=8, dtype="uint8",
         )
         write_store(Path("data/parity"), manifest, fill)
-        sizes = ["model.num_layers=1", "model.embedding_dim=8", "model.hidden_dim=8"]
+        sizes = ["--set", "model.num_layers=1", "--set", "model.embedding_dim=8"]
         words = ["--attention", "window", "--task", "parity", "--data-root", "data"]
         sys.exit(tune.main([*words, "--num-trials", "2", "--max-steps", "8", *sizes]))
         """,
