@@ -57,7 +57,7 @@ def parser() -> cli.Parser:
     root = partial(local_path, "--data-root", remedy=there)
     source, picture = (partial(local_path, option) for option in ("--source", "--out"))
     p.add_argument("--data-root", type=root, help="default: $DMX_DATA_ROOT, else ./data")
-    p.add_argument("--source", type=source, help="folder or tar archive to read")
+    p.add_argument("--source", type=source, help="folder, tar or zip archive to read")
     p.add_argument("--force", action="store_true", help="replace what is prepared already")
     p.add_argument("--workers", type=int, help="processes that generate; default: all CPUs")
     p.add_argument("--address", help="Ray cluster that generates instead, e.g. auto")

@@ -196,13 +196,13 @@ TRAIN_BAD = {
     "evaluate-empty": (["--evaluate", ""], "argument --evaluate: it is empty"),
     "init-dry": ([*TRAIN, "--init-from", "nowhere", "--dry-run"], "nowhere does not exist"),
     "init-none": ([*TRAIN, "--init-from", "nowhere"], "nowhere does not exist"),
-    "init-text": ([*TRAIN, "--init-from", "bad.yaml"], "cannot be read as a weights-only file"),
+    "init-text": ([*TRAIN, "--init-from", "bad.yaml"], "cannot be read: it is damaged, or"),
     "data-none": (
         ["--attention", "softmax", "--task", "listops", "--data-root", "x", "--no-prepare"],
         "python -m dmx.data listops",
     ),
     "data-torn": ([*TRAIN[:5], "TORN", *TRAIN[6:]], "train.tokens.bin has"),
-    "classes": ([*TRAIN, "model.vocab_size=9"], "model.vocab_size is 9; the data"),
+    "classes": ([*TRAIN, "model.vocab_size=9"], "model.vocab_size is 9; task "),
     "evaluate": (["--evaluate", "nowhere"], "nowhere is not a whole checkpoint"),
 }
 
