@@ -49,6 +49,10 @@ REPORT_KEYS = (
 )
 """What a run reports at each evaluation."""
 
+NUM_DEV = "num_dev"
+DEV_MAJORITY = "dev_majority"
+"""Of the dev split that chose a checkpoint: its examples, and the share of its largest class."""
+
 # Files of a checkpoint directory.
 MODEL_FILE = "model.pt"
 TRAINING_STATE_FILE = "training_state.pt"

@@ -214,8 +214,21 @@ def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
                 raise
 
 
+def _in_order(columns: Mapping[str, Column]) -> list[tuple[str, Column]]:
+    """The columns as a table reads: the learning rate, what else was searched, then constants."""
+    parts = ("optim", "attention", "model", "train", "data")
+
+    def place(item: tuple[str, Column]) -> tuple[bool, bool, int, str]:
+        key, (part, dot, _) = item[0], item[0].partition(".")
+        constant = not dot
+        rank = parts.index(part) if part in parts else len(parts)
+        return (key != "optim.learning_rate", constant, rank, key)
+
+    return sorted(columns.items(), key=place)
+
+
 def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:
-    hparams = [hp.HParam(key, column.domain()) for key, column in sorted(columns.items())]
+    hparams = [hp.HParam(key, column.domain()) for key, column in _in_order(columns)]
     metrics = [hp.Metric(m, display_name=m) for m in _METRICS]
     folder = study / "hparams"
     old = list(folder.glob("events.*"))

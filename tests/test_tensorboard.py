@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dmx.reporting.reading import read_scalars
 from dmx.tensorboard import Column, RunWriter, announce_study
@@ -48,6 +49,22 @@ def test_a_report_reads_steps_only(tmp_path: Path) -> None:
     writer.close()
     (only,) = read_scalars(tmp_path)
     assert only == pytest.approx({k: v for k, v in REPORT.items() if k != "done"})
+
+
+def test_the_first_columns_are_what_was_searched(tmp_path: Path) -> None:
+    """The table of HParams shows columns in this order, and a screen holds the first few."""
+    names = ("attention", "attention.block_size", "data", "model.dropout", "optim.learning_rate")
+    names += ("optim.weight_decay", "task", "train.batch_size")
+    announce_study(tmp_path / "s", {name: Column((), 0.1, 0.2) for name in names})
+    reader = EventAccumulator(str(tmp_path / "s" / "hparams"))
+    reader.Reload()
+    content = reader.summary_metadata["_hparams_/experiment"].plugin_data.content
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+    assert [info.name for info in found.hparam_infos] == [
+        *("optim.learning_rate", "optim.weight_decay", "attention.block_size", "model.dropout"),
+        *("train.batch_size", "attention", "data", "task"),
+    ]
+    assert found.metric_infos[0].name.tag == "best_dev_accuracy"
 
 
 def test_one_layout_per_study(tmp_path: Path) -> None:

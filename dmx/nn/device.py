@@ -60,9 +60,27 @@ def total_memory(device: torch.device) -> float:
     return min(limits)
 
 
+_PROCESS = Path("/proc/self")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From here on `peak_memory_mb` counts anew: what an earlier trial needed is forgotten.
+
+    Of a process Linux alone forgets it; elsewhere its peak is that of its whole life.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the device since the last evaluation on CUDA, else of the process."""
+    """Peak memory in MiB since `reset_peak_memory`: of the device on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (_PROCESS / "status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -10,13 +10,19 @@ from typing import Any, Literal
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN
 from dmx.reporting.records import RunReport
+from dmx.reporting.text import short
 from dmx.tasks import find_task
+from dmx.wording import describe_failures
 
 _BUDGET = {
     "train.num_steps": "optimizer steps",
     "train.batch_size": "sequences per step",
 }
 """Preset values that decide how much a run has seen."""
+_EDGE = 0.05
+"""Of a range, or of its logarithm: nearer to a bound than this share is at its edge."""
+_LEAST_FOR_EDGES = 5
+"""Of fewer trials one lies at an edge by chance."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,9 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
         )
     if not run.complete:
         severe.append(_incomplete(run))
-    if run.kind == "study" and run.trials and run.count("FAILED") == len(run.trials):
-        severe.append(
-            f"All trials failed, the first because: {run.trials[0].error or 'unknown'}. There is "
-            "no result; the column error of the trials says more."
-        )
+    if run.kind == "study" and (failed := describe_failures(run.trials)):
+        severe += [failed] if run.count("FAILED") == len(run.trials) else []
+        notes += [failed] if run.count("FAILED") < len(run.trials) else []
     if run.task == "text" and not run.is_sample:
         notes.append(
             "Text has no validation set of its own: dev is test, as in the reference, so the best "
@@ -115,10 +119,64 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
         )
     if run.memory_of == "process" and run.trials:
         notes.append(
-            "Memory is the peak of the worker's process (no GPU): libraries count, and a worker "
-            "that ran several trials keeps the highest of them."
+            "Memory is the peak of the worker's process while the trial ran (no GPU); libraries "
+            "count."
         )
+    notes += [*_noise(run), *_edges(run)]
     return (*(Caveat("severe", t) for t in severe), *(Caveat("note", t) for t in notes))
+
+
+def _noise(run: RunReport) -> list[str]:
+    """How well the dev split tells trials apart."""
+    best = run.best_trial
+    if best is None or run.stages or not math.isfinite(error := run.dev_error(best.best)):
+        return []
+    text = (
+        f"The dev split has {run.num_dev:,} examples: an accuracy of {100 * best.best:.2f} % on it "
+        f"is uncertain by ±{100 * error:.2f} points (95 %)."
+    )
+    if run.at_chance:
+        what = "No trial is" if run.kind == "study" else "The run is not"
+        return [
+            f"{text} {what} better than guessing the largest class "
+            f"({100 * run.dev_majority:.2f} %) by more than that explains: it sits at chance."
+        ]
+    near = sum(t is not best and t.best >= best.best - error for t in run.trials)
+    if near:
+        are = "other trial lies" if near == 1 else "other trials lie"
+        text += f" {near} {are} within that of the best, whose lead may be luck."
+    return [text]
+
+
+def _edges(run: RunReport) -> list[str]:
+    """Values of the best trial that lie at the end of what was searched."""
+    best, found = run.best_trial, []
+    if best is None or run.search is None or run.at_chance or len(run.trials) < _LEAST_FOR_EDGES:
+        return []
+    for name, value in best.drawn.items():
+        kind, *values = run.search.searched.get(name, ("",))
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        if not numbers or len(values) < (3 if kind == "choice" else 2):
+            continue
+        low, high = min(values), max(values)
+        place = (value - low) / (high - low)
+        if kind.startswith("log"):
+            place = math.log(value / low) / math.log(high / low)
+        discrete = kind in ("choice", "int", "logint")
+        if place <= 0 or (place < _EDGE and not discrete):
+            end = "lower"
+        elif place >= 1 or (place > 1 - _EDGE and not discrete):
+            end = "upper"
+        else:
+            continue
+        if end == "lower" and low == 0:  # a dropout, a weight decay: there is nothing below
+            continue
+        among = f"{short(low)} to {short(high)}"
+        found.append(
+            f"The best trial's {name} of {short(value)} lies at the {end} end of what was searched "
+            f"({among}): a wider range may hold a better one."
+        )
+    return found
 
 
 def _incomplete(run: RunReport) -> str:

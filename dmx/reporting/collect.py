@@ -11,7 +11,7 @@ from dmx import records as keys
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.reporting.curriculum import is_curriculum, read_curriculum
 from dmx.reporting.labels import UNKNOWN, attention_label
-from dmx.reporting.reading import read_document, read_scalars
+from dmx.reporting.reading import read_dev_split, read_document, read_scalars
 from dmx.reporting.records import Kind, RunReport, Trial
 from dmx.reporting.studies import read_study
 from dmx.schema import read_yaml
@@ -140,6 +140,7 @@ def read_run(folder: Path) -> RunReport:
         test_accuracy=result.number(keys.TEST_ACCURACY) if result else math.nan,
         test_loss=result.number(keys.TEST_LOSS) if result else math.nan,
         environment=environment,
+        **read_dev_split(folder / keys.BEST_DIR),
     )
 
 

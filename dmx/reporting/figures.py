@@ -184,7 +184,7 @@ def slice_plot(run: RunReport, name: str) -> Markup | None:
 
 def pareto_plot(run: RunReport, metric: str, label: str, scale: float = 1.0) -> Markup | None:
     """Accuracy against a cost, with the front; None where nothing was measured."""
-    return _cost_plot(run, costed(run.trials, metric), label, scale)
+    return _cost_plot(run, costed(run, metric), label, scale)
 
 
 def objective_plot(run: RunReport, objective: str) -> Markup | None:
@@ -217,9 +217,11 @@ def _cost_plot(run: RunReport, points: list[Costed], label: str, scale: float) -
     drawn = [trials[p.trial] for p in points]
     names = ", ".join(f"trial {n}" for n in (of_study or [p.trial for p in best]))
     more = " (the line: of these two objectives alone)" if len(run.several) > 2 else ""
+    left = run.count("PRUNED")
+    less = f" Stopped early and left out: {left}." if left else ""
     return figure(
         chart.render(),
-        f"To the upper left is better. On the front, beaten by no other: {names}{more}.",
+        f"To the upper left is better. On the front, beaten by no other: {names}{more}.{less}",
         el(
             "div",
             _key(run, drawn),

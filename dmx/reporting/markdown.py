@@ -95,5 +95,5 @@ def _importance(run: RunReport) -> list[str]:
     if not found.values:
         return ["## Importances", escape(found.note)]
     rows = [(k, f"{100 * v:.0f} %") for k, v in found.values.items()]
-    note = f"{found.method} over {found.num_trials} trials. {found.note}"
+    note = f"{found.meaning}, by {found.method} over {found.num_trials} trials. {found.note}"
     return ["## Importances", table(tables.make("setting|>share", list(rows))), escape(note)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmx import records as keys
-from dmx.reporting.records import RunReport, Trial
+from dmx.reporting.records import RunReport
 from dmx.search.objectives import OBJECTIVES, evaluate, pareto_front
 
 
@@ -20,10 +20,13 @@ class Costed:
     accuracy: float
 
 
-def costed(trials: Sequence[Trial], key: str) -> list[Costed]:
-    """Trials with a finite accuracy and cost: the median step time, or the highest memory."""
+def costed(run: RunReport, key: str) -> list[Costed]:
+    """Whole trials with a finite accuracy and cost: the median step time, or the highest memory.
+
+    A trial that was stopped early has another accuracy than it would have reached.
+    """
     found = []
-    for trial in trials:
+    for trial in run.whole:
         cost = trial.highest(key) if key == keys.PEAK_MEMORY_MB else trial.median(key)
         if math.isfinite(cost) and math.isfinite(trial.best):
             found.append(Costed(trial.number, cost, trial.best))
@@ -43,14 +46,9 @@ def front(points: Sequence[Costed]) -> list[Costed]:
     return kept
 
 
-def whole(run: RunReport) -> list[Trial]:
-    """The trials that can be on a study's front: those that ran their full budget."""
-    return [t for t in run.trials if t.status == "COMPLETE"]
-
-
 def against(run: RunReport, objective: str) -> list[Costed]:
     """Whole trials with their accuracy and another objective of the study."""
-    found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in whole(run)]
+    found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in run.whole]
     return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
 
 
@@ -58,6 +56,6 @@ def study_front(run: RunReport) -> dict[int, dict[str, float]]:
     """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
     if not run.several:
         return {}
-    values = {t.number: evaluate(run.several, t.reports) for t in whole(run)}
+    values = {t.number: evaluate(run.several, t.reports) for t in run.whole}
     on = pareto_front(run.several, values)
     return {number: dict(zip(run.several, values[number], strict=True)) for number in on}

@@ -29,8 +29,7 @@ def to_json(run: RunReport) -> str:
     content["command"] = train_command(run)
     content["importances"] = finite(importances(run))
     content["pareto"] = {
-        key: finite(front(costed(run.trials, key)))
-        for key in (keys.STEP_SECONDS, keys.PEAK_MEMORY_MB)
+        key: finite(front(costed(run, key))) for key in (keys.STEP_SECONDS, keys.PEAK_MEMORY_MB)
     }
     content["front"] = finite(study_front(run))
     content["rungs"] = finite(stopping.filled_rungs(run))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmx import records as keys
 from dmx.errors import DataError
 
 
@@ -113,6 +114,19 @@ def read_document(path: Path) -> Document | None:
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: it must hold a mapping.")
     return Document(path, value)
+
+
+def read_dev_split(checkpoint: Path) -> dict[str, Any]:
+    """What RunReport says of the dev split, from the metrics beside a checkpoint.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    found = read_document(checkpoint / keys.METRICS_FILE) or Document(checkpoint, {})
+    return {
+        "num_dev": found.whole(keys.NUM_DEV) or 0,
+        "dev_majority": found.number(keys.DEV_MAJORITY),
+    }
 
 
 def read_scalars(folder: Path) -> tuple[dict[str, float], ...]:

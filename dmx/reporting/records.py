@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,11 @@ class Trial:
         """The highest dev accuracy, or NaN."""
         found = [number(r, keys.DEV_ACCURACY) for r in self.reports]
         found += [number(r, keys.BEST_DEV_ACCURACY) for r in self.reports]
+        return max((v for v in found if math.isfinite(v)), default=math.nan)
+
+    def best_within(self, steps: int) -> float:
+        """The highest dev accuracy of the first so many steps, or NaN."""
+        found = [number(r, keys.DEV_ACCURACY) for r in self.reports if r[keys.STEPS] <= steps]
         return max((v for v in found if math.isfinite(v)), default=math.nan)
 
     @property
@@ -184,6 +190,8 @@ class RunReport:
         config: the plain RunConfig of the best checkpoint (of the last stage), or None.
         best: number of the best trial, or None.
         test_accuracy, test_loss: of the best checkpoint; NaN where it was not tested.
+        num_dev: examples of the dev split, 0 where unknown. dev_majority: the share of its largest
+            class: what a model that learnt nothing reaches; NaN where unknown.
         seconds: wall time of the whole run, without the pauses between its sessions, or NaN.
         train_seconds: of all that was trained, side by side or not, or NaN.
         goal: a curriculum's last stage. shown: the last one on the way to it that was begun: task,
@@ -215,6 +223,8 @@ class RunReport:
     goal: str = ""
     shown: str = ""
     recipe: str = ""
+    num_dev: int = 0
+    dev_majority: float = math.nan
 
     @property
     def best_trial(self) -> Trial | None:
@@ -231,6 +241,35 @@ class RunReport:
     def is_population(self) -> bool:
         """Whether its trials took over each other's weights (--scheduler pbt)."""
         return self.search is not None and self.search.scheduler == "pbt"
+
+    @property
+    def whole(self) -> list[Trial]:
+        """The trials whose costs and accuracies compare: those that ran their full budget."""
+        return [t for t in self.trials if t.status == "COMPLETE"]
+
+    def dev_error(self, accuracy: float) -> float:
+        """Half of the 95 % interval of an accuracy on the dev split, in 0..1; NaN where unknown."""
+        if not self.num_dev or not math.isfinite(accuracy):
+            return math.nan
+        return 1.96 * math.sqrt(accuracy * (1 - accuracy) / self.num_dev)
+
+    def by_luck(self, evaluations: int) -> float:
+        """The highest of so many dev accuracies that a model which learnt nothing explains.
+
+        The best of many lies above chance by luck: the bound grows with their number (Bonferroni,
+        5 % over all). NaN where the dev split is unknown.
+        """
+        if not (self.num_dev and evaluations and 0 < self.dev_majority < 1):
+            return math.nan
+        spread = math.sqrt(self.dev_majority * (1 - self.dev_majority) / self.num_dev)
+        return self.dev_majority + spread * statistics.NormalDist().inv_cdf(1 - 0.05 / evaluations)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether all accuracies are explained by luck; False where the dev split is unknown."""
+        scores = [t.best for t in self.trials if math.isfinite(t.best)]
+        bound = self.by_luck(sum(len(t.reports) for t in self.trials))
+        return bool(scores) and max(scores) <= bound
 
     @property
     def memory_of(self) -> str:

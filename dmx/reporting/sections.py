@@ -129,10 +129,7 @@ def _importances(run: RunReport) -> Section | None:
     found = importances(run)
     parts: list[Markup] = []
     if found.values:
-        caption = (
-            f"Share of the variation in accuracy, by {found.method} over {found.num_trials} "
-            f"trials. {found.note}"
-        )
+        caption = f"{found.meaning}, by {found.method} over {found.num_trials} trials. {found.note}"
         parts.append(figures.figure(figures.importance_bars(dict(found.values)), caption))
     else:
         parts.append(el("p", f"No importances: {found.note}"))

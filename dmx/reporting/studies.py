@@ -11,7 +11,7 @@ from dmx import records as keys
 from dmx.errors import DataError
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, sized
-from dmx.reporting.reading import Document, read_document, read_points
+from dmx.reporting.reading import Document, read_dev_split, read_document, read_points
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.schema import read_yaml
 from dmx.search.objectives import DEFAULT, OBJECTIVES
@@ -57,9 +57,9 @@ def read_study(folder: Path) -> RunReport:
     if best is None:  # still running: the best so far
         scored = [t for t in trials if math.isfinite(t.best)]
         best = max(scored, key=lambda t: (t.best, -t.number)).number if scored else None
-    config_file = folder / keys.BEST_DIR / keys.CONFIG_FILE
-    whole = result is not None and config_file.is_file()
-    config = read_yaml(config_file) if whole else _trial_config(folder, best)
+    checkpoint = _best_folder(folder, best, whole=result is not None)
+    config_file = checkpoint / keys.CONFIG_FILE
+    config = read_yaml(config_file) if config_file.is_file() else None
     search = _search(settings, source)
     attention = source.text("attention", UNKNOWN)
     fixed = flatten(settings.mapping("overrides").values)
@@ -84,6 +84,7 @@ def read_study(folder: Path) -> RunReport:
         search=search,
         environment=environment,
         seconds=max((s for s in seconds if math.isfinite(s)), default=math.nan),
+        **read_dev_split(checkpoint),
     )
 
 
@@ -147,12 +148,12 @@ def history(folder: Path) -> list[tuple[int, float, float, float]]:
     return found
 
 
-def _trial_config(folder: Path, best: int | None) -> Mapping[str, Any] | None:
-    """The config of the best trial so far, while the study has not ended."""
-    if best is None:
-        return None
-    path = folder / "trials" / f"{best:04d}" / keys.BEST_DIR / keys.CONFIG_FILE
-    return read_yaml(path) if path.is_file() else None
+def _best_folder(folder: Path, best: int | None, *, whole: bool) -> Path:
+    """The best checkpoint; while the study has not ended, that of the best trial so far."""
+    own = folder / keys.BEST_DIR
+    if best is None or (whole and (own / keys.CONFIG_FILE).is_file()):
+        return own
+    return folder / "trials" / f"{best:04d}" / keys.BEST_DIR
 
 
 def _finals(result: Document) -> FinalSeeds | None:

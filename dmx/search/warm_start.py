@@ -26,7 +26,7 @@ from dmx.search.objectives import evaluate, missing
 from dmx.search.past import Past
 from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings
-from dmx.storage.journal import read_journal
+from dmx.storage.journal import expect, read_journal
 
 WARM_START_FILE = "warm_start.json"
 
@@ -86,7 +86,13 @@ def take(runs: Sequence[Path], here: Here) -> WarmStart:
                 f"--warm-start {run.name} has another task, data or budget, and nsga2 compares "
                 "values as they are; use --sampler tpe or gp."
             )
-        found = list(_points(run, flatten(settings.get("overrides") or {}), here))
+        overrides = settings.get("overrides") or {}
+        if not isinstance(overrides, dict):
+            raise StageError(
+                f"{run / keys.SETTINGS_FILE} has overrides that are no mapping; leave this "
+                "--warm-start out."
+            )
+        found = list(_points(run, flatten(overrides), here))
         group = "" if same else run.name
         kept = [{**f, "group": group} for f in found if f]
         trials.extend(kept)
@@ -149,8 +155,16 @@ def _settings(run: Path, here: Here) -> dict[str, Any]:
 def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[str, Any] | None]:
     """Each finished trial with its values; None for one that lies outside the new space."""
     reports: dict[int, dict[int, Mapping[str, Any]]] = {}
-    for event in read_journal(run / keys.JOURNAL_FILE)[0]:
+    path = run / keys.JOURNAL_FILE
+    for line, event in enumerate(read_journal(path)[0], start=1):
         if event.get("event") == "report":
+            try:
+                expect(event, trial=int, step=int, metrics=dict)
+            except StageError:
+                raise StageError(
+                    f"{path} line {line} is a report without trial, step or metrics, so dmx did "
+                    "not write it; leave this --warm-start out."
+                ) from None
             reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
     for trial in _optuna_trials(run / keys.OPTUNA_FILE):
         if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):

@@ -17,6 +17,7 @@ from dmx.study import files as study_files
 from dmx.study import finals
 from dmx.study.config import StudyConfig
 from dmx.study.view import TensorBoardView, trials_table
+from dmx.wording import describe_failures
 
 
 def finish(
@@ -148,7 +149,8 @@ def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> 
         on = ", ".join(str(n) for n in result.front) or "none"
         out.print(f"Pareto front of {', '.join(names)} (marked +): trials {on}", highlight=False)
     if best is None:
-        out.print("No trial reported a dev accuracy.")
+        failed = describe_failures(result.trials)
+        out.print(failed or "No trial reported a dev accuracy.", highlight=False, markup=False)
         return
     labels = store.split("test").labels
     majority = max((labels == c).mean() for c in set(labels.tolist()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dmx import records as keys
@@ -17,7 +18,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import DataError
 from dmx.nn.allocator import keep_freed_memory
-from dmx.nn.device import autocast, peak_memory_mb, pick_device, sum_dtype
+from dmx.nn.device import autocast, peak_memory_mb, pick_device, reset_peak_memory, sum_dtype
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
@@ -144,8 +145,7 @@ class Trainer:
         every = self.config.train.eval_every_steps
         target = min((self.step // every + 1) * every, self.config.train.num_steps)
         first, started = self.step, time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
         loss, accuracy, norm, tokens = self._train_to(target)
         seconds = time.perf_counter() - started
         self.train_seconds += seconds
@@ -248,8 +248,14 @@ class Trainer:
 
     def provenance(self) -> dict[str, Any]:
         """What the metrics were measured on; stands beside them in metrics.json."""
-        manifest = self.store.manifest
-        return {"data": manifest.label, "is_sample": manifest.is_sample, "task": self.config.task}
+        manifest, labels = self.store.manifest, self.store.split("dev").labels
+        return {
+            "data": manifest.label,
+            "is_sample": manifest.is_sample,
+            "task": self.config.task,
+            keys.NUM_DEV: len(labels),
+            keys.DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
+        }
 
     def save(
         self,
@@ -310,4 +316,5 @@ class Trainer:
 
 
 def _metrics_only(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in ("data", "is_sample", "task")}
+    beside = ("data", "is_sample", "task", keys.NUM_DEV, keys.DEV_MAJORITY)
+    return {k: v for k, v in values.items() if k not in beside}

@@ -76,9 +76,14 @@ def make_study(
     *,
     data: str = "sample-bbc, not LRA",
     error: str = "the loss is not finite",
+    dev: tuple[int, float] | None = None,
+    searched: Mapping[str, Any] = SEARCHED,
     **study: Any,
 ) -> Path:
-    """A finished study; `study` overrides values of study.json."""
+    """A finished study; `study` overrides values of study.json.
+
+    dev: examples of the dev split, and the share of its largest class.
+    """
     folder.mkdir(parents=True)
     storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     optuna_study = optuna.create_study(storage=storage, study_name="s", direction="maximize")
@@ -103,7 +108,7 @@ def make_study(
         "task": "text",
         "attention": "butterfly",
         "overrides": {"train.eval_every_steps": 2, "train.num_steps": 8},
-        "searched": SEARCHED,
+        "searched": dict(searched),
         "max_steps": 8,
         "scheduler": "asha",
         "sampler": "tpe",
@@ -130,7 +135,8 @@ def make_study(
     }
     (folder / "study.json").write_text(json.dumps(summary))
     plain = config(train__num_steps=8, optim__warmup_steps=2, optim__learning_rate=2e-3)
-    write_checkpoint(folder / "best", plain, {})
+    beside = {} if dev is None else {"num_dev": dev[0], "dev_majority": dev[1]}
+    write_checkpoint(folder / "best", plain, beside)
     return folder
 
 

@@ -69,6 +69,29 @@ def test_the_value_that_decides_is_the_important_one(tmp_path, monkeypatch, has_
     assert found.values["optim.learning_rate"] > 0.8 and found.num_trials == 40
 
 
+def test_the_range_counts_on_the_scale_on_which_it_is_drawn(tmp_path) -> None:
+    """0.10 * log10(rate / 1e-4) over [0, 2] has variance 0.01 * 4 / 12; a step of 0.1 between two
+    sizes 0.1^2 / 4: shares of 57 and 43 %. On a linear scale the rate would have 0.01 * 0.176.
+    """
+    pytest.importorskip("sklearn")
+    trials = _trials(80, lambda size, rate: 0.1 * (math.log10(rate) + 4) + 0.1 * (size == 64))
+    found = importances(collect(make_study(tmp_path / "s", trials)))
+    assert found.method == "fANOVA" and "each setting explains" in found.meaning
+    assert found.values["optim.learning_rate"] == pytest.approx(0.57, abs=0.08)
+
+
+def test_trials_compare_within_the_steps_that_all_took(tmp_path) -> None:
+    """Large blocks learn more slowly and end where small ones do; the rate alone matters at 2."""
+    curves = _trials(40, lambda size, rate: 0.5 + 0.1 * math.log10(rate))
+    trials = []
+    for n, (_, size, rate, curve) in enumerate(curves):
+        late = {} if n % 2 and size == 64 else {8: 0.9}
+        trials.append(("COMPLETE" if late else "PRUNED", size, rate, {**curve, **late}))
+    found = importances(collect(make_study(tmp_path / "s", trials)))
+    assert found.values["optim.learning_rate"] > 0.8 and found.num_trials == 40
+    assert "within 2 steps, which all of them took" in found.note
+
+
 def test_no_importances_where_nothing_can_be_said(tmp_path) -> None:
     few = importances(collect(make_study(tmp_path / "few")))
     assert not few.values and few.note.startswith("3 scored trials are too few")
@@ -83,7 +106,7 @@ def test_a_conditional_value_is_named_and_not_ranked(tmp_path) -> None:
     folder = make_study(tmp_path / "s", _trials(8, lambda size, rate: rate))
     run = collect(folder)
     trials = tuple(
-        type(t)(**{**vars(t), "params": dict(list(t.params.items())[: 1 + (t.number > 2)])})
+        type(t)(**{**vars(t), "drawn": dict(list(t.drawn.items())[: 1 + (t.number > 2)])})
         for t in run.trials
     )
     found = importances(type(run)(**{**vars(run), "trials": trials}))

@@ -14,6 +14,8 @@ from dmx.leaderboard import gather, to_markdown
 from dmx.report import FORMATS
 from dmx.reporting.board import boards, entries
 from dmx.reporting.collect import collect
+from dmx.reporting.pareto import costed
+from dmx.reporting.sections import all_sections
 from dmx.reporting.stopping import filled_rungs
 from dmx.storage.journal import encode
 from tests.reporting.makers import make_study
@@ -64,6 +66,17 @@ def test_the_front_in_every_format(study):
     section = pages["html"].split('id="pareto"')[1].split("<section")[0]
     assert "beaten by no other: trial 2, trial 3." in section
     assert section.count('class="chart"') == 1, "accuracy against memory; time was no objective"
+
+
+def test_what_was_stopped_early_is_on_no_front(tmp_path):
+    """The stopped trial is the cheapest, and at 20 % far from what it would have reached."""
+    trials = [("COMPLETE", 32, 1e-3, {8: 0.4}), ("PRUNED", 32, 1e-3, {2: 0.2})]
+    run = collect(make_study(tmp_path / "s", trials))
+    assert run.trials[1].highest("peak_memory_mb") < run.trials[0].highest("peak_memory_mb")
+    for key in ("step_seconds", "peak_memory_mb"):
+        assert [c.trial for c in costed(run, key)] == [0]
+    text = "".join(content for *_, content in all_sections(run))
+    assert "On the front, beaten by no other: trial 0. Stopped early and left out: 1." in text
 
 
 def test_one_objective_has_no_front(tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +18,14 @@ from dmx.errors import ConfigError
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.collect import collect
 from dmx.reporting.html import render
+from dmx.reporting.importance import importances
 from dmx.reporting.markdown import escape as markdown_escape
 from dmx.reporting.markdown import render as markdown
 from dmx.reporting.markup import Markup, el, join
+from dmx.reporting.records import RunReport, Trial
+from dmx.wording import describe_failures
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
+from tests.tiny import one_sentence
 
 VOID = {"meta", "br", "hr", "link"}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&\x00"
@@ -150,14 +156,92 @@ def test_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_study_of_failures_says_so(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "s", [("FAILED", 32, 1e-3, {})] * 2, best=None)
     run = collect(folder)
-    assert any(
-        c.text.startswith("All trials failed, the first because: the loss is not finite.")
-        for c in caveats(run)
-        if c.level == "severe"
-    )
+    assert (
+        "All trials failed as trial 0: the loss is not finite; search smaller learning rates, or "
+        "set train.clip_gradient_norm=1.0."
+    ) in [c.text for c in caveats(run) if c.level == "severe"]
     for text in (Page(render(run)).text, markdown(run)):
         assert "All trials failed" in text and "1 seed" not in text and "no test yet" in text
     assert "Test accuracy:" not in markdown(run)
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        (["the loss is not finite at step 3", "", "the loss is not finite at step 12"],
+         "3 of 4 trials failed, 2 of them as trial 0: the loss is not finite at step 3; search "),
+        (["x is 3.5e-2, y", "x is 7, y", "other"], "3 of 4 trials failed, 2 of them as trial 0: x"),
+        (["out of memory with one sequence at a time (64 positions); take a smaller model."],
+         "1 of 4 trials failed as trial 0: out of memory with one sequence at a time (64 positions"
+         "); take a smaller model; a smaller model or train.micro_batch_size needs less memory"),
+        (["RuntimeError: odd"], "RuntimeError: odd; trials/0000/error.txt may tell more."),
+        (["", "", "", ""], "All trials failed as trial 0: it left no message; "),
+    ],
+)  # fmt: skip
+def test_what_failed_most_in_one_sentence(errors, words) -> None:
+    """Errors that differ in a number are one kind."""
+    whole = [Trial(number=n, status="COMPLETE") for n in range(len(errors), 4)]
+    failed = [Trial(number=n, status="FAILED", error=e) for n, e in enumerate(errors)]
+    assert words in one_sentence(describe_failures([*failed, *whole]))
+    assert describe_failures(whole) == "" and describe_failures([]) == ""
+
+
+def _notes(run: RunReport) -> str:
+    return " ".join(c.text for c in caveats(run) if c.level == "note")
+
+
+def test_the_dev_splits_noise_is_told(tmp_path: Path) -> None:
+    """400 examples at 50 %: 1.96 * sqrt(0.25 / 400) = 4.9 points; 46 % lies within, 40 % not."""
+    trials = [("COMPLETE", 32, 1e-3, {8: a}) for a in (0.40, 0.46, 0.50)]
+    told = _notes(collect(make_study(tmp_path / "s", trials, dev=(400, 0.2))))
+    assert "has 400 examples: an accuracy of 50.00 % on it is uncertain by ±4.90 points" in told
+    assert "1 other trial lies within that of the best, whose lead may be luck." in told
+    assert "uncertain" not in _notes(collect(make_study(tmp_path / "old", trials)))
+
+
+def test_values_at_the_end_of_what_was_searched_are_told(tmp_path: Path) -> None:
+    """9.9e-3 is 0.998 of the way from 1e-4 to 1e-2 by its logarithm, 5e-3 is 0.85."""
+    rest = [("COMPLETE", 32, 1e-3, {8: 0.3})] * 5
+    at = make_study(tmp_path / "at", [*rest, ("COMPLETE", 64, 9.9e-3, {8: 0.5})])
+    told = _notes(collect(at))
+    assert (
+        "The best trial's optim.learning_rate of 0.0099 lies at the upper end of what was" in told
+    )
+    assert "block_size of" not in told, "of two choices one is always at an end"
+    inside = make_study(tmp_path / "in", [*rest, ("COMPLETE", 64, 5e-3, {8: 0.5})])
+    assert "lies at the" not in _notes(collect(inside))
+    few = make_study(tmp_path / "few", [("COMPLETE", 64, 9.9e-3, {8: 0.5})])
+    assert "lies at the" not in _notes(collect(few))
+    three = {
+        "attention.block_size": ["choice", 16, 32, 64],
+        "optim.learning_rate": ["uniform", 0, 1],
+    }
+    choices = make_study(
+        tmp_path / "three", [*rest, ("COMPLETE", 64, 1e-4, {8: 0.5})], searched=three
+    )
+    told = _notes(collect(choices))
+    assert "attention.block_size of 64 lies at the upper end" in told
+    assert "learning_rate of" not in told, "below 0 there is nothing"
+
+
+def test_at_chance_nothing_is_said_of_what_mattered(tmp_path: Path, monkeypatch) -> None:
+    """60 looks: p < 0.05/60 is 3.14 deviations of sqrt(0.25/400) = 2.5 points: 57.8 %."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    draw = random.Random(0)
+
+    def study(name: str, best: float, **more: Any) -> RunReport:
+        scores = [draw.uniform(0.45, 0.55) for _ in range(59)] + [best]
+        rates = [10 ** draw.uniform(-4, -2) for _ in scores]
+        trials = [("COMPLETE", 32, r, {8: a}) for r, a in zip(rates, scores, strict=True)]
+        return collect(make_study(tmp_path / name, trials, **more))
+
+    run = study("noise", 0.575, dev=(400, 0.5))
+    assert run.at_chance and importances(run).values == {}
+    assert "Within 8 steps, which all trials took, none is above chance" in importances(run).note
+    assert "it sits at chance" in _notes(run) and "lies at the" not in _notes(run)
+    found = study("found", 0.58, dev=(400, 0.5))
+    assert not found.at_chance and importances(found).values
+    assert not study("unknown", 0.575).at_chance
 
 
 def test_a_long_table_of_trials_is_folded(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dmx.search.past import Past, comparable, ranked
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.search.warm_start import WARM_START_FILE, Here, check_kept, prepare, read_prior, take
+from dmx.storage.journal import encode
 from tests.search.test_sampling import finish
 from tests.study.helpers import FIXED, space
 from tests.tiny import TASK, one_sentence
@@ -251,6 +252,30 @@ def test_what_is_kept_is_what_counts(old, tmp_path):
     assert read_prior(folder, chosen) == ()
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "report"},
+        {"event": "report", "trial": 0, "step": 2},
+        {"event": "report", "trial": "0", "step": 2, "metrics": {}},
+        {"event": "report", "trial": [0], "step": 2, "metrics": {}},
+        {"event": "report", "trial": 0, "step": 2, "metrics": [1]},
+    ],
+)
+def test_foreign_reports_are_one_sentence_and_foreign_fields_no_matter(old, tmp_path, event):
+    copy = tmp_path / "copy"
+    shutil.copytree(old, copy)
+    first = {"event": "note", "trial": "any"}
+    lines = [encode(first), *(copy / "journal.jsonl").read_bytes().splitlines(keepends=True)]
+    (copy / "journal.jsonl").write_bytes(b"".join(lines))
+    chosen = space(tmp_path)
+    assert json.loads(take([copy], here(chosen)).text)["trials"], "an event of another kind"
+    (copy / "journal.jsonl").write_bytes(b"".join([encode(first), encode(event), *lines[1:]]))
+    with pytest.raises(StageError, match=r"journal\.jsonl line 2 is a report without") as caught:
+        take([copy], here(chosen))
+    one_sentence(caught.value)
+
+
 def test_bad_runs(old, tmp_path):
     chosen = space(tmp_path)
     with pytest.raises(ConfigError, match="no study in that folder") as caught:
@@ -270,6 +295,10 @@ def test_bad_runs(old, tmp_path):
         with pytest.raises(StageError, match=r"settings\.json is damaged; leave this") as caught:
             take([copy], here(chosen))
         one_sentence(caught.value)
+    (copy / "settings.json").write_text(json.dumps(settings(overrides=[1])))
+    with pytest.raises(StageError, match="overrides that are no mapping") as caught:
+        take([copy], here(chosen))
+    one_sentence(caught.value)
     (copy / "settings.json").write_text(json.dumps(settings()))
     text = (copy / "optuna.journal").read_text().splitlines(keepends=True)
     (copy / "optuna.journal").write_text(text[0] + "rubbish\n" + "".join(text[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from dmx import records as keys
+from dmx.study import end as study_end
 from dmx.study.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
 
@@ -48,6 +50,21 @@ def speak(view: Any) -> None:
 
 def choose(output: Any) -> Any:
     return choose_view(output, num_trials=2, max_steps=8, title="t")
+
+
+def test_a_study_of_failures_says_what_failed_most(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = ("the loss is not finite at step 3", "x", "the loss is not finite at step 14")
+    trials = tuple(
+        dataclasses.replace(result(n, "FAILED", math.nan), error=e) for n, e in enumerate(errors)
+    )
+    found = keys.StudyResult(name="s", folder=Path("s"), trials=trials, best=None, complete=True)
+    about = {"name": "s", "attention": "none", "task": "text", "data": "tiny", "best": None}
+    study_end.show(about, found, None)  # type: ignore[arg-type]
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith(
+        "All trials failed, 2 of them as trial 0: the loss is not finite at step 3; search smaller "
+        "learning rates, or set train.clip_gradient_norm=1.0."
+    )
 
 
 def test_json_lines_are_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,8 @@ def test_predictions_are_those_of_the_weights_beside_them(finished: Path) -> Non
     plain = json.loads((finished / "best" / "samples.json").read_text())
     metrics = json.loads((finished / "best" / "metrics.json").read_text())
     assert plain["step"] == metrics["steps"] == metrics["best_step"]
+    ones = sum(label for _, label in tiny.examples("dev"))
+    assert metrics["num_dev"] == 37 and metrics["dev_majority"] == max(ones, 37 - ones) / 37
     config = tiny.config().resolved(vocab_size=512, num_classes=2)
     model = build_model(config)
     model.load_state_dict(torch.load(finished / "best" / "model.pt", weights_only=True))
