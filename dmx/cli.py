@@ -208,6 +208,38 @@ def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
                 signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Within the block the first signal to stop is only noted; one more acts as it did before.
+
+    It yields what says whether one has come. Work that can be stopped without loss between two of
+    its steps asks there.
+    """
+    asked = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        logger.warning("stopping at the next step; once more stops at once")
+        put_back()
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What a job in the background ignores stays ignored; elsewhere than in the main thread
+        # signals are someone else's business.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(ValueError):
+                before[number] = signal.signal(number, note)
+    try:
+        yield asked.is_set
+    finally:
+        put_back()
+
+
 def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:
     """The command as a user would type it again, with an option added."""
     words = [*argv, *([add] if add and add not in argv else [])]

@@ -56,6 +56,8 @@ from dmx.training.transfer import (
 from dmx.training.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")
+_SLICE_SECONDS = 1.0
+"""How long a signal to stop waits at most, beside the step that is under way."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         ):
             return _train(args, config, store, folder, workers, check)
     except KeyboardInterrupt:
-        logger.warning("stopped; the last evaluation is kept. Continue with:\n%s", again)
+        logger.warning("stopped; what was trained is kept. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
 
 
@@ -217,6 +219,7 @@ def _train(
         folder=str(folder),
         init_from=None if args.init_from is None else str(Path(args.init_from).absolute()),
         reinit=tuple(args.reinit),
+        slice_seconds=_SLICE_SECONDS,
         **workers.of_job(),
     )
     events = RunWriter(folder)
@@ -239,8 +242,13 @@ def _train(
 
         with _opened(job, args.address, show) as runner:
             while True:
-                report = runner.step()
+                with cli.stop_between_steps() as stopped:
+                    report = runner.step()
+                if stopped():
+                    raise KeyboardInterrupt
                 check()
+                if report.get(keys.UNDER_WAY):
+                    continue
                 if report.get(keys.FAILURE):
                     logger.error("the run failed: %s", report[keys.FAILURE])
                     events.end("FAILED")

@@ -101,6 +101,25 @@ def runner(data_folder: str, folder: Path, ranks: Group, evaluations: int) -> An
     return reports
 
 
+def cut(data_folder: str, folder: Path, ranks: Group) -> Any:
+    """Reports of a run with dropout that is cut off after every step, and its weights."""
+    plain = to_dict(config(**DROPOUT))
+    job = Job(run_config=plain, data_folder=data_folder, folder=str(folder), slice_seconds=0.0)
+    reports: list[Any] = []
+    while not reports or not reports[-1]["done"]:
+        made = Runner(job, ranks=ranks)
+        report = made.step()
+        while "under_way" not in report and not report["done"]:  # repeated, or new
+            reports.append(report)
+            report = made.step()
+        if report["done"]:
+            reports.append(report)
+            weights = {k: v.clone() for k, v in made.trainer.model.state_dict().items()}
+        made.close()
+    new = [r for i, r in enumerate(reports) if r["steps"] not in [x["steps"] for x in reports[:i]]]
+    return new, weights
+
+
 def fails(store: Any, ranks: Group) -> str:
     """A loss that is no number, seen by every process at the same step."""
     try:
@@ -133,6 +152,7 @@ def main() -> None:
     found["out of memory"] = one_runs_out_of_memory(store, ranks)
     found["begun"] = runner(str(data_folder), folder / "begun", ranks, 2)
     found["continued"] = runner(str(data_folder), folder / "continued", ranks, 3)
+    found["cut"] = cut(str(data_folder), folder / "cut", ranks)
     found["diverged"] = fails(store, ranks)
     too_many = Job(
         run_config=to_dict(config(train__batch_size=2)),

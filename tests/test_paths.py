@@ -18,7 +18,7 @@ from dmx.resources import find_yaml
 
 NO_PATHS = {
     *("attention", "task", "name", "set", "settings", "objective", "address", "until"),
-    *("from_stage", "trials_per_gpu", "format", "what"),
+    *("from_stage", "trials_per_gpu", "format", "what", "reinit"),
 }
 """Arguments of free text that are no path; whatever else takes text is one."""
 

@@ -133,10 +133,10 @@ def _store(host: str, port: int, size: int, listener: int | None = None) -> dist
 class Gang:
     """A Runner whose work is done by `job.workers` processes, wherever the cluster has room.
 
-    Each `step` lets the members train to the next evaluation, and no further: what is on disk is
-    what was reported. When one dies, all are started again from the last checkpoint, as many as
-    there is room for. The batches stay the same, only the shares grow. A member that found no room
-    keeps waiting for it, and joins between two steps.
+    Each `step` lets the members train to the next evaluation, or for one slice, and no further:
+    there they can be closed, and what they have trained is on disk. When one dies, all are started
+    again from the last checkpoint, as many as there is room for. The batches stay the same, only
+    the shares grow. A member that found no room keeps waiting for it, and joins between two steps.
 
     Args:
         form_seconds: see FORM_SECONDS.
@@ -170,6 +170,8 @@ class Gang:
                 return {keys.STEPS: max(self._steps, 0), keys.DEV_ACCURACY: 0.0, **end}
             if keys.FAILURE in report:
                 self._end()
+                return report
+            if keys.UNDER_WAY in report:
                 return report
             if report[keys.STEPS] > self._steps:  # else it is known, repeated after a restart
                 self._steps, self._deaths = report[keys.STEPS], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from dmx.cluster.gang import runner_of
 from dmx.training.job import Job
 
 import ray  # isort: skip
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError  # isort: skip
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError  # isort: skip
 
 logger = logging.getLogger("dmx.launch")
+_CLOSE_SECONDS = 20.0
+_SLICE_SECONDS = 2.0
+"""How long a run that is told to stop trains on at most, beside the step that is under way."""
 
 
 class _Actor:
@@ -29,6 +33,9 @@ class _Actor:
 
     def step(self) -> dict[str, Any]:
         return self._runner.step()
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 @dataclass
@@ -50,7 +57,7 @@ class Running:
 
 def start(job: Job, *, cpus: float, gpus: float) -> Running:
     """Launch a run; it starts as soon as the cluster has room."""
-    running = Running(job, cpus, gpus)
+    running = Running(dataclasses.replace(job, slice_seconds=_SLICE_SECONDS), cpus, gpus)
     _launch(running)
     return running
 
@@ -100,10 +107,19 @@ def wait_any(
             stop(running)
         else:
             running.future = running.actor.step.remote()
-        reports.append((running, report))
+        if not report.get(keys.UNDER_WAY):
+            reports.append((running, report))
     return reports
 
 
-def stop(running: Running) -> None:
-    """End a run's process at once, and with it all that it owns; its last checkpoint stays."""
-    ray.kill(running.actor, no_restart=True)
+def stop(*runs: Running) -> None:
+    """End runs' processes, and all that they own; what they have trained is kept, for a while."""
+    closing = []
+    for running in runs:
+        with contextlib.suppress(RayError):
+            closing.append(running.actor.close.remote())
+    with contextlib.suppress(RayError):
+        ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS) if closing else None
+    for running in runs:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(running.actor, no_restart=True)

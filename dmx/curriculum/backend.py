@@ -132,9 +132,7 @@ class RayBackend:
 
     def close(self) -> None:
         """Kill workers and cancel tasks."""
-        for run in self._runs.values():
-            with contextlib.suppress(RayError, ValueError):
-                launch.stop(run)
+        launch.stop(*self._runs.values())
         for reference in self._tasks:
             with contextlib.suppress(RayError, ValueError, TypeError):
                 ray.cancel(reference, force=True)

@@ -183,11 +183,13 @@ def eval_batches(
     length: int,
     device: torch.device,
     share: slice = slice(None),
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """Every example of a split exactly once, the ragged last batch included, sorted by length.
 
     `share`: which of the batches; all of them unless several processes share the split.
+    `skip`: how many of them are left out, the first ones.
     """
     order = np.argsort(split.lengths, kind="stable")
-    for start in range(0, len(order), batch_size)[share]:
+    for start in range(0, len(order), batch_size)[share][skip:]:
         yield make_batch(split, order[start : start + batch_size], length).to(device)

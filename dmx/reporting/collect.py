@@ -116,7 +116,7 @@ def read_run(folder: Path) -> RunReport:
     for name in (keys.LAST_DIR, keys.BEST_DIR):
         metrics = metrics or read_document(folder / name / keys.METRICS_FILE)
     reports: list[dict[str, Any]] = [r for r in read_scalars(folder) if keys.DEV_ACCURACY in r]
-    if not reports and metrics is not None:
+    if not reports and metrics is not None and keys.STEPS in metrics.values:
         reports = [{k: v for k, v in metrics.values.items() if k in keys.REPORT_KEYS}]
     source = result or metrics
     error = _first_line(folder / "error.txt")

@@ -17,8 +17,8 @@ from dmx.search.population import apply
 from dmx.storage.patience import is_storage_error
 from dmx.study.config import StudyConfig
 from dmx.study.pbt import Population, copied
-from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
-from dmx.study.trainable import JOB_KEY
+from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo, is_report
+from dmx.study.trainable import JOB_KEY, SLICE_SECONDS
 from dmx.study.watchdog import Watchdog
 
 from ray import tune  # isort: skip
@@ -71,6 +71,7 @@ class LedgerSearcher(Searcher):
                 "patience_seconds": self._config.patience_seconds,
                 **self._config.workers.of_job(),
                 "within": str(self._folder),
+                "slice_seconds": SLICE_SECONDS,
                 # The study's journal is ours, so whoever still works on a trial was given up.
                 "takes_over": True,
             },
@@ -160,7 +161,7 @@ class Recorder(tune.Callback):
         number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
         if result.get(keys.LOST):  # the next trial would meet the same storage
             raise StorageError(str(result[keys.FAILURE]))
-        if keys.FAILURE in result:
+        if not is_report(result):
             return
         self._ledger.report(number, step, result)
         if (number, step) not in self._shown:

@@ -16,6 +16,11 @@ from dmx.search.ledger import Ledger
 NUMBER_KEY = "trial_number"
 
 
+def is_report(result: Mapping[str, Any]) -> bool:
+    """Whether it tells of an evaluation, and not of a failure or of training that goes on."""
+    return keys.STEPS in result and keys.FAILURE not in result and keys.UNDER_WAY not in result
+
+
 @dataclass(frozen=True)
 class _Known:
     """What the bracket needs of a trial: a key that is the same before and after a restart."""
@@ -76,6 +81,8 @@ class DurableAsha(AsyncHyperBandScheduler):
         """Record the report, then decide; one known from before a crash decides nothing new."""
         if keys.FAILURE in result:
             return TrialScheduler.STOP
+        if not is_report(result):
+            return TrialScheduler.CONTINUE
         number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
         if not self._ledger.report(number, step, result):
             return TrialScheduler.STOP if number in self.stopped else TrialScheduler.CONTINUE
@@ -84,13 +91,8 @@ class DurableAsha(AsyncHyperBandScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """The last report reaches a scheduler only here; it is recorded, and fills the rungs."""
         number = trial.config[NUMBER_KEY]
-        step = result.get(keys.STEPS)
-        if (
-            step is not None
-            and keys.FAILURE not in result
-            and self._ledger.report(number, int(step), result)
-        ):
-            self._decide(number, int(step), result)
+        if is_report(result) and self._ledger.report(number, int(result[keys.STEPS]), result):
+            self._decide(number, int(result[keys.STEPS]), result)
         self._trial_info.pop(trial.trial_id, None)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
@@ -126,12 +128,13 @@ class RecordingFifo(TrialScheduler):
         """Record and go on."""
         if keys.FAILURE in result:
             return self.STOP
-        self._ledger.report(trial.config[NUMBER_KEY], int(result[keys.STEPS]), result)
+        if is_report(result):
+            self._ledger.report(trial.config[NUMBER_KEY], int(result[keys.STEPS]), result)
         return self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Record the last report."""
-        if keys.STEPS in result and keys.FAILURE not in result:
+        if is_report(result):
             self._ledger.report(trial.config[NUMBER_KEY], int(result[keys.STEPS]), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:

@@ -15,6 +15,8 @@ from dmx.training.process_state import ProcessState
 from dmx.training.runner import Runner
 
 JOB_KEY = "job"
+SLICE_SECONDS = 5.0
+"""Tune hears so often of a trial, and can stop it then without losing a step."""
 
 
 class TrialTrainable(tune.Trainable):
@@ -41,7 +43,7 @@ class TrialTrainable(tune.Trainable):
         return self._runner
 
     def step(self) -> dict[str, Any]:
-        """Train to the next evaluation and report."""
+        """Train to the next evaluation and report, or for one slice: then there is no report."""
         return self.runner.step()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -60,7 +62,7 @@ class TrialTrainable(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        """Free what the run holds."""
+        """Keep what was trained, and free what the run holds."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None

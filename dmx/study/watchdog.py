@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dmx import records as keys
-from dmx.study.scheduler import NUMBER_KEY
+from dmx.study.scheduler import NUMBER_KEY, is_report
 
 import ray  # isort: skip
 from ray import tune  # isort: skip
@@ -52,7 +51,8 @@ class Watchdog(tune.Callback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeout_seconds, self._kill, self._clock = timeout_seconds, kill, clock
-        self._since: dict[Any, float] = {}
+        self._since: dict[Any, float] = {}  # it was last heard of
+        self._reported: dict[Any, float] = {}
         self._started: set[Any] = set()
         self._intervals: list[float] = []
         self._looked = clock()
@@ -60,7 +60,7 @@ class Watchdog(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its time runs."""
-        self._since[trial] = self._clock()
+        self._since[trial] = self._reported[trial] = self._clock()
         self._started.add(trial)
 
     def on_trial_result(
@@ -68,25 +68,28 @@ class Watchdog(tune.Callback):
     ) -> None:
         """It is alive; the last thousand intervals say what is usual."""
         now = self._clock()
-        began = self._since.get(trial)
         self._started.discard(trial)
-        if began is not None:
-            self._intervals = [*self._intervals[-999:], now - began]
         self._since[trial] = now
-        if keys.FAILURE not in result:
+        if is_report(result):
+            if (since := self._reported.get(trial)) is not None:
+                self._intervals = [*self._intervals[-999:], now - since]
+            self._reported[trial] = now
             self.hung.pop(trial.config[NUMBER_KEY], None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its time is over."""
         self._since.pop(trial, None)
+        self._reported.pop(trial, None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its time is over."""
         self._since.pop(trial, None)
+        self._reported.pop(trial, None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It waits for a process."""
         self._since.pop(trial, None)
+        self._reported.pop(trial, None)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look at all running trials; Tune calls this many times a second."""

@@ -28,6 +28,8 @@ class Job:
         stop_at: end this piece at that optimizer step; the run itself goes on in another job.
         adopt: a checkpoint to go on from with this config's settings, where the run's own last one
             is not beyond it (see adopt.adopt).
+        slice_seconds: how long Runner.step trains at most before it comes back; None is to the next
+            evaluation.
         takes_over: a former process of the run was given up, or would be by whoever starts this
             one; where it still holds the folder, cut off with its host, it is not waited for.
     """
@@ -46,4 +48,5 @@ class Job:
     within: str | None = None
     stop_at: int | None = None
     adopt: str | None = None
+    slice_seconds: float | None = None
     takes_over: bool = False

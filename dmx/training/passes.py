@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +31,16 @@ class Evaluation:
     loss: float
     accuracy: float
     num_examples: int
+
+
+class Scored:
+    """How far an evaluation has come: [2] sums of sum_dtype (losses, hits) of so many rounds, in each of
+    which every process takes one batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, device=device, dtype=sum_dtype(device))
+        self.rounds = 0
 
 
 class Passes:
@@ -90,17 +102,31 @@ class Passes:
         return loss_sum, correct
 
     @torch.no_grad()
-    def evaluate(self, data: Split, length: int) -> Evaluation:
+    def evaluate(
+        self, data: Split, length: int, done: Scored | None = None, until: float = math.inf
+    ) -> Evaluation | None:
         """Loss and accuracy over the whole split, the ragged last batch included.
 
         The batches are the same for any number of processes, and their sums are of sum_dtype.
+
+        Args:
+            done: what was scored before; it is brought further. until: as in Trainer.advance, which
+                makes this return None.
         """
         self._model.eval()
-        sums = torch.zeros(2, device=self._device, dtype=self._sum_dtype)  # loss, hits
-        size, share = self._eval_batch_size, self._ranks.share
-        for batch in eval_batches(data, size, length, self._device, share):
-            sums += self.score(batch)
-        loss, correct = self._ranks.total(sums).tolist()
+        done = done or Scored(self._device)
+        size, ranks = self._eval_batch_size, self._ranks
+        rounds = -(-len(data) // (size * ranks.size))
+        batches = eval_batches(data, size, length, self._device, ranks.share, done.rounds)
+        while done.rounds < rounds:
+            late = time.monotonic() >= until
+            batch = next(batches, None)  # in the last round some processes have none
+            if batch is not None:
+                done.sums += self.score(batch)
+            done.rounds += 1
+            if until < math.inf and ranks.largest(float(late)) and done.rounds < rounds:
+                return None
+        loss, correct = ranks.total(done.sums).tolist()
         return Evaluation(loss / len(data), correct / len(data), len(data))
 
     @torch.no_grad()

@@ -43,8 +43,13 @@ class Ranks:
     def seed(self, seed: int, step: int) -> None:
         """Set the random generators for a step; alone, they simply run on."""
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put the sum of all processes' gradients in place of the own ones."""
+    def add_gradients(self, parameters: Iterable[nn.Parameter], late: bool = False) -> bool:
+        """Put the sum of all processes' gradients in place of the own ones.
+
+        Returns:
+            Whether any of them is `late`.
+        """
+        return late
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""
@@ -81,19 +86,20 @@ class Group(Ranks):
         words = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0] >> 1))
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def add_gradients(self, parameters: Iterable[nn.Parameter], late: bool = False) -> bool:
         """One all-reduce for all of them; a weight that no process used keeps no gradient."""
         wanted = [p for p in parameters if p.requires_grad]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
-        used = torch.tensor([float(p.grad is not None) for p in wanted]).to(parts[0])
-        flat = torch.cat([part.reshape(-1) for part in parts] + [used])
+        used = torch.tensor([*(float(p.grad is not None) for p in wanted), float(late)])
+        flat = torch.cat([part.reshape(-1) for part in parts] + [used.to(parts[0])])
         self._reduce(flat)
-        counts = flat[-len(wanted) :].tolist()
+        *counts, any_late = flat[-len(used) :].tolist()
         start = 0
         for parameter, count in zip(wanted, counts, strict=True):
             stop = start + parameter.numel()
             parameter.grad = flat[start:stop].view_as(parameter) if count else None
             start = stop
+        return bool(any_late)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -31,6 +33,8 @@ from dmx.training.samples import predict_samples
 from dmx.training.trainer import Diverged, Trainer
 from dmx.training.transfer import read_weights, transfer
 from dmx.training.workers import check_batch
+
+logger = logging.getLogger("dmx.runner")
 
 
 class Runner:
@@ -69,6 +73,7 @@ class Runner:
         self._lost = False
         self.taken_over = False
         self._resumed = False
+        self._unsaved = False  # whole steps since the last checkpoint
         self._busy_seconds = 0.0
         torch.set_num_threads(job.threads)
         started = time.perf_counter()
@@ -128,7 +133,7 @@ class Runner:
             folder = Path(self.job.adopt)
             self.job.places.pull(folder)
             other = open_checkpoint(folder)
-            if own.metrics[keys.STEPS] <= other.metrics[keys.STEPS]:
+            if own.training_state()["step"] <= other.metrics[keys.STEPS]:
                 adopt(trainer, other, own)
                 return False
         trainer.load(own)
@@ -149,6 +154,9 @@ class Runner:
     def step(self) -> dict[str, Any]:
         """Train to the next evaluation; flat metrics with `done`, or with `failure`.
 
+        A report with `under_way` is none of those: `slice_seconds` have passed, and the next call
+        goes on. Between two calls the run can be closed without losing a step.
+
         After a restart the first call only repeats the last report: the crash may have come
         between the checkpoint and the report. Whoever knows it already ignores it.
         """
@@ -158,10 +166,12 @@ class Runner:
         if self._resumed and trainer.metrics:
             self._resumed = False
             return {**trainer.metrics, **self._ending(trainer)}
-        started = time.perf_counter()
+        started, self._unsaved = time.perf_counter(), False
+        seconds = self.job.slice_seconds
+        until = math.inf if seconds is None else time.monotonic() + seconds
         try:
-            metrics = trainer.advance()
-            if self._ranks.leads:
+            metrics = trainer.advance(until)
+            if metrics is not None and self._ranks.leads:
                 self._keep(trainer)
         except PeerLost:
             raise
@@ -169,11 +179,16 @@ class Runner:
             self._fail(error)
             return self._failed()
         self._busy_seconds += time.perf_counter() - started
+        if metrics is None:
+            self._unsaved = True
+            under_way = {keys.UNDER_WAY: True, "done": False}
+            return {keys.STEPS: trainer.step, keys.DEV_ACCURACY: 0.0, **under_way}
         return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
 
     def _ending(self, trainer: Trainer) -> dict[str, bool]:
         """Whether this piece ends here, and whether the run goes on later."""
-        stop = self.job.stop_at is not None and trainer.step >= self.job.stop_at
+        at = self.job.stop_at
+        stop = at is not None and trainer.step >= at and trainer.interval is None
         waits = {keys.WAITS: True} if stop and not trainer.finished else {}
         return {"done": stop or trainer.finished, **waits}
 
@@ -232,8 +247,25 @@ class Runner:
         failed = {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, keys.FAILURE: self._failure}
         return {**failed, "done": True, **({keys.LOST: True} if self._lost else {})}
 
+    def _keep_unsaved(self, trainer: Trainer) -> None:
+        """Write the last checkpoint in the middle of an interval; a run that ends does not wait."""
+        claim, self._unsaved = self._claim, False
+        if claim is None or self.failed:
+            return
+        try:
+            claim.check()
+            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
+            self.job.places.push(self._folder / keys.LAST_DIR, claim)
+        except (OSError, DmxError) as error:
+            logger.warning("the steps since the last checkpoint are lost: %s", error)
+
     def close(self) -> None:
-        """Free the trainer's thread and the device's memory, for the next run in this process."""
+        """Free the trainer's thread and the device's memory, for the next run in this process.
+
+        What was trained since the last evaluation is kept, unless a call of `step` was cut off.
+        """
+        if self._trainer is not None and self._unsaved:
+            self._keep_unsaved(self._trainer)
         if self._claim is not None:
             self._claim.release()
             self._claim = None

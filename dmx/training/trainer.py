@@ -18,10 +18,11 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import DataError
 from dmx.nn.allocator import keep_freed_memory
-from dmx.nn.device import autocast, peak_memory_mb, pick_device, reset_peak_memory, sum_dtype
+from dmx.nn.device import autocast, peak_memory_mb, pick_device, reset_peak_memory
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
+from dmx.training.interval import Interval
 from dmx.training.passes import Evaluation, Passes
 from dmx.training.ranks import ALONE, Ranks
 from dmx.training.trainer_state import capture, follow_leader, restore
@@ -123,18 +124,25 @@ class Trainer:
         self.train_seconds = 0.0
         self.learning_rate = 0.0
         self.metrics: dict[str, Any] = {}
+        self.interval: Interval | None = None
+        """What was done since the last evaluation; None right after it."""
 
     # -- training ---------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
         """True when the schedule has ended or patience has run out."""
+        if self.interval is not None:
+            return False
         patience = self.config.train.patience
         worn_out = patience is not None and self.stale_evaluations >= patience
         return self.step >= self.config.train.num_steps or worn_out
 
-    def advance(self) -> dict[str, Any]:
+    def advance(self, until: float = math.inf) -> dict[str, Any] | None:
         """Train to the next evaluation, evaluate the whole dev split, and return flat metrics.
+
+        None at a pause: once `until`, a moment of time.monotonic(), has passed in any process of
+        the run, after at least one more step or batch. The next call goes on there.
 
         Raises:
             Diverged: the loss became NaN or infinite; the model is of no use any more.
@@ -143,13 +151,23 @@ class Trainer:
         """
         assert not self.finished
         every = self.config.train.eval_every_steps
-        target = min((self.step // every + 1) * every, self.config.train.num_steps)
-        first, started = self.step, time.perf_counter()
-        reset_peak_memory(self.device)
-        loss, accuracy, norm, tokens = self._train_to(target)
-        seconds = time.perf_counter() - started
+        if self.interval is None:
+            self.interval = Interval(self.step, self.device)
+            reset_peak_memory(self.device)
+        interval = self.interval
+        first = interval.first
+        target = min((first // every + 1) * every, self.config.train.num_steps)
+        dev = None
+        if self.step == target or self._train_to(target, interval, until):
+            split = self.store.split("dev")
+            dev = self.passes.evaluate(split, self.length, interval.scored, until)
+        if dev is None:
+            interval.gather(self.ranks)
+            return None
+        loss, accuracy, tokens = self._means(interval)
+        seconds = interval.seconds
         self.train_seconds += seconds
-        dev = self.evaluate("dev")
+        self.interval = None
         if not math.isfinite(dev.loss):  # the last step of all can still break the weights
             raise Diverged(self.step)
         improved = dev.accuracy > self.best_accuracy
@@ -169,7 +187,7 @@ class Trainer:
             keys.BEST_DEV_ACCURACY: self.best_accuracy,
             keys.BEST_STEP: self.best_step,
             keys.LEARNING_RATE: self.learning_rate,
-            keys.GRADIENT_NORM: norm,
+            keys.GRADIENT_NORM: interval.norm,
             keys.TRAIN_SECONDS: self.train_seconds,
             keys.STEP_SECONDS: seconds / (self.step - first),
             keys.SAMPLES_PER_SECOND: speed,
@@ -182,16 +200,15 @@ class Trainer:
         }
         return dict(self.metrics)
 
-    def _train_to(self, target: int) -> tuple[float, float, float, int]:
-        """Steps up to `target`; (mean loss, accuracy, last gradient norm, real tokens)."""
+    def _train_to(self, target: int, interval: Interval, until: float) -> bool:
+        """Steps up to `target`; False at a pause, when `until` has passed, even at the target."""
         self.model.train()
-        first = self.step
-        # loss, hits, tokens
-        sums = torch.zeros(3, device=self.device, dtype=sum_dtype(self.device))
-        norm = torch.zeros((), device=self.device)
-        while self.step < target:
+        sums, norm = interval.sums, torch.zeros((), device=self.device)
+        started, late = time.perf_counter(), False
+        while self.step < target and not late:
+            late = time.monotonic() >= until
             batch = self.batches(self.step)
-            loss, hits, norm = self._optimizer_step(batch)
+            loss, hits, norm, late = self._optimizer_step(batch, late)
             sums[0] += loss
             sums[1] += hits
             sums[2] += torch.count_nonzero(batch.input_ids)
@@ -201,19 +218,27 @@ class Trainer:
             look = self.step % _FINITE_CHECK_STEPS == 0 or self.step == target
             if look and not math.isfinite(self.ranks.total(sums[0]).item()):
                 raise Diverged(self.step)
-        count = target - first
-        loss_sum, correct, tokens = self.ranks.total(sums).tolist()
-        accuracy = correct / (count * self.config.train.batch_size)
-        return loss_sum / count, accuracy, norm.item(), int(tokens)
+        interval.norm = norm.item()
+        interval.seconds += time.perf_counter() - started
+        return not late
 
-    def _optimizer_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step on this process's share of a batch: its part of the mean loss, its hits, and
-        the norm of the whole gradient.
+    def _means(self, interval: Interval) -> tuple[float, float, int]:
+        """(mean loss, accuracy, real tokens) of an interval's training batches."""
+        count = self.step - interval.first
+        loss_sum, correct, tokens = self.ranks.total(interval.sums).tolist()
+        accuracy = correct / (count * self.config.train.batch_size)
+        return loss_sum / count, accuracy, int(tokens)
+
+    def _optimizer_step(
+        self, batch: Batch, late: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """One step on this process's share of a batch: its part of the mean loss, its hits, the
+        norm of the whole gradient, and whether any process is late.
         """
         self.ranks.seed(self.config.train.seed, self.step)
         self.model.at_step(self.step, self.config.train.seed)
         loss_sum, correct = self.passes.backward(batch)
-        self.ranks.add_gradients(self.model.parameters())
+        late = self.ranks.add_gradients(self.model.parameters(), late)
         limit = self.config.train.clip_gradient_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), math.inf if limit is None else limit
@@ -221,7 +246,7 @@ class Trainer:
         self.learning_rate = float(self.schedule.get_last_lr()[0])  # of this step
         self.optimizer.step()
         self.schedule.step()
-        return loss_sum, correct, norm.detach()
+        return loss_sum, correct, norm.detach(), late
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on a given batch, outside of the run's own order; for measuring."""
@@ -230,7 +255,9 @@ class Trainer:
 
     def evaluate(self, split: str) -> Evaluation:
         """Loss and accuracy over the whole split, the ragged last batch included."""
-        return self.passes.evaluate(self.store.split(split), self.length)
+        found = self.passes.evaluate(self.store.split(split), self.length)
+        assert found is not None  # it had all the time it wanted
+        return found
 
     @torch.no_grad()
     def probabilities(self, batch: Batch) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmx.errors import CheckpointError
+from dmx.training.interval import Interval
 
 if TYPE_CHECKING:
     from dmx.training.trainer import Trainer
@@ -30,6 +31,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "rng_cuda": [torch.cuda.get_rng_state(trainer.device)] if on_cuda else [],
         "micro_batch_limit": trainer.passes.micro.limit,
         "eval_batch_limit": trainer.passes.evaluation.limit,
+        "learning_rate": trainer.learning_rate,
+        "interval": None if trainer.interval is None else trainer.interval.state(),
     }
 
 
@@ -48,6 +51,11 @@ def restore(trainer: Trainer, state: Mapping[str, Any], source: str) -> None:
         trainer.train_seconds = state["train_seconds"]
         trainer.passes.micro.limit = state.get("micro_batch_limit")
         trainer.passes.evaluation.limit = state.get("eval_batch_limit")
+        trainer.learning_rate = state.get("learning_rate", trainer.learning_rate)
+        interval = state.get("interval")
+        trainer.interval = (
+            None if interval is None else Interval.restored(interval, trainer.device, trainer.ranks)
+        )
         torch.set_rng_state(state["rng_cpu"])
         if trainer.device.type == "cuda" and state["rng_cuda"]:
             torch.cuda.set_rng_state(state["rng_cuda"][0], trainer.device)

@@ -83,22 +83,27 @@ def test_a_run_and_its_evaluation(tiny_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("sent", "background"),
-    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+    ("sent", "background", "slice_seconds"),
+    [
+        *((signal.SIGINT, False, 60), (signal.SIGTERM, False, 60), (signal.SIGTERM, True, 60)),
+        *((signal.SIGINT, False, 0), (signal.SIGTERM, True, 0), (signal.SIGHUP, False, 0)),
+    ],
 )
 def test_interrupted_and_continued_by_the_last_line(
-    tiny_root, tmp_path, capsys, monkeypatch, sent, background
+    tiny_root, tmp_path, capsys, monkeypatch, sent, background, slice_seconds
 ):
-    """A job in the background ignores Ctrl-C, but not SIGTERM."""
+    """A job in the background ignores Ctrl-C, but not SIGTERM. The step under way is kept."""
+    monkeypatch.setattr(train, "_SLICE_SECONDS", slice_seconds)
 
     class Interrupted(Runner):
         calls = 0
 
         def step(self):
+            report = super().step()
             Interrupted.calls += 1
-            if Interrupted.calls == 3:
+            if Interrupted.calls == (3 if slice_seconds else 9):
                 os.kill(os.getpid(), sent)
-            return super().step()
+            return report
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "Runner", Interrupted)
@@ -108,7 +113,10 @@ def test_interrupted_and_continued_by_the_last_line(
         assert signal.signal(signal.SIGINT, before) is ctrl_c
     last = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert last[:3] == ["python", "-m", "dmx.train"] and last[-1] == "--resume"
-    assert open_checkpoint(tmp_path / "runs" / "part" / "last").metrics["steps"] == 4
+    last_one = open_checkpoint(tmp_path / "runs" / "part" / "last")
+    # Two calls to an evaluation's step, two of it, and the third evaluation's first step.
+    reached = (6, 6) if slice_seconds else (4, 5)
+    assert (last_one.metrics["steps"], last_one.training_state()["step"]) == reached
     assert main(last[3:]) == 0
     assert main(words(tiny_root, "--name", "whole")) == 0
     same_run(tmp_path / "runs" / "part", tmp_path / "runs" / "whole")

@@ -95,6 +95,19 @@ def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
     assert not any(name.startswith("module.") for name in last.model_state())
 
 
+def test_closed_between_two_evaluations_it_goes_on_there(two_cpus, tiny_store, alone, tmp_path):
+    """Two steps, an evaluation, two steps; then one process does what is left."""
+    wanted = job(tmp_path / "run", tiny_store, workers=2, slice_seconds=0.0)
+    with contextlib.closing(Gang(wanted)) as gang:
+        reports = [gang.step() for _ in range(5)]
+    assert [r[keys.STEPS] for r in reports] == [1, 2, 2, 3, 4]
+    assert [keys.UNDER_WAY in r for r in reports] == [True, True, False, True, True]
+    last = open_checkpoint(tmp_path / "run" / "last")
+    assert (last.metrics[keys.STEPS], last.training_state()["step"]) == (2, 4)
+    with contextlib.closing(Runner(job(tmp_path / "run", tiny_store))) as one:
+        check_close(to_end(one), alone)
+
+
 def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone, tmp_path):
     """`stop` ends all workers and gives the room back; one process then goes on."""
     long = job(tmp_path / "run", tiny_store, workers=2)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from dmx import records as keys
-from dmx.cluster import connection
+from dmx.cluster import connection, launch
 from dmx.cluster.launch import start, wait_any
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
@@ -26,6 +27,7 @@ from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.storage.claim import read_claim
 from dmx.storage.places import SHARED
+from dmx.study import hooks, study
 from dmx.study.finals import evaluate_test
 from dmx.study.study import StudyConfig, run_study
 from dmx.training.checkpoint import open_checkpoint
@@ -35,6 +37,8 @@ from dmx.training.workers import Workers
 from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK
+
+from ray import tune  # isort: skip
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +56,9 @@ def ray_cluster() -> Iterator[connection.Resources]:
         logging_level="ERROR",
     )
     with connection.connect(None) as resources:
-        assert resources == connection.Resources(2, 0), "the cluster that is there is used"
+        assert (resources.num_cpus, resources.num_gpus) == (2, 0), (
+            "the cluster that is there is used"
+        )
         yield resources
     assert ray.is_initialized(), "and left running"
     ray.shutdown()
@@ -135,6 +141,58 @@ def test_a_reused_process_trains_as_a_fresh_one(tiny_store, tmp_path):
             ("ended", number, "COMPLETE"),
         ]
     assert not (folder / "ray").exists()
+
+
+def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkeypatch):
+    """Five steps or batches a session, six to an evaluation: it ends as if never stopped."""
+    config = study_config(tmp_path, overrides={"train.eval_every_steps": 4}, num_trials=2)
+    undisturbed = run_study(config, tiny_store, tmp_path / "a", slots=1)
+    sessions = []
+
+    class AfterFive(tune.Stopper):
+        def __init__(self, deadline):
+            self.left = 5
+            sessions.append(self)
+
+        def __call__(self, trial_id, result):
+            self.left -= 1
+            return False
+
+        def stop_all(self):
+            return self.left <= 0
+
+    monkeypatch.setattr(hooks, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(study, "OutOfTime", AfterFive)
+    result = None
+    while result is None or not result.complete:
+        assert len(sessions) < 30, "it gets no further"
+        result = run_study(config, tiny_store, tmp_path / "b", slots=1)
+    assert len(sessions) > 4
+    assert facts(result) == facts(undisturbed)
+    kept = ("event", "trial", "step", "status", "value")
+    first, second = (
+        [{k: e[k] for k in kept if k in e} for e in journal(tmp_path / name)] for name in "ab"
+    )
+    assert first == second
+    for number in range(2):
+        for name in ("best", "last"):
+            a, b = (trial_folder(tmp_path / x, number) / name for x in "ab")
+            assert same_weights(a, b)
+
+
+def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_SLICE_SECONDS", 0.0)
+    changes = {"train.num_steps": 500, "train.eval_every_steps": 500}
+    plain = study_config(tmp_path, overrides=changes).trial_config({})
+    job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / "run"))
+    running = start(job, cpus=1, gpus=0)
+    deadline = time.monotonic() + 120
+    while running.steps < 3:
+        assert wait_any([running], timeout_seconds=10) == [], "no evaluation yet"
+        assert time.monotonic() < deadline, "no step in 120 s"
+    launch.stop(running)
+    step = open_checkpoint(tmp_path / "run" / "last").training_state()["step"]
+    assert 3 <= step < 500 and not (tmp_path / "run" / "best").exists()
 
 
 def test_kill_9_of_a_worker_loses_nothing(tiny_store, tmp_path):

@@ -101,6 +101,15 @@ def test_with_dropout_a_resumed_group_is_bit_equal(found):
         assert same_state(again[1][-1][0], whole[1][-1][0])
 
 
+def test_a_group_cut_off_after_every_step_is_bit_equal(found):
+    for rank in found:
+        reports, weights = rank["cut"]
+        assert [facts(r) for r in reports] == [
+            {**facts(r), "done": r[keys.STEPS] == 8} for r in rank["dropout"][0]
+        ]
+        assert same_state(weights, rank["dropout"][1][-1][0])
+
+
 def test_gradients_are_summed_and_unused_weights_have_none(found):
     for rank in found:
         used_once, unused, used_by_all, frozen = rank["gradients"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dmx.errors import CheckpointError, ConfigError
 from dmx.nn import device
 from dmx.nn.device import pick_device
 from dmx.schema import to_dict
+from dmx.storage.claim import CLAIM_FILE
 from dmx.training import passes
 from dmx.training import trainer as trainer_module
 from dmx.training.checkpoint import open_checkpoint
@@ -301,6 +303,65 @@ def test_runner_keeps_best_and_last_and_continues(tiny_store, tmp_path):
     finished = Runner(job(tiny_store, tmp_path / "part", **RANDOM))
     assert finished.step()["done"] is True
     finished.close()
+
+
+@pytest.mark.parametrize("cut_at", ["every step", "after the third"])
+def test_a_run_cut_off_between_evaluations_is_the_undisturbed_one(tiny_store, tmp_path, cut_at):
+    """Cut after any step and in the middle of an evaluation (37 examples are two batches)."""
+    changes = {**RANDOM, "train__eval_every_steps": 4}
+    whole = run_to_end(Runner(job(tiny_store, tmp_path / "whole", **changes)))
+
+    wanted = replace(job(tiny_store, tmp_path / "part", **changes), slice_seconds=0.0)
+    reports, slices, runner = [], [], Runner(wanted)
+    while not (reports and reports[-1]["done"]):
+        report = runner.step()
+        if "under_way" not in report:
+            if report["steps"] not in [r["steps"] for r in reports]:  # after a cut it comes again
+                reports.append(report)
+            continue
+        slices.append(report["steps"])
+        if cut_at == "every step" or slices == [1, 2, 3]:
+            runner.close()
+            torch.manual_seed(99)
+            runner = Runner(wanted)
+    runner.close()
+    assert slices == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8], "twice at an evaluation: before and within"
+    assert list(map(facts, reports)) == list(map(facts, whole))
+    for name in ("best", "last"):
+        a, b = (open_checkpoint(tmp_path / run / name) for run in ("whole", "part"))
+        assert same_state(a.model_state(), b.model_state())
+        assert same_state(a.training_state(), b.training_state())
+        assert facts(a.metrics) == facts(b.metrics)
+
+
+def test_a_step_that_was_broken_off_is_not_kept(tiny_store, tmp_path):
+    """Its weights may be half updated; what was kept before counts."""
+    wanted = replace(job(tiny_store, tmp_path, train__eval_every_steps=4), slice_seconds=0.0)
+    first = Runner(wanted)
+    assert first.step()["steps"] == 1
+    first.close()
+    second = Runner(wanted)
+    assert second.step()["under_way"] is True and second.trainer.step == 2
+    real = second.trainer.optimizer.step
+
+    def broken(*args, **kwargs):
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    second.trainer.optimizer.step = broken
+    with pytest.raises(KeyboardInterrupt):
+        second.step()
+    second.close()
+    assert open_checkpoint(tmp_path / "last").training_state()["step"] == 1
+
+
+def test_a_cut_run_of_another_process_is_left_alone(tiny_store, tmp_path, caplog):
+    first = Runner(replace(job(tiny_store, tmp_path), slice_seconds=0.0))
+    first.step()
+    (tmp_path / CLAIM_FILE).write_text("{}")  # as another process that took it over would
+    first.close()
+    assert not (tmp_path / "last").exists()
+    assert "the steps since the last checkpoint are lost" in caplog.text
 
 
 def test_evaluate_checkpoint_is_the_reported_accuracy(tiny_store, tmp_path):
