@@ -113,7 +113,7 @@ class TrialResult:
         steps: optimizer steps taken.
         seconds: wall time the trial used.
         checkpoint: its best checkpoint, if one exists on disk.
-        error: one line of what failed, or "".
+        error: one line of what failed, or "". reason: of an early stop, in this session: the rung.
         values: of each objective, by name; NaN where it was not measured.
         changes: step -> its searched values from then on, where it took over another trial.
     """
@@ -128,6 +128,7 @@ class TrialResult:
     seconds: float = 0.0
     checkpoint: CheckpointRef | None = None
     error: str = ""
+    reason: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
     changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -78,6 +78,17 @@ def _pages(folders: Sequence[Path]) -> int:
     return EXIT_OK
 
 
+def write_page(folder: Path) -> Path | None:
+    """Write a run's page into its folder, at its end; None where that fails, which costs no run."""
+    try:
+        path = folder / REPORT_FILE
+        write_whole(path, printable(html.render(collect(folder))))
+    except (DmxError, OSError) as error:
+        logger.warning("no report was written: %s", error)
+        return None
+    return path
+
+
 def printable(text: str) -> str:
     """The text with a `?` for what no encoding can hold (names of files may be any bytes)."""
     return text.encode("utf-8", "replace").decode("utf-8")

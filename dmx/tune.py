@@ -26,6 +26,7 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
+from dmx.log import verbatim
 from dmx.paths import is_url
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.places import Places
@@ -144,7 +145,8 @@ def _search(
         workers = config.workers.count
         slots = connection.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
         slots = min(slots, args.max_concurrent_trials or slots)
-        from dmx.study.study import run_study  # Ray Tune: seconds that a refusal need not wait
+        from dmx.report import write_page  # seconds that a refusal need not wait, as Ray Tune's
+        from dmx.study.study import run_study
 
         tensorboard = study_identity.announce(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"
@@ -160,10 +162,13 @@ def _search(
         earlier = study_end.earlier_seconds(folder)
         summary["seconds"] = earlier + time.monotonic() - started
         study_files.write_study(folder, summary)
+        page = write_page(folder) if result.complete else None
     if args.output == "json":
-        write_json(event="finished", **summary)
+        write_json(event="finished", **summary, report=page)
     else:
         study_end.show(summary, result, store)
+        if page is not None:
+            verbatim(f"report: {page}")
     if not result.complete:
         out_of_time = (
             args.time_budget is not None and time.monotonic() - started >= args.time_budget

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ class Clock:
         self.left = num_trials
         self.first: tuple[float, dict[tuple[str, int], float]] | None = None
         self.last: tuple[float, dict[tuple[str, int], float]] | None = None
+
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """Nothing."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -27,13 +28,69 @@ from dmx.study import end as study_end
 from dmx.study import identity as study_identity
 from dmx.study.files import write_settings, write_study
 from dmx.study.study import StudyConfig, run_study
-from dmx.study.view import TensorBoardView
+from dmx.study.view import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import Measurement, measure
 from dmx.training.job import Job
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip
+
+
+_CLOSE_SECONDS = 20.0
+
+
+class SearchView:
+    """Log lines of a search's trials, read from its journal: the search runs elsewhere."""
+
+    def __init__(self, folder: Path, num_trials: int) -> None:
+        self._path, self._view = folder / keys.JOURNAL_FILE, LogView(num_trials)
+        self._trials: dict[int, keys.TrialResult] = {}
+        self._read = 0
+        for event in self._new_events():  # of an earlier session
+            self._take(event)
+        self._view.continues(list(self._trials.values()))
+
+    def show(self) -> None:
+        """Say what is new."""
+        for event in self._new_events():
+            result = self._take(event)
+            if event["event"] == "report":
+                self._view.reported(result.number, event["metrics"])
+            else:
+                self._view.ended(result)
+
+    def _new_events(self) -> list[dict[str, Any]]:
+        """The reports and outcomes of the lines that were added, and are whole."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                lines = file.read().rpartition(b"\n")[0]
+        except OSError:  # not begun, or on another node's disk
+            return []
+        self._read += len(lines) + bool(lines)
+        events = []
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                event = json.loads(line)
+                if event["event"] in ("report", "outcome"):
+                    events.append(event)
+        return events
+
+    def _take(self, event: Mapping[str, Any]) -> keys.TrialResult:
+        number = int(event["trial"])
+        known = self._trials.get(
+            number,
+            keys.TrialResult(trial_id=str(number), number=number, status="RUNNING", params={}),
+        )
+        if event["event"] == "report":
+            metrics = event["metrics"]
+            best, steps = metrics[keys.BEST_DEV_ACCURACY], metrics[keys.STEPS]
+            known = dataclasses.replace(known, best_dev_accuracy=best, steps=steps)
+        else:
+            known = dataclasses.replace(known, status=event["status"], error=event["error"])
+        self._trials[number] = known
+        return known
 
 
 class RayBackend:
@@ -48,6 +105,7 @@ class RayBackend:
         self._runs: dict[Key, launch.Running] = {}
         self._tasks: dict[Any, Key] = {}
         self._searched: dict[Key, Path] = {}
+        self._views: dict[Key, SearchView] = {}
 
     def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
         """A worker process of its own, restarted when it dies."""
@@ -61,6 +119,7 @@ class RayBackend:
         remote = ray.remote(num_cpus=0, max_retries=3)(_search)
         study = dataclasses.replace(study, places=self._places)
         self._searched[key] = folder
+        self._views[key] = SearchView(folder, study.num_trials)
         self._tasks[remote.remote(study, data_folder, str(folder), slots)] = key
 
     def prepare(
@@ -91,6 +150,9 @@ class RayBackend:
             raise ClusterLost(reason) from None
 
     def _poll(self, timeout_seconds: float) -> list[Message]:
+        for key, view in self._views.items():
+            with log.context(key.stage):
+                view.show()
         messages = self._poll_tasks(0.0)
         if messages or not self._runs:
             return messages or self._poll_tasks(timeout_seconds)
@@ -115,6 +177,9 @@ class RayBackend:
         messages = []
         for reference in ready:
             key = self._tasks.pop(reference)
+            if (view := self._views.pop(key, None)) is not None:
+                with log.context(key.stage):
+                    view.show()
             try:
                 value = ray.get(reference)
             except RayError as error:
@@ -133,6 +198,13 @@ class RayBackend:
     def close(self) -> None:
         """Kill workers and cancel tasks."""
         launch.stop(*self._runs.values())
+        # As Ctrl-C in the process that drives Tune, whose trials then keep what they have trained.
+        searches = [r for r, key in self._tasks.items() if key.kind == "train"]
+        with contextlib.suppress(RayError, ValueError, TypeError):
+            for reference in searches:
+                ray.cancel(reference)
+            if searches:
+                ray.wait(searches, num_returns=len(searches), timeout=_CLOSE_SECONDS)
         for reference in self._tasks:
             with contextlib.suppress(RayError, ValueError, TypeError):
                 ray.cancel(reference, force=True)

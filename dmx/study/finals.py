@@ -71,20 +71,33 @@ def retrain(
                 within=str(folder),
             )
         )
+    logger.info(
+        "training the best configuration with %d other seeds, %d at once",
+        num_seeds,
+        min(slots, num_seeds),
+    )
     running: list[launch.Running] = []
     dev: dict[str, float] = {}
-    while waiting or running:
-        while waiting and len(running) < slots:
-            running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
-        for run, report in launch.wait_any(running, timeout_seconds=60):
-            if report.get(keys.FAILURE):
-                raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
-            dev[run.job.folder] = report[keys.BEST_DEV_ACCURACY]
-            if report.get("done"):
-                running.remove(run)
+    try:
+        while waiting or running:
+            while waiting and len(running) < slots:
+                running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
+            for run, report in launch.wait_any(running, timeout_seconds=60):
+                if report.get(keys.FAILURE):
+                    raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
+                dev[run.job.folder] = report[keys.BEST_DEV_ACCURACY]
                 logger.info(
-                    "%s: best dev accuracy %.4f", run.job.folder, report[keys.BEST_DEV_ACCURACY]
+                    "%s: step %s of %s, dev accuracy %.4f (best %.4f)",
+                    Path(run.job.folder).name,
+                    f"{report[keys.STEPS]:,}",
+                    f"{config.train.num_steps:,}",
+                    report[keys.DEV_ACCURACY],
+                    report[keys.BEST_DEV_ACCURACY],
                 )
+                if report.get("done"):
+                    running.remove(run)
+    finally:
+        launch.stop(*running)
     tests = [
         evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, workers, places)[
             "accuracy"

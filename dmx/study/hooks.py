@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ logger = logging.getLogger("dmx.study")
 
 class StudyObserver(Protocol):
     """Whoever shows a study: terminal, TensorBoard. Called in the driver, in order."""
+
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """A session begins; these trials are known from earlier ones."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A trial was launched (again, after a crash)."""
@@ -199,7 +203,9 @@ class Recorder(tune.Callback):
 
     def _finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
         self._ledger.finish(number, status, error)
-        self._show("ended", self._ledger.result(number))
+        result = self._ledger.result(number)
+        reason = self._scheduler.reasons.get(number, "")
+        self._show("ended", dataclasses.replace(result, reason=reason))
 
     def _show(self, event: str, *values: Any) -> None:
         """Tell the observers; a view that cannot write its file must not end the study."""

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -57,6 +57,9 @@ class QuietView(_View):
         logging.getLogger("dmx").setLevel(logging.WARNING)
         return self
 
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """Nothing."""
+
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Nothing."""
 
@@ -70,6 +73,18 @@ class QuietView(_View):
 class JsonView(QuietView):
     """One JSON object a line on standard output, for programs that watch a study."""
 
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """`{"event": "continues", "trials", "ended", "best", "best_dev_accuracy"}`."""
+        best = keys.best_trial(tuple(trials))
+        if trials:
+            write_json(
+                event="continues",
+                trials=len(trials),
+                ended=sum(t.status != "RUNNING" for t in trials),
+                best=None if best is None else best.number,
+                best_dev_accuracy=None if best is None else best.best_dev_accuracy,
+            )
+
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """`{"event": "started", "trial", "params"}`."""
         write_json(event="started", trial=number, params=dict(point))
@@ -79,7 +94,7 @@ class JsonView(QuietView):
         write_json(event="reported", trial=number, **metrics)
 
     def ended(self, result: keys.TrialResult) -> None:
-        """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", "error"}`."""
+        """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", ...}`."""
         write_json(
             event="ended",
             trial=result.number,
@@ -87,6 +102,7 @@ class JsonView(QuietView):
             best_dev_accuracy=result.best_dev_accuracy,
             steps=result.steps,
             error=result.error,
+            reason=result.reason,
         )
 
 
@@ -99,6 +115,7 @@ class LiveView:
         self._points: dict[int, Mapping[str, Any]] = {}
         self._latest: dict[int, Mapping[str, Any]] = {}
         self._ended: list[keys.TrialResult] = []
+        self._before = 0  # of them, in earlier sessions
         self._best: tuple[float, int] = (-math.inf, -1)
         self._live = Live(
             get_renderable=self.render, console=log.terminal(), refresh_per_second=2, transient=True
@@ -115,6 +132,14 @@ class LiveView:
         trace: TracebackType | None,
     ) -> None:
         self._live.stop()
+
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """What earlier sessions found counts."""
+        self._ended = [t for t in trials if t.status != "RUNNING"]
+        self._before = len(self._ended)
+        best = keys.best_trial(tuple(trials))
+        if best is not None:
+            self._best = (best.best_dev_accuracy, best.number)
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A row appears."""
@@ -161,9 +186,10 @@ class LiveView:
         ended = ", ".join(f"{n} {s.lower()}" for s, n in counts.items() if n) or "none"
         best = "none" if self._best[1] < 0 else f"{self._best[0]:.4f} (trial {self._best[1]})"
         left = "?"
-        if self._ended:
+        here = len(self._ended) - self._before
+        if here:
             seconds = now - self._started_at
-            rest = seconds / len(self._ended) * (self._num_trials - len(self._ended))
+            rest = seconds / here * (self._num_trials - len(self._ended))
             left = f"{rest / 60:.0f} min" if rest >= 90 else f"{rest:.0f} s"
         done = len(self._ended)
         return f"{done}/{self._num_trials} ended ({ended}); best {best}; about {left} left"

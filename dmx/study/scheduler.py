@@ -63,6 +63,7 @@ class DurableAsha(AsyncHyperBandScheduler):
         self._max_steps = max_steps
         self._ledger = ledger
         self.stopped: set[int] = set()
+        self.reasons: dict[int, str] = {}
         for number, step, metrics in ledger.record.history():
             self._decide(number, step, metrics)
 
@@ -72,9 +73,14 @@ class DurableAsha(AsyncHyperBandScheduler):
             return TrialScheduler.CONTINUE  # a finished trial ends by itself, as COMPLETE
         known: Any = _Known(f"n{number}")
         bracket = bracket_of(number, len(self._brackets), self._reduction_factor)
+        rungs = self._brackets[bracket]._rungs  # highest first
+        rung = next((r for r in rungs if step >= r[0] and known.trial_id not in r[1]), None)
+        needed = None if rung is None else self._brackets[bracket].cutoff(rung[1])
         action: str = self._brackets[bracket].on_result(known, step, value)
         if action == TrialScheduler.STOP:
             self.stopped.add(number)
+            assert rung is not None and needed is not None
+            self.reasons[number] = f"rung {rung[0]:.0f}: {value:.4f}, and {needed:.4f} was needed"
         return action
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -113,6 +119,7 @@ class RecordingFifo(TrialScheduler):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.stopped: set[int] = set()
+        self.reasons: dict[int, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Accepts Tune's metric; it is not used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -120,11 +121,13 @@ def _catch_up(
         ended.append(number)
     ledger.forget_ended()
     for observer in observers:
+        observer.continues([r for r in ledger.results() if r.number not in ended])
         if last.get("event") == "report":
             observer.reported(last["trial"], last["metrics"])
         for result in ledger.results():
             if result.number in ended:
-                observer.ended(result)
+                reason = scheduler.reasons.get(result.number, "")
+                observer.ended(dataclasses.replace(result, reason=reason))
 
 
 def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,19 @@ from dmx.wording import settings_text, short, short_names
 logger = logging.getLogger("dmx.study")
 
 
+def known(trials: Sequence[keys.TrialResult]) -> list[keys.TrialResult]:
+    """The trials that have reported an accuracy."""
+    return [t for t in trials if math.isfinite(t.best_dev_accuracy)]
+
+
+def standing(trials: Sequence[keys.TrialResult], num_trials: int) -> str:
+    """Where a study stands that is continued, in one line."""
+    ended = sum(t.status != "RUNNING" for t in trials)
+    best = keys.best_trial(tuple(trials))
+    shown = "none" if best is None else f"{best.best_dev_accuracy:.4f} (trial {best.number})"
+    return f"{ended} of {num_trials} trials have ended; best dev accuracy so far: {shown}"
+
+
 class LogView:
     """One log line per event."""
 
@@ -29,6 +42,13 @@ class LogView:
         self._best = -math.inf
         self._ended = 0
         self._seen: set[int] = set()
+
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """What is the best so far counts from the study's first session."""
+        self._seen.update(t.number for t in trials)
+        self._best = max((t.best_dev_accuracy for t in known(trials)), default=-math.inf)
+        if trials:
+            logger.info("%s", standing(trials, self._num_trials))
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A trial was launched."""
@@ -55,7 +75,8 @@ class LogView:
     def ended(self, result: keys.TrialResult) -> None:
         """A trial ended."""
         self._ended += 1
-        what = {"COMPLETE": "ran its full budget", "PRUNED": "was stopped early"}
+        early = f"was stopped early{f' at {result.reason}' if result.reason else ''}"
+        what = {"COMPLETE": "ran its full budget", "PRUNED": early}
         reason = what.get(result.status, f"failed: {result.error}")
         logger.info(
             "trial %d %s (best dev accuracy %s, %d steps)",
@@ -78,6 +99,9 @@ class TensorBoardView:
         self._writers: dict[int, RunWriter] = {}
         self._values: dict[int, dict[str, Any]] = {}
         self._steps: dict[int, int] = {}
+
+    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+        """What was shown before is in the files."""
 
     def _writer(self, number: int) -> RunWriter:
         if number not in self._writers:

@@ -184,7 +184,8 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     shared = {"task": TASK, "cpus": 1, **SETTINGS, "train.num_steps": 24}
     stages = [{"name": "a", "search": search}, {"name": "b"}]
     command = Command(tmp_path, root, {"defaults": shared, "stages": stages})
-    command.finish()
+    _, err = command.finish()
+    assert "trial 1 step 24: dev accuracy" in err and "trial 1 ran its full budget" in err
     a = fold(read_journal(command.folder / keys.JOURNAL_FILE)[0]).stage("a")
     assert a.promoted is not None and a.current is not None
     trials = command.folder / "stages" / "a" / "attempt-0" / "trials"

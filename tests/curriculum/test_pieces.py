@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from dmx.curriculum.__main__ import continue_command
+from dmx.curriculum.backend import SearchView
 from dmx.data.store import Store
 from dmx.errors import StageError
 from dmx.schema import to_dict
@@ -23,6 +26,34 @@ from dmx.training.runner import Runner
 from dmx.training.transfer import POSITION_KEY, tile_positions
 from tests import tiny
 from tests.tiny import one_sentence
+
+
+def test_a_search_shows_its_trials_and_the_best_of_all_sessions(tmp_path: Path, caplog) -> None:
+    """Lines of the journal as it grows; one that is half written waits for its rest."""
+
+    def report(trial: int, step: int, value: float) -> str:
+        metrics = {"steps": step, "dev_accuracy": value, "best_dev_accuracy": value}
+        told = {"event": "report", "trial": trial, "step": step}
+        return json.dumps({**told, "metrics": {**metrics, "train_loss": 0.5}}) + "\n"
+
+    end = {"event": "outcome", "trial": 0, "status": "COMPLETE", "value": 0.9, "error": ""}
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(report(0, 2, 0.9) + json.dumps(end) + "\n")
+    new = report(1, 2, 0.5) + report(1, 4, 0.95)
+    with caplog.at_level(logging.INFO, logger="dmx.study"):
+        view = SearchView(tmp_path, 3)
+        for part in (new[:-9], new[-9:], json.dumps({**end, "trial": 1, "status": "PRUNED"}), "\n"):
+            with journal.open("a") as file:
+                file.write(part)
+            view.show()
+    assert caplog.messages == [
+        "1 of 3 trials have ended; best dev accuracy so far: 0.9000 (trial 0)",
+        "trial 1 step 2: dev accuracy 0.5000, train loss 0.5000",
+        "trial 1 step 4: dev accuracy 0.9500, train loss 0.5000  <- best so far",
+        "trial 1 was stopped early (best dev accuracy 0.9500, 4 steps)",
+    ]
+    SearchView(tmp_path / "not there yet", 3).show()
+
 
 HOLD = """
 import sys, time

@@ -87,6 +87,9 @@ class Watcher:
         self.heard: list[tuple[Any, ...]] = []
         self.act = act
 
+    def continues(self, trials):
+        self.known = list(trials)
+
     def started(self, number, point, config):
         self.heard.append(("started", number))
         assert config["task"] == TASK and all(k in (*SEARCHED, "optim.weight_decay") for k in point)

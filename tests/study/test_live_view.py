@@ -11,6 +11,7 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,35 @@ def test_the_live_line_by_hand() -> None:
     # Two of four in 60 s: as long again.
     text = "2/4 ended (1 complete, 1 pruned); best 0.6250 (trial 0); about 60 s left"
     assert view.summary(begun + 60) == text
+
+
+def test_the_best_so_far_is_the_studys_and_early_stops_say_why(caplog) -> None:
+    """An earlier session found 0.9; it is no new best that this one finds 0.5."""
+    earlier = [result(0, best=0.9), result(1, "PRUNED", 0.3), result(2, "RUNNING", math.nan)]
+    plain = PlainView(4)
+    with caplog.at_level(logging.INFO, logger="dmx.study"):
+        plain.continues(earlier)
+        plain.started(2, {}, {})
+        plain.reported(2, REPORT)
+        why = "rung 4: 0.5000, and 0.6000 was needed"
+        plain.ended(replace(result(2, "PRUNED"), reason=why))
+        plain.reported(3, {**REPORT, "dev_accuracy": 0.95})
+    said = caplog.messages
+    assert said[0] == "2 of 4 trials have ended; best dev accuracy so far: 0.9000 (trial 0)"
+    assert said[1].startswith("trial 2 goes on") and "best so far" not in said[2]
+    assert said[3].startswith(f"trial 2 was stopped early at {why} (best dev accuracy")
+    assert said[4].endswith("<- best so far")
+
+    live = LiveView(4, 8, "t")
+    live.continues(earlier)
+    assert "2/4 ended (1 complete, 1 pruned); best 0.9000 (trial 0); about ? left" in live.summary(
+        live._started_at + 60
+    )
+    live.started(2, {}, {})
+    live.reported(2, REPORT)
+    live.ended(result(2))
+    # One of this session's in 60 s, and one is left.
+    assert live.summary(live._started_at + 60).endswith("best 0.9000 (trial 0); about 60 s left")
 
 
 SCRIPT = """

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dmx.records import DEV_ACCURACY, FAILURE, STEPS
+from dmx.records import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.search.ledger import Ledger
 from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
 from dmx.study.study import _catch_up
@@ -151,6 +151,17 @@ def test_a_failure_is_not_a_result(tmp_path):
     ledger.close()
 
 
+def test_training_that_goes_on_is_not_a_result(tmp_path):
+    ledger = open_ledger(tmp_path / "s")
+    for scheduler in (open_asha(ledger), RecordingFifo(ledger)):
+        result = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
+        scheduler.on_trial_add(None, fake_trial(0, "x"))
+        assert scheduler.on_trial_result(None, fake_trial(0, "x"), result) == "CONTINUE"
+        scheduler.on_trial_complete(None, fake_trial(0, "x"), result)
+        assert not ledger.reports and not scheduler.stopped
+    ledger.close()
+
+
 def test_without_a_scheduler_everything_is_recorded(tmp_path):
     ledger = open_ledger(tmp_path / "s")
     fifo = RecordingFifo(ledger)
@@ -170,12 +181,18 @@ class Heard:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.known: list[int] = []
+        self.reasons: list[str] = []
+
+    def continues(self, trials):
+        self.known = [t.number for t in trials]
 
     def reported(self, number, metrics):
         self.calls.append(("reported", number, metrics[STEPS]))
 
     def ended(self, result):
         self.calls.append(("ended", result.number, result.status))
+        self.reasons.append(result.reason)
 
 
 def test_what_a_crash_left_undone_is_carried_out_and_shown(tmp_path):
@@ -196,6 +213,8 @@ def test_what_a_crash_left_undone_is_carried_out_and_shown(tmp_path):
     heard = Heard()
     _catch_up(ledger, open_asha(ledger), (heard,))
     assert heard.calls == [("reported", 1, 2), ("ended", 1, "PRUNED")]
+    assert heard.known == [0], "the other one is told of now"
+    assert heard.reasons == ["rung 2: 0.1000, and 0.9000 was needed"]
     assert ledger.num_interrupted == 1 and (ledger.next_trial() or (None,))[0] == 0
     ledger.close()  # killed: the outcome is written, and was not shown
 
