@@ -16,7 +16,7 @@ class Interval:
     """What one process counts from an evaluation to the next.
 
     Attributes:
-        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens of its batches here.
+        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens here.
         scored: how far the evaluation at its end is. norm: of the latest gradient.
         seconds: spent on training.
     """
@@ -52,9 +52,8 @@ class Interval:
         made._gathered = counted = state["counted"]
         made.norm, made.seconds = float(state["norm"]), float(state["seconds"])
         if len(counted) == ranks.size:
-            made.sums, made.scored.sums = (
-                t.to(made.sums) for t in counted[ranks.rank].split([3, 2])
-            )
+            own = counted[ranks.rank].to(made.sums)
+            made.sums, made.scored.sums = own[:3].clone(), own[3:].clone()
             made.scored.rounds = int(state["rounds"])
         elif ranks.leads:
             made.sums = counted[:, :3].sum(0).to(made.sums)

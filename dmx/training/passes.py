@@ -34,8 +34,8 @@ class Evaluation:
 
 
 class Scored:
-    """How far an evaluation has come: [2] sums of sum_dtype (losses, hits) of so many rounds, in each of
-    which every process takes one batch.
+    """How far an evaluation has come: sums ([2] of sum_dtype: losses, hits) over so many rounds, in
+    each of which every process takes one batch.
     """
 
     def __init__(self, device: torch.device) -> None:

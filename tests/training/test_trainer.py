@@ -18,8 +18,7 @@ from dmx.nn import device
 from dmx.nn.device import pick_device
 from dmx.schema import to_dict
 from dmx.storage.claim import CLAIM_FILE
-from dmx.training import passes
-from dmx.training import trainer as trainer_module
+from dmx.training import interval, passes
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import evaluate_checkpoint
 from dmx.training.job import Job
@@ -420,7 +419,7 @@ class NoFloat64(TorchDispatchMode):
 def test_on_mps_nothing_is_summed_in_float64(tiny_store, monkeypatch, execution):
     """The whole of a step and an evaluation, with the CPU in the place of MPS."""
     assert device.sum_dtype(torch.device("cuda")) == torch.float64
-    monkeypatch.setattr(trainer_module, "sum_dtype", lambda _: device.sum_dtype(MPS))
+    monkeypatch.setattr(interval, "sum_dtype", lambda _: device.sum_dtype(MPS))
     monkeypatch.setattr(passes, "sum_dtype", lambda _: device.sum_dtype(MPS))
     with trainer(tiny_store, model__execution=execution) as made, NoFloat64():
         assert 0.0 <= made.advance()["dev_accuracy"] <= 1.0
