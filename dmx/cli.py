@@ -228,12 +228,9 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
             if handler is not None:
                 signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # What a job in the background ignores stays ignored; elsewhere than in the main thread
-        # signals are someone else's business.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            with contextlib.suppress(ValueError):
-                before[number] = signal.signal(number, note)
+    for number in process.heeded():
+        with contextlib.suppress(ValueError):  # not the main thread
+            before[number] = signal.signal(number, note)
     try:
         yield asked.is_set
     finally:
