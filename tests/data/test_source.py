@@ -144,6 +144,7 @@ XML = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code></
         ("\u00e9".encode() * 600, "a single file"),  # the 1,024th byte is half a letter
         (pickle.dumps([{"label": 1}]), "a single file"),
     ],
+    ids=["empty", "gzip", "zip", "7z", "rar", "zst", "xml", "html", "csv", "text", "pickle"],
 )
 def test_other_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x").write_bytes(content)
