@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,7 +36,17 @@ logger = logging.getLogger("dmx")
 
 PATHS = (
     *("storage", "data_root", "space", "warm_start", "config", "init_from", "evaluate", "out"),
-    *("source", "run", "runs", "checkpoint", "curriculum", "scratch", "node_data", "folder"),
+    *(
+        "source",
+        "run",
+        "runs",
+        "resume",
+        "checkpoint",
+        "curriculum",
+        "scratch",
+        "node_data",
+        "folder",
+    ),
 )
 """Arguments that may be a path."""
 
@@ -94,6 +104,20 @@ class Parser(argparse.ArgumentParser):
         except DmxError as error:  # of a `type` of ours; it names the option
             raise argparse.ArgumentError(None, str(error).removesuffix(".")) from None
 
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The arguments that are given, without the defaults of the others."""
+        unset = object()
+        lists = argparse._AppendAction  # it would append to what is there
+        start = {a.dest: None if isinstance(a, lists) else unset for a in self._actions}
+        found = vars(self.parse_intermixed_args(argv, argparse.Namespace(**start)))
+        return {k: v for k, v in found.items() if v is not unset and v not in (None, [])}
+
+    def filled(self, values: Mapping[str, Any], **more: Any) -> argparse.Namespace:
+        """The arguments with the defaults of those that are not given."""
+        defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
+        defaults |= {a.dest: [] for a in self._actions if a.nargs == "*" and a.default is None}
+        return argparse.Namespace(**{**defaults, **values, **more})
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
@@ -134,6 +158,18 @@ def _call(prog: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) 
         return EXIT_INTERRUPTED
     except SystemExit as ended:  # of argparse
         return ended.code if isinstance(ended.code, int) else EXIT_OK
+
+
+def add_resume(parser: argparse.ArgumentParser, kind: str) -> None:
+    """`--resume`, alone or with the run that is meant."""
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help=f"continue an existing {kind}, which knows its own options (RUN: its folder; default: "
+        "what the other options name)",
+    )
 
 
 _LONGEST_NAME = 255
@@ -239,5 +275,6 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:
     """The command as a user would type it again, with an option added."""
-    words = [*argv, *([add] if add and add not in argv else [])]
+    there = any(word == add or word.startswith(f"{add}=") for word in argv)
+    words = [*argv, *([add] if add and not there else [])]
     return f"python -m {module} " + " ".join(shlex.quote(word) for word in words)

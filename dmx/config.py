@@ -98,6 +98,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights of another run that this one starts from.
+
+    Attributes:
+        path: a checkpoint folder or a reference `*_output.model`. sha256: of its weights' file;
+            None is filled in at the start, another than the file's is refused.
+        reinit: parameters that may keep fresh values (see transfer.transfer).
+    """
+
+    path: str
+    sha256: str | None = None
+    reinit: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand("path", self.path))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a result; `config.yaml` beside each checkpoint holds one."""
 
@@ -107,6 +125,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig | None = None
 
     def __post_init__(self) -> None:
         task = task_for(self.task)

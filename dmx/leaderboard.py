@@ -30,6 +30,8 @@ NOTES = {
     "†": "steps or batch size are not the task preset's",
     "‡": "a run of it has not ended",
     "*": "of a search: the best trial's one seed, which its search chose",
+    "§": "started from the weights of another run",
+    "¶": "its runs ran different code, or code with changes that no commit holds",
 }
 
 
@@ -62,6 +64,7 @@ def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunRe
         ConfigError: a path holds no run. DmxError: no run could be read.
     """
     folders: dict[Path, None] = {}
+    asked = {path.resolve() for path in paths}
     for path in paths:
         inside = [] if kind_of(path) is not None else runs_below(path)
         for folder in inside or [path]:
@@ -71,7 +74,12 @@ def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunRe
         raise errors[0]
     if unread is not None:
         unread.extend(map(str, errors))
-    return found
+    return [run for run in found if run.folder in asked or not _came_to_nothing(run)]
+
+
+def _came_to_nothing(run: RunReport) -> bool:
+    """Whether a run failed, or was stopped, before it had anything to compare."""
+    return run.kind == "run" and run.best_trial is None
 
 
 def cell_text(entry: Entry | None) -> str:
@@ -85,7 +93,8 @@ def cell_text(entry: Entry | None) -> str:
 
 def _marks(entry: Entry) -> str:
     one_seed = "search" in entry.how and len(entry.test) == 1
-    return "†" * entry.reduced + "‡" * entry.incomplete + "*" * one_seed
+    marks = "†" * entry.reduced + "‡" * entry.incomplete + "*" * one_seed
+    return marks + "§" * bool(entry.init) + "¶" * entry.mixed_code
 
 
 def _rows(board: Board) -> list[tuple[str, ...]]:
@@ -122,7 +131,7 @@ def _costs(e: Entry) -> tuple[str, ...]:
     return (
         e.task,
         e.attention,
-        e.how,
+        f"{e.how}, from {e.init}" if e.init else e.how,
         percent(e.mean) + _marks(e),
         percent(e.deviation),
         str(len(e.test)),
@@ -147,6 +156,8 @@ _LATEX = {
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
     "*": r"$^\ast$",
+    "§": r"$^\S$",
+    "¶": r"$^\P$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
@@ -200,6 +211,8 @@ def to_csv(found: Sequence[Board]) -> str:
                 "task": e.task,
                 "attention": e.attention,
                 "how": e.how,
+                "init_from": e.init,
+                "code": " ".join(e.code),
                 "test_accuracy_mean": e.mean,
                 "test_accuracy_std": e.deviation,
                 "seeds": len(e.test),

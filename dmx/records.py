@@ -68,10 +68,15 @@ LAST_DIR = "last"
 # Files of a run directory.
 STUDY_FILE = "study.json"
 SETTINGS_FILE = "settings.json"
+"""Of a study of an earlier dmx; now the journal's first event."""
+WARM_START_FILE = "warm_start.json"
 TRIALS_FILE = "trials.csv"
 OPTUNA_FILE = "optuna.journal"
 JOURNAL_FILE = "journal.jsonl"
 LINEAGE_FILE = "lineage.json"
+
+Kind = Literal["study", "run", "curriculum"]
+"""What a folder holds."""
 
 SamplerKind = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 SAMPLERS = get_args(SamplerKind)

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dmx import cli, process
 from dmx import records as keys
-from dmx.commands import train_workers
+from dmx.commands import resuming, train_workers
 from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costing import costs
 from dmx.costing.count import check_memory
 from dmx.costing.stand_in import dry_data
+from dmx.data.files import is_there
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import (
@@ -39,6 +40,8 @@ from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
 from dmx.schema import read_yaml, to_dict
+from dmx.search.study_settings import changes, settings_event
+from dmx.study import files as study_files
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.evaluation import config_on, evaluate_checkpoint
@@ -49,6 +52,7 @@ from dmx.training.trainer import resolve
 from dmx.training.transfer import (
     Weights,
     check_reinit,
+    identified,
     plan_transfer,
     read_weights,
     shapes_of,
@@ -62,7 +66,8 @@ _SLICE_SECONDS = 1.0
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parser().parse_intermixed_args(argv)
+    p = parser()
+    args = resuming.parse(p, p.given(argv), "run", default_name=_default_name)
     for option, path in (
         ("--config", args.config),
         ("--init-from", args.init_from),
@@ -76,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
             setattr(args, name, str(meant_checkpoint(Path(getattr(args, name)))))
     if args.evaluate is not None:
         return _evaluate(args)
+    if "init_from" in args.given:
+        args.given["init_from"] = args.init_from
     config = _config(args)
     if args.show:
         sys.stdout.write(config.to_yaml())
@@ -84,46 +91,69 @@ def main(argv: Sequence[str]) -> int:
     if args.address is None:
         check_memory([("", config)], pick_device(config.train.device))
     costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
-    if args.reinit and args.init_from is None:
+    if args.reinit and config.init is None:
         raise ConfigError("--reinit is given without --init-from; leave it out.")
-    start = None if args.init_from is None else read_weights(Path(args.init_from))
+    start = None
+    if config.init is not None and (not args.resume or "init_from" in args.now):
+        start = read_weights(Path(config.init.path))
+        config = identified(config)
     if args.dry_run:
         return _dry_run(args, config, start)
     folder = _folder(args, config)
     store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
     resolved = resolve(config, store.manifest)
-    _tell_transfer(args, start, resolved)
+    _tell_transfer(start, resolved)
     again = cli.command_line("dmx.train", argv, add="--resume")
+    settings = {
+        "config": to_dict(resolved),
+        "data": store.manifest.label,
+        "data_checksum": store.manifest.checksum,
+    }
     if args.resume:
-        _check_same(folder, resolved, again)
+        _check_same(folder, args.record.get("settings") or _settings_of(folder), settings)
+    record = settings_event("run", settings, resuming.options_of(args, store))
     process.files_decide()
     try:
         with (
             cli.terminate_like_interrupt() as check,
             train_workers.connected(workers, args.address),
         ):
-            return _train(args, config, store, folder, workers, check)
+            return _train(args, config, store, folder, workers, record, check)
     except KeyboardInterrupt:
         logger.warning("stopped; what was trained is kept. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
 
 
-def _tell_transfer(args: argparse.Namespace, start: Weights | None, resolved: RunConfig) -> None:
+def _tell_transfer(start: Weights | None, resolved: RunConfig) -> None:
     """Say what the run takes over from --init-from, before anything is written.
 
     Raises:
         CheckpointError: it does not fit.
     """
-    if start is None:
+    init = resolved.init
+    if start is None or init is None:
         return
     target, tasks = shapes_of(resolved), (start.task, resolved.task_info)
     remedy = "; name what may start afresh with --reinit"
     try:
-        check_reinit(args.reinit, [*start.shapes, *target], "--reinit")
-        report = plan_transfer(start.shapes, target, args.reinit, tasks=tasks, remedy=remedy)
+        check_reinit(init.reinit, [*start.shapes, *target], "--reinit")
+        report = plan_transfer(start.shapes, target, init.reinit, tasks=tasks, remedy=remedy)
     except CheckpointError as error:
-        raise CheckpointError(f"--init-from {args.init_from}: {error}") from None
-    verbatim(f"from {args.init_from}: {report}")
+        raise CheckpointError(f"--init-from {init.path}: {error}") from None
+    verbatim(f"from {init.path}: {report}")
+
+
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    attention, task = given.get("attention"), given.get("task")
+    if given.get("config") is not None and not (attention and task):
+        found = parse_run_config(_read_config(Path(given["config"])))
+        attention, task = attention or found.attention.name, task or found.task
+    return f"{attention}-{task}" if attention and task else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    path = meant_checkpoint(path)
+    return read_yaml(path / keys.CONFIG_FILE if path.is_dir() else path)
 
 
 def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None) -> int:
@@ -134,7 +164,7 @@ def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None)
         return obtain(config.task, root, allow_sample=True, generate=False, temporary=temporary)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
-        _tell_transfer(args, start, resolve(config, data.store.manifest))
+        _tell_transfer(start, resolve(config, data.store.manifest))
         cost = costs.run_cost(
             config,
             data.store,
@@ -157,15 +187,24 @@ def _data_root(args: argparse.Namespace, config: RunConfig) -> Path | None:
 
 def _config(args: argparse.Namespace) -> RunConfig:
     layers: list[dict[str, Any]] = []
-    if args.config is not None:
-        file = Path(args.config)
-        layers.append(read_yaml(file / keys.CONFIG_FILE if file.is_dir() else file))
+    known = args.record.get("settings", {}).get("config")
+    if known is not None:
+        layers.append(known)
+    if args.config is not None and (known is None or "config" in args.now):
+        layers.append(_read_config(Path(args.config)))
     for key in ("task", "attention"):
         if getattr(args, key) is not None:
             layers.append({key: getattr(args, key)})
+    if args.init_from is not None and (known is None or "init_from" in args.now):
+        layers.append({"init": None})
+        layers.append({"init.path": str(Path(args.init_from).absolute())})
+    starts = any("init.path" in flatten(layer) for layer in layers)
+    if args.reinit and starts and (known is None or "reinit" in args.now):
+        layers.append({"init.reinit": args.reinit})
     layers.append(flatten(parse_assignments(args.settings)))
-    if args.config is None and (args.task is None or args.attention is None):
-        raise ConfigError("give --attention and --task, or --config FILE.")
+    named = None not in (args.task, args.attention)
+    if known is None and args.config is None and not named:
+        raise ConfigError("give --attention and --task, --config FILE, or --resume RUN.")
     config = parse_run_config(*layers)
     given = {key for layer in layers for key in flatten(layer)}
     follow = schedule(config.task_info, config.train.num_steps)
@@ -180,8 +219,8 @@ def _config(args: argparse.Namespace) -> RunConfig:
 def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
     attention = args.attention or config.attention.name
     folder = cli.run_folder(args.storage, args.name, f"{attention}-{config.task}")
-    if folder.exists() and any(folder.iterdir()) and not args.resume:
-        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    if not args.resume:
+        study_files.check_free(folder)
     if args.resume and not folder.exists():
         raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
     place = next(p for p in (folder, *folder.parents) if p.exists())
@@ -191,17 +230,28 @@ def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
     return folder
 
 
-def _check_same(folder: Path, config: RunConfig, again: str) -> None:
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """Of a run of an earlier dmx, which left them in its checkpoints alone."""
     try:
-        old = flatten(to_dict(open_checkpoint(folder / keys.LAST_DIR).config))
+        return {"config": to_dict(open_checkpoint(folder / keys.LAST_DIR).config)}
     except CheckpointError:
+        return {}
+
+
+def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if not is_there(folder / keys.LAST_DIR):
         return  # it was stopped before its first evaluation: it starts again
-    new = flatten(to_dict(config))
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k != "data.root"]
-    if changed:
-        was = "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:3])
+    compared = {key: new[key] for key in old if key in new}
+    changed = changes(old, compared, free=("config.data.root", "config.init.path"))
+    if any(text.startswith("train.num_steps") for text in changed):
         raise ConfigError(
-            f"{folder} holds another run ({was}); repeat its settings or give --name."
+            f"{folder} holds another run ({'; '.join(changed[:3])}); the learning rate's schedule "
+            f"spans all steps, so train on in another run: --init-from {folder / keys.BEST_DIR}."
+        )
+    if changed:
+        raise ConfigError(
+            f"{folder} holds another run ({'; '.join(changed[:3])}); repeat its settings or give "
+            "--name."
         )
 
 
@@ -211,14 +261,17 @@ def _train(
     store: Store,
     folder: Path,
     workers: Workers,
+    record: Mapping[str, Any],
     check: Callable[[], None],
 ) -> int:
+    if not args.resume:
+        study_files.clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    study_files.note_settings(folder, record)
     job = Job(
         run_config=to_dict(config),
         data_folder=str(store.folder),
         folder=str(folder),
-        init_from=None if args.init_from is None else str(Path(args.init_from).absolute()),
-        reinit=tuple(args.reinit),
         slice_seconds=_SLICE_SECONDS,
         **workers.of_job(),
     )

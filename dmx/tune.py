@@ -7,12 +7,13 @@ import argparse
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dmx import cli, process
 from dmx.cluster import connection, gpu_packing
-from dmx.commands import place_options, tune_dryrun, tune_search
+from dmx.commands import place_options, resuming, tune_dryrun, tune_search
 from dmx.commands.tune_options import check_limits, parser
 from dmx.commands.tune_plan import Plan, make_plan
 from dmx.costing import costs
@@ -35,7 +36,7 @@ from dmx.study import files as study_files
 from dmx.study import identity as study_identity
 from dmx.study.config import StudyConfig
 from dmx.study.live_view import choose_view, write_json
-from dmx.tasks import Task
+from dmx.tasks import Task, task_for
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -44,13 +45,14 @@ MODULE = "dmx.tune"
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code says whether the study is complete."""
     started = time.monotonic()
-    args = parser().parse_args(argv)
+    p = parser()
+    args = resuming.parse(p, p.given(argv), "study", default_name=_default_name)
     plan = make_plan(args)
     task = plan.task
     folder, places = place_options.find_places(
         storage=args.storage,
         name=args.name,
-        default=f"{args.attention}-{task.name}",
+        default=_default_name(vars(args)) or "",
         scratch=args.scratch,
         data_root=args.data_root,
         node_data=args.node_data,
@@ -100,6 +102,12 @@ def _check_budget(plan: Plan, resources: connection.Resources) -> None:
     plan.check(budget)
 
 
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    if not given.get("attention") or not given.get("task"):
+        return None
+    return f"{given['attention']}-{task_for(given['task']).name}"
+
+
 def _open_data(
     args: argparse.Namespace, task: Task, places: Places, temporary: Path | None = None
 ) -> Store:
@@ -115,8 +123,8 @@ def _open_data(
 
 
 def _check_free(folder: Path, *, resume: bool) -> None:
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    if not resume:
+        study_files.check_free(folder)
 
 
 def _search(
@@ -125,18 +133,21 @@ def _search(
     """Run the study, and what follows it."""
     args = plan.args
 
-    def open_study(resources: connection.Resources) -> StudyConfig:
+    def checked(resources: connection.Resources) -> tuple[StudyConfig, dict[str, Any], Any]:
         budget = plan.budget(resources)
         plan.check(budget)
         config = plan.study(budget, folder.name, sync.places)
-        tune_search.open_study(args, config, store, folder)
+        settings, files = tune_search.check_study(args, config, store, folder)
+        if args.resume:
+            study_files.check_unused(folder)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
-        return config
+        return config, settings, files
 
     # Here all is known before Ray starts; of a cluster nothing before it is connected.
-    here = None if args.address else open_study(connection.local_resources())
-    with sync, connection.connect(args.address) as resources:
-        config = here or open_study(resources)
+    here = None if args.address else checked(connection.local_resources())
+    with contextlib.ExitStack() as stack:
+        resources = stack.enter_context(connection.connect(args.address))
+        config, settings, files = here or checked(resources)
         if args.trials_per_gpu == gpu_packing.AUTO:
             fitting = gpu_packing.measure(config, store)
             budget = plan.budget(resources, trials_per_gpu=fitting)
@@ -145,6 +156,10 @@ def _search(
         workers = config.workers.count
         slots = connection.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
         slots = min(slots, args.max_concurrent_trials or slots)
+        # Not before all that can be refused: a study that never began is in nobody's way.
+        options = resuming.options_of(args, None if is_url(args.data_root or "") else store)
+        study_files.open_folder(folder, settings, resume=args.resume, options=options, files=files)
+        stack.enter_context(sync)
         from dmx.report import write_page  # seconds that a refusal need not wait, as Ray Tune's
         from dmx.study.study import run_study
 

@@ -78,12 +78,12 @@ RAY = [
     *("cluster", "cluster.connection", "cluster.gang", "cluster.waiting"),
     *("cluster.gpu_packing", "cluster.launch"),
     *("study.trainable", "study.scheduler", "study.study", "study.hooks", "study.watchdog"),
-    *("study.files", "curriculum.backend", "data.ray_shards"),
+    *("curriculum.backend", "data.ray_shards"),
 ]
 OPTUNA = [
     *("search.sampling", "search.past", "search.proposals", "search.warm_start"),
     *("search.optuna_file", "search.trial_results", "search.telling", "search.ledger"),
-    *("study.files", "reporting.reading", "reporting.importance"),
+    *("reporting.reading", "reporting.importance"),
 ]
 # What a file imports only once it was asked for several workers.
 LAZY = {

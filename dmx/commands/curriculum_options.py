@@ -34,7 +34,9 @@ def parser() -> cli.Parser:
         hint=as_setting("--set {}=VALUE"),
     )
     p.add_argument(
-        "curriculum", help=f"a YAML path, or one of: {', '.join(shipped_names('curricula'))}"
+        "curriculum",
+        nargs="?",
+        help=f"a YAML path, or one of: {', '.join(shipped_names('curricula'))}",
     )
     p.add_argument("--name", help="the run's folder below the storage (default: the curriculum's)")
     p.add_argument(
@@ -53,7 +55,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--from-stage", metavar="STAGE", help="train this stage and those that follow from it again"
     )
-    p.add_argument("--resume", action="store_true", help="continue; this is the default")
+    cli.add_resume(p, "curriculum")
     p.add_argument("--fresh", action="store_true", help="move an existing run aside, start anew")
     p.add_argument("--dry-run", action="store_true", help="check and measure only")
     p.add_argument("--status", action="store_true", help="show where the run stands")

@@ -15,7 +15,7 @@ EXAMPLES = """\
       any setting can be given as a.b=value; --show lists them all
   python -m dmx.train --config runs/butterfly-text/best/config.yaml --name again train.seed=7
       train the best setting of a search again
-  python -m dmx.train --attention butterfly-64 --task listops --resume
+  python -m dmx.train --resume runs/butterfly-64-listops
       continue where it stopped
   python -m dmx.train --attention butterfly-64 --task listops --gpus-per-trial 4
       the same run and result by four GPUs (--workers-per-trial 4: by four CPU processes)
@@ -65,7 +65,7 @@ def parser() -> cli.Parser:
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     compute_flags.add_options(p, "the run", whole_gpus=True)
-    p.add_argument("--resume", action="store_true", help="continue an existing run")
+    cli.add_resume(p, "run")
     p.add_argument("--dry-run", action="store_true", help="show what the run would cost, and stop")
     p.add_argument(
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"

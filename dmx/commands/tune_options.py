@@ -19,8 +19,8 @@ EXAMPLES = """\
   python -m dmx.tune --attention softmax --task text --set model.num_layers=4
       any setting can be fixed; python -m dmx.train --attention softmax --task text --show
       lists them
-  python -m dmx.tune --attention butterfly --task text --resume
-      continue after Ctrl-C, a crash or a time budget
+  python -m dmx.tune --resume runs/butterfly-text
+      continue after Ctrl-C, a crash or a time budget; with --num-trials 32 added, for longer
   python -m dmx.tune --attention butterfly --task text --objective accuracy,latency
       accuracy against time per sample: the Pareto front instead of one best trial
   python -m dmx.tune --attention butterfly --task text --name again --warm-start butterfly-text
@@ -40,9 +40,9 @@ def parser() -> cli.Parser:
         hint=as_setting("--set {}=VALUE"),
     )
     p.add_argument(
-        "--attention", required=True, help="butterfly, softmax, ...; NAME-SIZE fixes its size"
+        "--attention", help="butterfly, softmax, ...; NAME-SIZE fixes its size (required)"
     )
-    p.add_argument("--task", required=True, help="text, listops, pathfinder32-curv_baseline, ...")
+    p.add_argument("--task", help="text, listops, pathfinder32-curv_baseline, ... (required)")
     p.add_argument("--space", help="search space: a name or a YAML path (default: the attention's)")
     p.add_argument("--set", action="append", default=[], metavar="A.B=V", help="fix a setting")
     p.add_argument("--name", help="the study's folder below the storage (default: ATTENTION-TASK)")
@@ -144,7 +144,7 @@ def parser() -> cli.Parser:
         default="auto",
         help="a live table (auto: on a terminal), plain lines, JSON lines, or the end only",
     )
-    p.add_argument("--resume", action="store_true", help="continue an existing study")
+    cli.add_resume(p, "study")
     p.add_argument(
         "--dry-run", action="store_true", help="check everything; show the plan and its cost only"
     )

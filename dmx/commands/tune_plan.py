@@ -40,16 +40,27 @@ class Plan:
     space: SearchSpace
     overrides: Mapping[str, Any]
 
+    @property
+    def _known(self) -> Mapping[str, Any]:
+        """The settings of the study that is continued: another machine would choose others."""
+        known: Mapping[str, Any] = self.args.record.get("settings", {})
+        return known
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        overrides = self._known.get("overrides", {})
+        return {k: v for k, v in overrides.items() if k != "train.num_steps"}
+
     def budget(self, resources: Resources, trials_per_gpu: int | None = None) -> Budget:
         """How much to train with such resources."""
-        args = self.args
+        args, known = self.args, self._known
         return fit_budget(
             self.task,
             resources,
-            self.space.defaults,
+            {**self._chosen, **self.space.defaults},
             searched=self.space.names(),
-            num_trials=args.num_trials,
-            max_steps=args.max_steps,
+            num_trials=_first(args.num_trials, known.get("num_trials")),
+            max_steps=_first(args.max_steps, known.get("max_steps")),
             trials_per_gpu=trials_per_gpu or gpu_packing.wanted(args.trials_per_gpu),
             cpus_per_trial=args.cpus_per_trial,
             gpus_per_trial=args.gpus_per_trial,
@@ -58,7 +69,7 @@ class Plan:
 
     def fixed(self, budget: Budget) -> dict[str, Any]:
         """Dotted values of every trial."""
-        return {**self.overrides, **budget.settings}
+        return {**self._chosen, **self.overrides, **budget.settings}
 
     def check(self, budget: Budget) -> None:
         """Build the experiment at every corner of the space.
@@ -103,12 +114,18 @@ class Plan:
         )
 
 
+def _first(given: int | None, known: int | None) -> int | None:
+    return known if given is None else given
+
+
 def make_plan(args: argparse.Namespace) -> Plan:
     """Look up the names; everything that needs no data and no cluster is checked here.
 
     Raises:
         ConfigError: what is asked for does not exist, or contradicts itself.
     """
+    if args.attention is None or args.task is None:
+        raise ConfigError("give --attention and --task, or --resume RUN.")
     task = task_for(args.task)
     config_class, size = split_name(args.attention)
     overrides = flatten(parse_assignments(args.set))

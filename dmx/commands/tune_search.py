@@ -10,6 +10,7 @@ from typing import Any
 
 from dmx.data.store import Store
 from dmx.errors import ConfigError
+from dmx.resources import code_version
 from dmx.search import warm_start
 from dmx.search.brackets import LEAST_FACTOR
 from dmx.search.objectives import parse_objectives
@@ -104,10 +105,7 @@ def check_study(
     settings = study_identity.settings(config, store, identity)
     if args.resume:
         study_files.check_same(folder, settings)
+        begun, now = args.record.get("environment", {}).get("code"), code_version()
+        if begun not in (None, now):
+            logger.warning("the study was trained by code %s until now; this is %s", begun, now)
     return settings, files
-
-
-def open_study(args: argparse.Namespace, config: StudyConfig, store: Store, folder: Path) -> None:
-    """Create the study's folder, or check that this is the study that is to be continued."""
-    settings, files = check_study(args, config, store, folder)
-    study_files.open_folder(folder, settings, resume=args.resume, files=files)

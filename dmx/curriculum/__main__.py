@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from dmx import cli
-from dmx.commands import place_options
+from dmx.commands import place_options, resuming
 from dmx.commands.curriculum_options import PROG, parser
 from dmx.curriculum.file import load_curriculum
 from dmx.curriculum.session import run_session
@@ -15,22 +17,46 @@ from dmx.curriculum.show import Options, dry_run, show_status
 from dmx.curriculum.stages import CurriculumConfig
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
+from dmx.paths import is_url
 from dmx.resources import find_yaml
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; see dmx.errors for the exit codes."""
-    args = parser().parse_args(argv)
-    path = find_yaml(args.curriculum, "curricula")
-    curriculum = load_curriculum(
-        path, attention=args.attention, overrides=flatten(parse_assignments(args.set))
-    )
+    p = parser()
+    args = resuming.parse(p, _given(p, argv), "curriculum", default_name=_default_name)
+    curriculum = _curriculum(vars(args))
     options = _options(args, curriculum, argv)
     if args.status:
         return show_status(curriculum, options)
     if args.dry_run:
         return dry_run(curriculum, options)
     return run_session(curriculum, options)
+
+
+def _given(p: cli.Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """The arguments; in `--resume NAME` without another one, NAME is a run or a curriculum."""
+    given = p.given(argv)
+    word = given.get("resume")
+    if isinstance(word, str) and "curriculum" not in given and not is_url(word):
+        below = Path(given.get("storage", p.get_default("storage"))) / word
+        if "name" in given or not (Path(word).is_dir() or below.is_dir()):
+            given |= {"curriculum": word, "resume": True}
+    return given
+
+
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    return _curriculum(given).name if given.get("curriculum") else None
+
+
+def _curriculum(given: Mapping[str, Any]) -> CurriculumConfig:
+    if given.get("curriculum") is None:
+        raise ConfigError("give a curriculum, a name or a YAML path, or --resume RUN.")
+    return load_curriculum(
+        find_yaml(given["curriculum"], "curricula"),
+        attention=given.get("attention"),
+        overrides=flatten(parse_assignments(given.get("set", []))),
+    )
 
 
 def _options(
@@ -71,6 +97,7 @@ def _options(
         workers=args.workers_per_trial,
         address=args.address,
         again=continue_command(argv),
+        given=resuming.options_of(args, None if is_url(args.data_root or "") else root),
         places=places,
     )
 

@@ -20,13 +20,14 @@ from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.schema import to_dict
+from dmx.search.study_settings import settings_event
 from dmx.storage.claim import Claim
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import read_journal
 from dmx.storage.places import SHARED, Places
 from dmx.study import end as study_end
 from dmx.study import identity as study_identity
-from dmx.study.files import write_settings, write_study
+from dmx.study.files import note_settings, write_study
 from dmx.study.study import StudyConfig, run_study
 from dmx.study.view import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
@@ -252,7 +253,7 @@ def _search(
     view = TensorBoardView(path, {"task": study.task}, study.space.names())
     try:
         store = open_store(study.places.data(data_folder))
-        write_settings(path, study_identity.settings(study, store))
+        note_settings(path, settings_event("study", study_identity.settings(study, store)))
         with sync:
             result = run_study(study, store, path, slots=slots, observers=(view,))
         summary = study_end.summarise(study, store, result)

@@ -16,6 +16,7 @@ from typing import Any
 from dmx import log
 from dmx import records as keys
 from dmx.cluster.size import Means
+from dmx.config import InitConfig
 from dmx.curriculum.history import advance, attempt_folder, fold
 from dmx.curriculum.observer import Observer, say
 from dmx.curriculum.planner import (
@@ -38,6 +39,7 @@ from dmx.schema import to_dict
 from dmx.storage.claim import read_claim
 from dmx.storage.journal import Journal
 from dmx.training.job import Job
+from dmx.training.transfer import weights_checksum
 
 logger = logging.getLogger("dmx.curriculum")
 _POLL_SECONDS = 1.0
@@ -145,9 +147,12 @@ class Controller:
     def _launch(self, launch: Launch) -> None:
         stage, store = launch.stage, self._stores[launch.stage.task]
         config = to_dict(resolve(launch.config, StageData(store=store)))
-        init = launch.source.get("path")
-        if init is not None and "stage" in launch.source:
-            init = str(check_promoted(launch.source["stage"], launch.source, self.folder))
+        source, init = self._source(launch), None
+        path = source.get("path")
+        if path is not None:
+            path = str(self.folder / path) if "stage" in source else path
+            found = InitConfig(path=path, sha256=source.get("sha256"), reinit=launch.reinit)
+            init = to_dict(found)
         if not launch.resumed:
             self._record(
                 "started",
@@ -155,7 +160,7 @@ class Controller:
                 attempt=launch.number,
                 retry=launch.retry,
                 config=config,
-                source=dict(launch.source),
+                source=source,
                 spec={**stage.plain(), "code": self._code},
                 data=data_facts(store),
             )
@@ -164,7 +169,7 @@ class Controller:
             "continues" if launch.resumed else "starts",
             launch.number,
             f"{launch.config.train.num_steps:,}",
-            f", from {launch.source.get('stage', init)}" if init else "",
+            f", from {launch.source.get('stage', path)}" if init else "",
         )
         cpus, gpus = self._room.means.of(stage)
         workers = self._room.means.shared_out(stage)
@@ -172,21 +177,31 @@ class Controller:
         key = Key("train", stage.name)
         if stage.search is not None:
             slots = self._room.slots(cpus, gpus)
-            study = stage_study(launch, cpus=cpus, gpus=gpus, workers=workers.count, init_from=init)
+            study = stage_study(launch, cpus=cpus, gpus=gpus, workers=workers.count, init=init)
             self._room.busy[key] = Busy(cpus * slots, gpus * slots, launch)
             self._backend.search(key, study, str(store.folder), folder, slots)
             return
         job = Job(
-            run_config=config,
+            run_config={**config, "init": init},
             data_folder=str(store.folder),
             folder=str(folder),
-            init_from=init,
-            reinit=launch.reinit,
             **workers.of_job(),
             within=str(self.folder.absolute()),
         )
         self._room.busy[key] = Busy(cpus, gpus, launch)
         self._backend.train(key, job, cpus=cpus, gpus=gpus)
+
+    def _source(self, launch: Launch) -> dict[str, Any]:
+        """Where the weights come from, found as they were when the attempt was begun."""
+        source = dict(launch.source)
+        if "stage" in source:
+            check_promoted(source["stage"], source, self.folder)
+        elif launch.resumed:
+            current = self.history.stage(launch.stage.name).current
+            source = dict(current.source) if current is not None else source
+        elif "path" in source:
+            source["sha256"] = weights_checksum(Path(source["path"]))
+        return source
 
     def _received_report(self, message: Message) -> None:
         launch, report = self._room.busy[message.key].launch, message.report

@@ -31,9 +31,11 @@ from dmx.errors import (
 )
 from dmx.log import console, verbatim
 from dmx.process import files_decide
+from dmx.resources import code_version
+from dmx.search.study_settings import settings_event
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
-from dmx.study.files import code_version, write_text
+from dmx.study.files import append_settings, write_text
 from dmx.tensorboard import Column, announce_study
 
 logger = logging.getLogger("dmx.curriculum")
@@ -108,6 +110,8 @@ def _prepare_journal(
     precheck.check_checkpoints(curriculum, kept, options.folder, selected)
     if not journal.events:
         journal.append(event="created", curriculum=curriculum.name, time=time.time())
+    plain = {"name": curriculum.name, "stages": [s.plain() for s in curriculum.stages]}
+    append_settings(journal, settings_event("curriculum", plain, options.given))
     journal.append(
         event="session",
         pid=os.getpid(),
@@ -122,7 +126,6 @@ def _prepare_journal(
     if again:
         journal.append(event="reset", stages=list(again), time=time.time())
         logger.info("%s will be trained again; old attempts stay on disk", ", ".join(again))
-    plain = {"name": curriculum.name, "stages": [s.plain() for s in curriculum.stages]}
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     write_text(options.folder / CURRICULUM_FILE, text)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Options:
     """What the command line says.
 
     Attributes:
-        folder: the run's. again: the command that continues it.
+        folder: the run's. again: the command that continues it. given: its options, for the record.
         places: object storage and local copies. Others: see --help.
     """
 
@@ -39,6 +40,7 @@ class Options:
     workers: int | None = None
     address: str | None = None
     again: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
     places: Places = SHARED
 
 

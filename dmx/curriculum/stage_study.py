@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dmx.curriculum.planner import Launch
 from dmx.study.config import StudyConfig
 
@@ -9,9 +12,13 @@ _GRACE_SHARE = 8
 
 
 def stage_study(
-    launch: Launch, *, cpus: float, gpus: float, workers: int, init_from: str | None
+    launch: Launch, *, cpus: float, gpus: float, workers: int, init: Mapping[str, Any] | None
 ) -> StudyConfig:
-    """The study of one attempt; a retry draws other points, a longer one trains them longer."""
+    """The study of one attempt; a retry draws other points, a longer one trains them longer.
+
+    Args:
+        init: the weights that every trial starts from (InitConfig as a plain dict).
+    """
     stage, config = launch.stage, launch.config
     assert stage.search is not None and stage.space is not None
     steps = config.train.num_steps
@@ -21,6 +28,7 @@ def stage_study(
         "train.num_steps": steps,
         "train.seed": config.train.seed,
         "data.seed": config.data.seed,
+        **({f"init.{key}": value for key, value in init.items()} if init else {}),
     }
     return StudyConfig(
         name=stage.name,
@@ -37,6 +45,4 @@ def stage_study(
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
         workers_per_trial=workers,
-        init_from=init_from,
-        reinit=launch.reinit,
     )

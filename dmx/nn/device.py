@@ -35,11 +35,16 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for `train.precision`: bf16 where it is asked for, or by `auto` on a GPU
-    that computes in it. Older ones (T4, V100) emulate it, slower than fp32.
+def precision_of(device: torch.device, precision: str) -> str:
+    """What `train.precision` comes to: bf16 where it is asked for, or by `auto` on a GPU that
+    computes in it, else fp32. Older GPUs (T4, V100) emulate bf16, slower than fp32.
     """
-    if precision == "bf16" or (precision == "auto" and _has_bf16(device)):
+    return ("bf16" if _has_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for `train.precision`."""
+    if precision_of(device, precision) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 

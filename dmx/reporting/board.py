@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dmx import records as keys
 from dmx.overrides import flatten
@@ -16,8 +17,9 @@ from dmx.reporting.records import RunReport
 from dmx.reporting.text import mean_and_deviation
 from dmx.tasks import find_task
 
-_SEEDS = ("train.seed", "data.seed", "data.root", "train.device", "train.compile")
-"""Settings in which runs of one entry may differ."""
+_SEEDS = ("train.seed", "data.seed")
+_FREE = (*_SEEDS, "data.root", "train.device", "train.compile", "init.path")
+"""Settings in which runs of one entry may differ; of a file of weights its content decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,10 @@ class Entry:
         runs: names of the folders. how: "fixed", "search", "curriculum" or "curriculum with a
             search".
         steps: of a curriculum, those of all its stages and attempts (the mean over the runs).
-        test: test accuracy of each seed. dev: best dev accuracy of each.
+        test: test accuracy of each seed. dev: best dev accuracy of each. Runs of one seed count
+            once, with their mean.
+        init: the weights that it was started from, or "".
+        code: the versions of the code that its runs ran.
         reduced: its budget is not the task preset's. incomplete: a run has not ended.
         step_seconds, memory_mb: the median and the highest over the runs; NaN where unknown.
         memory_of: see RunReport.
@@ -49,6 +54,13 @@ class Entry:
     memory_of: str
     reduced: bool
     incomplete: bool
+    init: str = ""
+    code: tuple[str, ...] = ()
+
+    @property
+    def mixed_code(self) -> bool:
+        """Whether one commit does not name the code of all its runs."""
+        return len(self.code) > 1 or any("+" in code for code in self.code)
 
     @property
     def mean(self) -> float:
@@ -82,15 +94,19 @@ class Board:
         """
         found = [e for e in self.entries if (e.attention, _column(e)) == (attention, column)]
 
-        def rank(entry: Entry) -> tuple[bool, bool, float]:
+        def rank(entry: Entry) -> tuple[bool, bool, bool, float]:
             dev = mean_and_deviation(entry.dev)[0]
-            return (bool(entry.test), not entry.reduced, dev if math.isfinite(dev) else -1.0)
+            dev = dev if math.isfinite(dev) else -1.0
+            return (bool(entry.test), not entry.reduced, not entry.init, dev)
 
         return max(found, key=rank) if found else None
 
 
 def entries(runs: Iterable[RunReport]) -> list[Entry]:
-    """One entry per configuration and task; runs that differ in seeds alone share one."""
+    """One entry per configuration and task; runs that differ in seeds alone share one.
+
+    Precision is that which was used: `auto` is another one on a GPU than on a CPU.
+    """
     groups: dict[str, list[RunReport]] = {}
     for run in runs:
         groups.setdefault(_group(run), []).append(run)
@@ -102,8 +118,11 @@ def _group(run: RunReport) -> str:
         return run.recipe
     if run.kind != "run" or run.config is None:
         return f"{run.kind} {run.folder}"
-    settings = {k: v for k, v in flatten(run.config).items() if k not in _SEEDS}
-    text = json.dumps([run.data, run.data_checksum, settings], sort_keys=True, default=str)
+    settings = {k: v for k, v in flatten(run.config).items() if k not in _FREE and v is not None}
+    precision = run.environment.get("precision")
+    text = json.dumps(
+        [run.data, run.data_checksum, precision, settings], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -111,13 +130,17 @@ def _entry(group: Sequence[RunReport]) -> Entry:
     first = group[0]
     tests: list[float] = []
     devs: list[float] = []
+    single: dict[str, list[RunReport]] = {}
     for run in group:
         if run.finals is not None and run.finals.test_accuracies:
             tests.extend(run.finals.test_accuracies)
             devs.extend(run.finals.dev_accuracies)
         else:
-            tests.append(run.test_accuracy)
-            devs.append(run.best_trial.best if run.best_trial else math.nan)
+            single.setdefault(_seeds(run), []).append(run)
+    for same in single.values():
+        tests.append(mean_and_deviation(tuple(run.test_accuracy for run in same))[0])
+        best_devs = (run.best_trial.best for run in same if run.best_trial)
+        devs.append(mean_and_deviation(tuple(best_devs))[0])
     best = [run.best_trial for run in group if run.best_trial is not None]
     times = sorted(v for t in best if math.isfinite(v := t.median(keys.STEP_SECONDS)))
     memory = [v for t in best if math.isfinite(v := t.highest(keys.PEAK_MEMORY_MB))]
@@ -144,7 +167,15 @@ def _entry(group: Sequence[RunReport]) -> Entry:
         memory_of=first.memory_of,
         reduced=bool(budget_differences(first.task, first.config)),
         incomplete=not all(run.complete for run in group),
+        init="/".join(Path(str(first.init["path"])).parts[-2:]) if first.init else "",
+        code=tuple(sorted({str(c) for run in group if (c := run.environment.get("code"))})),
     )
+
+
+def _seeds(run: RunReport) -> str:
+    """What tells the runs of one entry apart; runs that are equal in it are repetitions."""
+    settings = flatten(run.config or {})
+    return str([settings.get(key) for key in _SEEDS])
 
 
 def boards(found: Sequence[Entry]) -> list[Board]:

@@ -11,10 +11,11 @@ from dmx import records as keys
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.reporting.curriculum import is_curriculum, read_curriculum
 from dmx.reporting.labels import UNKNOWN, attention_label
-from dmx.reporting.reading import read_dev_split, read_document, read_scalars
+from dmx.reporting.reading import Document, read_dev_split, read_document, read_scalars
 from dmx.reporting.records import Kind, RunReport, Trial
 from dmx.reporting.studies import read_study
 from dmx.schema import read_yaml
+from dmx.search.study_settings import SETTINGS, read_record
 
 RESULT_FILE = "result.json"
 _STUDY = (keys.SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
@@ -32,7 +33,8 @@ def kind_of(folder: Path) -> Kind | None:
     for kind, files in kinds:
         if any((folder / name).exists() for name in files):
             return kind
-    return None
+    found: Kind | None = read_record(folder).get("kind")
+    return found
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -110,7 +112,10 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
 
 def read_run(folder: Path) -> RunReport:
     """A single run of `dmx.train`, finished or not."""
+    record = read_record(folder)
+    known = Document(folder / keys.JOURNAL_FILE, record.get("settings", {}), SETTINGS)
     config = read_config(folder / keys.BEST_DIR) or read_config(folder / keys.LAST_DIR)
+    config = config or known.mapping("config").values or None
     result = read_document(folder / RESULT_FILE)
     metrics = None
     for name in (keys.LAST_DIR, keys.BEST_DIR):
@@ -121,7 +126,11 @@ def read_run(folder: Path) -> RunReport:
     source = result or metrics
     error = _first_line(folder / "error.txt")
     status: keys.TrialStatus = "COMPLETE" if result else ("FAILED" if error else "RUNNING")
-    environment = {} if result is None else result.mapping("environment").values
+    environment = {
+        **record.get("environment", {}),
+        **(metrics.mapping("environment").values if metrics else {}),
+        **({"argv": record["argv"]} if "argv" in record else {}),
+    }
     best_step = None if source is None else source.whole(keys.BEST_STEP)
     return RunReport(
         kind="run",
@@ -129,9 +138,10 @@ def read_run(folder: Path) -> RunReport:
         folder=folder,
         task=str((config or {}).get("task", UNKNOWN)),
         attention=attention_label(config),
-        data=source.text("data", UNKNOWN) if source else UNKNOWN,
+        data=(source or known).text("data", UNKNOWN),
         is_sample=source.flag("is_sample") if source else False,
-        data_checksum=source.text("data_checksum") if source else "",
+        data_checksum=(metrics or known).text("data_checksum"),
+        options=record.get("options", {}),
         complete=result is not None,
         config=config,
         trials=(Trial(number=0, status=status, reports=tuple(reports), error=error),),

@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dmx import records as keys
+from dmx.records import Kind
 from dmx.search.objectives import DEFAULT
-
-Kind = Literal["study", "run", "curriculum"]
 
 
 def number(values: Mapping[str, Any], key: str) -> float:
@@ -192,6 +191,7 @@ class RunReport:
         test_accuracy, test_loss: of the best checkpoint; NaN where it was not tested.
         num_dev: examples of the dev split, 0 where unknown. dev_majority: the share of its largest
             class: what a model that learnt nothing reaches; NaN where unknown.
+        options: of its command, as its record has them.
         seconds: wall time of the whole run, without the pauses between its sessions, or NaN.
         train_seconds: of all that was trained, side by side or not, or NaN.
         goal: a curriculum's last stage. shown: the last one on the way to it that was begun: task,
@@ -218,6 +218,7 @@ class RunReport:
     search: Search | None = None
     stages: tuple[Stage, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = math.nan
     train_seconds: float = math.nan
     goal: str = ""
@@ -241,6 +242,11 @@ class RunReport:
     def is_population(self) -> bool:
         """Whether its trials took over each other's weights (--scheduler pbt)."""
         return self.search is not None and self.search.scheduler == "pbt"
+
+    @property
+    def init(self) -> Mapping[str, Any]:
+        """The weights that it was started from: `path`, `sha256`, `reinit`; {} for fresh ones."""
+        return (self.config or {}).get("init") or {}
 
     @property
     def whole(self) -> list[Trial]:

@@ -16,6 +16,7 @@ from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.schema import read_yaml
 from dmx.search.objectives import DEFAULT, OBJECTIVES
 from dmx.search.space import settings_of
+from dmx.search.study_settings import read_record
 from dmx.storage.journal import read_journal, wall_seconds
 
 _STATES: dict[str, keys.TrialStatus] = {
@@ -32,7 +33,9 @@ def read_study(folder: Path) -> RunReport:
     Raises:
         DataError, StageError: a file is damaged; names it.
     """
-    settings = read_document(folder / "settings.json") or Document(folder / "settings.json", {})
+    record = read_record(folder, "restore it from a backup")
+    file = keys.JOURNAL_FILE if "event" in record else keys.SETTINGS_FILE
+    settings = Document(folder / file, record.get("settings", {}))
     result = read_document(folder / keys.STUDY_FILE)
     trials = _trials(folder)
     ended = sum(t.status != "RUNNING" for t in trials)
@@ -82,7 +85,13 @@ def read_study(folder: Path) -> RunReport:
         test_loss=test_loss,
         finals=finals,
         search=search,
-        environment=environment,
+        environment={
+            **record.get("environment", {}),
+            **({"argv": record["argv"]} if "argv" in record else {}),
+            **environment,
+            **_environment_of(folder, best),
+        },
+        options=record.get("options", {}),
         seconds=max((s for s in seconds if math.isfinite(s)), default=math.nan),
         **read_dev_split(checkpoint),
     )
@@ -154,6 +163,14 @@ def _best_folder(folder: Path, best: int | None, *, whole: bool) -> Path:
     if best is None or (whole and (own / keys.CONFIG_FILE).is_file()):
         return own
     return folder / "trials" / f"{best:04d}" / keys.BEST_DIR
+
+
+def _environment_of(folder: Path, best: int | None) -> Mapping[str, Any]:
+    """What the best trial was trained with, as its checkpoint says."""
+    of_trial = folder / "trials" / f"{best or 0:04d}" / keys.BEST_DIR
+    found = read_document(folder / keys.BEST_DIR / keys.METRICS_FILE)
+    found = found or (None if best is None else read_document(of_trial / keys.METRICS_FILE))
+    return found.mapping("environment").values if found else {}
 
 
 def _finals(result: Document) -> FinalSeeds | None:

@@ -226,6 +226,8 @@ def provenance(run: RunReport) -> Table:
         ("data checksum (SHA-256)", run.data_checksum or MISSING),
         ("folder", str(run.folder)),
     ]
+    if run.init:
+        found.append(("started from", f"{run.init['path']} (SHA-256 {run.init.get('sha256')})"))
     if run.search is not None:
         s = run.search
         derived = " (worked out from the study's settings)" if s.derived else ""
@@ -241,6 +243,7 @@ def provenance(run: RunReport) -> Table:
     env = run.environment
     names = {"dmx": "dmx", "code": "code (git)", "python": "Python", "torch": "torch"}
     names |= {"ray": "Ray", "optuna": "Optuna", "machine": "machine", "cpus": "CPU cores"}
+    names |= {"device": "device", "precision": "precision", "threads": "CPU threads"}
     found += [(title, short(env[key])) for key, title in names.items() if key in env]
     if "gpus" in env:
         found.append(("GPUs", ", ".join(map(str, env["gpus"])) or "none"))

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from dmx import records as keys
 from dmx.overrides import flatten
 from dmx.reporting.labels import attention_label
 from dmx.reporting.records import RunReport
@@ -95,11 +96,29 @@ def train_command(run: RunReport) -> str:
     words = ["python", "-m", "dmx.train", "--attention", label, "--task", str(config["task"])]
     words += ["--name", f"{run.name}-again"]
     stage = run.shown_stage
-    if stage is not None:
-        words += ["--data-root", stage.data_root] if stage.data_root else []
-        words += ["--init-from", stage.start] if stage.start else []
+    root = run.options.get("data_root") if stage is None else stage.data_root
+    start = run.init.get("path") if stage is None else stage.start
+    words += ["--data-root", str(root)] if root else []
+    words += ["--init-from", str(start)] if start else []
+    words += _means(run)
+    if reinit := run.init.get("reinit"):
+        words.append(f"init.reinit=[{', '.join(map(str, reinit))}]")
     words += [f"{key}={_plain(value)}" for key, value in _differences(config, label).items()]
     return " ".join(shlex.quote(word) for word in words)
+
+
+def _means(run: RunReport) -> list[str]:
+    """Options for what the bits of a result depend on beside its settings."""
+    env = run.environment
+    threads, device = env.get("threads"), env.get("device")
+    last = run.best_trial.last(keys.NUM_WORKERS) if run.best_trial else math.nan
+    workers = int(last) if math.isfinite(last) else 1
+    words = []
+    if device == "cpu" and isinstance(threads, int):
+        words += ["--threads", str(threads * workers)]
+    if workers > 1:
+        words += ["--workers-per-trial" if device == "cpu" else "--gpus-per-trial", str(workers)]
+    return words
 
 
 def _differences(config: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -112,7 +131,7 @@ def _differences(config: Mapping[str, Any], label: str) -> dict[str, Any]:
     from dmx.schema import to_dict
 
     sizes = ("model.vocab_size", "model.max_length", "model.num_classes", "data.root")
-    skipped = ("task", "attention.name", *sizes)
+    skipped = ("task", "attention.name", "init", "init.path", "init.sha256", "init.reinit", *sizes)
     ours = {k: v for k, v in flatten(config).items() if k not in skipped}
     found: dict[str, Any] = {}
     for _ in ours:

@@ -1,24 +1,67 @@
-"""What a study's folder says of the study: settings.json, read once for all who look at it."""
+"""What a run's journal says of its settings: one `settings` event a session, the last one counts.
+
+It is the first line of the journal, so that a run that was killed at once is known as well.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from dmx.errors import StageError
-from dmx.records import SETTINGS_FILE
+from dmx.overrides import flatten
+from dmx.records import JOURNAL_FILE, SETTINGS_FILE, Kind
+from dmx.resources import environment
+from dmx.storage.journal import read_journal
+
+SETTINGS = "settings"
 
 
-def read_settings(
-    folder: Path, remedy: str = "start the study under a new --name"
+def settings_event(
+    kind: Kind, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The settings of the study in a folder; {} where there is none.
+    """The event.
+
+    Args:
+        settings: what decides the results; equal for all sessions (see changes).
+        options: of the command, as `--resume RUN` repeats them.
+    """
+    return {
+        "event": SETTINGS,
+        "kind": kind,
+        "settings": json.loads(json.dumps(dict(settings), sort_keys=True)),
+        "options": dict(options or {}),
+        "environment": environment(),
+        "argv": sys.argv,
+        "time": time.time(),
+    }
+
+
+def read_record(folder: Path, remedy: str = "start the study under a new --name") -> dict[str, Any]:
+    """The last settings event of a run; {} where there is none.
 
     Raises:
-        StageError: they are damaged; ends with the remedy.
+        StageError: it is damaged; ends with the remedy.
     """
-    file = folder / SETTINGS_FILE
+    path = folder / JOURNAL_FILE
+    try:
+        found = [e for e in read_journal(path)[0] if e.get("event") == SETTINGS]
+    except StageError:
+        raise StageError(f"{path} is damaged; {remedy}.") from None
+    if not found:
+        return _of_an_earlier_dmx(folder / SETTINGS_FILE, remedy)
+    for key in ("settings", "options", "environment"):
+        if not isinstance(found[-1].get(key), dict):
+            raise StageError(f"{path} is damaged: its settings have no sound {key}; {remedy}.")
+    return found[-1]
+
+
+def _of_an_earlier_dmx(file: Path, remedy: str) -> dict[str, Any]:
+    """Studies had their settings in a file of its own, without the command."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -27,4 +70,79 @@ def read_settings(
         return {}
     except (OSError, ValueError, RecursionError):
         raise StageError(f"{file} is damaged; {remedy}.") from None
+    return {"kind": "study", "settings": found, "options": {}, "environment": {}}
+
+
+def read_settings(
+    folder: Path, remedy: str = "start the study under a new --name"
+) -> dict[str, Any]:
+    """The settings in read_record; {} where there are none."""
+    found: dict[str, Any] = read_record(folder, remedy).get("settings", {})
     return found
+
+
+# -- what changed ---------------------------------------------------------------------------
+
+_OPTIONS = {
+    **{k: "--" + k.replace("_", "-") for k in ("max_steps", "num_trials", "grace_steps")},
+    **{k: "--" + k for k in ("task", "attention", "scheduler", "sampler", "seed")},
+    **{"reduction_factor": "--reduction-factor", "objectives": "--objective"},
+    **{"warm_start": "--warm-start", "data": "the data", "data_checksum": "the data's checksum"},
+    **{"when": "`when` of the search space", "start": "`start` of the search space"},
+}
+_PARTS = {
+    "overrides": "--set {}",
+    "searched": "{} in the search space's `space`",
+    "defaults": "{} in the search space's `defaults`",
+    "config": "{}",
+    "warm_start": "--warm-start ({})",
+}
+_FOLLOW = (
+    *("overrides.train.num_steps", "overrides.train.eval_every_steps"),
+    *("overrides.optim.warmup_steps", "grace_steps"),
+)
+"""Settings that --max-steps brings along."""
+
+
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """`--max-steps was 100, now 200`: what differs, in the words by which a user says it.
+
+    Args:
+        free: dotted settings that may differ. What an earlier dmx did not record cannot differ.
+    """
+    before, after = flatten(old), flatten(json.loads(json.dumps(dict(new))))
+    left_out = {key for key in _WHOLE if key not in old}
+    changed = [
+        key
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key)
+        and key not in free
+        and key.partition(".")[0] not in left_out
+    ]
+    if "max_steps" in changed:
+        changed = [key for key in changed if key not in _FOLLOW]
+    if "config.init.sha256" in changed:  # two paths are what the user knows them by
+        changed = [key for key in changed if not key.startswith("config.init")]
+        sources = [f.get("config.init.path", "none") for f in (before, after)]
+        return [f"--init-from was {sources[0]}, now {sources[1]}", *_said(changed, before, after)]
+    return _said(changed, before, after)
+
+
+_WHOLE = ("when", "start", "defaults")
+
+
+def _said(
+    changed: Collection[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:
+    return [f"{_words(key)} was {_value(before, key)}, now {_value(after, key)}" for key in changed]
+
+
+def _words(key: str) -> str:
+    part, _, rest = key.partition(".")
+    return _PARTS[part].format(rest) if rest and part in _PARTS else _OPTIONS.get(key, key)
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not given"

@@ -28,8 +28,6 @@ from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import expect, read_journal
 
-WARM_START_FILE = "warm_start.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Here:
@@ -133,7 +131,7 @@ def prepare(
         return None, {}, ()
     paths = [Path(run) if Path(run).is_dir() else storage / run for run in runs]
     taken = take([p.absolute() for p in paths], here)
-    return taken.identity(), {WARM_START_FILE: taken.text}, taken.notes
+    return taken.identity(), {keys.WARM_START_FILE: taken.text}, taken.notes
 
 
 def _settings(run: Path, here: Here) -> dict[str, Any]:
@@ -232,7 +230,7 @@ def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         StageError: it is missing or was edited.
     """
-    path = folder / WARM_START_FILE
+    path = folder / keys.WARM_START_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -244,7 +242,7 @@ def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
 
 def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
     """The trials that a study took, for its sampler; none where it has no warm start."""
-    path = folder / WARM_START_FILE
+    path = folder / keys.WARM_START_FILE
     if not path.is_file():
         return ()
     found = []

@@ -34,7 +34,6 @@ class StudyConfig:
             see watchdog.patience.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
-        init_from, reinit: weights that every trial starts from (see training.job.Job).
         places: object storage and local copies (see training.job.Job).
     """
 
@@ -58,8 +57,6 @@ class StudyConfig:
     trial_timeout_seconds: float | None = None
     patience_seconds: float = PATIENCE_SECONDS
     reuse_actors: bool = True
-    init_from: str | None = None
-    reinit: tuple[str, ...] = ()
     places: Places = SHARED
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dmx import records as keys
 from dmx.data.store import Store
 from dmx.log import console, verbatim
+from dmx.resources import environment
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import apply
 from dmx.storage.journal import read_journal, wall_seconds
@@ -84,7 +86,7 @@ def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> di
         **(front_summary(config.objectives, result) if several else {}),
         **({"population": population(result)} if config.scheduler == "pbt" else {}),
         "best": None,
-        "environment": study_files.environment(),
+        "environment": {**environment(), "argv": sys.argv},
     }
     best = result.best
     if best is not None and best.checkpoint is not None:

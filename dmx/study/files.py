@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import math
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import __version__
 from dmx import records as keys
 from dmx.data.files import copy_folder
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, StorageError
 from dmx.schema import finite
-from dmx.search.study_settings import read_settings
-from dmx.storage.journal import Journal
+from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
+from dmx.storage.claim import CLAIM_FILE, Claim
+from dmx.storage.journal import Journal, read_journal
 
 MAY_CHANGE = frozenset({"num_trials"})
 """Settings that a later session may have otherwise."""
@@ -34,35 +31,65 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _as_text(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, indent=1, sort_keys=True)
-
-
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """settings.json: what the trials of a study have in common."""
-    write_text(folder / keys.SETTINGS_FILE, _as_text(settings))
-
-
-def check_same(folder: Path, settings: Mapping[str, Any]) -> bool:
+def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """See that the folder holds the study with these settings; nothing is written.
-
-    Returns:
-        Whether it has them to the letter: those that may change are as they were.
 
     Raises:
         ConfigError: it holds none, or another one.
         StageError: its settings are damaged.
     """
-    if not (folder / keys.SETTINGS_FILE).exists():
+    old = read_settings(folder)
+    if not old:
         raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
-    old, new = read_settings(folder), json.loads(_as_text(settings))
-    changed = sorted(k for k in {*old, *new} - MAY_CHANGE if old.get(k) != new.get(k))
+    changed = changes(old, settings, MAY_CHANGE)
     if changed:
-        was = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in changed[:3])
+        why = ""
+        if any(text.startswith("--max-steps") for text in changed):
+            why = "the learning rate's schedule and the rungs span all steps of a trial; "
         raise ConfigError(
-            f"{folder} holds another study ({was}); repeat its settings or give --name."
+            f"{folder} holds another study ({'; '.join(changed[:3])}); {why}repeat its settings "
+            "or give --name."
         )
-    return old == new
+
+
+_OF_A_START = (
+    *(keys.JOURNAL_FILE, f".{keys.JOURNAL_FILE}.lock", keys.SETTINGS_FILE, keys.WARM_START_FILE),
+    *("error.txt", CLAIM_FILE, "events.out.tfevents.*"),
+)
+"""What a run leaves that failed before it had trained anything."""
+
+
+def check_free(folder: Path) -> None:
+    """See that a new run may have the folder; what a failed start left there is no hindrance.
+
+    Raises:
+        ConfigError: it holds a run, or something else. StageError: a run is being started in it.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    begun = any(not any(fnmatch.fnmatch(name, p) for p in _OF_A_START) for name in names)
+    if keys.JOURNAL_FILE in names and not begun:
+        begun = any(e.get("event") != SETTINGS for e in read_journal(folder / keys.JOURNAL_FILE)[0])
+    if begun:
+        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    if keys.JOURNAL_FILE in names:
+        check_unused(folder)
+    if CLAIM_FILE in names:
+        Claim(folder, wait_seconds=0).release()
+
+
+def clear(folder: Path) -> None:
+    """Remove what a failed start left in a folder that is free."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        path.unlink()
+
+
+def check_unused(folder: Path) -> None:
+    """See that the study's journal is sound and that no other process works on it.
+
+    Raises:
+        StageError: it is not.
+    """
+    Journal(folder / keys.JOURNAL_FILE).close()
 
 
 def open_folder(
@@ -70,78 +97,60 @@ def open_folder(
     settings: Mapping[str, Any],
     *,
     resume: bool,
+    options: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Create the study's folder, or check that `resume` continues the same study.
 
     Args:
         settings: what must stay the same for the trials to belong together.
-        files: name -> content of what a new study keeps beside them.
+        options: of the command. files: name -> content of what a new study keeps beside them.
 
     Raises:
         ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,
             or holds a study with other settings.
         StageError: the study is damaged, or another process works on it.
     """
-    text = _as_text(settings)
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
+    if not resume:
+        check_free(folder)
+    event = settings_event("study", settings, options)
     try:
         if resume:
-            unchanged = check_same(folder, settings)
-            Journal(folder / keys.JOURNAL_FILE).close()  # damaged, or in use: said before Ray
-            if not unchanged:
-                write_settings(folder, settings)
+            check_same(folder, settings)
+            note_settings(folder, event)
             return
         new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        for name, content in {**(files or {}), keys.SETTINGS_FILE: text}.items():
+        for name, content in (files or {}).items():
             write_text(new / name, content)
+        note_settings(new, event)
+        clear(folder)
         new.rename(folder)  # all of it at once; an empty folder may be there
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
         raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); give another --storage."
+            f"{folder} cannot be written ({reason}); give another --storage."
         ) from None
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were measured with."""
-    import optuna
-    import ray
-    import torch
+def note_settings(folder: Path, event: Mapping[str, Any]) -> None:
+    """Write a session's settings down where they, its options or its environment are new.
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "dmx": __version__,
-        "code": code_version(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "optuna": optuna.__version__,
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": gpus,
-        "argv": sys.argv,
-    }
+    Raises:
+        StageError: the journal is damaged, or another process works on the run.
+        OSError, StorageError: it cannot be written.
+    """
+    with Journal(folder / keys.JOURNAL_FILE) as journal:
+        append_settings(journal, event)
 
 
-def code_version() -> str:
-    """The git commit of the checkout dmx runs from (with + when changed), or its version."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return __version__
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return done.stdout.strip()
+def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
+    """note_settings, in a journal that is open."""
+    known = [e for e in journal.events if e.get("event") == event["event"]]
+    same = ("settings", "options", "environment")
+    if not known or any(known[-1].get(key) != event[key] for key in same):
+        journal.append(**event)
 
 
 def trial_row(

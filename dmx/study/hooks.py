@@ -69,8 +69,6 @@ class LedgerSearcher(Searcher):
                 "run_config": run_config,
                 "data_folder": str(self._store.folder),
                 "folder": str(trial_folder(self._folder, number)),
-                "init_from": self._config.init_from,
-                "reinit": self._config.reinit,
                 "places": self._config.places,
                 "patience_seconds": self._config.patience_seconds,
                 **self._config.workers.of_job(),

@@ -16,10 +16,12 @@ from dmx.tensorboard import Column, announce_study
 def settings(
     config: StudyConfig, store: Store, warm_start: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What settings.json holds: what must be equal for a later session to continue the study.
+    """What must be equal for a later session to continue the study: all that decides a trial.
 
     `num_trials` alone may change (see files.MAY_CHANGE): more trials may be asked for.
     """
+    space = config.space
+    overrides = dict(config.overrides)
     more: dict[str, Any] = {}
     if len(config.objectives) > 1:
         more["objectives"] = list(config.objectives)
@@ -28,8 +30,11 @@ def settings(
     return {
         "task": config.task,
         "attention": config.space.attention,
-        "overrides": dict(config.overrides),
-        "searched": {k: [d.kind, *d.values] for k, d in config.space.distributions().items()},
+        "overrides": overrides,
+        "searched": _plain(space.distributions()),
+        "defaults": {k: v for k, v in space.defaults.items() if k not in overrides},
+        "when": [{"if": {c.key: c.value}, "then": _plain(c.then)} for c in space.conditions],
+        "start": [dict(point) for point in space.start],
         "num_trials": config.num_trials,
         "max_steps": config.max_steps,
         "grace_steps": config.grace_steps,
@@ -41,6 +46,10 @@ def settings(
         "data_checksum": store.manifest.checksum,
         **more,
     }
+
+
+def _plain(distributions: Mapping[str, Distribution]) -> dict[str, list[Any]]:
+    return {name: [d.kind, *d.values] for name, d in distributions.items()}
 
 
 def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:

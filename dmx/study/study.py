@@ -18,6 +18,7 @@ from dmx.search.brackets import num_brackets
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.objectives import pareto_front
 from dmx.search.population import boundaries
+from dmx.search.study_settings import SETTINGS
 from dmx.study.config import StudyConfig
 from dmx.study.hooks import (
     LedgerSearcher,
@@ -114,7 +115,8 @@ def _catch_up(
     observers: tuple[StudyObserver, ...],
 ) -> None:
     """Carry out what was decided, and show what was recorded, when a crash came in between."""
-    last = ledger.record.journal.events[-1] if ledger.record.journal.events else {}
+    events = [e for e in ledger.record.journal.events if e.get("event") != SETTINGS]
+    last = events[-1] if events else {}
     ended = [last["trial"]] if last.get("event") == "outcome" else []
     for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
         ledger.finish(number, "PRUNED")

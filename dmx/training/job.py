@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dmx.storage.patience import PATIENCE_SECONDS
@@ -17,8 +17,7 @@ class Job:
     Attributes:
         run_config: the experiment (RunConfig as a plain dict).
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
-        threads: CPU threads. init_from: weights to start from (checkpoint folder or .model file).
-        reinit: parameters that may keep fresh values then (see transfer.transfer).
+        threads: CPU threads.
         places: object storage and local copies, where nodes share no file system.
         patience_seconds: how long to wait for a storage that is full, read-only or gone.
         workers: processes that train it together; more than one need Ray (see
@@ -38,8 +37,6 @@ class Job:
     data_folder: str
     folder: str
     threads: int = 1
-    init_from: str | None = None
-    reinit: tuple[str, ...] = field(default=())
     places: Places = SHARED
     patience_seconds: float = PATIENCE_SECONDS
     workers: int = 1

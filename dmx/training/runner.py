@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from dmx import records as keys
-from dmx.config import parse_run_config
+from dmx.config import InitConfig, RunConfig, parse_run_config
 from dmx.data.files import is_there
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
@@ -31,7 +32,7 @@ from dmx.training.job import Job
 from dmx.training.ranks import ALONE, PeerLost, Ranks
 from dmx.training.samples import predict_samples
 from dmx.training.trainer import Diverged, Trainer
-from dmx.training.transfer import read_weights, transfer
+from dmx.training.transfer import TransferReport, identified, read_weights, transfer
 from dmx.training.workers import check_batch
 
 logger = logging.getLogger("dmx.runner")
@@ -107,19 +108,19 @@ class Runner:
     def _build(self) -> None:
         config, places = parse_run_config(self.job.run_config), self.job.places
         check_batch(config.train.batch_size, self._ranks.size)
-        last, resume = self._folder / keys.LAST_DIR, False
+        last, own, start = self._folder / keys.LAST_DIR, None, None
         if self._ranks.leads:
             for folder in (last, self._folder / keys.BEST_DIR):
                 places.pull(folder)
-            resume = is_there(last)
+            own = open_checkpoint(last) if is_there(last) else None
+            config = self._with_source(config, own)
+            if own is None and config.init is not None:
+                start = functools.partial(_take_weights, config.init, config.task_info)
         store = open_store(places.data(self.job.data_folder))
-        begins = self._ranks.leads and not resume and self.job.init_from is not None
-        start = functools.partial(self._take_weights, config.task_info) if begins else None
         self._trainer = Trainer(
             config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
         )
-        if resume:
-            resume = self._go_on(self._trainer, open_checkpoint(last))
+        resume = own is not None and self._go_on(self._trainer, own)
         self._trainer.follow_leader()
         self._resumed = self._ranks.from_leader(resume)
 
@@ -139,11 +140,14 @@ class Runner:
         trainer.load(own)
         return True
 
-    def _take_weights(self, task: Task, model: Classifier) -> None:
-        assert self.job.init_from is not None
-        source = Path(self.job.init_from)
-        self.job.places.pull(source)
-        transfer(model, read_weights(source), task, self.job.reinit)
+    def _with_source(self, config: RunConfig, own: Checkpoint | None) -> RunConfig:
+        """The config with the weights that it starts from identified, now or when it was begun."""
+        if config.init is None:
+            return config
+        if own is not None:  # the source may be gone
+            return dataclasses.replace(config, init=own.config.init or config.init)
+        self.job.places.pull(Path(config.init.path))
+        return identified(config)
 
     @property
     def trainer(self) -> Trainer:
@@ -275,3 +279,7 @@ class Runner:
             if torch.cuda.is_initialized():
                 gc.collect()  # an optimizer and its schedule hold each other, and the weights
                 torch.cuda.empty_cache()
+
+
+def _take_weights(init: InitConfig, task: Task, model: Classifier) -> TransferReport:
+    return transfer(model, read_weights(Path(init.path)), task, init.reinit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmx import __version__
 from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
@@ -18,14 +20,22 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import DataError
 from dmx.nn.allocator import keep_freed_memory
-from dmx.nn.device import autocast, peak_memory_mb, pick_device, reset_peak_memory
+from dmx.nn.device import (
+    autocast,
+    peak_memory_mb,
+    pick_device,
+    precision_of,
+    reset_peak_memory,
+)
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
+from dmx.resources import code_version
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.training.interval import Interval
 from dmx.training.passes import Evaluation, Passes
 from dmx.training.ranks import ALONE, Ranks
 from dmx.training.trainer_state import capture, follow_leader, restore
+from dmx.training.transfer import TransferReport
 
 _FINITE_CHECK_STEPS = 50
 """Looking at the loss makes a GPU wait; once in so many steps is enough to catch NaN."""
@@ -82,7 +92,8 @@ class Trainer:
         config: the experiment; open model sizes are filled in from the data.
         store: the prepared data.
         on_step: called after every optimizer step with (step, num_steps); for progress bars.
-        before_training: called once with the fresh model, to start it from other weights.
+        before_training: called once with the fresh model, to start it from other weights; what it
+            returns is kept beside the metrics.
         ranks: the processes that train the run together; each has a Trainer of its own.
     """
 
@@ -92,7 +103,7 @@ class Trainer:
         store: Store,
         *,
         on_step: Callable[[int, int], None] | None = None,
-        before_training: Callable[[Classifier], None] | None = None,
+        before_training: Callable[[Classifier], TransferReport | None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config = config = resolve(config, store.manifest)
@@ -102,8 +113,10 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = build_model(config).to(self.device)
+        self.transferred: dict[str, Any] | None = None
         if before_training is not None:
-            before_training(self.model)
+            moved = before_training(self.model)
+            self.transferred = None if moved is None else dataclasses.asdict(moved)
         run = torch.compile(self.model) if config.train.compile else self.model
         self.optimizer, self.schedule = build_optimizer(
             self.model.parameters(), config.optim, config.train.num_steps
@@ -274,14 +287,24 @@ class Trainer:
         return capture(self)
 
     def provenance(self) -> dict[str, Any]:
-        """What the metrics were measured on; stands beside them in metrics.json."""
+        """What the metrics were measured on and with; stands beside them in metrics.json."""
         manifest, labels = self.store.manifest, self.store.split("dev").labels
         return {
             "data": manifest.label,
             "is_sample": manifest.is_sample,
+            "data_checksum": manifest.checksum,
             "task": self.config.task,
             keys.NUM_DEV: len(labels),
             keys.DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
+            **({"transferred": self.transferred} if self.transferred else {}),
+            "environment": {
+                "dmx": __version__,
+                "code": code_version(),
+                "torch": torch.__version__,
+                "device": self.device.type,
+                "precision": precision_of(self.device, self.config.train.precision),
+                "threads": torch.get_num_threads(),
+            },
         }
 
     def save(
@@ -317,7 +340,8 @@ class Trainer:
         """
         self.load_weights(checkpoint)
         self.load_state(checkpoint.training_state(), str(checkpoint.folder))
-        self.metrics = _metrics_only(checkpoint.metrics)
+        self.metrics = {k: v for k, v in checkpoint.metrics.items() if k in keys.REPORT_KEYS}
+        self.transferred = checkpoint.metrics.get("transferred")
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:
         """Take all but the weights from what `state` gave.
@@ -340,8 +364,3 @@ class Trainer:
     def close(self) -> None:
         """Release the reading thread."""
         self.batches.close()
-
-
-def _metrics_only(values: Mapping[str, Any]) -> dict[str, Any]:
-    beside = ("data", "is_sample", "task", keys.NUM_DEV, keys.DEV_MAJORITY)
-    return {k: v for k, v in values.items() if k not in beside}

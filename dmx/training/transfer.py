@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import math
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dmx.config import RunConfig
-from dmx.data.files import is_there
+from dmx.data.files import is_there, sha256_file
 from dmx.errors import CheckpointError
 from dmx.nn.model import Classifier
+from dmx.records import MODEL_FILE
 from dmx.tasks import Task
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.reference import adopt, read_output_model
@@ -101,6 +103,38 @@ def shapes_of(config: RunConfig) -> Shapes:
     with torch.device("meta"):
         model = Classifier(config.model, config.attention, paired=config.task_info.paired)
     return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def weights_checksum(path: Path) -> str:
+    """SHA-256 of the file that holds the weights of a checkpoint folder, or of the file itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = path / MODEL_FILE if is_there(path) else path
+    try:
+        return sha256_file(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from None
+
+
+def identified(config: RunConfig) -> RunConfig:
+    """The config with the whole path and the checksum of the weights that it starts from.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not those that the config names.
+    """
+    if config.init is None:
+        return config
+    path = Path(config.init.path).absolute()
+    found = weights_checksum(path)
+    if config.init.sha256 not in (None, found):
+        raise CheckpointError(
+            f"{path} holds other weights (SHA-256 {found[:12]}) than those the run starts from "
+            f"({str(config.init.sha256)[:12]}); put those back, or start another run."
+        )
+    init = dataclasses.replace(config.init, path=str(path), sha256=found)
+    return dataclasses.replace(config, init=init)
 
 
 def plan_transfer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -16,9 +17,11 @@ import pytest
 from dmx import __main__ as dmx_main
 from dmx import cli, train, tune
 from dmx.cli import run_folder
+from dmx.cluster import connection
 from dmx.commands.completion import PARSERS
 from dmx.costing import costs
-from dmx.errors import ConfigError
+from dmx.errors import ConfigError, DmxError
+from dmx.search.study_settings import read_settings
 from dmx.storage.journal import Journal
 from tests.tiny import SETTINGS, TASK, one_sentence, write_tiny
 
@@ -29,8 +32,10 @@ SMALL = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={
 TRAIN = [*TUNE, *(f"{key}={value}" for key, value in SETTINGS.items())]
 
 TUNE_BAD = {
-    "nothing": ([], "the following arguments are required"),
-    "no-task": (["--attention", "butterfly"], "required: --task"),
+    "nothing": ([], "give --attention and --task, or --resume RUN"),
+    "no-task": (["--attention", "butterfly"], "give --attention and --task"),
+    "resume-alone": (["--resume"], "--resume needs the run: --resume runs/NAME, or --name NAME."),
+    "resume-path": (["--resume", "runs/x"], "--resume runs/x: there is no run in that folder."),
     "unknown-option": ([*TUNE, "--frobnicate"], "unrecognized arguments: --frobnicate"),
     "no-abbreviation": ([*TUNE, "--num", "3"], "unrecognized arguments: --num 3"),
     "near-option": ([*TUNE, "--num-trial", "3"], "did you mean --num-trials?"),
@@ -163,7 +168,7 @@ TUNE_BAD = {
     "address": ([*TUNE, "--address", "127.0.0.1:1"], "no Ray cluster answers at --address"),
 }
 TRAIN_BAD = {
-    "nothing": ([], "give --attention and --task, or --config FILE"),
+    "nothing": ([], "give --attention and --task, --config FILE, or --resume RUN"),
     "no-task": (["--attention", "butterfly"], "give --attention and --task"),
     "word": ([*TRAIN, "hello"], "override 'hello' must look like a.b=value"),
     "unknown-option": ([*TRAIN, "--fast"], "unrecognized arguments: --fast"),
@@ -295,7 +300,42 @@ def test_an_existing_study_without_resume(roots, tmp_path, capsys, monkeypatch):
 def test_resuming_another_study_is_refused_with_the_difference(
     roots, tmp_path, capsys, monkeypatch
 ):
-    """The first try stops where Ray would start; what it wrote is all there is to resume."""
+    """The first try stops before its first trial; what it wrote is all there is to resume."""
+    steps = SMALL.index(f"train.num_steps={SETTINGS['train.num_steps']}")
+    small = [*SMALL[: steps - 1], *SMALL[steps + 1 :], "--max-steps", "8"]
+    words = [roots.get(word, word) for word in [*TUNE, *small, "--seed", "3"]]
+    begin_study(words, monkeypatch)
+    run = str(tmp_path / "runs" / f"butterfly-{TASK}")
+    before = tree(tmp_path)
+    for again in ([*words, "--resume"], ["--resume", run], ["--resume", "--name", Path(run).name]):
+        for changed, part in (
+            (["--seed", "4"], "--seed was 3, now 4"),
+            (["--scheduler", "none"], "--scheduler was 'asha', now 'none'"),
+            (["--set", "model.dropout=0.5"], "--set model.dropout was not given, now 0.5"),
+            (["--reduction-factor", "4"], "--reduction-factor was 3.0, now 4.0"),
+            (["--grace-steps", "5"], "--grace-steps was 2, now 5"),
+            (["--max-steps", "40"], "--max-steps was 8, now 40); the learning rate's schedule"),
+            (["--objective", "accuracy,latency", "--scheduler", "none"], "--objective was not"),
+            (["--attention", "softmax"], "search space" if again[0] != "--resume" else "softmax"),
+        ):
+            assert part in refused("dmx.tune", tune.main, [*again, *changed], roots, capsys)
+    assert tree(tmp_path) == before
+    with Journal(tmp_path / "runs" / f"butterfly-{TASK}" / "journal.jsonl") as journal:
+        journal.append(event="x")
+        text = refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
+        assert "is in use by another dmx process" in text
+    other = refused("dmx.train", train.main, ["--resume", run], roots, capsys)
+    remedy = f"continue it with python -m dmx.tune --resume {run}"
+    assert other == f"dmx.train: {run} holds a study; {remedy}"
+    log = journal.path.read_bytes()
+    journal.path.write_bytes(b"x" + log + log)
+    text = refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
+    assert "journal.jsonl is damaged" in text
+    assert tree(Path(run) / "trials") == {} and before
+
+
+def begin_study(words, monkeypatch):
+    """Run dmx.tune to where its first trial would start, without Ray."""
 
     class Stop(Exception):
         pass
@@ -303,34 +343,65 @@ def test_resuming_another_study_is_refused_with_the_difference(
     def stop(*args, **kwargs):
         raise Stop
 
-    words = [roots.get(word, word) for word in [*TUNE, *SMALL, "--seed", "3"]]
-    monkeypatch.setattr("ray.init", stop)
-    with pytest.raises(Stop):
-        tune.main(words)
-    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    resources = contextlib.nullcontext(connection.local_resources())
+    with monkeypatch.context() as patch:
+        patch.setattr("dmx.study.study.run_study", stop)
+        patch.setattr(connection, "connect", lambda address: resources)
+        with pytest.raises(Stop):
+            tune.main(words)
+
+
+def test_a_study_whose_ray_does_not_start_leaves_nothing(roots, tmp_path, monkeypatch):
+    def no_ray(*args, **kwargs):
+        raise RuntimeError("Ray did not start")
+
+    words = [roots.get(word, word) for word in [*TUNE, *SMALL]]
     before = tree(tmp_path)
-    for changed, part in (
-        ([*words, "--resume", "--seed", "4"], "seed was 3, now 4"),
-        ([*words, "--resume", "--scheduler", "none"], "scheduler was 'asha', now 'none'"),
-        ([*words, "--resume", "--set", "model.dropout=0.5"], "overrides was"),
-        ([*words, "--resume", "--reduction-factor", "4"], "reduction_factor was 3.0, now 4.0"),
-        ([*words, "--resume", "--grace-steps", "5"], "grace_steps was 2, now 5"),
-    ):
-        assert part in refused("dmx.tune", tune.main, changed, roots, capsys)
+    monkeypatch.setattr("ray.init", no_ray)
+    with pytest.raises((RuntimeError, DmxError)):
+        tune.main(words)
     assert tree(tmp_path) == before
-    with Journal(tmp_path / "runs" / f"butterfly-{TASK}" / "journal.jsonl") as journal:
-        journal.append(event="x")
-        text = refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
-        assert "is in use by another dmx process" in text
-    log = journal.path.read_bytes()
-    journal.path.write_bytes(b"x" + log + log)
-    text = refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
-    assert "journal.jsonl line 1 is damaged" in text
-    settings = tmp_path / "runs" / f"butterfly-{TASK}" / "settings.json"
-    assert tree(settings.parent / "trials") == {} and before
-    for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
-        settings.write_text(damage)
-        assert "is damaged" in refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
+
+
+SPACE = """
+attention: butterfly
+defaults: {model.dropout: 0.0}
+space:
+  attention.block_size: {choice: [16, 32]}
+  optim.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}
+when:
+  - if: {attention.block_size: 32}
+    then: {optim.weight_decay: {uniform: [0.0, 0.1]}}
+start:
+  - {attention.block_size: 16, optim.learning_rate: 1.0e-3}
+"""
+
+
+def test_a_space_file_that_was_edited_is_another_study(roots, tmp_path, capsys, monkeypatch):
+    """Its fixed values, conditions and start points decide trials as its distributions do."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(SPACE)
+    words = [roots.get(word, word) for word in [*TUNE, "--max-steps", "8", "--space", "mine.yaml"]]
+    begin_study([*words, "--name", "s"], monkeypatch)
+    before = tree(tmp_path / "runs")
+    for old, new, said in (
+        ("t: 0.0", "t: 0.9", "model.dropout in the search space's `defaults` was 0.0, now 0.9"),
+        (
+            "4, 1.0e-2",
+            "4, 1.0",
+            "in the search space's `space` was ['loguniform', 0.0001, 0.01], n",
+        ),
+        ("[0.0, 0.1]", "[0.0, 0.2]", "optim.weight_decay in the search space's `space` was"),
+        ("{attention.block_size: 32}", "{attention.block_size: 16}", "`when` of the search space"),
+        ("16, optim.learning_rate", "32, optim.learning_rate", "`start` of the search space was"),
+    ):
+        file.write_text(SPACE.replace(old, new))
+        for again in ([*words, "--name", "s", "--resume"], ["--resume", "runs/s"]):
+            assert said in refused("dmx.tune", tune.main, again, roots, capsys)
+            assert tree(tmp_path / "runs") == before
+    file.write_text("# a comment is no setting\n" + SPACE)
+    begin_study(["--resume", "runs/s", "--num-trials", "9"], monkeypatch)
+    assert read_settings(tmp_path / "runs" / "s")["num_trials"] == 9
 
 
 def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):

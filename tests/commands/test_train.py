@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,14 @@ import torch
 import yaml
 
 from dmx import log, train
-from dmx.config import parse_run_config
+from dmx.config import InitConfig, parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import CheckpointError, ConfigError, DataError
+from dmx.reporting.collect import collect
+from dmx.reporting.tables import provenance
+from dmx.reporting.text import train_command
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer, resolve
@@ -142,6 +147,56 @@ def test_starting_from_other_weights(tiny_root, tmp_path):
     assert main([*rest, *start]) == 0
     a, b = (open_checkpoint(tmp_path / "runs" / n / "last").model_state() for n in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_weights_it_started_from_are_on_record(tiny_root, tmp_path, capsys):
+    """In each checkpoint, in the report and its command, which gives the same run once more."""
+    source = tmp_path / "runs" / "a" / "best"
+    assert main(words(tiny_root, "--name", "a")) == 0
+    assert main(words(tiny_root, "--name", "b", "--init-from", "runs/a/best")) == 0
+    checksum = hashlib.sha256((source / "model.pt").read_bytes()).hexdigest()
+    for name in ("best", "last"):
+        found = open_checkpoint(tmp_path / "runs" / "b" / name)
+        assert found.config.init == InitConfig(path=str(source), sha256=checksum)
+        moved = found.metrics["transferred"]
+        assert len(moved["moved"]) == len(found.model_state()) and moved["fresh"] == []
+    run = collect(tmp_path / "runs" / "b")
+    assert ("started from", f"{source} (SHA-256 {checksum})") in provenance(run).rows
+    command = shlex.split(train_command(run))
+    assert command[:3] == ["python", "-m", "dmx.train"]
+    assert command[command.index("--init-from") + 1] == str(source)
+    assert command[command.index("--threads") + 1] == "1"
+    assert main([*command[3:], "--data-root", str(tiny_root)]) == 0
+    same_run(tmp_path / "runs" / "b", tmp_path / "runs" / "b-again")
+    config = ["--config", "runs/b/best/config.yaml", "--name", "c", "--threads", "1"]
+    assert main([*config, "--data-root", str(tiny_root)]) == 0
+    same_run(tmp_path / "runs" / "b", tmp_path / "runs" / "c")
+
+
+def test_a_run_goes_on_from_what_it_started_from(tiny_root, tmp_path):
+    """Without --init-from, too; other weights are refused, and moved ones are not missed."""
+    assert main(words(tiny_root, "--name", "a")) == 0
+    assert main(words(tiny_root, "--name", "other", "train.seed=7")) == 0
+    assert main(words(tiny_root, "--name", "b", "--init-from", "runs/a/best")) == 0
+    with pytest.raises(ConfigError, match=r"--init-from was .*runs/a/best, now .*other/best"):
+        main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/other/best"))
+    with pytest.raises(ConfigError, match=r"--init-from was none, now .*other/best"):
+        main(words(tiny_root, "--name", "a", "--resume", "--init-from", "runs/other/best"))
+    before = (tmp_path / "runs" / "b" / "last" / "model.pt").read_bytes()
+    assert main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/a/best")) == 0
+    (tmp_path / "runs" / "a").rename(tmp_path / "runs" / "moved")
+    assert main(words(tiny_root, "--name", "b", "--resume")) == 0
+    assert main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/moved/best")) == 0
+    assert (tmp_path / "runs" / "b" / "last" / "model.pt").read_bytes() == before
+
+
+def test_weights_that_changed_since_are_refused(tiny_root, tmp_path):
+    assert main(words(tiny_root, "--name", "a")) == 0
+    assert main(words(tiny_root, "--name", "b", "--init-from", "runs/a/best")) == 0
+    shutil.copy(tmp_path / "runs/b/last/model.pt", tmp_path / "runs/a/best/model.pt")
+    with pytest.raises(CheckpointError, match=r"holds other weights \(SHA-256"):
+        main(["--config", "runs/b/best/config.yaml", "--name", "c"])
+    assert not (tmp_path / "runs" / "c").exists()
 
 
 def test_a_run_of_one_process_needs_no_ray(tiny_root, tmp_path):

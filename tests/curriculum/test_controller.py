@@ -42,6 +42,11 @@ def best_path(folder: Path, stage: str, attempt: int = 0) -> Path:
     return folder / "stages" / stage / f"attempt-{attempt}" / keys.BEST_DIR
 
 
+def source(backend: FakeBackend, job: str) -> str:
+    """The weights that a job starts from."""
+    return backend.jobs[job].run_config["init"]["path"]
+
+
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_journal(folder / keys.JOURNAL_FILE)[0] if e["event"] == kind]
 
@@ -50,9 +55,9 @@ def test_each_stage_starts_from_the_best_of_the_one_before(tmp_path: Path, root:
     backend = FakeBackend({"a": [GOOD], "b": [GOOD], "c": [GOOD]}, root)
     passed, history = run(chain(), tmp_path / "run", backend)
     assert passed and backend.trained == [("a", 0), ("b", 0), ("c", 0)]
-    assert backend.jobs["a-0"].init_from is None
-    assert backend.jobs["b-0"].init_from == str(best_path(tmp_path / "run", "a"))
-    assert backend.jobs["c-0"].init_from == str(best_path(tmp_path / "run", "b"))
+    assert backend.jobs["a-0"].run_config["init"] is None
+    assert source(backend, "b-0") == str(best_path(tmp_path / "run", "a"))
+    assert source(backend, "c-0") == str(best_path(tmp_path / "run", "b"))
     promoted = history.stage("b").promoted
     assert promoted is not None
     assert (promoted["step"], promoted["dev_accuracy"]) == (6, 0.8)
@@ -88,7 +93,7 @@ def test_retry_takes_new_seeds_and_promotes_what_passes(tmp_path: Path, root: Pa
     backend = FakeBackend({"a": [[0.5] * 4, ["diverged"], GOOD], "b": [GOOD], "c": [GOOD]}, root)
     passed, _ = run(chain(a=again), tmp_path / "run", backend)
     assert passed and backend.trained[:3] == [("a", 0), ("a", 1), ("a", 2)]
-    assert backend.jobs["b-0"].init_from == str(best_path(tmp_path / "run", "a", 2))
+    assert source(backend, "b-0") == str(best_path(tmp_path / "run", "a", 2))
     seeds = [backend.jobs[f"a-{n}"].run_config["train"]["seed"] for n in range(3)]
     orders = [backend.jobs[f"a-{n}"].run_config["data"]["seed"] for n in range(3)]
     assert len(set(seeds)) == 3 and len(set(orders)) == 3
@@ -106,7 +111,7 @@ def test_retries_run_out(tmp_path: Path, root: Path) -> None:
     backend = FakeBackend({"a": [[0.5] * 4, [0.51] * 4], "b": [GOOD], "c": [GOOD]}, root)
     passed, _ = run(chain(a=again), tmp_path / "other", backend)
     assert passed
-    assert backend.jobs["b-0"].init_from == str(best_path(tmp_path / "other", "a", 1))
+    assert source(backend, "b-0") == str(best_path(tmp_path / "other", "a", 1))
 
 
 @pytest.mark.parametrize("afresh", [False, True])
@@ -121,7 +126,7 @@ def test_longer_trains_on_with_more_steps(tmp_path: Path, root: Path, afresh: bo
     assert passed
     steps = [backend.jobs[f"b-{n}"].run_config["train"]["num_steps"] for n in range(3)]
     assert steps == [8, 16, 32]
-    sources = [backend.jobs[f"b-{n}"].init_from for n in range(3)]
+    sources = [source(backend, f"b-{n}") for n in range(3)]
     parent = str(best_path(tmp_path / "run", "a"))
     own = [str(best_path(tmp_path / "run", "b", n)) for n in range(2)]
     assert sources == ([parent] * 3 if afresh else [parent, *own])
@@ -167,7 +172,7 @@ def test_branches_run_at_the_same_time_when_there_is_room(
     backend = FakeBackend({n: [GOOD] for n in "abc"}, root)
     passed, _ = run(tree, tmp_path / "run", backend, cpus=cpus)
     assert passed and backend.at_once == at_once
-    assert backend.jobs["b-0"].init_from == backend.jobs["c-0"].init_from
+    assert source(backend, "b-0") == source(backend, "c-0")
 
 
 def test_one_branch_fails_and_the_other_goes_on(tmp_path: Path, root: Path) -> None:
@@ -298,7 +303,7 @@ def test_a_reset_trains_the_stage_and_its_children_again(tmp_path: Path, root: P
     assert passed and backend.trained == [("b", 1), ("c", 1)]
     assert sha256_file(best_path(folder, "b") / keys.MODEL_FILE) == old  # nothing is lost
     assert history.stage("c").promoted is not None
-    assert backend.jobs["c-1"].init_from == str(best_path(folder, "b", 1))
+    assert source(backend, "c-1") == str(best_path(folder, "b", 1))
     assert backend.jobs["b-1"].run_config["train"]["seed"] == 2023  # begun anew, not retried
 
 

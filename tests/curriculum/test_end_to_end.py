@@ -94,10 +94,9 @@ def plain_run(root: Path, folder: Path) -> None:
     init = None
     for stage in curriculum(*STAGES, **CHANGED).stages:
         job = Job(
-            run_config=to_dict(stage.config),
+            run_config={**to_dict(stage.config), "init": init and {"path": init}},
             data_folder=str(root / stage.task),
             folder=str(folder / stage.name),
-            init_from=init,
         )
         runner = Runner(job)
         while not (report := runner.step())["done"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,53 @@ def test_runs_that_differ_in_seeds_share_an_entry(tmp_path: Path) -> None:
     assert not full.reduced and not full.incomplete
     (short,) = [e for e in found if e.runs == ("short",)]
     assert short.reduced and short.steps == 9000
+
+
+def test_the_same_seed_twice_is_one_seed(tmp_path: Path) -> None:
+    """Two runs with 0.60 and 0.64 of seed 1 count as 0.62, beside 0.70 of seed 2."""
+    for name, seed, test in (("a", 1, 0.60), ("again", 1, 0.64), ("b", 2, 0.70)):
+        make_run(tmp_path / "r" / name, test, seed=seed, dev=test - 0.1)
+    (entry,) = entries(gather([tmp_path / "r"]))
+    assert entry.test == pytest.approx((0.62, 0.70)) and entry.dev == pytest.approx((0.52, 0.60))
+    assert cell_text(entry).startswith("66.00 ± 5.66 (2)")
+    (alone,) = entries(gather([tmp_path / "r" / "a", tmp_path / "r" / "again"]))
+    assert cell_text(alone) == "62.00"
+
+
+def test_runs_from_other_weights_are_another_entry(tmp_path: Path) -> None:
+    """By the weights' content, not by their path; the cell shows the run from fresh weights."""
+    made = {"fresh": None, "x": ("/r/A/best", "11"), "moved": ("/s/A/best", "11")}
+    made["y"] = ("/r/C/best", "22")
+    for seed, (name, start) in enumerate(made.items(), start=1):
+        init = {} if start is None else {"init": {"path": start[0], "sha256": start[1]}}
+        make_run(tmp_path / "r" / name, 0.5 + seed / 100, seed=seed, dev=seed / 10, **init)
+    found = entries(gather([tmp_path / "r"]))
+    assert sorted(e.runs for e in found) == [("fresh",), ("moved", "x"), ("y",)]
+    assert {e.runs: e.init for e in found}["moved", "x"] == "A/best"
+    (board,) = boards(found)
+    assert board.cell("butterfly-64", "text").runs == ("fresh",)
+    text = leaderboard.to_markdown([board])
+    assert "fixed, from A/best" in text and "53.50 ± 0.71" not in text.split("| task")[0]
+    only = leaderboard.to_markdown(boards([e for e in found if e.init == "C/best"]))
+    assert "54.00§" in only and "§ started from the weights of another run." in only
+    assert r"$^\S$" in leaderboard.to_latex(boards([e for e in found if e.init == "C/best"]))
+
+
+def test_what_else_decides_a_result_parts_entries(tmp_path: Path) -> None:
+    """The data's checksum and the precision used; another version of the code is marked."""
+    made = (("a", "x", "fp32", "1a"), ("b", "x", "fp32", "2b"), ("c", "y", "fp32", "1a"))
+    for seed, (name, data, precision, code) in enumerate(
+        (*made, ("d", "x", "bf16", "1a+12345678"))
+    ):
+        folder = make_run(tmp_path / "r" / name, 0.6, seed=seed)
+        path = folder / "best" / "metrics.json"
+        environment = {"precision": precision, "code": code}
+        more = {"data_checksum": data, "environment": environment}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    found = {e.runs: e for e in entries(gather([tmp_path / "r"]))}
+    assert sorted(found) == [("a", "b"), ("c",), ("d",)]
+    assert found["a", "b"].code == ("1a", "2b") and "¶" in cell_text(found["a", "b"])
+    assert "¶" not in cell_text(found["c",]) and "¶" in cell_text(found["d",])
 
 
 def test_samples_never_share_a_table_with_lra(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import optuna
 import pytest
 
 from dmx.errors import ConfigError, StageError
+from dmx.records import WARM_START_FILE
 from dmx.search.ledger import Ledger
 from dmx.search.past import Past, comparable, ranked
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
-from dmx.search.warm_start import WARM_START_FILE, Here, check_kept, prepare, read_prior, take
+from dmx.search.warm_start import Here, check_kept, prepare, read_prior, take
 from dmx.storage.journal import encode
 from tests.search.test_sampling import finish
 from tests.study.helpers import FIXED, space

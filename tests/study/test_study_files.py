@@ -1,4 +1,4 @@
-"""settings.json: what a later session must repeat, and what it may change."""
+"""The journal's settings: what a later session must repeat, and what it may change."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from dmx import records as keys
-from dmx.errors import ConfigError
-from dmx.search.study_settings import read_settings
-from dmx.study import files
+from dmx.errors import ConfigError, StageError
+from dmx.resources import code_version
+from dmx.search.study_settings import read_record, read_settings
+from dmx.storage.journal import Journal, read_journal
 from dmx.study.files import open_folder
 
 SETTINGS = {"task": "text", "seed": 0, "num_trials": 4, "grace_steps": 10}
@@ -32,22 +33,122 @@ def test_no_room_for_the_new_number_of_trials_is_one_sentence(
     folder = tmp_path / "study"
     open_folder(folder, SETTINGS, resume=False)
 
-    def full(path: Path, text: str) -> None:
+    def full(self: Journal, line: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "write_text", full)
+    monkeypatch.setattr(Journal, "_write", full)
     open_folder(folder, SETTINGS, resume=True)  # nothing to write
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(ConfigError, match=r"cannot be written .*No space left on device"):
         open_folder(folder, {**SETTINGS, "num_trials": 9}, resume=True)
     assert read_settings(folder) == SETTINGS
 
 
-@pytest.mark.parametrize(("key", "value"), [("grace_steps", 20), ("seed", 1), ("sampler", "tpe")])
-def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("grace_steps", 20, "--grace-steps was 10, now 20"),
+        ("seed", 1, "--seed was 0, now 1"),
+        ("sampler", "tpe", "--sampler was not given, now 'tpe'"),
+        ("max_steps", 200, "--max-steps was 100, now 200); the learning rate's schedule"),
+        ("overrides.model.num_layers", 2, "--set model.num_layers was 1, now 2"),
+        (
+            "defaults.model.dropout",
+            0.9,
+            "model.dropout in the search space's `defaults` was 0.0, no",
+        ),
+        ("searched.optim.learning_rate", ["loguniform", 1e-4, 1], "optim.learning_rate in the sea"),
+        ("when", [], "`when` of the search space was [{'if'"),
+        ("start", [], "`start` of the search space was [{'model.dropout': 0.1}], now []"),
+        ("objectives", ["accuracy", "latency"], "--objective was not given, now ['accuracy', 'l"),
+        ("warm_start.sha256", "2", "--warm-start (sha256) was '1', now '2'"),
+        ("data_checksum", "cd", "the data's checksum was 'ab', now 'cd'"),
+        ("overrides.init.sha256", "9", "--set init.sha256 was not given, now '9'"),
+    ],
+)
+def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object, said: str) -> None:
+    """It is said in the words in which a user sets it; nothing is written."""
+    folder = tmp_path / "study"
+    old = {
+        **{**SETTINGS, "max_steps": 100, "data_checksum": "ab"},
+        "overrides": {"model.num_layers": 1, "train.num_steps": 100},
+        "searched": {"optim.learning_rate": ["loguniform", 1e-4, 1e-2]},
+        "defaults": {"model.dropout": 0.0},
+        "when": [{"if": {"a": 1}, "then": {"b": ["int", 1, 2]}}],
+        "start": [{"model.dropout": 0.1}],
+        "warm_start": {"runs": ["a"], "sha256": "1"},
+    }
+    open_folder(folder, old, resume=False)
+    before = (folder / keys.JOURNAL_FILE).read_bytes()
+    part, _, rest = key.partition(".")
+    new = {**old, part: {**old[part], rest: value} if rest else value, "num_trials": 9}
+    if key == "max_steps":  # it brings others along, which nobody typed
+        new["overrides"] = {**old["overrides"], "train.num_steps": 200}
+    with pytest.raises(ConfigError) as caught:
+        open_folder(folder, new, resume=True)
+    assert said in str(caught.value)
+    assert (folder / keys.JOURNAL_FILE).read_bytes() == before
+    assert read_settings(folder) == old
+
+
+def test_a_study_of_an_earlier_dmx_goes_on(tmp_path: Path) -> None:
+    """Its settings are a file, and lack what was not recorded then."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / keys.SETTINGS_FILE).write_text(json.dumps(SETTINGS))
+    with pytest.raises(ConfigError, match="--seed was 0, now 1"):
+        open_folder(folder, {**SETTINGS, "seed": 1, "defaults": {"a": 1}}, resume=True)
+    new = {**SETTINGS, "defaults": {"a": 1}, "when": [], "start": []}
+    open_folder(folder, new, resume=True)
+    assert read_settings(folder) == new
+
+
+def test_the_command_is_on_record_from_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    options = {"attention": "softmax", "set": ["a=1"]}
+    open_folder(folder, SETTINGS, resume=False, options=options)
+    first, *rest = read_journal(folder / keys.JOURNAL_FILE)[0]
+    assert not rest and (first["event"], first["kind"]) == ("settings", "study")
+    assert first["options"] == options and first["environment"]["code"] == code_version()
+    open_folder(folder, SETTINGS, resume=True, options=options)
+    assert len(read_journal(folder / keys.JOURNAL_FILE)[0]) == 1, "nothing is new"
+    open_folder(folder, SETTINGS, resume=True, options={**options, "num_trials": 9})
+    assert read_record(folder)["options"]["num_trials"] == 9
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ((), True),
+        (("settings.json",), True),
+        (("journal.jsonl", ".journal.jsonl.lock", "warm_start.json"), True),
+        (("journal.jsonl", "error.txt", "claim.json", "events.out.tfevents.1.host"), True),
+        (("journal.jsonl", "trials"), False),
+        (("journal.jsonl", "last"), False),
+        (("notes.txt",), False),
+    ],
+)
+def test_what_a_failed_start_left_blocks_nothing(
+    tmp_path: Path, files: tuple[str, ...], free: bool
+) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("")
+    if free:
+        open_folder(folder, SETTINGS, resume=False)
+        assert read_settings(folder) == SETTINGS
+        return
+    with pytest.raises(ConfigError, match="already exists; add --resume"):
+        open_folder(folder, SETTINGS, resume=False)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(files)
+
+
+def test_a_report_is_no_failed_start_and_one_at_work_is_not_cleared(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     open_folder(folder, SETTINGS, resume=False)
-    before = (folder / keys.SETTINGS_FILE).read_bytes()
-    with pytest.raises(ConfigError, match=f"{key} was .*, now "):
-        open_folder(folder, {**SETTINGS, key: value, "num_trials": 9}, resume=True)
-    assert (folder / keys.SETTINGS_FILE).read_bytes() == before
-    assert json.loads(before) == SETTINGS
+    with Journal(folder / keys.JOURNAL_FILE) as journal:
+        with pytest.raises(StageError, match="in use"):
+            open_folder(folder, SETTINGS, resume=False)
+        journal.append(event="report", trial=0, step=1, metrics={})
+    with pytest.raises(ConfigError, match="already exists"):
+        open_folder(folder, SETTINGS, resume=False)

@@ -1,0 +1,133 @@
+"""`--resume RUN`: a run's own command, from its journal, under what is given now."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx import cli
+from dmx.commands import place_options
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.paths import is_url
+from dmx.records import Kind
+from dmx.search.study_settings import read_record
+from dmx.storage.folder_sync import FolderSync
+
+COMMANDS: dict[Kind, str] = {
+    "study": "dmx.tune",
+    "run": "dmx.train",
+    "curriculum": "dmx.curriculum",
+}
+_OF_ONE_SESSION = frozenset(
+    {
+        *("resume", "dry_run", "show", "status", "evaluate", "split", "price_per_gpu_hour"),
+        *("storage", "name", "output", "fresh", "from_stage"),
+    }
+)
+"""Options that a later session does not repeat; where the run lies, its folder says."""
+
+
+def parse(
+    parser: cli.Parser,
+    given: dict[str, Any],
+    kind: Kind,
+    *,
+    default_name: Callable[[Mapping[str, Any]], str | None],
+) -> argparse.Namespace:
+    """The command's arguments. With `--resume` what is not given is as in the run's last session.
+
+    Args:
+        given: see Parser.given. default_name: the run's folder by them; None where they do not say.
+
+    Returns:
+        Also `given`, the options that were given then or now, `now`, those that are given now, and
+        `record`, see read_record.
+
+    Raises:
+        ConfigError: no run is named, or one of another kind. StageError: its journal is damaged.
+    """
+    word = given.get("resume")
+    if isinstance(word, str) and "=" in word and not Path(word).exists():
+        given["settings"], word = [word, *given.get("settings", [])], True  # a.b=value after it
+        given["resume"] = True
+    if not word:
+        return parser.filled(given, given=given, now=given, record={})
+    storage, name = _place(word, given, parser, default_name)
+    folder = _folder(storage, name, given)
+    record = read_record(folder)
+    found = record.get("kind", kind)
+    if found != kind:
+        raise ConfigError(
+            f"{folder} holds a {found}; continue it with python -m {COMMANDS[found]} --resume "
+            f"{folder}"
+        )
+    merged = {**record.get("options", {}), **given, "storage": storage, "name": name}
+    for several in ("set", "settings"):
+        old, new = record.get("options", {}).get(several, []), given.get(several, [])
+        changed = {text.partition("=")[0].strip() for text in new}
+        kept = [text for text in old if text.partition("=")[0].strip() not in changed]
+        if kept or new:
+            merged[several] = [*kept, *new]
+    return parser.filled({**merged, "resume": True}, given=merged, now=given, record=record)
+
+
+def _place(
+    word: str | bool,
+    given: Mapping[str, Any],
+    parser: cli.Parser,
+    default_name: Callable[[Mapping[str, Any]], str | None],
+) -> tuple[str, str]:
+    """(storage, name) of the run that is meant."""
+    storage = str(given.get("storage", parser.get_default("storage")))
+    if isinstance(word, str):
+        if is_url(word):
+            above, _, name = word.rstrip("/").rpartition("/")
+            return above, name
+        path = Path(word)
+        if path.is_dir():
+            return str(path.absolute().parent), path.absolute().name
+        if path.name != word or given.get("name") not in (None, word):
+            raise ConfigError(f"--resume {word}: there is no run in that folder.")
+        return storage, word
+    known: str | None = given.get("name") or default_name(given)
+    if known is None:
+        raise ConfigError("--resume needs the run: --resume runs/NAME, or --name NAME.")
+    return storage, known
+
+
+def _folder(storage: str, name: str, given: Mapping[str, Any]) -> Path:
+    """The run's folder on this machine, brought here where object storage has it."""
+    if not is_url(storage):
+        return Path(storage).absolute() / name
+    folder, places = place_options.find_places(
+        storage=storage,
+        name=name,
+        default=name,
+        scratch=given.get("scratch"),
+        data_root=None,
+        node_data=None,
+    )
+    FolderSync(places).restore()
+    return folder
+
+
+def options_of(args: argparse.Namespace, data: Store | Path | None = None) -> dict[str, Any]:
+    """What the record keeps of a command: the options that were given, with whole paths.
+
+    Args:
+        data: what was found without --data-root, whose default depends on where one stands.
+    """
+    kept = {k: v for k, v in args.given.items() if k not in _OF_ONE_SESSION}
+    if isinstance(data, Store):
+        data = None if data.manifest.is_sample else data.folder.parent
+    if data is not None:
+        kept.setdefault("data_root", str(data))
+    for name, value in kept.items():
+        if name in cli.PATHS and isinstance(value, str) and not is_url(value):
+            whole = Path(value).absolute()
+            if name not in ("space", "curriculum") or whole.is_file():  # else a shipped one's name
+                kept[name] = str(whole)
+    return kept
