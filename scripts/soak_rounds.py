@@ -46,7 +46,7 @@ class Study:
 
     def start(self) -> None:
         """Start the command; a second time with --resume."""
-        more = ["--resume"] if (self.study / "settings.json").exists() else []
+        more = ["--resume"] if (self.study / "journal.jsonl").exists() else []
         with self.log_file.open("ab") as out:
             self.process = self._popen([*self.words, *more], out)
 
