@@ -126,12 +126,13 @@ class StageConfig:
     def training(self) -> dict[str, Any]:
         """Plain values of all that decides what is trained; the same values, the same result."""
         search = to_dict(self.search) if self.search else None
+        space = self.space.plain(self.overrides) if self.space else {}
         return {
             **to_dict(self.config),
             "init_from": self.parent or self.init_path,
             "reinit": list(self.reinit),
             "generate": self.generate.options(),
-            **({"search": search, "space": _space_plain(self.space)} if search else {}),
+            **({"search": search, "space": space} if search else {}),
         }
 
     def judging(self) -> dict[str, Any]:
@@ -200,10 +201,3 @@ class CurriculumConfig:
         """Stages from which no other starts."""
         parents = {s.parent for s in self.stages}
         return tuple(s.name for s in self.stages if s.name not in parents)
-
-
-def _space_plain(space: SearchSpace | None) -> dict[str, Any]:
-    if space is None:
-        return {}
-    found = {k: {d.kind: list(d.values)} for k, d in space.distributions().items()}
-    return {"searched": found, "start": [dict(s) for s in space.start]}

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from dmx.config import RunConfig, parse_run_config
@@ -138,6 +139,19 @@ class SearchSpace:
         """Every distribution by Optuna's name, conditional ones included."""
         every = itertools.chain(self.space.items(), *(c.then.items() for c in self.conditions))
         return {self.label(name, dist): dist for name, dist in every}
+
+    def plain(self, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """Plain values of all that decides what is proposed; the same values, the same trials.
+
+        Args:
+            overrides: fixed by the command or the stage, in place of defaults.
+        """
+        return {
+            "searched": _plain(self.distributions()),
+            "defaults": {k: v for k, v in self.defaults.items() if k not in overrides},
+            "when": [{"if": {c.key: c.value}, "then": _plain(c.then)} for c in self.conditions],
+            "start": [dict(point) for point in self.start],
+        }
 
     def names(self) -> tuple[str, ...]:
         """Every searched setting, conditional ones included."""
@@ -288,3 +302,7 @@ def nested(point: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in point.items():
         lay(tree, key, value)
     return tree
+
+
+def _plain(distributions: Mapping[str, Distribution]) -> dict[str, list[Any]]:
+    return {name: [d.kind, *d.values] for name, d in distributions.items()}

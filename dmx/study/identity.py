@@ -20,7 +20,6 @@ def settings(
 
     `num_trials` alone may change (see files.MAY_CHANGE): more trials may be asked for.
     """
-    space = config.space
     overrides = dict(config.overrides)
     more: dict[str, Any] = {}
     if len(config.objectives) > 1:
@@ -31,10 +30,7 @@ def settings(
         "task": config.task,
         "attention": config.space.attention,
         "overrides": overrides,
-        "searched": _plain(space.distributions()),
-        "defaults": {k: v for k, v in space.defaults.items() if k not in overrides},
-        "when": [{"if": {c.key: c.value}, "then": _plain(c.then)} for c in space.conditions],
-        "start": [dict(point) for point in space.start],
+        **config.space.plain(overrides),
         "num_trials": config.num_trials,
         "max_steps": config.max_steps,
         "grace_steps": config.grace_steps,
@@ -46,10 +42,6 @@ def settings(
         "data_checksum": store.manifest.checksum,
         **more,
     }
-
-
-def _plain(distributions: Mapping[str, Distribution]) -> dict[str, list[Any]]:
-    return {name: [d.kind, *d.values] for name, d in distributions.items()}
 
 
 def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:

@@ -29,7 +29,7 @@ from dmx.study.hooks import (
 )
 from dmx.study.pbt import Population
 from dmx.study.scheduler import DurableAsha, RecordingFifo
-from dmx.study.trainable import TrialTrainable
+from dmx.study.trainable import TrialRoom, TrialTrainable, give_back_rooms
 from dmx.study.watchdog import Watchdog
 
 from ray import tune  # isort: skip
@@ -71,6 +71,7 @@ def run_study(
         ledger.record.begin()
         again = ledger.remaining() > 0
         deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
+        give_back_rooms(folder)
         while again:
             _fit(config, store, folder, slots, ledger, scheduler, observers, deadline)
             # Only what Tune gave up too soon is left: it is run in another round.
@@ -193,7 +194,7 @@ def _fit(
         population=population,
     )
     tuner = tune.Tuner(
-        tune.with_resources(TrialTrainable, _trial_resources(config)),
+        tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), folder)),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
@@ -232,5 +233,5 @@ def _trial_resources(config: StudyConfig) -> dict[str, float]:
     A byte of memory stands for nothing, since Tune refuses a trial that asks for nothing.
     """
     if config.workers.count > 1:
-        return {"cpu": 0, "memory": 1}
-    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+        return {"memory": 1}
+    return {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}

@@ -1,11 +1,15 @@
-"""The thin Ray Tune Trainable around the Ray-free Runner: one step = train, evaluate, report."""
+"""What Ray Tune knows of a trial: a thin Trainable around the Ray-free Runner, and its room."""
 
 from __future__ import annotations
 
+import hashlib
+import uuid
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+import ray
+from ray import PlacementGroupID, tune
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from dmx import log
 from dmx.cluster import connection
@@ -66,3 +70,32 @@ class TrialTrainable(tune.Trainable):
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+
+
+class TrialRoom(tune.PlacementGroupFactory):
+    """The resources of a trial, in a placement group whose name tells the study.
+
+    Ray removes a group with the job that created it, not with the process: a curriculum's search
+    whose process dies is started again within the same job, and finds its trials' room taken.
+    """
+
+    def __init__(self, resources: dict[str, float], folder: Path) -> None:
+        super().__init__([resources])
+        self._study = _study_name(folder)
+
+    def to_placement_group(self) -> PlacementGroup:
+        """A new group; Ray refuses a name that it knows."""
+        return placement_group(
+            self.bundles, strategy=self.strategy, name=f"{self._study}{uuid.uuid4().hex}"
+        )
+
+
+def give_back_rooms(folder: Path) -> None:
+    """Remove the groups that an earlier process of the study left; the claim keeps others out."""
+    for group_id, group in ray.util.placement_group_table().items():
+        if group["name"].startswith(_study_name(folder)) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def _study_name(folder: Path) -> str:
+    return f"dmx-trial-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-"

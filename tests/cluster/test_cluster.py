@@ -239,6 +239,7 @@ def test_device_auto_is_what_was_reserved(monkeypatch, gpu_ids, expected):
 def test_who_does_not_answer_as_ray_is_refused_in_time(monkeypatch, tmp_path, answer, said, form):
     """Ray itself tried for more than five minutes; `auto` is where `ray start` was last."""
     monkeypatch.setattr(connection, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(connection.services, "find_gcs_addresses", set)  # of other tests
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "ray").mkdir()
@@ -255,6 +256,7 @@ def test_who_does_not_answer_as_ray_is_refused_in_time(monkeypatch, tmp_path, an
 
 
 def test_a_cluster_that_is_gone_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(connection.services, "find_gcs_addresses", set)  # of other tests
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "ray").mkdir()

@@ -193,6 +193,28 @@ def test_searched_values_win_over_the_file_and_set_over_both() -> None:
     assert fixed.overrides["optim.learning_rate"] == 0.5
 
 
+def test_another_condition_of_a_searched_stage_is_another_training(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+
+    def training(condition: str) -> dict[str, Any]:
+        file.write_text(
+            "attention: butterfly\n"
+            "space: {attention.block_size: {choice: [4, 8]}}\n"
+            "when: [{if: {attention.block_size: 4}, then: {model.dropout: " + condition + "}}]\n",
+            encoding="utf-8",
+        )
+        search = {"space": str(file), "num_trials": 2}
+        raw = {"defaults": {"task": TASK, **SETTINGS}, "stages": [{"name": "x", "search": search}]}
+        return parse_curriculum(raw, "t").stages[0].training()
+
+    first = training("{uniform: [0.0, 0.1]}")
+    assert first == training("{uniform: [0.0, 0.1]}")
+    assert first != training("{uniform: [0.0, 0.9]}")
+    assert first["space"]["when"] == [
+        {"if": {"attention.block_size": 4}, "then": {"model.dropout": ["uniform", 0.0, 0.1]}}
+    ]
+
+
 def test_what_each_stage_of_pathx_takes_over() -> None:
     """32 -> 64 -> 128, then the same size; the dry run and the start of a run tell it."""
     curriculum = pathx()

@@ -30,6 +30,7 @@ from dmx.storage.places import SHARED
 from dmx.study import hooks, study
 from dmx.study.finals import evaluate_test
 from dmx.study.study import StudyConfig, run_study
+from dmx.study.trainable import TrialRoom, give_back_rooms
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -354,3 +355,34 @@ def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):
     test_pbt.train(tmp_path / "plain", tiny_store)
     assert test_pbt.picture(folder) == test_pbt.picture(tmp_path / "plain")
     assert sum(len(t.changes) for t in result.trials) == 2
+
+
+def test_the_room_of_a_study_whose_process_died_is_given_back(tmp_path: Path) -> None:
+    import ray
+    from ray.exceptions import WorkerCrashedError
+    from ray.util.placement_group import remove_placement_group
+
+    def free() -> float:
+        return ray.available_resources().get("CPU", 0.0)
+
+    def wait_for(cpus: float) -> None:
+        deadline = time.monotonic() + 30
+        while free() != cpus:
+            assert time.monotonic() < deadline, f"{free():g} CPUs are free, not {cpus:g}"
+            time.sleep(0.1)
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def dies(folder: Path) -> None:
+        ray.get(TrialRoom({"CPU": 1}, folder).to_placement_group().ready())
+        os._exit(1)
+
+    wait_for(2)
+    with pytest.raises(WorkerCrashedError):
+        ray.get(dies.remote(tmp_path / "study"), timeout=60)
+    other = TrialRoom({"CPU": 1}, tmp_path / "other").to_placement_group()
+    ray.get(other.ready(), timeout=30)
+    wait_for(0)  # Ray keeps the group: its job lives
+    give_back_rooms(tmp_path / "study")
+    wait_for(1)
+    remove_placement_group(other)
+    wait_for(2)
