@@ -168,13 +168,13 @@ def _search(
         view = choose_view(
             args.output, num_trials=config.num_trials, max_steps=config.max_steps, title=title
         )
+        earlier = study_end.seconds_so_far(folder)
         with view:
             result = run_study(config, store, folder, slots=slots, observers=(view, tensorboard))
         tensorboard.close()
         summary = study_end.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
-        earlier = study_end.earlier_seconds(folder)
         summary["seconds"] = earlier + time.monotonic() - started
         study_files.write_study(folder, summary)
         page = write_page(folder) if result.complete else None

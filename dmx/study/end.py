@@ -100,11 +100,9 @@ def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> di
     return summary
 
 
-def earlier_seconds(folder: Path) -> float:
-    """How long the sessions before the latest one worked on the study."""
-    events = read_journal(folder / keys.JOURNAL_FILE)[0]
-    begins = [i for i, event in enumerate(events) if event.get("event") == "session"]
-    seconds = wall_seconds(events[: begins[-1]]) if begins else math.nan
+def seconds_so_far(folder: Path) -> float:
+    """How long the sessions until now have worked on the study; 0 for a new one."""
+    seconds = wall_seconds(read_journal(folder / keys.JOURNAL_FILE)[0])
     return seconds if math.isfinite(seconds) else 0.0
 
 

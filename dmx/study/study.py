@@ -68,8 +68,9 @@ def run_study(
     try:
         scheduler = _scheduler(config, ledger)
         _catch_up(ledger, scheduler, observers)
-        ledger.record.begin()
         again = ledger.remaining() > 0
+        if again:
+            ledger.record.begin()
         deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
         give_back_rooms(folder)
         while again:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from tests.study.helpers import (
     MAX_STEPS,
     NUM_TRIALS,
     SEARCHED,
-    command,
     facts,
     journal,
     rows,
@@ -154,16 +154,16 @@ def test_nothing_of_ray_is_left(whole):
     names = {path.name for path in whole.folder.iterdir()}
     assert names <= {
         *("study.json", "trials.csv", "best", "journal.jsonl", ".journal.jsonl.lock"),
-        *("optuna.journal", "trials", "settings.json", "hparams", "hparams.json", "final"),
+        *("optuna.journal", "trials", "report.html", "hparams", "hparams.json", "final"),
         "records.jsonl",
     }
 
 
-def test_resuming_a_finished_study_changes_nothing(whole, tiny_root, tmp_path):
+def test_resuming_a_finished_study_changes_nothing(whole, tmp_path):
     copy = tmp_path / "runs" / "study"
     shutil.copytree(whole.folder, copy)
     before, log = facts(copy), (copy / "journal.jsonl").read_bytes()
-    done = run(command(tmp_path, tiny_root, "--resume"), tmp_path)
+    done = run([sys.executable, "-m", "dmx.tune", "--resume", str(copy)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert facts(copy) == before and (copy / "journal.jsonl").read_bytes() == log
     first, again = (
