@@ -90,10 +90,11 @@ def command(folder: Path, name: str, *, trials: int, slots: int, address: str | 
 
 
 def journal(study: Path) -> list[dict[str, Any]]:
-    """Whole lines of the journal."""
+    """What the journal tells of trials; what each session says of itself is left out."""
     path = study / "journal.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    events = (json.loads(line) for line in lines)
+    return [event for event in events if event["event"] not in ("settings", "session")]
 
 
 def facts(study: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def timeless(study):
     """The journal's facts in order, without clocks; and each report once."""
     kept = ("event", "trial", "step", "status", "value", "error")
-    told = [e for e in journal(study) if e["event"] != "session"]
+    told = [e for e in journal(study) if e["event"] not in ("settings", "session")]
     found = [{k: e[k] for k in kept if k in e} for e in told]
     reports = [(e["trial"], e["step"]) for e in found if e["event"] == "report"]
     assert len(set(reports)) == len(reports), "a report was recorded twice"
