@@ -24,7 +24,7 @@ COMMANDS: dict[Kind, str] = {
 _OF_ONE_SESSION = frozenset(
     {
         *("resume", "dry_run", "show", "status", "evaluate", "split", "price_per_gpu_hour"),
-        *("storage", "name", "output", "fresh", "from_stage"),
+        *("storage", "name", "output", "fresh", "from_stage", "time_budget"),
     }
 )
 """Options that a later session does not repeat; where the run lies, its folder says."""

@@ -35,5 +35,6 @@ def test_warm_cmaes_with_hyperband_killed_and_continued(whole, tiny_root, tmp_pa
     assert [int(r["trial"]) for r in rows(second)] == list(range(6))
     # The same trials without the warm start are others: it did inform them.
     assert facts(second) != facts(whole.folder)
-    other = run(command(tmp_path / "b", tiny_root, *options[:-2], "--resume"), tmp_path / "b")
-    assert other.returncode == 2 and "(warm_start was " in other.stderr
+    options[-1] = str(first)
+    other = run(command(tmp_path / "b", tiny_root, *options, "--resume"), tmp_path / "b")
+    assert other.returncode == 2 and "--warm-start" in other.stderr, other.stderr
