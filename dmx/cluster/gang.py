@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import socket
@@ -147,6 +148,7 @@ class Gang:
         self._form_seconds = form_seconds
         self._members: list[Any] = []
         self._waiting: dict[Any, Any] = {}  # members without a place in the group, by `node()`
+        self._enough: float | None = None  # from then on some members are enough
         self._resting = False  # between two steps
         self._formed = False  # ever
         self._deaths = 0  # since the latest report
@@ -182,8 +184,9 @@ class Gang:
         if self._members and self._with_room():
             self._rest()  # so that they start again together
         self._resting = False
-        if not self._members:
-            self._form()
+        if not self._members and not self._form():
+            under_way = {keys.UNDER_WAY: True, "done": False}
+            return {keys.STEPS: max(self._steps, 0), keys.DEV_ACCURACY: 0.0, **under_way}
         pending = [member.step.remote() for member in self._members]
         reports = {}
         leader = pending[0]
@@ -198,15 +201,23 @@ class Gang:
 
     # -- forming ----------------------------------------------------------------------------
 
-    def _form(self) -> None:
-        """Start the members that are missing, wait for their room, and let them meet."""
+    def _form(self) -> bool:
+        """Start the members that are missing, wait for their room, and let them meet.
+
+        Returns:
+            False where there was no room within a slice: the next call waits on.
+        """
+        pause = time.monotonic() + (self.job.slice_seconds or math.inf)
         first: str | None = None
         while len(self._waiting) < self.job.workers:
+            while self._waiting and first is None:
+                for place in ray.wait(list(self._waiting), num_returns=1, timeout=1.0)[0]:
+                    first = ray.get(place)
+                if first is None and time.monotonic() > pause:
+                    return False
             self._start_member(near=first)
-            if first is None:
-                place = ray.wait(list(self._waiting), num_returns=1)[0][0]
-                first = ray.get(place)
-        self._wait_for_room()
+        if not self._wait_for_room(pause):
+            return False
         nodes = self._with_room()
         # Neighbours on a node are neighbours in rank: what goes around leaves each node once.
         self._members = [self._waiting.pop(place) for place in sorted(nodes, key=nodes.__getitem__)]
@@ -216,6 +227,7 @@ class Gang:
         meet = ray.get(self._members[0].listen.remote(size), timeout=_JOIN_SECONDS)
         joins = [m.join.remote(job, meet, rank, size) for rank, m in enumerate(self._members)]
         ray.get(joins, timeout=_JOIN_SECONDS)
+        return True
 
     def _start_member(self, *, near: str | None) -> None:
         """One more; on that node where it has room, and never in its trial's placement group."""
@@ -229,17 +241,21 @@ class Gang:
         ).remote()
         self._waiting[member.node.remote()] = member
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, pause: float) -> bool:
         """Until all members have room that the cluster can ever hold; or, after a while, some."""
-        deadline = time.monotonic() + self._form_seconds
+        if self._enough is None:
+            self._enough = time.monotonic() + self._form_seconds
         while True:
             fitting = connection.resources().places(
                 cpus=self.job.cpus_per_worker, gpus=self.job.gpus_per_worker
             )
             wanted = max(min(fitting, self.job.workers), 1)
             ready, _ = ray.wait(list(self._waiting), num_returns=wanted, timeout=1.0)
-            if len(ready) >= wanted or (ready and time.monotonic() > deadline):
-                return
+            if len(ready) >= wanted or (ready and time.monotonic() > self._enough):
+                self._enough = None
+                return True
+            if time.monotonic() > pause:
+                return False
 
     def _with_room(self) -> dict[Any, str]:
         """The waiting members that have room, and their nodes; dead ones are forgotten."""

@@ -149,3 +149,19 @@ def test_no_more_are_waited_for_than_the_cluster_can_hold(ray, monkeypatch):
     run = members(ray, form_seconds=3600)
     run.step()
     assert ray.groups == [(1, False)]
+
+
+def test_waiting_for_room_comes_back_after_a_slice_and_waits_on(ray):
+    """So that whoever runs the gang hears a signal meanwhile."""
+    job = Job(run_config={}, data_folder="", folder="", workers=2, slice_seconds=0.01)
+    run = gang.Gang(job, form_seconds=60.0)
+    for room, started in ((0, 1), (0, 1), (1, 2), (1, 2)):
+        ray.room = room
+        report = run.step()
+        assert report[keys.UNDER_WAY] and not report["done"]
+        assert ray.started == started and ray.groups == []
+    ray.room = 2
+    assert run.step()[keys.STEPS] == 2
+    assert ray.groups == [(2, False)] and ray.started == 2
+    run.close()
+    assert not ray.alive
