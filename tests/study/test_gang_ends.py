@@ -51,7 +51,7 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_pa
     other = nodes.add_node(num_cpus=1)
     try:
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-        runner = Gang(job(tmp_path / "run", tiny_store, workers=2), form_seconds=5)
+        runner = Gang(job(tmp_path / "run", tiny_store, workers=2), form_seconds=60)
 
         def lose(report):
             if report[keys.STEPS] == 4:
