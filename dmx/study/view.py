@@ -40,7 +40,6 @@ class LogView:
     def __init__(self, num_trials: int) -> None:
         self._num_trials = num_trials
         self._best = -math.inf
-        self._ended = 0
         self._seen: set[int] = set()
 
     def continues(self, trials: Sequence[keys.TrialResult]) -> None:
@@ -74,7 +73,6 @@ class LogView:
 
     def ended(self, result: keys.TrialResult) -> None:
         """A trial ended."""
-        self._ended += 1
         early = f"was stopped early{f' at {result.reason}' if result.reason else ''}"
         what = {"COMPLETE": "ran its full budget", "PRUNED": early}
         reason = what.get(result.status, f"failed: {result.error}")
