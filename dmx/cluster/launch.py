@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,37 +80,47 @@ def wait_any(
     without getting any further, its last report carries `failure`, and `lost`: what it has done so
     far can be continued elsewhere.
     """
-    ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=timeout_seconds)
-    reports = []
-    for running in runs:
-        if running.future not in ready:
-            continue
-        try:
-            report = ray.get(running.future)
-        except (RayActorError, WorkerCrashedError, RayTaskError) as error:
-            running.restarts += 1
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            if running.restarts > max_restarts:
-                failure = f"its process died {running.restarts} times, last: {reason}"
-                reports.append((running, {keys.FAILURE: failure, keys.LOST: True, "done": True}))
-                continue
-            logger.warning(
-                "the worker of %s died (%s); it continues from its last checkpoint.",
-                running.job.folder,
-                reason,
-            )
-            running.job = dataclasses.replace(running.job, takes_over=True)
-            _launch(running)
-            continue
-        if report.get(keys.STEPS, 0) > running.steps:
-            running.steps, running.restarts = report[keys.STEPS], 0
-        if report.get("done"):
-            stop(running)
-        else:
-            running.future = running.actor.step.remote()
-        if not report.get(keys.UNDER_WAY):
-            reports.append((running, report))
-    return reports
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        left = max(deadline - time.monotonic(), 0.0)
+        ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=left)
+        if not ready:
+            return []
+        reports = [
+            (running, report)
+            for running in runs
+            if running.future in ready
+            and (report := _next_report(running, max_restarts)) is not None
+        ]
+        if reports:  # else a slice has ended, or a process is started again
+            return reports
+
+
+def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
+    """What a run's process has answered, and its next step begun; None for the end of a slice."""
+    try:
+        report: dict[str, Any] = ray.get(running.future)
+    except (RayActorError, WorkerCrashedError, RayTaskError) as error:
+        running.restarts += 1
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if running.restarts > max_restarts:
+            failure = f"its process died {running.restarts} times, last: {reason}"
+            return {keys.FAILURE: failure, keys.LOST: True, "done": True}
+        logger.warning(
+            "the worker of %s died (%s); it continues from its last checkpoint.",
+            running.job.folder,
+            reason,
+        )
+        running.job = dataclasses.replace(running.job, takes_over=True)
+        _launch(running)
+        return None
+    if report.get(keys.STEPS, 0) > running.steps:
+        running.steps, running.restarts = report[keys.STEPS], 0
+    if report.get("done"):
+        stop(running)
+    else:
+        running.future = running.actor.step.remote()
+    return None if report.get(keys.UNDER_WAY) else report
 
 
 def stop(*runs: Running) -> None:

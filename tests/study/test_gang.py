@@ -112,10 +112,7 @@ def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone,
     """`stop` ends all workers and gives the room back; one process then goes on."""
     long = job(tmp_path / "run", tiny_store, workers=2)
     running = start(long, cpus=1, gpus=0)
-    reports: list = []
-    while not reports:  # it also comes back while its workers wait for room, and after a slice
-        reports = wait_any([running], timeout_seconds=240)
-    [(_, report)] = reports
+    [(_, report)] = wait_any([running], timeout_seconds=240)
     check_close([report], alone[:1])
     stop(running)
     wait_until(lambda: room() == 2, "the room of stopped workers")

@@ -197,7 +197,7 @@ def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monk
     running = start(job, cpus=1, gpus=0)
     deadline = time.monotonic() + 120
     while running.steps < 3:
-        assert wait_any([running], timeout_seconds=10) == [], "no evaluation yet"
+        assert wait_any([running], timeout_seconds=0.1) == [], "no evaluation yet"
         assert time.monotonic() < deadline, "no step in 120 s"
     launch.stop(running)
     step = open_checkpoint(tmp_path / "run" / "last").training_state()["step"]
