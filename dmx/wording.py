@@ -55,11 +55,11 @@ class Ended(Protocol):
     """The part of a trial, in a result or in a report, that says how it ended."""
 
     @property
-    def number(self) -> int: ...  # noqa: D102
+    def number(self) -> int: ...
     @property
-    def status(self) -> str: ...  # noqa: D102
+    def status(self) -> str: ...
     @property
-    def error(self) -> str: ...  # noqa: D102
+    def error(self) -> str: ...
 
 
 def describe_failures(trials: Sequence[Ended]) -> str:

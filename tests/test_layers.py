@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import re
 import subprocess
 import sys
@@ -14,82 +13,32 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dmx"
 
-# Lowest first (design.md, section 2). A file imports its own layer and lower ones, never a higher
-# one. A new file is put where it belongs; what matches an earlier line is not looked at again.
-LAYERS: list[tuple[str, str]] = [
-    ("errors, log", "__init__ errors log process"),
-    ("packages", "nn storage training search cluster study curriculum commands costing reporting"),
-    (
-        "values",
-        "cli paths fitting wording registry schema overrides records resources "
-        "tensorboard quiet_threads "
-        "training.workers nn.device nn.allocator storage.patience storage.journal storage.claim "
-        "commands.compute_flags commands.place_flags",
-    ),
-    ("objectives", "search.objectives search.brackets"),
-    (
-        "mathematics",
-        "nn.packing nn.padding nn.parallel nn.dropout nn.functional nn.ends nn.optim",
-    ),
-    ("kinds", "attention attention.* tasks tasks.* gates gates.*"),
-    ("model", "nn.model"),
-    ("experiment", "config training.reference search.space search.space_file search.population"),
-    ("data", "data data.*"),
-    ("storage of a cluster", "storage.*"),
-    ("checkpoints", "training.checkpoint training.transfer"),
-    ("training", "training.*"),
-    ("search", "search.*"),
-    ("stages", "curriculum.stages curriculum.order curriculum.file curriculum.history"),
-    (
-        "plans",
-        "curriculum.edits curriculum.planner curriculum.observer curriculum.precheck "
-        "curriculum.promotion curriculum.stage_data",
-    ),
-    (
-        "plans, shown",
-        "curriculum.lineage study.files costing.count costing.probe costing.st*",
-    ),
-    (
-        "ray",
-        "cluster.connection cluster.size cluster.gang cluster.waiting "
-        "cluster.launch study.trainable study.scheduler study.pbt "
-        "study.budget study.config study.watchdog study.hooks",
-    ),
-    (
-        "study",
-        "study.study study.view study.live_view study.finals curriculum.stage_study "
-        "curriculum.work",
-    ),
-    ("study's end", "study.end study.identity curriculum.view curriculum.dryrun"),
-    (
-        "control",
-        "curriculum.room curriculum.side_work curriculum.controller curriculum.backend "
-        "curriculum.show curriculum.session",
-    ),
-    (
-        "reports",
-        "commands.reading_options reporting.* report leaderboard costing.* cluster.gpu_packing",
-    ),
-    ("commands", "commands.* tune train curriculum.__main__ attention_maps __main__"),
-]
+# Lowest first. A package, or a module beside the packages, imports only what stands above it here.
+LAYERS = """
+    errors terminal log process quiet_threads paths wording format registry schema overrides
+    records resources cli tensorboard
+    storage runs tasks data nn attention model fitting config training search costing costs
+    cluster gates study curriculum reporting commands
+    report leaderboard tune train attention_maps
+    __main__
+""".split()  # noqa: SIM905
 
-# Who may import what, at the top of a file or within a function.
-RAY = [
-    *("cluster", "cluster.connection", "cluster.gang", "cluster.waiting"),
-    *("cluster.gpu_packing", "cluster.launch"),
-    *("study.trainable", "study.scheduler", "study.study", "study.hooks", "study.watchdog"),
-    *("curriculum.backend", "data.ray_shards"),
-]
-OPTUNA = [
-    *("search.sampling", "search.past", "search.proposals", "search.warm_start"),
-    *("search.optuna_file", "search.trial_results", "search.telling", "search.ledger"),
-    *("reporting.reading", "reporting.importance"),
-]
-# What a file imports only once it was asked for several workers.
-LAZY = {
-    "commands.train_workers": {"cluster", "cluster.connection", "cluster.gang"},
+# Edges that still point up. None may be added.
+UPWARD = {
+    ("cluster", "curriculum"),
+    ("cluster", "study"),
+    ("costing", "reporting"),
+    ("curriculum", "commands"),
+    ("data", "fitting"),
+    ("data", "training"),
+    ("nn", "attention"),
+    ("storage", "data"),
 }
-TENSORBOARD = ["tensorboard", "reporting.reading"]
+
+# Packages and modules that may import them, at the top of a file or within a function.
+RAY = {"cluster", "study", "curriculum", "data"}
+OPTUNA = {"search", "reporting"}
+TENSORBOARD = {"tensorboard", "reporting"}
 
 
 def module_name(path: Path) -> str:
@@ -100,11 +49,8 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def layer_of(module: str) -> int:
-    for number, (_, patterns) in enumerate(LAYERS):
-        if any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns.split()):
-            return number
-    pytest.fail(f"dmx/{module.replace('.', '/')}.py is in no layer; add it to LAYERS")
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def type_checking_only(tree: ast.Module) -> set[ast.AST]:
@@ -145,78 +91,38 @@ def own_imports(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_point_down(module):
-    own = layer_of(module)
-    for other in sorted(own_imports(module)):
-        other_layer = layer_of(other)
-        assert other_layer <= own, (
-            f"{module} ({LAYERS[own][0]}) imports {other} ({LAYERS[other_layer][0]}), a higher one"
-        )
+def test_packages_import_downwards():
+    upward = set()
+    for module in FILES:
+        own = package_of(module)
+        assert own in [*LAYERS, "__init__"], f"{own} is in no layer; add it to LAYERS"
+        for other in map(package_of, own_imports(module)):
+            if other != own and LAYERS.index(other) > LAYERS.index(own):
+                upward.add((own, other))
+    assert upward == UPWARD, "an edge that points up was added, or is gone from the code only"
 
 
 @pytest.mark.parametrize(
-    ("package", "allowed"),
+    ("library", "allowed"),
     [("ray", RAY), ("optuna", OPTUNA), ("tensorboard", TENSORBOARD)],
 )
-def test_who_imports_what(package, allowed):
-    prefixes = {"tensorboard": ("tensorboard", "torch.utils.tensorboard")}.get(package, (package,))
+def test_who_imports_what(library, allowed):
+    prefixes = {"tensorboard": ("tensorboard", "torch.utils.tensorboard")}.get(library, (library,))
     users = {
-        module
+        package_of(module)
         for module, path in FILES.items()
         if any(n == p or n.startswith(f"{p}.") for n in imports(path) for p in prefixes)
     }
-    assert users <= set(allowed), f"{sorted(users - set(allowed))} must not import {package}"
+    assert users <= allowed, f"{sorted(users - allowed)} must not import {library}"
 
 
-def test_training_needs_no_ray():
-    """Models, data, training and the single-run command are usable without Ray and Optuna."""
-    seen: set[str] = set()
-    waiting = ["train", "training.runner", "training.reference", "data.__main__"]
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            waiting.extend(own_imports(module) - LAZY.get(module, set()))
-    assert {"nn.model", "config", "data.store"} <= seen
-    assert not seen & (set(RAY) - {"data.ray_shards"})
-    assert "search.ledger" not in seen
-
-
-def test_a_refusal_need_not_wait_for_ray_tune():
-    """It takes seconds to import, and is needed only once a study has been found sound."""
-    code = "import sys, dmx.tune; sys.exit('ray.tune' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "library"), [("train", "ray"), ("train", "optuna"), ("tune", "ray.tune")]
+)
+def test_a_command_imports_late_what_takes_seconds(module, library):
+    """A single run needs no Ray; a refusal does not wait for Ray Tune."""
+    code = f"import sys, dmx.{module}; sys.exit({library!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_no_import_cycles():
-    """Within a layer as well: who imports whom is a tree one can read from top to bottom."""
-    graph = {module: own_imports_at_top(module) for module in FILES}
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join((*path[path.index(module) :], module))
-        if module not in done:
-            for other in sorted(graph[module]):
-                visit(other, (*path, module))
-            done.add(module)
-
-    for module in FILES:
-        visit(module, ())
-
-
-def own_imports_at_top(module: str) -> set[str]:
-    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
-    found: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dmx":
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}".partition(".")[2]
-                while name and name not in FILES:
-                    name = name.rpartition(".")[0]
-                if name and name != module:
-                    found.add(name)
-    return found
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -28,13 +28,13 @@ _NICE = 19
 class Record(Protocol):
     """Writes an event to the journal."""
 
-    def __call__(self, event: str, **values: object) -> None: ...  # noqa: D102
+    def __call__(self, event: str, **values: object) -> None: ...
 
 
 class GiveUp(Protocol):
     """Takes a stage out of this session."""
 
-    def __call__(self, stage: str, reason: str) -> None: ...  # noqa: D102
+    def __call__(self, stage: str, reason: str) -> None: ...
 
 
 class SideWork:

@@ -37,9 +37,9 @@ def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
 class Suggests(Protocol):
     """The part of optuna.Trial that a space needs."""
 
-    def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...  # noqa: D102
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...  # noqa: D102
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...  # noqa: D102
+    def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
 
 
 @dataclass(frozen=True)
