@@ -15,13 +15,13 @@ from dmx import cli
 from dmx import records as keys
 from dmx.commands import reading_options
 from dmx.data.batches import make_batch
-from dmx.data.files import explained
 from dmx.data.obtain import obtain
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.log import verbatim
 from dmx.paths import local_path
+from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter
 from dmx.training import map_view, maps
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
 from dmx.reporting.collect import collect, collect_all, kind_of, runs_below
 from dmx.reporting.records import RunReport
+from dmx.storage.files import write_atomic
 
 logger = logging.getLogger("dmx.report")
 
@@ -100,15 +99,11 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    new = path.parent / f".{path.name}.new-{os.getpid()}"
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder; name a file")
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        write_atomic(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise ConfigError(f"--out {path} cannot be written: {error.strerror}.") from None
 
 

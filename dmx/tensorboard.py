@@ -24,6 +24,7 @@ from torch.utils.tensorboard import FileWriter
 
 from dmx import records as keys
 from dmx.quiet_threads import keep_writers_quiet
+from dmx.storage.files import write_atomic
 
 COLUMNS_FILE = "hparams.json"
 _METRICS = (
@@ -192,7 +193,7 @@ def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = {key: asdict(column) for key, column in columns.items()}
-    (folder / COLUMNS_FILE).write_text(json.dumps(own, indent=1), encoding="utf-8")
+    write_atomic(folder / COLUMNS_FILE, json.dumps(own, indent=1))
     studies = sorted(p.parent for p in folder.parent.glob(f"*/{COLUMNS_FILE}"))
     union: dict[str, Column] = {}
     for study in studies:

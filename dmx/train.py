@@ -25,7 +25,6 @@ from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costing import costs
 from dmx.costing.count import check_memory
 from dmx.costing.stand_in import dry_data
-from dmx.data.files import is_there
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import (
@@ -41,6 +40,7 @@ from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
 from dmx.schema import read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
+from dmx.storage.files import is_there, write_atomic
 from dmx.study import files as study_files
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
@@ -328,7 +328,7 @@ def _train(
         keys.TEST_LOSS: result["loss"] if math.isfinite(result["loss"]) else None,
         **{k: report[k] for k in keys.REPORT_KEYS if k in report},
     }
-    (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / "result.json", json.dumps(summary, indent=2) + "\n")
     verbatim(
         f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
         f"(best dev accuracy {report[keys.BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"

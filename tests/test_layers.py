@@ -16,8 +16,9 @@ PACKAGE = ROOT / "dmx"
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
     errors terminal log process quiet_threads paths wording format registry schema overrides
-    records resources cli tensorboard
-    storage runs tasks data nn attention model fitting config training search costing costs
+    records resources cli
+    storage tensorboard runs
+    tasks data nn attention model fitting config training search costing costs
     cluster gates study curriculum reporting commands
     report leaderboard tune train attention_maps
     __main__
@@ -32,7 +33,6 @@ UPWARD = {
     ("data", "fitting"),
     ("data", "training"),
     ("nn", "attention"),
-    ("storage", "data"),
 }
 
 # Packages and modules that may import them, at the top of a file or within a function.

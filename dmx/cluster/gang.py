@@ -22,7 +22,7 @@ from typing import Any
 from dmx import log
 from dmx import records as keys
 from dmx.cluster import connection, waiting
-from dmx.data.files import copy_folder
+from dmx.storage.files import copy_folder
 from dmx.storage.places import SHARED, Places
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import evaluate_checkpoint

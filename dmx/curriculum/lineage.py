@@ -12,7 +12,7 @@ from dmx import records as keys
 from dmx.attention.base import AttentionConfig
 from dmx.curriculum.history import History, StageState, attempt_folder
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
-from dmx.study.files import write_text
+from dmx.storage.files import write_atomic
 
 PICTURE_FILE = "lineage.md"
 _COLOURS = {"passed": "#d5f5d5", "running": "#fff3c4", "failed": "#f8d0d0", "waiting": "#eeeeee"}
@@ -33,8 +33,8 @@ class LineageWriter:
         """Write both files, each at once."""
         lineage = describe(self._curriculum, history, self._folder, self._code)
         text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
-        write_text(self._folder / keys.LINEAGE_FILE, text)
-        write_text(self._folder / PICTURE_FILE, picture(lineage))
+        write_atomic(self._folder / keys.LINEAGE_FILE, text)
+        write_atomic(self._folder / PICTURE_FILE, picture(lineage))
 
 
 def describe(

@@ -11,10 +11,10 @@ from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.curriculum.history import History, attempt_folder
 from dmx.curriculum.stages import CurriculumConfig, StageConfig
-from dmx.data.files import is_there, sha256_file
 from dmx.data.locate import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError
+from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
 from dmx.training import trainer
 from dmx.training.checkpoint import open_checkpoint

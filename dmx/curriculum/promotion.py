@@ -7,10 +7,10 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.curriculum.history import StageState, attempt_folder
-from dmx.data.files import sha256_file
 from dmx.data.store import Store
 from dmx.errors import CheckpointError
 from dmx.records import CheckpointRef
+from dmx.storage.files import sha256_file
 from dmx.training.checkpoint import open_checkpoint
 
 

@@ -33,9 +33,10 @@ from dmx.log import console, verbatim
 from dmx.process import files_decide
 from dmx.resources import code_version
 from dmx.search.study_settings import settings_event
+from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
-from dmx.study.files import append_settings, write_text
+from dmx.study.files import append_settings
 from dmx.tensorboard import Column, announce_study
 
 logger = logging.getLogger("dmx.curriculum")
@@ -127,7 +128,7 @@ def _prepare_journal(
         journal.append(event="reset", stages=list(again), time=time.time())
         logger.info("%s will be trained again; old attempts stay on disk", ", ".join(again))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    write_text(options.folder / CURRICULUM_FILE, text)
+    write_atomic(options.folder / CURRICULUM_FILE, text)
 
 
 def _connected(
@@ -247,4 +248,5 @@ def _move_aside(folder: Path) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     target = folder.with_name(f"{folder.name}.until-{stamp}")
     folder.rename(target)
+    fsync_path(target.parent)
     logger.info("the old run is now %s", target)

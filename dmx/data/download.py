@@ -11,9 +11,9 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from dmx.data.files import exclusive_lock, explained, fsync_path, write_atomic
 from dmx.data.progress import progress
 from dmx.errors import DataError
+from dmx.storage.files import exclusive_lock, explained, fsync_path, write_atomic
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 30.0
@@ -45,6 +45,7 @@ def download(address: str, folder: Path, checksum: str = "") -> Path:
             with explained(path, "write"):
                 fsync_path(part)
                 part.replace(path)
+                fsync_path(path.parent)
                 _tag_file(part).unlink(missing_ok=True)
     return path
 

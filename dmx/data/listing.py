@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmx.data.locate import SAMPLES_FOLDER
-from dmx.data.manifest import MANIFEST_FILE
 from dmx.data.progress import bytes_text
 from dmx.data.store import open_store
 from dmx.errors import DataError
 from dmx.fitting import Col, FittingTable
+from dmx.storage.files import MANIFEST_FILE
 
 
 def store_folders(data_root: Path) -> list[Path]:

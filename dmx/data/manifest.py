@@ -11,9 +11,9 @@ from typing import Any
 
 from dmx.errors import ConfigError, DataError
 from dmx.schema import from_dict
+from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks.base import SPLITS, find_task
 
-MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 """Version of the store's layout; a reader refuses any other."""
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.files import explained, write_atomic
 from dmx.data.progress import progress
 from dmx.errors import DataError
+from dmx.storage.files import explained, write_atomic
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, npt.NDArray[Any]]

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from dmx.data import bytetext, listops
-from dmx.data.files import explained
 from dmx.data.manifest import Manifest
 from dmx.data.store import Split, Store
 from dmx.errors import ConfigError
+from dmx.storage.files import explained
 from dmx.tasks import task_for
 
 _LEAST_TILE = 128

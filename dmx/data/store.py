@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dmx.data.build import write_store
-from dmx.data.files import SMALL_BYTES, quick_checksum, sha256_file, write_atomic
 from dmx.data.manifest import Manifest, read_manifest
 from dmx.data.store_writer import StoreWriter
 from dmx.data.token_file import DTYPES
 from dmx.errors import DataError
+from dmx.storage.files import SMALL_BYTES, quick_checksum, sha256_file, write_atomic
 
 __all__ = ["Manifest", "Split", "Store", "StoreWriter", "open_store", "write_store"]
 

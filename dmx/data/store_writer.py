@@ -16,10 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 import dmx
-from dmx.data.files import exclusive_lock, explained, fsync_path, quick_checksum, sha256_file
-from dmx.data.manifest import MANIFEST_FILE, Manifest, lacking
+from dmx.data.manifest import Manifest, lacking
 from dmx.data.token_file import DTYPES, TokenFile
 from dmx.errors import DataError
+from dmx.storage.files import (
+    MANIFEST_FILE,
+    exclusive_lock,
+    explained,
+    fsync_path,
+    quick_checksum,
+    sha256_file,
+    write_atomic,
+)
 from dmx.tasks.base import SPLITS
 
 log = logging.getLogger(__name__)
@@ -202,10 +210,7 @@ class StoreWriter:
         )
         differences = [lacking(self.manifest, self._classes()), *self._remarks]
         self.manifest = replace(self.manifest, partial="; ".join(d for d in differences if d))
-        path = self._partial / MANIFEST_FILE
-        path.write_bytes(self.manifest.to_json())
-        fsync_path(path)
-        fsync_path(self._partial)
+        write_atomic(self._partial / MANIFEST_FILE, self.manifest.to_json())
         if self.folder.exists():
             old = self.folder.with_name(f".{self.folder.name}.partial-old-{os.getpid()}")
             self.folder.rename(old)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.files import sha256_file
+from dmx.storage.files import sha256_file
 
 DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 """Token types of a store by their name in the manifest."""

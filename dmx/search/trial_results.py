@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from dmx import records as keys
-from dmx.data.files import put_back
+from dmx.storage.files import put_back
 
 STATUS: dict[TrialState, keys.TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmx.data.files import write_atomic
 from dmx.errors import CheckpointError, ConfigError, StorageError
+from dmx.storage.files import write_atomic
 
 logger = logging.getLogger("dmx.storage")
 POINTER_SUFFIX = ".version.json"

@@ -10,11 +10,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmx.data.files import replace_folder
-from dmx.data.manifest import MANIFEST_FILE
 from dmx.errors import DataError
 from dmx.paths import is_url
 from dmx.storage.claim import CLAIM_FILE, Claim, taken_over
+from dmx.storage.files import MANIFEST_FILE, replace_folder, write_atomic
 from dmx.storage.object_storage import ObjectStorage, join
 
 _VERSION = ".{}.version"
@@ -69,7 +68,7 @@ class Places:
                     self._check(folder.parent, claim)
 
             version = self._storage().push(folder, name, check)
-            _note(folder).write_text(version, encoding="utf-8")
+            write_atomic(_note(folder), version)
 
     def _check(self, folder: Path, claim: Claim) -> None:
         """Locks do not reach other nodes here; only what the last one wrote tells."""
@@ -102,7 +101,7 @@ class Places:
                 return
             note.unlink(missing_ok=True)
             replace_folder(new, folder)
-            note.write_text(version, encoding="utf-8")
+            write_atomic(note, version)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -170,7 +169,7 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
             new = target.parent / f".{target.name}.new"
             shutil.rmtree(new, ignore_errors=True)
             _copy_files(source, name, new)
-            (new / MANIFEST_FILE).write_bytes(manifest)
+            write_atomic(new / MANIFEST_FILE, manifest)
             replace_folder(new, target)
     except OSError as error:
         raise DataError(

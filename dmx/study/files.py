@@ -13,22 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.data.files import copy_folder
 from dmx.errors import ConfigError, StorageError
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
 from dmx.storage.claim import CLAIM_FILE, Claim
+from dmx.storage.files import copy_folder, fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
 
 MAY_CHANGE = frozenset({"num_trials"})
 """Settings that a later session may have otherwise."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content at once: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -123,10 +116,11 @@ def open_folder(
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         for name, content in (files or {}).items():
-            write_text(new / name, content)
+            write_atomic(new / name, content)
         note_settings(new, event)
         clear(folder)
         new.rename(folder)  # all of it at once; an empty folder may be there
+        fsync_path(folder.parent)
     except (OSError, StorageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
         raise ConfigError(
@@ -197,7 +191,7 @@ def write_trials(
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / keys.TRIALS_FILE, buffer.getvalue())
+    write_atomic(folder / keys.TRIALS_FILE, buffer.getvalue())
 
 
 def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
@@ -211,4 +205,4 @@ def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
 
 def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
     """study.json, the study's result for machines."""
-    write_text(folder / keys.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")
+    write_atomic(folder / keys.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dmx import records as keys
-from dmx.data.files import copy_folder, put_back
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import Exploit, apply, decide
+from dmx.storage.files import copy_folder, put_back
 from dmx.storage.patience import persist
 from dmx.storage.places import SHARED, Places
 from dmx.wording import short

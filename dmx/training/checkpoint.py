@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
-from dmx.data.files import fsync_path, is_there, put_back, replace_folder
 from dmx.errors import CheckpointError, ConfigError
 from dmx.records import (
     BEST_DIR,
@@ -27,6 +26,7 @@ from dmx.records import (
     TRAINING_STATE_FILE,
 )
 from dmx.schema import read_yaml
+from dmx.storage.files import fsync_path, is_there, put_back, replace_folder
 from dmx.tasks import find_task
 
 logger = logging.getLogger("dmx.checkpoint")

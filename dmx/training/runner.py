@@ -18,11 +18,11 @@ import torch
 
 from dmx import records as keys
 from dmx.config import InitConfig, RunConfig, parse_run_config
-from dmx.data.files import is_there
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.nn.model import Classifier
 from dmx.storage.claim import Claim
+from dmx.storage.files import is_there
 from dmx.storage.patience import persist
 from dmx.tasks import Task
 from dmx.training.adopt import adopt

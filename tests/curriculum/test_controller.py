@@ -13,8 +13,8 @@ from dmx import records as keys
 from dmx.curriculum.edits import check_unchanged
 from dmx.curriculum.history import History, fold
 from dmx.curriculum.lineage import describe
-from dmx.data.files import sha256_file
 from dmx.errors import StageError
+from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.checkpoint import open_checkpoint
 from tests.curriculum.fakes import (

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dmx.data.build import write_store
-from dmx.data.files import explained
 from dmx.data.pathfinder import Generator, parameters_for
 from dmx.data.pathfinder_split import LEAST_IMAGES, SPLIT_SEED, SplitPlacer
 from dmx.data.progress import bytes_text, seconds_text
@@ -23,6 +22,7 @@ from dmx.data.shards import ShardPlan, make_shards, read_shards, remove_shards
 from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError, DataError
+from dmx.storage.files import explained
 from dmx.tasks import Task
 from dmx.tasks.pathfinder import NUM_IMAGES
 

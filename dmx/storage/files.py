@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from dmx.errors import DataError
 
 log = logging.getLogger(__name__)
 
+MANIFEST_FILE = "manifest.json"
+"""Of prepared data; written last, so that a folder which has one is whole."""
 SMALL_BYTES = 4 << 20
 """Files up to this size are checksummed whole by `quick_checksum`: a few milliseconds."""
 _BLOCK_BYTES = 4096
@@ -59,12 +62,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` so that even after a crash it holds its old content or all of the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = content.encode() if isinstance(content, str) else content
+    # Hosts and containers have process ids of their own: those of two writers may be equal.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -92,6 +97,8 @@ def copy_folder(source: Path, folder: Path) -> None:
     new = folder.parent / f".{folder.name}.new"
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(source, new)
+    for path in (*new.rglob("*"), new):
+        fsync_path(path)
     replace_folder(new, folder)
 
 
