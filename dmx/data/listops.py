@@ -59,7 +59,7 @@ def values(expressions: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int64
 @cache
 def _compiled() -> Callable[..., None]:
     """98,000 expressions take a second so, and half a minute in Python."""
-    from dmx.data.pathfinder.compiled import entry
+    from dmx.data.pathfinder.core import entry
 
     return entry(_evaluate)
 

@@ -7,16 +7,17 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
 from dmx.data.pathfinder import (
     Generator,
     GeneratorParameters,
-    compiled,
-    discs,
+    core,
     generate,
     parameters_for,
+    pictures,
 )
 from dmx.errors import ConfigError
 
@@ -124,8 +125,8 @@ def test_lra_rendering_has_the_released_discs(name: str, signature: dict[int, in
     radius = parameters_for(name).marker_radius
     image = np.zeros((64, 64))
     for tip in ((15, 15), (45, 40)):
-        discs.add_disc(image, tip, radius, 2, raw=True)
-    found = Counter(discs.stretch_down(image).ravel().tolist())
+        pictures.add_disc(image, tip, radius, 2, raw=True)
+    found = Counter(pictures.stretch_down(image).ravel().tolist())
     lowest = min(signature)
     assert {value: n for value, n in found.items() if value >= lowest} == signature
 
@@ -281,8 +282,7 @@ def test_targets_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_random_words_read_as_numpy_draws() -> None:
     """`below` and `unit` against numpy's own methods on the same stream, mixed."""
-    numba = pytest.importorskip("numba")
-    from dmx.data.pathfinder.words import below, unit
+    from dmx.data.pathfinder.core import below, unit
 
     bounds = np.array([2, 360, 1, 3, 16384, 5, 256, 257, 1000, 65537] * 30)
 
@@ -303,10 +303,8 @@ def test_random_words_read_as_numpy_draws() -> None:
 @pytest.mark.parametrize("name", ["pathX-cl14_alpha0.75", "pathfinder32-curv_baseline"])
 def test_free_starts_against_a_plain_dilation(name: str) -> None:
     """Bit sets, 64 pixels a word, against shifted boolean images; rows cross word borders."""
-    numba = pytest.importorskip("numba")
-    from dmx.data.pathfinder.board import make_board
-    from dmx.data.pathfinder.geometry import geometry_for
-    from dmx.data.pathfinder.starts import find_starts, pick_start
+    from dmx.data.pathfinder.core import find_starts, pick_start
+    from dmx.data.pathfinder.geometry import geometry_for, make_board
 
     parameters = parameters_for(name)
     margin = parameters.margins[-1]
@@ -348,16 +346,16 @@ def test_free_starts_against_a_plain_dilation(name: str) -> None:
 
 
 def test_compiling_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiled.njit
+    real = core.njit
 
     def no_cache(*args: object, cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return real(*args, **options)
 
-    monkeypatch.setattr(compiled, "njit", no_cache)
+    monkeypatch.setattr(core, "njit", no_cache)
 
     def plus_one(x: int) -> int:
         return x + 1
 
-    assert compiled.entry(plus_one)(2) == 3
+    assert core.entry(plus_one)(2) == 3

@@ -12,9 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmx.data.pathfinder.discs import add_disc, stretch, stretch_down
-from dmx.data.pathfinder.geometry import Geometry, geometry_for, pictures_for
 from dmx.data.pathfinder.parameters import GeneratorParameters, parameters_for
+from dmx.data.pathfinder.pictures import add_disc, stretch, stretch_down
 from dmx.errors import ConfigError
 
 Render = Literal["original", "lra"]
@@ -132,11 +131,11 @@ class _Tools:
 
     def __init__(self, p: GeneratorParameters, margin: int, render: Render) -> None:
         # Imported here, so that parameters can be looked up without numba and its start-up time.
-        from dmx.data.pathfinder.board import Counts, make_board
-        from dmx.data.pathfinder.snakes import draw, place
+        from dmx.data.pathfinder.core import draw, place
+        from dmx.data.pathfinder.geometry import Counts, geometry_for, make_board, pictures_for
 
         self.place, self.draw = place, draw
-        self.geometry: Geometry = geometry_for(p, margin)
+        self.geometry = geometry_for(p, margin)
         self.board = make_board(p, self.geometry)
         self.counts = Counts(p.contour_length, p.distractor_length, p.num_distractors)
         pictures = pictures_for(p, margin)
