@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dmx.curriculum.file import load_curriculum
-from dmx.curriculum.stages import CurriculumConfig
+from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.data.locate import default_data_root
 from dmx.data.prepare import prepare_missing
 from dmx.overrides import lay

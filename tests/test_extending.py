@@ -26,7 +26,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert {name for name, _ in blocks} >= {
         "dmx/attention/window.py",
         "dmx/tasks/parity.py",
-        "dmx/gates/steady.py",
+        "dmx/curriculum/gates/steady.py",
         "search_spaces/window.yaml",
     }
     for name, body in blocks:
@@ -151,7 +151,7 @@ def test_the_gate_decides(checkout: Path) -> None:
     out = run_in(
         checkout,
         """
-        from dmx.gates import Gate
+        from dmx.curriculum.gates import Gate
         from dmx.records import StageRecord
         gate = Gate.parse({"name": "steady", "evaluations": 2, "max_swing": 0.05}, "gate")
         for curve in ((0.5,), (0.1, 0.5, 0.53), (0.5, 0.6)):

@@ -19,14 +19,13 @@ LAYERS = """
     records resources cli
     storage tensorboard runs
     tasks data nn attention model fitting config training search costing costs
-    cluster gates study curriculum reporting commands
+    cluster study curriculum reporting commands
     report leaderboard tune train attention_maps
     __main__
 """.split()  # noqa: SIM905
 
 # Edges that still point up. None may be added.
 UPWARD = {
-    ("cluster", "curriculum"),
     ("cluster", "study"),
     ("costing", "reporting"),
     ("curriculum", "commands"),

@@ -10,7 +10,7 @@ import pytest
 from dmx import cli
 from dmx.commands.completion import PARSERS, parser_of
 from dmx.config import parse_run_config
-from dmx.curriculum.file import load_curriculum
+from dmx.curriculum.config import load_curriculum
 from dmx.data.locate import default_data_root
 from dmx.errors import ConfigError
 from dmx.paths import expand

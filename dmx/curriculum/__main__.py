@@ -11,10 +11,8 @@ from typing import Any
 from dmx import cli
 from dmx.commands import place_options, resuming
 from dmx.commands.curriculum_options import PROG, parser
-from dmx.curriculum.file import load_curriculum
-from dmx.curriculum.session import run_session
-from dmx.curriculum.show import Options, dry_run, show_status
-from dmx.curriculum.stages import CurriculumConfig
+from dmx.curriculum.config import CurriculumConfig, load_curriculum
+from dmx.curriculum.session import Options, dry_run, run_session, show_status
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.paths import is_url

@@ -15,7 +15,8 @@ from typing import Any
 from dmx import log
 from dmx import records as keys
 from dmx.cluster import connection, launch, waiting
-from dmx.curriculum.work import ClusterLost, Key, Message
+from dmx.curriculum.controller import ClusterLost, Message
+from dmx.curriculum.resources import Key
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError

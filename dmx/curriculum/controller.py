@@ -1,47 +1,239 @@
-"""The curriculum controller: launch, gate, journal, next; the cluster is injected.
-
-Every decision is a pure function (dmx.curriculum.planner) of the journal, and is in the journal
-before anything follows from it. So a controller that was killed at any line is continued by the
-next one.
-"""
+"""The curriculum controller: launch, gate, journal, next; the cluster is injected."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dmx import log
 from dmx import records as keys
-from dmx.cluster.size import Means
 from dmx.config import InitConfig
-from dmx.curriculum.history import advance, attempt_folder, fold
-from dmx.curriculum.observer import Observer, say
+from dmx.curriculum.checks import (
+    StageData,
+    Stores,
+    best_checkpoints,
+    check_promoted,
+    checkpoint_facts,
+    data_facts,
+    resolve,
+)
+from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.history import History, advance, attempt_folder, fold
 from dmx.curriculum.planner import (
     Launch,
+    Verdict,
     all_passed,
     judge,
     next_launches,
+    stage_study,
     to_rejudge,
+    wanted_tests,
 )
-from dmx.curriculum.precheck import StageData, check_promoted, resolve
-from dmx.curriculum.promotion import best_checkpoints, checkpoint_facts, data_facts
-from dmx.curriculum.room import Busy, Room
-from dmx.curriculum.side_work import SideWork
-from dmx.curriculum.stage_data import Stores
-from dmx.curriculum.stage_study import stage_study
-from dmx.curriculum.stages import CurriculumConfig, StageConfig
-from dmx.curriculum.work import Backend, Key, Message
-from dmx.errors import DmxError
+from dmx.curriculum.resources import Busy, Key, Means, Room
+from dmx.errors import CheckpointError, DmxError
 from dmx.schema import to_dict
 from dmx.storage.claim import read_claim
 from dmx.storage.journal import Journal
+from dmx.training.evaluation import Measurement
 from dmx.training.job import Job
 from dmx.training.transfer import weights_checksum
 
+if TYPE_CHECKING:
+    from dmx.study.config import StudyConfig
+
+
+class ClusterLost(Exception):
+    """The cluster does not answer any more; what is on disk can be continued elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """News of a piece of work.
+
+    Attributes:
+        report: of a run: flat metrics, with `done` in the last; of a search: the best trial's
+            reports, one message each. {} for the end of anything else.
+        done: nothing more will come. failure: why it ended badly, one line.
+        lost: it is the machines that failed; the work itself can be continued.
+        value: what a test or a preparation returned; at the end of a search what it found and cost
+            (see Attempt.search).
+    """
+
+    key: Key
+    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    done: bool = False
+    failure: str | None = None
+    lost: bool = False
+    value: Any = None
+
+
+class Backend(Protocol):
+    """What the controller needs of a cluster; tests have one without Ray."""
+
+    def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
+        """Start or continue a run."""
+
+    def search(
+        self, key: Key, study: StudyConfig, data_folder: str, folder: Path, slots: int
+    ) -> None:
+        """Start or continue a study."""
+
+    def prepare(
+        self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
+    ) -> None:
+        """Prepare a task's data."""
+
+    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+        """Measure a test accuracy."""
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        """News; empty after the timeout."""
+
+    def close(self) -> None:
+        """End all work at once; what is on disk stays."""
+
+
 logger = logging.getLogger("dmx.curriculum")
+
+
+class Observer(Protocol):
+    """Whoever shows a run; called with each event after it is in the journal."""
+
+    def event(self, history: History, event: Mapping[str, Any]) -> None:
+        """One more event; `history` includes it."""
+
+
+def say(verdict: Verdict) -> None:
+    """Log what a gate found and what follows from it."""
+    words = {
+        "promote": "promoted" if verdict.passed else "promoted all the same (on_fail: continue)",
+        "retry": "not passed; trying again with new seeds (on_fail: retry)",
+        "longer": "not passed; training longer (on_fail: longer)",
+        "stop": "not passed; this branch ends here (on_fail: stop)",
+    }
+    level = logging.INFO if verdict.passed else logging.WARNING
+    logger.log(level, "gate: %s -> %s", verdict.reason, words[verdict.next])
+
+
+_NICE = 19
+"""Priority of data preparation beside training: only what is idle."""
+
+
+class Record(Protocol):
+    """Writes an event to the journal."""
+
+    def __call__(self, event: str, **values: object) -> None: ...
+
+
+class GiveUp(Protocol):
+    """Takes a stage out of this session."""
+
+    def __call__(self, stage: str, reason: str) -> None: ...
+
+
+class SideWork:
+    """See the file's first line. `record` and `give_up` are the controller's."""
+
+    def __init__(
+        self,
+        curriculum: CurriculumConfig,
+        folder: Path,
+        backend: Backend,
+        room: Room,
+        stores: Stores,
+        *,
+        record: Record,
+        give_up: GiveUp,
+    ) -> None:
+        self._curriculum, self._folder, self._backend = curriculum, folder, backend
+        self._room, self._stores = room, stores
+        self._record, self._give_up = record, give_up
+        self._untested: set[tuple[str, str]] = set()
+
+    def has_data(self, stage: StageConfig) -> bool:
+        """Whether the stage's data are there and open."""
+        if any(key.kind == "data" and key.detail == stage.task for key in self._room.busy):
+            return False
+        try:
+            return self._stores.open(stage)
+        except DmxError as error:
+            self._give_up(stage.name, str(error))
+            return False
+
+    def prepare_data(
+        self, history: History, selected: Collection[str], broken: Collection[str]
+    ) -> None:
+        """Start preparing the set that is needed first, one at a time.
+
+        Beside training it has only what is idle.
+        """
+        if any(key.kind == "data" for key in self._room.busy):
+            return
+        for stage in self._curriculum.stages:
+            settled = history.stage(stage.name).status in ("passed", "failed")
+            if stage.name not in selected or settled or stage.name in broken:
+                continue
+            if self._stores.is_prepared(stage):
+                continue
+            training = any(key.kind == "train" for key in self._room.busy)
+            workers = max(int(self._room.free()[0]), 1)
+            key = Key("data", stage.name, stage.task)
+            with log.context(stage.name):
+                logger.info("preparing data: %s (%d workers)", stage.task, workers)
+            nice, options = _NICE if training else 0, stage.generate.options()
+            self._room.busy[key] = Busy()
+            self._backend.prepare(key, stage.task, self._stores.root, options, workers, nice)
+            return
+
+    def start_tests(self, history: History, broken: Collection[str]) -> None:
+        """Start whatever test accuracies are missing and fit."""
+        for stage, on in wanted_tests(self._curriculum, history):
+            key = Key("test", stage.name, on.name)
+            known = key in self._room.busy or (stage.name, on.name) in self._untested
+            if known or stage.name in broken or not self._room.fits(stage):
+                continue
+            promoted = history.stage(stage.name).promoted
+            if promoted is None or not self.has_data(on):
+                continue
+            try:
+                folder = check_promoted(stage.name, promoted, self._folder)
+            except CheckpointError as error:
+                self._give_up(stage.name, str(error))
+                continue
+            store = self._stores[on.task]
+            other = None if on is stage else to_dict(resolve(on.config, StageData(store=store)))
+            wanted = Measurement(
+                checkpoint=str(folder), data_folder=str(store.folder), config=other
+            )
+            worker = self._room.means.shared_out(stage)  # one of them is enough
+            self._room.busy[key] = Busy(worker.cpus, worker.gpus)
+            self._backend.test(key, wanted, cpus=worker.cpus, gpus=worker.gpus)
+
+    def received(self, message: Message) -> None:
+        """Record what ended."""
+        began = self._room.busy.pop(message.key).begun
+        stage, detail = message.key.stage, message.key.detail
+        if message.key.kind == "data":
+            seconds = time.monotonic() - began
+            if message.failure is not None:
+                self._give_up(stage, message.failure)
+                return
+            logger.info("data ready: %s, after %.1f s", detail, seconds)
+            self._record("data", stage=stage, task=detail, seconds=seconds)
+        elif message.failure is not None:
+            self._untested.add((stage, detail))
+            logger.warning("no test accuracy on %s: %s", detail, message.failure)
+        else:
+            if message.value is not None:
+                logger.info("test accuracy on %s: %.4f", detail, message.value)
+            self._record("tested", stage=stage, on=detail, accuracy=message.value)
+
+
 _POLL_SECONDS = 1.0
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from dmx.costing.stage import StageCost, stage_cost
-from dmx.curriculum.precheck import StageData, resolve
-from dmx.curriculum.stages import CurriculumConfig, StageConfig
-from dmx.curriculum.view import seconds_text
+from dmx.curriculum.checks import StageData, resolve
+from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.views import seconds_text
 from dmx.fitting import Col, FittingTable
 from dmx.log import console, verbatim
 from dmx.tasks.pathfinder import NUM_IMAGES

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmx.config import RunConfig
-from dmx.curriculum.edits import judging_of
-from dmx.curriculum.history import History, StageState
-from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.history import Attempt, History, StageState
 from dmx.records import CheckpointRef, StageRecord
+from dmx.study.config import StudyConfig
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
 _SEED_STEP = 1009
@@ -186,6 +186,15 @@ def wanted_tests(
     return found
 
 
+def judging_of(attempt: Attempt) -> Mapping[str, Any]:
+    """Gate and on_fail by which the attempt was judged, or would be when it was launched."""
+    if attempt.decision is not None:
+        judging = attempt.decision["judging"]
+        assert isinstance(judging, Mapping)
+        return judging
+    return {key: attempt.spec[key] for key in ("gate", "on_fail")}
+
+
 def to_rejudge(
     curriculum: CurriculumConfig, history: History, selected: Collection[str]
 ) -> list[StageConfig]:
@@ -211,4 +220,44 @@ def has_work(curriculum: CurriculumConfig, history: History, selected: Collectio
         next_launches(curriculum, history, selected, ())
         or wanted_tests(curriculum, history)
         or to_rejudge(curriculum, history, selected)
+    )
+
+
+_GRACE_SHARE = 8
+
+
+def stage_study(
+    launch: Launch, *, cpus: float, gpus: float, workers: int, init: Mapping[str, Any] | None
+) -> StudyConfig:
+    """The study of one attempt; a retry draws other points, a longer one trains them longer.
+
+    Args:
+        init: the weights that every trial starts from (InitConfig as a plain dict).
+    """
+    stage, config = launch.stage, launch.config
+    assert stage.search is not None and stage.space is not None
+    steps = config.train.num_steps
+    evaluation = config.train.eval_every_steps
+    grace = stage.search.grace_steps or max(evaluation, steps // _GRACE_SHARE)
+    changed = {
+        "train.num_steps": steps,
+        "train.seed": config.train.seed,
+        "data.seed": config.data.seed,
+        **({f"init.{key}": value for key, value in init.items()} if init else {}),
+    }
+    return StudyConfig(
+        name=stage.name,
+        task=stage.task,
+        space=stage.space,
+        overrides={**stage.overrides, **changed},
+        num_trials=stage.search.num_trials,
+        max_steps=steps,
+        grace_steps=min(grace, steps),
+        reduction_factor=stage.search.reduction_factor,
+        scheduler=stage.search.scheduler,
+        sampler=stage.search.sampler,
+        seed=stage.search.seed + launch.retry,
+        cpus_per_trial=cpus,
+        gpus_per_trial=gpus,
+        workers_per_trial=workers,
     )

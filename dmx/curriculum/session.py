@@ -10,24 +10,25 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from dmx import records as keys
-from dmx.cluster.size import local_means, means_of
-from dmx.curriculum import edits, planner, precheck
+from dmx.curriculum import checks, dryrun, planner
+from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.history import History, fold
-from dmx.curriculum.lineage import LineageWriter
-from dmx.curriculum.show import Options
-from dmx.curriculum.stages import CurriculumConfig
-from dmx.curriculum.view import LogView, TensorBoardView, since, stages_table
+from dmx.curriculum.resources import local_means, means_of
+from dmx.curriculum.views import LineageWriter, LogView, TensorBoardView, since, stages_table
 from dmx.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_PARTIAL,
     ConfigError,
+    StageError,
 )
 from dmx.log import console, verbatim
 from dmx.process import files_decide
@@ -36,6 +37,7 @@ from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
+from dmx.storage.places import SHARED, Places
 from dmx.study.files import append_settings
 from dmx.tensorboard import Column, announce_study
 
@@ -43,9 +45,81 @@ logger = logging.getLogger("dmx.curriculum")
 CURRICULUM_FILE = "curriculum.yaml"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        folder: the run's. again: the command that continues it. given: its options, for the record.
+        places: object storage and local copies. Others: see --help.
+    """
+
+    folder: Path
+    data_root: Path
+    until: str | None = None
+    from_stage: str | None = None
+    fresh: bool = False
+    cpus: float | None = None
+    gpus: float | None = None
+    workers: int | None = None
+    address: str | None = None
+    again: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    places: Places = SHARED
+
+
+def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
+    """Check and measure; the exit code."""
+    checks.check_device(curriculum, local=options.address is None)
+    data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
+    transfers = checks.check_transfers(curriculum, data)
+    history = fold(read_journal(options.folder / keys.JOURNAL_FILE)[0])
+    if history.stages and options.from_stage is None:
+        checks.check_unchanged(curriculum, history)
+    local = options.address is None
+    means = local_means(curriculum, options.cpus, options.gpus, options.workers, check=local)
+    threads = {s.name: max(int(means.of(s)[0]), 1) for s in curriculum.stages}
+    dryrun.show(curriculum, data, transfers, data_root=options.data_root, threads=threads)
+    return EXIT_OK
+
+
+def show_status(curriculum: CurriculumConfig, options: Options) -> int:
+    """Print where the run stands; reads the journal only, so it disturbs nobody."""
+    events, _ = read_journal(options.folder / keys.JOURNAL_FILE)
+    if not events:
+        raise StageError(f"there is no run in {options.folder}; start it without --status.")
+    history = fold(events)
+    out = console()
+    title = f"{options.folder.name}: begun {since(history.created)} ago, {_liveness(events)}"
+    out.print(stages_table(curriculum, history, title))
+    return EXIT_OK
+
+
+def _liveness(events: list[dict[str, Any]]) -> str:
+    """Whether a controller is at work, as far as this machine can tell."""
+    session: dict[str, Any] = {}
+    for event in events:
+        if event["event"] == "session":
+            session = event
+        elif event["event"] in ("closed", "interrupted"):
+            session = {}
+    seen = f"last event {since(events[-1]['time'])} ago"
+    if not session:
+        return f"not running, {seen}"
+    if session["host"] != socket.gethostname():
+        return f"running on {session['host']}, {seen}"
+    try:
+        os.kill(session["pid"], 0)
+    except ProcessLookupError:
+        return f"stopped without a word (killed?), {seen}; the same command continues it"
+    except PermissionError:
+        pass
+    return f"running (process {session['pid']}), {seen}"
+
+
 def run_session(curriculum: CurriculumConfig, options: Options) -> int:
     """Run or continue the curriculum; the exit code."""
-    precheck.check_device(curriculum, local=options.address is None)
+    checks.check_device(curriculum, local=options.address is None)
     if options.address is None:
         local_means(curriculum, options.cpus, options.gpus, options.workers)
         return _session(curriculum, options)
@@ -59,8 +133,8 @@ def run_session(curriculum: CurriculumConfig, options: Options) -> int:
 def _session(curriculum: CurriculumConfig, options: Options) -> int:
     sync = FolderSync(options.places)
     sync.restore(checkpoints=True)
-    data = {s.name: precheck.find_data(s, options.data_root) for s in curriculum.stages}
-    transfers = precheck.check_transfers(curriculum, data)
+    data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
+    transfers = checks.check_transfers(curriculum, data)
     selected = [s.name for s in curriculum.stages]
     if options.until is not None:
         selected = list(curriculum.until(options.until))
@@ -107,8 +181,8 @@ def _prepare_journal(
     kept = dataclasses.replace(
         history, stages={n: s for n, s in history.stages.items() if n not in again}
     )
-    edits.check_unchanged(curriculum, kept)
-    precheck.check_checkpoints(curriculum, kept, options.folder, selected)
+    checks.check_unchanged(curriculum, kept)
+    checks.check_checkpoints(curriculum, kept, options.folder, selected)
     if not journal.events:
         journal.append(event="created", curriculum=curriculum.name, time=time.time())
     plain = {"name": curriculum.name, "stages": [s.plain() for s in curriculum.stages]}
@@ -136,8 +210,7 @@ def _connected(
 ) -> int:
     from dmx.cluster import connection
     from dmx.curriculum.backend import RayBackend
-    from dmx.curriculum.controller import Controller
-    from dmx.curriculum.work import ClusterLost
+    from dmx.curriculum.controller import ClusterLost, Controller
 
     code = code_version()
     lineage = LineageWriter(curriculum, options.folder, code)

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from dmx import records as keys
-from dmx.cluster.size import Means
 from dmx.config import parse_run_config
-from dmx.curriculum.controller import Controller
-from dmx.curriculum.file import parse_curriculum
+from dmx.curriculum.config import CurriculumConfig, parse_curriculum
+from dmx.curriculum.controller import Controller, Key, Message
 from dmx.curriculum.history import History
-from dmx.curriculum.stages import CurriculumConfig
-from dmx.curriculum.work import Key, Message
+from dmx.curriculum.resources import Means
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
 from dmx.training.evaluation import Measurement

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dmx import records as keys
-from dmx.curriculum.edits import check_unchanged
+from dmx.curriculum.checks import check_unchanged
 from dmx.curriculum.history import History, fold
-from dmx.curriculum.lineage import describe
+from dmx.curriculum.views import describe
 from dmx.errors import StageError
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from dmx.curriculum.file import load_curriculum, parse_curriculum
-from dmx.curriculum.precheck import StageData, check_transfers
-from dmx.curriculum.stages import CurriculumConfig
+from dmx.curriculum.checks import StageData, check_transfers
+from dmx.curriculum.config import CurriculumConfig, load_curriculum, parse_curriculum
 from dmx.errors import ConfigError
 from dmx.resources import find_yaml
 from dmx.schema import to_dict

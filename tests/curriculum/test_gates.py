@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from dmx.curriculum.gates import GATES, Gate
 from dmx.errors import ConfigError
-from dmx.gates import GATES, Gate
 from dmx.records import CheckpointRef, StageRecord
 
 HERE = CheckpointRef(path=Path("x"), step=1, dev_accuracy=0.6)

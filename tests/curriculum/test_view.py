@@ -10,10 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx import records as keys
+from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.history import fold
-from dmx.curriculum.lineage import LineageWriter
-from dmx.curriculum.stages import CurriculumConfig
-from dmx.curriculum.view import STAGE_NUMBER, TENSORBOARD_DIR, TensorBoardView, seconds_text
+from dmx.curriculum.views import (
+    STAGE_NUMBER,
+    TENSORBOARD_DIR,
+    LineageWriter,
+    TensorBoardView,
+    seconds_text,
+)
 from dmx.storage.journal import Journal, read_journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
 from tests.tiny import TASK, write_tiny

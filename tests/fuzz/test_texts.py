@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dmx.cli import run_folder
 from dmx.config import parse_run_config
-from dmx.curriculum.file import load_curriculum
+from dmx.curriculum.config import load_curriculum
 from dmx.overrides import flatten, merge, parse_assignments
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml, to_dict

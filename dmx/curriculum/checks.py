@@ -1,4 +1,4 @@
-"""All that can be wrong with a curriculum, found before any cluster or GPU is asked for."""
+"""What can be wrong with a curriculum, found before a cluster or GPU is asked for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 from dmx import records as keys
 from dmx.config import RunConfig
-from dmx.curriculum.history import History, attempt_folder
-from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.history import History, StageState, attempt_folder
+from dmx.curriculum.planner import judging_of
 from dmx.data.locate import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
-from dmx.errors import CheckpointError, ConfigError, DataError
+from dmx.errors import CheckpointError, ConfigError, DataError, StageError
+from dmx.overrides import flatten
+from dmx.records import CheckpointRef
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
 from dmx.training import trainer
@@ -201,3 +204,123 @@ def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
             trainer.pick_device(stage.config.train.device)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
+
+
+class Stores:
+    """Prepared data sets below one root, opened once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open: dict[str, Store] = {}
+
+    def is_prepared(self, stage: StageConfig) -> bool:
+        """Whether the stage's data are there."""
+        return stage.task in self._open or is_prepared(stage.task, self.root)
+
+    def open(self, stage: StageConfig) -> bool:
+        """Open the stage's data; False while they are not there.
+
+        Raises:
+            DataError: they are damaged, or were generated with other settings.
+        """
+        if not self.is_prepared(stage):
+            return False
+        if stage.task not in self._open:
+            self._open[stage.task] = open_store(self.root / stage.task)
+        check_settings(stage, self._open[stage.task])
+        return True
+
+    def __getitem__(self, task: str) -> Store:
+        """An open store."""
+        return self._open[task]
+
+
+def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, CheckpointRef]:
+    """The best checkpoint of each attempt that has one. `folder`: the run's."""
+    found = {}
+    for attempt in state.attempts:
+        path = attempt_folder(folder, stage, attempt.number) / keys.BEST_DIR
+        try:
+            metrics = open_checkpoint(path).metrics
+        except CheckpointError:
+            continue
+        found[attempt.number] = CheckpointRef(
+            path=path,
+            step=int(metrics.get(keys.STEPS, 0)),
+            dev_accuracy=metrics.get(keys.DEV_ACCURACY),
+        )
+    return found
+
+
+def checkpoint_facts(
+    folder: Path, stage: str, attempt: int, reference: CheckpointRef | None
+) -> dict[str, Any] | None:
+    """A checkpoint as the journal names it; its path is relative to the run, which may move."""
+    if reference is None:
+        return None
+    return {
+        "stage": stage,
+        "attempt": attempt,
+        "path": str(reference.path.relative_to(folder)),
+        "step": reference.step,
+        keys.DEV_ACCURACY: reference.dev_accuracy,
+        "sha256": sha256_file(reference.path / keys.MODEL_FILE),
+    }
+
+
+def data_facts(store: Store) -> dict[str, Any]:
+    """Which data an attempt saw."""
+    manifest = store.manifest
+    return {
+        "label": manifest.label,
+        "folder": str(store.folder),
+        "checksum": manifest.checksum,
+        "origin": manifest.origin,
+        "splits": dict(manifest.splits),
+        "is_sample": manifest.is_sample,
+    }
+
+
+def check_unchanged(curriculum: CurriculumConfig, history: History) -> None:
+    """Refuse to continue a run whose file says something else than what was trained.
+
+    A gate may change while its decision is still open, or was a refusal.
+
+    Raises:
+        StageError: with every difference, and the remedy.
+    """
+    names = {s.name for s in curriculum.stages}
+    for name, state in history.stages.items():
+        if not state.attempts:
+            continue
+        if name not in names:
+            raise StageError(
+                f"stage {name} was trained in this run but is not in the file any more; put it "
+                "back, or start another run with --name."
+            )
+        stage = curriculum.stage(name)
+        changed = _differences(state.attempts[0].spec, stage.training(), _NOT_TRAINING)
+        if state.status == "passed":
+            changed += _differences(judging_of(state.attempts[-1]), stage.judging(), ())
+        if changed:
+            done = "finished" if state.status == "passed" else "begun"
+            raise StageError(
+                f"stage {name} was edited after it was {done} ({'; '.join(changed)}); undo that, "
+                f"or train it and what follows again with --from-stage {name}."
+            )
+
+
+_NOT_TRAINING = ("name", "gate", "on_fail", "code")
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str]
+) -> list[str]:
+    before = flatten({k: v for k, v in old.items() if k not in ignored})
+    after = flatten({k: v for k, v in new.items() if k not in ignored})
+    keys = [*before, *(k for k in after if k not in before)]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dmx import records as keys
+from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
-from dmx.gates.base import GATES, Decision, Gate
 from dmx.records import StageRecord
 from dmx.registry import choices_message
 

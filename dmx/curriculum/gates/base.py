@@ -11,7 +11,7 @@ from dmx.records import StageRecord
 from dmx.registry import Registry
 from dmx.schema import from_dict, to_dict
 
-GATES: Registry[type[Gate]] = Registry("gate", "dmx.gates")
+GATES: Registry[type[Gate]] = Registry("gate", "dmx.curriculum.gates")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
-"""How much of a machine or cluster one worker of a curriculum gets, where nobody said."""
+"""How much of a machine or cluster a stage gets, and what is under way there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from dmx.cluster.connection import Resources, check_request, local_resources
-from dmx.curriculum.stages import CurriculumConfig, StageConfig
+from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.planner import Launch
 from dmx.errors import ConfigError
 from dmx.training.workers import Workers, check_batch, check_device, share_out
 
@@ -94,3 +97,47 @@ def means_of(
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
     return means
+
+
+class Key(NamedTuple):
+    """Names a piece of work: what it is, for which stage, and what else tells it apart."""
+
+    kind: Literal["train", "data", "test"]
+    stage: str
+    detail: str = ""
+
+
+@dataclass
+class Busy:
+    """Work under way, and what it occupies. `launch`: of a stage. `begun`: when."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    launch: Launch | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+
+class Room:
+    """The cluster's CPUs and GPUs, less what is under way."""
+
+    def __init__(self, means: Means) -> None:
+        self.means = means
+        self.busy: dict[Key, Busy] = {}
+
+    def free(self) -> tuple[float, float]:
+        """(CPUs, GPUs) that nothing occupies."""
+        cpus = self.means.num_cpus - sum(b.cpus for b in self.busy.values())
+        return cpus, self.means.num_gpus - sum(b.gpus for b in self.busy.values())
+
+    def fits(self, stage: StageConfig) -> bool:
+        """Whether one worker of the stage could start now."""
+        cpus, gpus = self.means.of(stage)
+        free_cpus, free_gpus = self.free()
+        return cpus <= free_cpus + 1e-9 and gpus <= free_gpus + 1e-9
+
+    def slots(self, cpus: float, gpus: float) -> int:
+        """How many workers of this size fit, at least one."""
+        free_cpus, free_gpus = self.free()
+        rooms = [free_cpus / cpus] if cpus else []
+        rooms += [free_gpus / gpus] if gpus else []
+        return max(int(min(rooms, default=1.0) + 1e-9), 1)

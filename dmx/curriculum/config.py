@@ -1,0 +1,495 @@
+"""What a curriculum consists of, and its file: stages, every value decided and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dmx.attention import AttentionConfig
+from dmx.attention.base import split_name
+from dmx.config import RunConfig, parse_run_config
+from dmx.curriculum.gates import Gate
+from dmx.curriculum.gates.standard import AlwaysGate
+from dmx.errors import ConfigError
+from dmx.overrides import flatten, merge
+from dmx.paths import expand
+from dmx.records import SamplerKind, SchedulerKind
+from dmx.registry import choices_message
+from dmx.schema import from_dict, join, read_yaml, to_dict
+from dmx.search.brackets import LEAST_FACTOR
+from dmx.search.population import check_population
+from dmx.search.space import SearchSpace
+from dmx.search.space_file import load_space
+from dmx.tasks import task_for
+from dmx.training.checkpoint import meant_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnFail:
+    """What happens when the gate says no.
+
+    Attributes:
+        action: `stop` ends the run; `retry` trains again with new seeds; `longer` trains on, for
+            `factor` times the steps of the attempt before, from its best checkpoint (with
+            `afresh`: from where the stage itself starts); `continue` promotes all the same.
+        times: how often, for retry and longer.
+        then: what follows when they are used up: `stop`, or `continue` with the best attempt.
+    """
+
+    action: Literal["stop", "retry", "longer", "continue"] = "stop"
+    times: int = 1
+    factor: float = 2.0
+    afresh: bool = False
+    then: Literal["stop", "continue"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ConfigError(f"times is {self.times}; it must be at least 1.")
+        if not 0.1 <= self.factor <= 100:
+            raise ConfigError(f"factor is {self.factor}; it must lie between 0.1 and 100.")
+
+    @classmethod
+    def parse(cls, value: object, path: str) -> OnFail:
+        """From an action's name or a mapping."""
+        return from_dict(cls, {"action": value} if isinstance(value, str) else value, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """How missing data are generated; None takes the task's own value (see dmx.data)."""
+
+    num_images: int | None = None
+    seed: int | None = None
+    render: Literal["original", "lra"] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The values that are set."""
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A stage that is a study; its best trial is promoted.
+
+    Attributes:
+        space: a search space's name or path. What it searches wins over the curriculum's values.
+        num_trials: trials in all. scheduler, sampler: those of `dmx.tune`.
+        grace_steps: steps before ASHA or Hyperband may stop a trial, or between two comparisons of
+            a population; None takes an eighth of the stage's steps. seed: of the sampler.
+    """
+
+    space: str
+    num_trials: int = 8
+    scheduler: SchedulerKind = "asha"
+    sampler: SamplerKind = "tpe"
+    grace_steps: int | None = None
+    reduction_factor: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_trials < 1:
+            raise ConfigError(f"num_trials is {self.num_trials}; it must be at least 1.")
+        if self.grace_steps is not None and self.grace_steps < 1:
+            raise ConfigError(f"grace_steps is {self.grace_steps}; it must be at least 1.")
+        if not LEAST_FACTOR <= self.reduction_factor < math.inf:
+            raise ConfigError(
+                f"reduction_factor is {self.reduction_factor}; it must be at least {LEAST_FACTOR} "
+                "and finite."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage, with every value decided.
+
+    Attributes:
+        parent: the stage whose best checkpoint starts this one, or None.
+        init_path: weights on disk that start it (checkpoint folder or .model file), or None.
+        space: of a stage that is a search, with what the curriculum fixed already fixed.
+        cpus, gpus: of the stage's run; None lets the command line or the cluster decide.
+        workers: processes that share the run's work; None is one for each of its GPUs.
+    """
+
+    name: str
+    config: RunConfig
+    parent: str | None
+    init_path: str | None
+    reinit: tuple[str, ...]
+    gate: Gate
+    on_fail: OnFail
+    search: SearchConfig | None
+    space: SearchSpace | None
+    overrides: Mapping[str, Any]
+    generate: Generate
+    cpus: float | None
+    gpus: float | None
+    workers: int | None = None
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.config.task
+
+    def training(self) -> dict[str, Any]:
+        """Plain values of all that decides what is trained; the same values, the same result."""
+        search = to_dict(self.search) if self.search else None
+        space = self.space.plain(self.overrides) if self.space else {}
+        return {
+            **to_dict(self.config),
+            "init_from": self.parent or self.init_path,
+            "reinit": list(self.reinit),
+            "generate": self.generate.options(),
+            **({"search": search, "space": space} if search else {}),
+        }
+
+    def judging(self) -> dict[str, Any]:
+        """Plain values of what decides whether the result is promoted."""
+        return {"gate": self.gate.to_plain(), "on_fail": to_dict(self.on_fail)}
+
+    def brief(self) -> dict[str, Any]:
+        """What a report says of a stage that is still to come."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "parent": self.parent,
+            "attention": self.config.attention.label,
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for curriculum.yaml and the journal."""
+        return {"name": self.name, **self.training(), **self.judging()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """A chain or a tree of stages, in the file's order; parents stand before their children."""
+
+    name: str
+    stages: tuple[StageConfig, ...]
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage called `name`.
+
+        Raises:
+            ConfigError: no such stage; lists them.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"stage {choices_message(name, [s.name for s in self.stages])}.")
+
+    def chain(self, name: str) -> tuple[StageConfig, ...]:
+        """The stage and its ancestors, the oldest first."""
+        stage = self.stage(name)
+        above = self.chain(stage.parent) if stage.parent is not None else ()
+        return (*above, stage)
+
+    def descendants(self, name: str) -> tuple[str, ...]:
+        """The stage and all that start from it, directly or not, in the file's order."""
+        self.stage(name)
+        return tuple(s.name for s in self.stages if name in [a.name for a in self.chain(s.name)])
+
+    def until(self, name: str) -> tuple[str, ...]:
+        """The stage, and the ones before it in the file."""
+        names = [s.name for s in self.stages]
+        self.stage(name)
+        return tuple(names[: names.index(name) + 1])
+
+    @property
+    def last(self) -> StageConfig:
+        """The end of the longest chain, the file's first of several: a branch does not take over.
+
+        Its test split is the one that every stage is measured on.
+        """
+        return max(self.stages, key=lambda s: len(self.chain(s.name)))
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Stages from which no other starts."""
+        parents = {s.parent for s in self.stages}
+        return tuple(s.name for s in self.stages if s.name not in parents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageKeys:
+    """What a stage may say beside RunConfig values; `defaults` may say it for all stages."""
+
+    name: str
+    task: str
+    size: int | None = None
+    seed_data: int | None = None
+    seed_model: int | None = None
+    init_from: str | None = "previous"
+    reinit: tuple[str, ...] = ()
+    gate: Gate = field(default_factory=AlwaysGate)
+    on_fail: OnFail = field(default_factory=OnFail)
+    search: SearchConfig | None = None
+    generate: Generate = field(default_factory=Generate)
+    cpus: float | None = None
+    gpus: float | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value:g}; it must not be negative.")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; it must be at least 1.")
+        if not self.name or any(c in self.name for c in "/\\ \t\n") or self.name.startswith("."):
+            raise ConfigError(f"name is {self.name!r}; it must be usable as a folder's name.")
+
+
+def parents(stages: list[StageKeys]) -> list[tuple[str | None, str | None]]:
+    """(parent stage, path on disk) of each stage."""
+    names = [s.name for s in stages]
+    found: list[tuple[str | None, str | None]] = []
+    for number, stage in enumerate(stages):
+        where = f"stages.{stage.name}"
+        if names.count(stage.name) > 1:
+            raise ConfigError(f"{where}: the name stands for two stages; names must differ.")
+        source = stage.init_from
+        if source == "previous":
+            found.append((names[number - 1] if number else None, None))
+        elif source is None or source == "none":
+            found.append((None, None))
+        elif source in names:
+            found.append((source, None))
+        elif "/" in source or source.endswith(".model") or source.startswith("~"):
+            source = expand(f"{where}.init_from", source)
+            if not Path(source).exists():
+                raise ConfigError(f"{where}.init_from: {source} does not exist.")
+            found.append((None, str(meant_checkpoint(Path(source).absolute()))))
+        else:
+            raise ConfigError(
+                f"{where}.init_from: stage {choices_message(source, [*names, 'previous', 'none'])}"
+                "; a path must hold a `/`."
+            )
+    by_name = {name: parent for name, (parent, _) in zip(names, found, strict=True)}
+    for name in names:
+        seen, node = [name], by_name[name]
+        while node is not None:
+            if node in seen:
+                circle = " <- ".join([*seen[seen.index(node) :], node])
+                raise ConfigError(
+                    f"stages.{node}.init_from: stages start from each other: {circle}."
+                )
+            seen.append(node)
+            node = by_name[node]
+    return found
+
+
+def parents_first(stages: list[StageConfig]) -> list[StageConfig]:
+    """The file's order, but a stage that starts from a later one comes after it."""
+    done: list[StageConfig] = []
+    while len(done) < len(stages):
+        names = {s.name for s in done}
+        done.append(
+            next(s for s in stages if s not in done and (s.parent is None or s.parent in names))
+        )
+    return done
+
+
+def sizes(stages: list[StageKeys], attention: str | None) -> list[int | None]:
+    """The attention's size in each stage."""
+    given = [s.size for s in stages]
+    if attention is None:
+        return given
+    _, first = split_name(attention)
+    if first is None:
+        return given
+    base = next((s for s in given if s is not None), None)
+    if base is None:
+        return [first for _ in given]
+    grown = []
+    for stage, size in zip(stages, given, strict=True):
+        if size is not None and (size * first) % base:
+            raise ConfigError(
+                f"stages.{stage.name}.size: {first} * {size} / {base} is not a whole number; "
+                f"choose another first size than {attention}."
+            )
+        grown.append(None if size is None else size * first // base)
+    return grown
+
+
+SECTIONS = ("attention", "model", "optim", "data", "train")
+"""Top-level keys of RunConfig; they may stand in `defaults` and in a stage, nested or dotted."""
+
+
+def load_curriculum(
+    path: Path, *, attention: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> CurriculumConfig:
+    """Read and check a curriculum.
+
+    Args:
+        path: the YAML file.
+        attention: `nystrom`: every stage runs this attention, its size taking the place of the
+            file's. `performer-64`: the first stage has size 64, and the others grow as the file's.
+        overrides: dotted RunConfig values that win in every stage (`--set`).
+
+    Raises:
+        ConfigError: anything unknown, of the wrong type or impossible, with file and dotted path.
+    """
+    if attention is not None:  # before the file, which would be blamed for it
+        split_name(attention)
+        AttentionConfig.parse(attention, "attention")
+    try:
+        return parse_curriculum(read_yaml(path), path.stem, attention, overrides or {})
+    except ConfigError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise ConfigError(f"{where}{error}") from None
+
+
+def parse_curriculum(
+    raw: Mapping[str, Any],
+    default_name: str,
+    attention: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> CurriculumConfig:
+    """The curriculum in a plain mapping; see load_curriculum."""
+    for key in raw:
+        if key not in ("name", "defaults", "stages"):
+            raise ConfigError(f"{key} is not a setting; allowed: name, defaults, stages.")
+    name = raw.get("name", default_name)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name must be text, not {name!r}.")
+    defaults, stages = raw.get("defaults") or {}, raw.get("stages")
+    if not isinstance(defaults, Mapping):
+        raise ConfigError(f"defaults must be a mapping, not {defaults!r}.")
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError("stages must be a list of at least one stage.")
+    common, common_run = _split(defaults, "defaults")
+    for key in ("name", "search"):
+        if key in common:
+            raise ConfigError(f"defaults.{key} is not allowed; it belongs to a stage.")
+    read: list[tuple[StageKeys, dict[str, Any]]] = []
+    for number, stage in enumerate(stages):
+        where = f"stages[{number}]"
+        if not isinstance(stage, Mapping):
+            raise ConfigError(f"{where} must be a mapping, not {stage!r}.")
+        if isinstance(stage.get("name"), str):
+            where = f"stages.{stage['name']}"
+        own, own_run = _split(stage, where)
+        own.setdefault("name", own.get("task", common.get("task")))
+        keys = from_dict(StageKeys, {**common, **own}, where)
+        read.append((keys, merge(common_run, own_run)))
+    starts = parents([keys for keys, _ in read])
+    grown = sizes([keys for keys, _ in read], attention)
+    built = [
+        _build(keys, run, starts[i], grown[i], attention, overrides or {})
+        for i, (keys, run) in enumerate(read)
+    ]
+    return CurriculumConfig(name=name, stages=tuple(parents_first(built)))
+
+
+def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stage's own keys, and the RunConfig values."""
+    own: dict[str, Any] = {}
+    run: dict[str, Any] = {}
+    known = {f.name for f in dataclasses.fields(StageKeys)}
+    for key, value in raw.items():
+        if str(key).split(".")[0] in SECTIONS:
+            run[key] = value
+        elif key in known:
+            own[key] = value
+        else:
+            problem = choices_message(key, [*known, *SECTIONS]).replace(" is unknown", "", 1)
+            raise ConfigError(f"{join(where, str(key))} is not a setting; {problem}.")
+    if isinstance(run.get("attention"), str):
+        run["attention"] = {"name": run["attention"]}
+    return own, run
+
+
+def _build(
+    keys: StageKeys,
+    run: Mapping[str, Any],
+    parent: tuple[str | None, str | None],
+    size: int | None,
+    attention: str | None,
+    overrides: Mapping[str, Any],
+) -> StageConfig:
+    where = f"stages.{keys.name}"
+    try:
+        config = _run_config(keys, run, size, attention, overrides)
+        space, fixed = _space(keys, config, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if keys.generate.options() and not task_for(keys.task).generated:
+        raise ConfigError(f"{where}.generate: task {keys.task} cannot be generated.")
+    return StageConfig(
+        name=keys.name,
+        config=config,
+        parent=parent[0],
+        init_path=parent[1],
+        reinit=keys.reinit,
+        gate=keys.gate,
+        on_fail=keys.on_fail,
+        search=keys.search,
+        space=space,
+        overrides=fixed,
+        generate=keys.generate,
+        cpus=keys.cpus,
+        gpus=keys.gpus,
+        workers=keys.workers,
+    )
+
+
+def _run_config(
+    keys: StageKeys,
+    run: Mapping[str, Any],
+    size: int | None,
+    attention: str | None,
+    overrides: Mapping[str, Any],
+) -> RunConfig:
+    layers: list[Mapping[str, Any]] = [{"task": keys.task}, run]
+    for path, value in (("data.seed", keys.seed_data), ("train.seed", keys.seed_model)):
+        if value is not None:
+            layers.append({path: value})
+    if attention is not None:
+        layers.append({"attention.name": split_name(attention)[0].name})
+    chosen = overrides.get("attention", overrides.get("attention.name"))
+    if isinstance(chosen, str):
+        layers.append({"attention.name": chosen})
+    if size is not None:
+        field_name = _size_field(layers)
+        if field_name is not None:
+            layers.append({f"attention.{field_name}": size})
+    config = parse_run_config(*layers, overrides)
+    if config.data.root is not None:
+        raise ConfigError("data.root is not allowed in a curriculum; pass --data-root.")
+    return config
+
+
+def _size_field(layers: list[Mapping[str, Any]]) -> str | None:
+    """The size field of the attention that the layers name; None for one without a size."""
+    merged = merge({"attention.name": "butterfly"}, *layers).get("attention")
+    config = AttentionConfig.parse({"name": merged["name"]} if merged else "butterfly", "attention")
+    return config.size_field
+
+
+def _space(
+    keys: StageKeys, config: RunConfig, overrides: Mapping[str, Any]
+) -> tuple[SearchSpace | None, dict[str, Any]]:
+    """The space of a search stage without what `--set` fixed, and the values it does not search."""
+    if keys.search is None:
+        return None, {}
+    space = load_space(keys.search.space, keys.task, task_for(keys.task).family)
+    if space.attention != config.attention.name:
+        raise ConfigError(
+            f"search.space {keys.search.space} is for attention {space.attention}, but the stage "
+            f"runs {config.attention.name}."
+        )
+    space = space.without(overrides)
+    searched = space.names()
+    fixed = {k: v for k, v in flatten(to_dict(config)).items() if k not in searched and k != "task"}
+    space.check(keys.task, fixed)
+    if keys.search.scheduler == "pbt":
+        check_population(space, keys.search.num_trials)
+    from dmx.search.sampling import check_sampler  # imports Optuna, which few curricula need
+
+    check_sampler(keys.search.sampler, space)
+    return space, fixed
