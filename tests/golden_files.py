@@ -14,7 +14,7 @@ _HERE = Path(__file__).resolve().parent
 FOLDERS = (
     _HERE / "golden" / "models",
     _HERE.parents[1] / "shared" / "golden" / "models",
-    _HERE.parent / ".gpu" / "golden" / "models",  # what scripts/gpu_pack.py carries
+    _HERE.parent / ".gpu" / "golden" / "models",  # what scripts/benchmarks/gpu_pack.py carries
 )
 
 # Every golden model file; those not in the repository are skipped where no other folder has them.

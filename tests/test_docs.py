@@ -16,7 +16,7 @@ from dmx.commands.completion import PARSERS, parser_of
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m (dmx\.\w+)((?:[^`\n#\\]|\\\n)*)")
-SCRIPT = re.compile(r"\b(scripts/\w+\.(?:py|sh))")
+SCRIPT = re.compile(r"\b(scripts/[\w/]+\.(?:py|sh))")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -14,7 +14,7 @@ from dmx.commands.train_options import parser as train_parser
 from dmx.reporting.efficiency import Curve, describe, plot, read_curve, summarise, table
 from tests.reporting.makers import make_study
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "lra_all.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "lra_all.sh"
 
 
 def _run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""scripts/soak.py and soak_gang.py, shortly: what is killed or stopped loses and leaves nothing."""
+"""soak.py and soak_gang.py, shortly: what is killed or stopped loses and leaves nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 
 from tests.study.helpers import ROOT, environment
 
+SOAK = ROOT / "scripts" / "soak"
 pytestmark = pytest.mark.slow
 
 
 def test_two_rounds_on_a_cluster_and_on_this_machine(tmp_path):
     """Round 5 runs one trial at a time on two nodes, round 6 two at a time in a private Ray."""
-    words = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--work", str(tmp_path / "w")]
+    words = [sys.executable, str(SOAK / "soak.py"), "--work", str(tmp_path / "w")]
     words += ["--first", "5", "--rounds", "2", "--trials", "6", "--kills", "1", "--seed", "1"]
     words += ["--kinds", "node", "driver", "--out", str(tmp_path / "table.md")]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900)
@@ -27,8 +28,8 @@ def test_two_rounds_on_a_cluster_and_on_this_machine(tmp_path):
 
 
 def test_stops_of_a_gang_at_random_moments(tmp_path):
-    """scripts/soak_gang.py: each moment once; the room is back within 10 s, nothing is reserved."""
-    words = [sys.executable, str(ROOT / "scripts" / "soak_gang.py"), "--work", str(tmp_path / "w")]
+    """Each moment once; the room is back within 10 s, nothing is reserved."""
+    words = [sys.executable, str(SOAK / "soak_gang.py"), "--work", str(tmp_path / "w")]
     words += ["--stops", "5", "--seed", "3"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

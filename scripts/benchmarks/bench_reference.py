@@ -1,6 +1,6 @@
 """dmx against a checkout of Solving-LRA-PathX: time and memory of a training step, data loading.
 
-    python scripts/bench_reference.py --reference PATH [--tasks pathX-nogap text ...]
+    python scripts/benchmarks/bench_reference.py --reference PATH [--tasks pathX-nogap text ...]
         [--attentions butterfly softmax ...] [--repeats 5] [--threads 2] [--out docs/benchmarks.md]
 
 Both codes run on the same weights (the reference's, read by dmx.training.reference), batch and
@@ -102,7 +102,7 @@ def main() -> None:
 
 def _shown(argv: list[str]) -> list[str]:
     """The command as others would type it: the checkout is theirs."""
-    shown = ["scripts/bench_reference.py", *argv[1:]]
+    shown = ["scripts/benchmarks/bench_reference.py", *argv[1:]]
     place = shown.index("--reference") + 1 if "--reference" in shown else None
     return shown if place is None else [*shown[:place], "PATH", *shown[place + 1 :]]
 

@@ -1,6 +1,7 @@
 """Images per second of dmx's Pathfinder generator, next to the original's if a checkout is given.
 
-    python scripts/bench_pathfinder.py [SET ...] [--original PATH] [--images 5] [--repeats 3]
+    python scripts/benchmarks/bench_pathfinder.py [SET ...] [--original PATH] [--images 5]
+        [--repeats 3]
 
 PATH is a checkout of github.com/bhattarailab/pathfinder-generator; it is run as it is in this
 process, which needs OpenCV (pip install opencv-python-headless) and a stand-in for the parts of

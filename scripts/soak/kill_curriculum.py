@@ -1,6 +1,6 @@
 """Kill -9 a curriculum at random moments, continue it, and compare with an uninterrupted run.
 
-    python scripts/kill_curriculum.py CURRICULUM --out FOLDER [--data-root PATH] [--kills 5]
+    python scripts/soak/kill_curriculum.py CURRICULUM --out FOLDER [--data-root PATH] [--kills 5]
         [--seed 0]
 
 Every kill comes a random time after a random kind of journal line, and hits the controller, the

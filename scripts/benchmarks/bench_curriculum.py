@@ -1,6 +1,6 @@
 """Curriculum against training on its last stage from scratch, at the same cost, over seeds.
 
-    python scripts/bench_curriculum.py [CURRICULUM] [--seeds 1 2 3] [--data-root PATH]
+    python scripts/benchmarks/bench_curriculum.py [CURRICULUM] [--seeds 1 2 3] [--data-root PATH]
         [--storage runs] [--name bench-pathx-mini] [--learning-rates 0.002]
 
 Both arms become branches of one curriculum, so that they run side by side, a core each, through

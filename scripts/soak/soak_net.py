@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SEEN = (ROOT, Path(sys.prefix), Path(sys.base_prefix))
 """What each host sees where it is, even below /tmp."""
 SUBNET = "10.213.0"

@@ -1,6 +1,6 @@
 """Kill -9 a study's driver, workers and nodes at random moments, continue it, and look for losses.
 
-    python scripts/soak.py --work FOLDER [--rounds 20] [--trials 24] [--seed 0] [--kills 3]
+    python scripts/soak/soak.py --work FOLDER [--rounds 20] [--trials 24] [--seed 0] [--kills 3]
         [--out docs/scaling.md]
 
 The rounds take turns: a private Ray or a cluster of nodes on this machine, one or two trials at
@@ -19,6 +19,8 @@ import random
 import sys
 import time
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from bench_cases import write_section
 from soak_cluster import Nodes, children, kill

@@ -1,6 +1,6 @@
 """Stop one run by several workers at random moments; its room must be back within 10 s.
 
-    python scripts/soak_gang.py --work FOLDER [--stops 50] [--seed 0] [--out docs/scaling.md]
+    python scripts/soak/soak_gang.py --work FOLDER [--stops 50] [--seed 0] [--out docs/scaling.md]
 
 One private Ray of two CPUs for all stops, so that what one leaves reserved stops the next. When:
 while the workers are started (form), in the middle of a step (step), as a report comes in
@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from bench_cases import write_section
 from soak_cluster import children, kill

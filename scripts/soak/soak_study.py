@@ -62,7 +62,7 @@ def write_data(root: Path) -> None:
     if (root / TASK).exists():
         return
     manifest = Manifest(
-        task=TASK, data_name="soak", origin="scripts/soak_study.py", note="made up",
+        task=TASK, data_name="soak", origin="scripts/soak/soak_study.py", note="made up",
         num_classes=2, max_length=LENGTH, vocab_size=512, dtype="uint8",
     )  # fmt: skip
     draw = np.random.default_rng(0)

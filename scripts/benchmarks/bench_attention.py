@@ -1,6 +1,6 @@
 """Peak memory and step time of each attention over the sequence length, and how they grow.
 
-    python scripts/bench_attention.py [--attentions butterfly nystrom ...]
+    python scripts/benchmarks/bench_attention.py [--attentions butterfly nystrom ...]
         [--lengths 1024 2048 ... 65536] [--real 1.0] [--tokens 65536] [--limit 60] [--threads 2]
         [--device cpu] [--out docs/benchmarks.md]
 
@@ -64,7 +64,7 @@ def main() -> None:
         return
     header = "| attention | " + " | ".join(f"{length:,}" for length in args.lengths)
     lines = [
-        f"Command: `python scripts/bench_attention.py {' '.join(sys.argv[1:])}`  ",
+        f"Command: `python scripts/benchmarks/bench_attention.py {' '.join(sys.argv[1:])}`  ",
         f"{args.real:.0%} of the tokens real, {_where(args)}, torch {torch.__version__}. "
         "Seconds of a step and peak MB above the model before it, both per sequence; the slopes "
         "are those of log(seconds) and log(MB) over log(length).",

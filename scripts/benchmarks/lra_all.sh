@@ -2,13 +2,13 @@
 # Butterfly attention on all tasks of the Long Range Arena, with the seeds' block sizes
 # (Solving-LRA-PathX, LRA/code/run_tasks.sh), then the leaderboard. Continues where it stopped.
 #
-#   scripts/lra_all.sh                       one fixed run a task, the reference's presets
-#   scripts/lra_all.sh --seeds 3             three runs a task: mean and standard deviation
-#   scripts/lra_all.sh --studies             a search a task, with dmx.tune's own budget
-#   scripts/lra_all.sh --attention nystrom   another attention, in its default size
-#   scripts/lra_all.sh --tasks "text image" --storage /shared/runs --data-root /shared/data
-#   scripts/lra_all.sh --dry-run             only print the commands
-#   scripts/lra_all.sh -- train.num_steps=100 optim.warmup_steps=10
+#   scripts/benchmarks/lra_all.sh                       one fixed run a task, the reference's presets
+#   scripts/benchmarks/lra_all.sh --seeds 3             three runs a task: mean and standard deviation
+#   scripts/benchmarks/lra_all.sh --studies             a search a task, with dmx.tune's own budget
+#   scripts/benchmarks/lra_all.sh --attention nystrom   another attention, in its default size
+#   scripts/benchmarks/lra_all.sh --tasks "text image" --storage /shared/runs --data-root /shared/data
+#   scripts/benchmarks/lra_all.sh --dry-run             only print the commands
+#   scripts/benchmarks/lra_all.sh -- train.num_steps=100 optim.warmup_steps=10
 #                                            what follows -- is given to every run: settings of
 #                                            dmx.train, or options of dmx.tune with --studies
 #

@@ -1,6 +1,6 @@
-"""Packs what scripts/gpu_check.py needs on a bare GPU machine without a network, into `.gpu/`.
+"""Packs what gpu_check.py needs on a bare GPU machine without a network, into `.gpu/`.
 
-    python scripts/gpu_pack.py [--python 3.12] [--without-ray] [--reference PATH]
+    python scripts/benchmarks/gpu_pack.py [--python 3.12] [--without-ray] [--reference PATH]
 
 Run it before a machine is asked for, where there is a network: it downloads the wheels that the
 machine lacks, in the versions of constraints.txt, and puts golden files and real batches beside
@@ -23,7 +23,7 @@ import numpy as np
 from bench_cases import CASES, batch_of
 from bench_gpu import BATCHES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 PLAIN = ["rich"]
 WITH_RAY = [
@@ -115,7 +115,7 @@ def _say_size(target: Path) -> None:
     print(f".gpu: {own / 2**20:.1f} MiB, the tree: {tree / 2**20:.1f} MiB, together {total:.1f}")
     if total > LIMIT_MB - 1:
         sys.exit(f"more than {LIMIT_MB} MiB may not travel: pack --without-ray")
-    print("now, on the machine with the GPU: see the top of scripts/gpu_check.py")
+    print("now, on the machine with the GPU: see the top of scripts/benchmarks/gpu_check.py")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ time that its own process is busy with it (building, training, evaluating, savin
 those of all processes of the study, so they hardly depend on what else the machine does; wall
 seconds do. The start of the first worker processes is shown by itself.
 
-    python scripts/bench_overhead.py [--num-trials 20 100 1000] [--out docs/scaling.md]
+    python scripts/benchmarks/bench_overhead.py [--num-trials 20 100 1000] [--out docs/scaling.md]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "soak"))
 
 from bench_cases import write_section
 from soak_cluster import children

@@ -1,14 +1,14 @@
 """Time and memory of a training step on a GPU: dense and packed, fp32, bf16 and compiled.
 
-    python scripts/bench_gpu.py [--tasks pathX-nogap ...] [--variants packed-bf16 ...]
+    python scripts/benchmarks/bench_gpu.py [--tasks pathX-nogap ...] [--variants packed-bf16 ...]
         [--batches .gpu] [--reference PATH] [--seconds 3] [--device cuda] [--markdown]
 
 A step is forward, backward and AdamW with the batch of the paper's runs (Path-X: 64 sequences as
 two micro-batches of 32) and the dropout of its recipes. Ids are real images of Path-X and synthetic
 tokens of real lengths (see bench_cases.batch_of); `--batches` takes them from files that
-scripts/gpu_pack.py wrote, since to draw the images takes a compiler's minute. Time is the median of
-CUDA events around a step, after three that warm up. The peak is what torch allocated. Each line is
-printed as soon as it is measured, so that a run cut short leaves what it had.
+gpu_pack.py wrote, since to draw the images takes a compiler's minute. Time is the
+median of CUDA events around a step, after three that warm up. The peak is what torch allocated.
+Each line is printed as soon as it is measured, so that a run cut short leaves what it had.
 """
 
 from __future__ import annotations

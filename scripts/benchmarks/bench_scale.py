@@ -4,7 +4,7 @@ The workers are made up: eight at once, each trial reporting ten times or until 
 else is the real thing: the ledger with its two files (fsync included), ASHA, TensorBoard files,
 trials.csv, the report page, and opening the study again.
 
-    python scripts/bench_scale.py [--trials 1000 10000] [--out docs/scaling.md]
+    python scripts/benchmarks/bench_scale.py [--trials 1000 10000] [--out docs/scaling.md]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "soak"))
 
 from bench_cases import peak_mb, write_section
 from soak_study import SPACE, TASK

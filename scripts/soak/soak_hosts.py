@@ -1,7 +1,8 @@
 """Cut cables between a study's hosts, and kill whole hosts; continue it, and look for losses.
 
-    python scripts/soak_hosts.py --work FOLDER [--rounds 6] [--trials 12] [--seed 0] [--faults 2]
-        [--kinds short long zombie host head head-long desk] [--quick] [--out docs/scaling.md]
+    python scripts/soak/soak_hosts.py --work FOLDER [--rounds 6] [--trials 12] [--seed 0]
+        [--faults 2] [--kinds short long zombie host head head-long desk] [--quick]
+        [--out docs/scaling.md]
 
 The hosts are namespaces of this machine (see soak_net.py), so it needs root and iproute2: a head,
 two workers of one core and, for `desk`, a host for the driver alone. They share one folder; in odd
@@ -25,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from bench_cases import write_section
 from soak_hosts_ray import HostStudy, RayHosts, ray_hosts, wait_until

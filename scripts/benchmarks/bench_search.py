@@ -1,8 +1,8 @@
 """Search efficiency: random search at full length against TPE with ASHA, at equal compute.
 
-    python scripts/bench_search.py                               handwritten digits, small models
-    python scripts/bench_search.py --out docs/benchmarks.md      the same; writes the table there
-    python scripts/bench_search.py --space butterfly --task listops --no-small --folder runs/b
+    bench_search.py                               handwritten digits, small models
+    bench_search.py --out docs/benchmarks.md      the same; writes the table there
+    bench_search.py --space butterfly --task listops --no-small --folder runs/b
 
 Given again, the command continues where it stopped.
 
@@ -72,7 +72,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog="bench_search.py",
         description="Random search at full length against TPE with ASHA, at equal compute.",
-        examples="  python scripts/bench_search.py --out docs/benchmarks.md\n",
+        examples="  python scripts/benchmarks/bench_search.py --out docs/benchmarks.md\n",
     )
     p.add_argument("--space", default=str(SPACE), help="a name or a YAML path (a wide one)")
     p.add_argument("--task", default="image", help="what is trained (default: image)")
@@ -202,7 +202,7 @@ def write_results(
         figure = page.parent / "img" / "bench_search.svg"
         figure.parent.mkdir(parents=True, exist_ok=True)
         write_whole(figure, plot(curves, budget, store.manifest.label))
-        command = f"`python scripts/bench_search.py {shlex.join(sys.argv[1:])}`"
+        command = f"`python scripts/benchmarks/bench_search.py {shlex.join(sys.argv[1:])}`"
         machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}"
         content = (
             f"Command: {command}  \nMachine: {machine}; load average {os.getloadavg()[0]:.1f} at "

@@ -1,7 +1,7 @@
 """All checks on a GPU machine without a network, in one call of less than nine minutes.
 
-    python scripts/gpu_pack.py                      where there is a network: fills .gpu/
-    python3 scripts/gpu_check.py --out DIR          on the machine, beside .gpu/
+    python scripts/benchmarks/gpu_pack.py                      where there is a network: fills .gpu/
+    python3 scripts/benchmarks/gpu_check.py --out DIR          on the machine, beside .gpu/
 
 Nothing is installed but into /tmp; dmx runs from the source tree, so that the machine's own torch
 is used even where it is older than the one setup.cfg asks for. Parts, each in a process of its own
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT / ".gpu"
 SITE, RAY_SITE = Path("/tmp/dmx-site"), Path("/tmp/dmx-ray")
 ALL_SECONDS = 530.0
@@ -71,10 +71,11 @@ class Part:
 def parts(device: str) -> list[Part]:
     """What is run, in the order of what is wanted most."""
     pytest = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-rfEs", "--tb=short"]
-    steps = ["scripts/bench_gpu.py", "--device", device]
+    steps = ["scripts/benchmarks/bench_gpu.py", "--device", device]
     reference = ["--reference", str(PACK / "reference")] if (PACK / "reference").is_dir() else []
     small = ["--tasks", "listops", "--batch", "4"] if device == "cpu" else []
-    attention = ["scripts/bench_attention.py", "--device", device, "--repeats", "5", "--limit", "3"]
+    attention = ["scripts/benchmarks/bench_attention.py", "--device", device]
+    attention += ["--repeats", "5", "--limit", "3"]
     lengths = ["--lengths", "1024", "--attentions", "linear"] if device == "cpu" else []
     compiled = ["--variants", "dense-bf16-compiled", "packed-bf16-compiled"]
     compiled += small or ["--tasks", "pathX-nogap", "text"]
@@ -150,7 +151,7 @@ def _run(args: argparse.Namespace, part: Part, words: list[str], ends: float) ->
         with (args.out / f"{part.name}.txt").open("a", encoding="utf-8") as log:
             log.write("not run: no time was left\n")
         return "no time"
-    path = [ROOT, ROOT / "scripts", SITE, *([RAY_SITE] if part.with_ray else [])]
+    path = [ROOT, Path(__file__).parent, SITE, *([RAY_SITE] if part.with_ray else [])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),
@@ -192,11 +193,11 @@ def _fragment(out: Path, lines: list[str]) -> str:
         [
             "## On a GPU",
             "",
-            "Command: `python3 scripts/gpu_check.py`, on:",
+            "Command: `python3 scripts/benchmarks/gpu_check.py`, on:",
             "",
             *about,
             "",
-            "A training step (see scripts/bench_gpu.py):",
+            "A training step (see scripts/benchmarks/bench_gpu.py):",
             "",
             *table("steps"),
             "",
@@ -204,7 +205,7 @@ def _fragment(out: Path, lines: list[str]) -> str:
             "",
             *table("compile"),
             "",
-            "Growth with the length (see scripts/bench_attention.py):",
+            "Growth with the length (see scripts/benchmarks/bench_attention.py):",
             "",
             *table("attention"),
             "",
