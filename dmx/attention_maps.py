@@ -23,9 +23,9 @@ from dmx.log import verbatim
 from dmx.paths import local_path
 from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter
-from dmx.training import map_view, maps
+from dmx.training import attention_maps as maps
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
-from dmx.training.samples import choose_samples
+from dmx.training.predictions import choose_samples
 from dmx.training.trainer import Trainer
 
 
@@ -127,11 +127,11 @@ class _Drawing:
                 continue
             second = "-second" if found.sequence else ""
             name = f"layer-{found.layer}{second}"
-            groups = map_view.busiest_groups(found, self.num_groups)
-            self._save(index, name, map_view.draw_maps(found, groups), step)
+            groups = maps.busiest_groups(found, self.num_groups)
+            self._save(index, name, maps.draw_maps(found, groups), step)
             count += 1
             if side is not None:
-                picture = map_view.draw_received(found, side)
+                picture = maps.draw_received(found, side)
                 self._save(index, f"received-{name}", picture, step)
                 count += 1
         if side is not None:

@@ -44,10 +44,9 @@ from dmx.storage.files import is_there, write_atomic
 from dmx.study import files as study_files
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
-from dmx.training.evaluation import config_on, evaluate_checkpoint
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers, num_cores
+from dmx.training.predictions import config_on, evaluate_checkpoint, write_samples
 from dmx.training.runner import Runner
-from dmx.training.sample_view import write_samples
 from dmx.training.trainer import resolve
 from dmx.training.transfer import (
     Weights,
@@ -57,7 +56,6 @@ from dmx.training.transfer import (
     read_weights,
     shapes_of,
 )
-from dmx.training.workers import Workers, num_cores
 
 logger = logging.getLogger("dmx.train")
 _SLICE_SECONDS = 1.0

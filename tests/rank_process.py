@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dmx.data.store import open_store
 from dmx.schema import to_dict
 from dmx.training.job import Job
-from dmx.training.ranks import Group, PeerLost
+from dmx.training.process_group import PeerLost, TorchProcessGroup
 from dmx.training.runner import Runner
 from dmx.training.trainer import Diverged, Trainer
 from tests.tiny import TASK, config
@@ -36,14 +36,14 @@ CASES: dict[str, dict[str, Any]] = {
 TOO_LARGE = {**PLAIN, "optim__learning_rate": 1e30}
 
 
-def train(store: Any, ranks: Group, changes: dict[str, Any], resume: Any = None) -> Any:
+def train(store: Any, group: TorchProcessGroup, changes: dict[str, Any], resume: Any = None) -> Any:
     """(reports, weights) of a run to its end."""
-    made = Trainer(config(**changes), store, ranks=ranks)
+    made = Trainer(config(**changes), store, group=group)
     try:
-        if ranks.leads and resume is not None:
+        if group.is_main and resume is not None:
             made.load_state(resume[1], "a state")
             made.model.load_state_dict(resume[0])
-        made.follow_leader()
+        made.follow_main()
         reports, states = [], []
         while not made.finished:
             reports.append(made.advance())
@@ -65,24 +65,24 @@ def _saved(value: Any) -> Any:
     return content
 
 
-def gradients(ranks: Group) -> list[Any]:
+def gradients(group: TorchProcessGroup) -> list[Any]:
     """Of four weights: used by rank 0, by nobody, by all, and frozen."""
     weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-    if ranks.leads:
+    if group.is_main:
         weights[0].grad = torch.full((2, 2), 5.0)
-    weights[2].grad = torch.full((2, 2), 10.0**ranks.rank)
-    ranks.add_gradients([*weights, frozen])
+    weights[2].grad = torch.full((2, 2), 10.0**group.rank)
+    group.add_gradients([*weights, frozen])
     return [w.grad for w in (*weights, frozen)]
 
 
-def one_runs_out_of_memory(store: Any, ranks: Group) -> Any:
+def one_runs_out_of_memory(store: Any, group: TorchProcessGroup) -> Any:
     """Only rank 1, and only for more than one sequence."""
-    made = Trainer(config(**PLAIN), store, ranks=ranks)
+    made = Trainer(config(**PLAIN), store, group=group)
     forward = made.passes._run
 
     def run(ids: torch.Tensor, other: Any) -> torch.Tensor:
-        if ranks.rank == 1 and made.model.training and ids.shape[0] > 1:
+        if group.rank == 1 and made.model.training and ids.shape[0] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(ids, other)
 
@@ -92,22 +92,22 @@ def one_runs_out_of_memory(store: Any, ranks: Group) -> Any:
     return reports
 
 
-def runner(data_folder: str, folder: Path, ranks: Group, evaluations: int) -> Any:
+def runner(data_folder: str, folder: Path, group: TorchProcessGroup, evaluations: int) -> Any:
     """Reports of a run in a folder, begun or continued."""
     job = Job(run_config=to_dict(config(**PLAIN)), data_folder=data_folder, folder=str(folder))
-    made = Runner(job, ranks=ranks)
+    made = Runner(job, group=group)
     reports = [made.step() for _ in range(evaluations)]
     made.close()
     return reports
 
 
-def cut(data_folder: str, folder: Path, ranks: Group) -> Any:
+def cut(data_folder: str, folder: Path, group: TorchProcessGroup) -> Any:
     """Reports of a run with dropout that is cut off after every step, and its weights."""
     plain = to_dict(config(**DROPOUT))
     job = Job(run_config=plain, data_folder=data_folder, folder=str(folder), slice_seconds=0.0)
     reports: list[Any] = []
     while not reports or not reports[-1]["done"]:
-        made = Runner(job, ranks=ranks)
+        made = Runner(job, group=group)
         report = made.step()
         while "under_way" not in report and not report["done"]:  # repeated, or new
             reports.append(report)
@@ -120,10 +120,10 @@ def cut(data_folder: str, folder: Path, ranks: Group) -> Any:
     return new, weights
 
 
-def fails(store: Any, ranks: Group) -> str:
+def fails(store: Any, group: TorchProcessGroup) -> str:
     """A loss that is no number, seen by every process at the same step."""
     try:
-        train(store, ranks, TOO_LARGE)
+        train(store, group, TOO_LARGE)
     except Diverged as error:
         return str(error)
     return "did not"
@@ -140,33 +140,33 @@ def main() -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    ranks = Group()
+    group = TorchProcessGroup()
     data_folder = folder / "data" / TASK
     store = open_store(data_folder)
-    found: dict[str, Any] = {name: train(store, ranks, changes) for name, changes in CASES.items()}
-    found["dropout"] = train(store, ranks, DROPOUT)
+    found: dict[str, Any] = {name: train(store, group, changes) for name, changes in CASES.items()}
+    found["dropout"] = train(store, group, DROPOUT)
     resume = found["dropout"][1][1]
     torch.manual_seed(rank)  # another process has another random state
-    found["dropout again"] = train(store, ranks, DROPOUT, resume)
-    found["gradients"] = gradients(ranks)
-    found["out of memory"] = one_runs_out_of_memory(store, ranks)
-    found["begun"] = runner(str(data_folder), folder / "begun", ranks, 2)
-    found["continued"] = runner(str(data_folder), folder / "continued", ranks, 3)
-    found["cut"] = cut(str(data_folder), folder / "cut", ranks)
-    found["diverged"] = fails(store, ranks)
+    found["dropout again"] = train(store, group, DROPOUT, resume)
+    found["gradients"] = gradients(group)
+    found["out of memory"] = one_runs_out_of_memory(store, group)
+    found["begun"] = runner(str(data_folder), folder / "begun", group, 2)
+    found["continued"] = runner(str(data_folder), folder / "continued", group, 3)
+    found["cut"] = cut(str(data_folder), folder / "cut", group)
+    found["diverged"] = fails(store, group)
     too_many = Job(
         run_config=to_dict(config(train__batch_size=2)),
         data_folder=str(data_folder),
         folder=str(folder / "few"),
     )
-    failed = Runner(too_many, ranks=ranks)
+    failed = Runner(too_many, group=group)
     found["too many"] = failed.step()["failure"]
     if rank == size - 1:
         torch.save(found, folder / f"{rank}.pt")
         os._exit(9)  # as a killed process: no goodbye
     try:
         for _ in range(100):
-            ranks.total(torch.zeros(3))
+            group.total(torch.zeros(3))
         found["lost"] = "nothing noticed"
     except PeerLost:
         found["lost"] = "noticed"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dmx.tensorboard import Column, RunWriter, announce_study
-from dmx.training.sample_view import TAG
+from dmx.training.predictions import TAG
 from tests.browser import CHROMIUM, Browser
 
 NUM_TRIALS = 3

@@ -19,7 +19,7 @@ from dmx.cluster import waiting
 from dmx.errors import ConfigError, RunFailedError
 from dmx.process import own_signals
 from dmx.resources import page
-from dmx.training.workers import num_cores
+from dmx.training.job import num_cores
 
 import ray  # isort: skip
 from ray._private import ray_constants, services  # isort: skip

@@ -25,11 +25,10 @@ from dmx.cluster import connection, waiting
 from dmx.storage.files import copy_folder
 from dmx.storage.places import SHARED, Places
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.evaluation import evaluate_checkpoint
-from dmx.training.job import Job
-from dmx.training.ranks import Group
+from dmx.training.job import Job, Workers
+from dmx.training.predictions import evaluate_checkpoint
+from dmx.training.process_group import TorchProcessGroup
 from dmx.training.runner import Runner
-from dmx.training.workers import Workers
 
 import psutil  # isort: skip  Ray brings its own
 import ray  # isort: skip
@@ -107,7 +106,7 @@ class GangMember:
         """See Runner.step. The first builds the run, or continues it from its last checkpoint."""
         if self._runner is None:
             assert self._job is not None
-            self._runner = Runner(self._job, ranks=Group())
+            self._runner = Runner(self._job, group=TorchProcessGroup())
         return self._runner.step()
 
     def close(self) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
-from dmx.training.job import Job
-from dmx.training.workers import Workers, check_batch, check_device, num_cores, share_out
+from dmx.training.job import Job, Workers, check_batch, check_device, num_cores, share_out
 
 
 def choose(args: argparse.Namespace, config: RunConfig) -> Workers:

@@ -23,7 +23,7 @@ from dmx.storage.places import SHARED, Places
 from dmx.study.budget import Budget, fit_budget
 from dmx.study.config import StudyConfig
 from dmx.tasks import Task, task_for
-from dmx.training.workers import check_batch
+from dmx.training.job import check_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,8 @@ from dmx.study.files import note_settings, write_study
 from dmx.study.study import StudyConfig, run_study
 from dmx.study.view import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.evaluation import Measurement, measure
 from dmx.training.job import Job
+from dmx.training.predictions import Measurement, measure
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip

@@ -10,7 +10,7 @@ from dmx.cluster.connection import Resources, check_request, local_resources
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.planner import Launch
 from dmx.errors import ConfigError
-from dmx.training.workers import Workers, check_batch, check_device, share_out
+from dmx.training.job import Workers, check_batch, check_device, share_out
 
 
 @dataclass(frozen=True, kw_only=True)

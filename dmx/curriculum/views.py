@@ -19,7 +19,7 @@ from dmx.curriculum.planner import attempt_config
 from dmx.fitting import Col, FittingTable
 from dmx.storage.files import write_atomic
 from dmx.tensorboard import RunWriter
-from dmx.training.sample_view import write_samples
+from dmx.training.predictions import write_samples
 
 logger = logging.getLogger("dmx.curriculum")
 TENSORBOARD_DIR = "tensorboard"

@@ -17,7 +17,7 @@ from dmx.data.source import Source, open_source
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.tasks import Task, task_for, task_names
-from dmx.training.workers import num_cores
+from dmx.training.job import num_cores
 
 log = logging.getLogger(__name__)
 DOWNLOADS_FOLDER = "downloads"

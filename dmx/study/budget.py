@@ -11,7 +11,7 @@ from dmx.config import full_budget, schedule
 from dmx.errors import ConfigError
 from dmx.schema import convert
 from dmx.tasks import Task
-from dmx.training.workers import share_out
+from dmx.training.job import share_out
 
 _CPU_TRIALS = 10
 _GPU_TRIALS = 32

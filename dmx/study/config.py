@@ -12,7 +12,7 @@ from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace
 from dmx.storage.patience import PATIENCE_SECONDS
 from dmx.storage.places import SHARED, Places
-from dmx.training.workers import Workers, share_out
+from dmx.training.job import Workers, share_out
 
 
 @dataclass(frozen=True, kw_only=True)

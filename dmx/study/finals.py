@@ -17,8 +17,7 @@ from dmx.errors import RunFailedError
 from dmx.schema import to_dict
 from dmx.storage.places import Places
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.job import Job
-from dmx.training.workers import Workers
+from dmx.training.job import Job, Workers
 
 logger = logging.getLogger("dmx.study")
 

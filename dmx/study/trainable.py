@@ -15,8 +15,7 @@ from dmx import log
 from dmx.cluster import connection
 from dmx.cluster.gang import Gang, runner_of
 from dmx.training.job import Job
-from dmx.training.process_state import ProcessState
-from dmx.training.runner import Runner
+from dmx.training.runner import ProcessState, Runner
 
 JOB_KEY = "job"
 SLICE_SECONDS = 5.0

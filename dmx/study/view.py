@@ -15,7 +15,7 @@ from dmx.search.ledger import trial_folder
 from dmx.search.objectives import ACCURACY, OBJECTIVES
 from dmx.search.population import apply
 from dmx.tensorboard import RunWriter
-from dmx.training.sample_view import write_samples
+from dmx.training.predictions import write_samples
 from dmx.wording import settings_text, short, short_names
 
 logger = logging.getLogger("dmx.study")

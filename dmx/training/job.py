@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dmx.errors import ConfigError
 from dmx.storage.patience import PATIENCE_SECONDS
 from dmx.storage.places import SHARED, Places
 
@@ -47,3 +50,84 @@ class Job:
     adopt: str | None = None
     slice_seconds: float | None = None
     takes_over: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """`count` processes with `cpus` CPU cores and `gpus` GPUs each."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+    def of_job(self) -> dict[str, Any]:
+        """The fields of runner.Job that say it."""
+        return {
+            "threads": max(int(self.cpus), 1),
+            "workers": self.count,
+            "cpus_per_worker": self.cpus,
+            "gpus_per_worker": self.gpus,
+        }
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Workers:
+    """The workers of a run that has `cpus` cores and `gpus` GPUs in all.
+
+    A run with several GPUs has a worker for each. Without a GPU `workers` says how many there are;
+    None is one. Part of a GPU, or one, is for one worker.
+
+    Raises:
+        ConfigError: the numbers do not go together.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers-per-trial is {workers}; it must be at least 1.")
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigError(f"--gpus-per-trial is {gpus:g}; above 1 it must be a whole number.")
+    count = max(int(gpus), 1) if workers is None else workers
+    if gpus and count != max(int(gpus), 1):
+        raise ConfigError(
+            f"--workers-per-trial is {workers}, but a trial has {gpus:g} GPUs; every worker has "
+            "one, so leave --workers-per-trial out."
+        )
+    each = cpus / count
+    # Ray counts in steps of 1/10,000, and must not count more than there is.
+    each = each if each == int(each) or count == 1 else math.floor(each * 10_000) / 10_000
+    return Workers(count=count, cpus=each, gpus=gpus / count)
+
+
+def check_device(device: str, workers: Workers) -> None:
+    """Whether the workers have what `train.device` insists on.
+
+    Raises:
+        ConfigError: it is `cuda` and they have no GPU, or `cpu` and each of several has one.
+    """
+    if device == "cuda" and not workers.gpus:
+        raise ConfigError(
+            "train.device is cuda, but the run has no GPU; give it some with --gpus-per-trial, or "
+            "leave train.device out."
+        )
+    if device == "cpu" and workers.gpus and workers.count > 1:
+        raise ConfigError(
+            "train.device is cpu, but every worker has a GPU; leave one of the two out."
+        )
+
+
+def check_batch(batch_size: int, workers: int) -> None:
+    """Whether every worker gets something of each batch.
+
+    Raises:
+        ConfigError: there are more workers than sequences.
+    """
+    if workers > batch_size:
+        raise ConfigError(
+            f"{workers} workers cannot share a batch of {batch_size}; give fewer, or raise "
+            "train.batch_size."
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,10 @@ from torch import Tensor
 from dmx.config import TrainConfig
 from dmx.data.batches import Batch, eval_batches
 from dmx.data.store import Split
+from dmx.errors import RunFailedError
 from dmx.nn.device import autocast, sum_dtype
 from dmx.nn.model import Classifier
-from dmx.training.micro_batch import Pieces, RandomState
-from dmx.training.ranks import Ranks
+from dmx.training.process_group import ProcessGroup
 
 _CPU_EVAL_BATCH = 32
 _CUDA_EVAL_TIMES = 8
@@ -44,7 +47,7 @@ class Scored:
 
 
 class Passes:
-    """What one process computes of a batch or a split; see Ranks for the sums of all.
+    """What one process computes of a batch or a split; see ProcessGroup for the sums of all.
 
     Args:
         model: the weights. run: the model as it is called, compiled or not.
@@ -56,21 +59,21 @@ class Passes:
         run: Callable[..., Tensor],
         train: TrainConfig,
         device: torch.device,
-        ranks: Ranks,
+        group: ProcessGroup,
     ) -> None:
-        self._model, self._run, self._device, self._ranks = model, run, device, ranks
+        self._model, self._run, self._device, self._group = model, run, device, group
         self._sum_dtype = sum_dtype(device)
         self._train = train
-        share = -(-train.batch_size // ranks.size)
+        share = -(-train.batch_size // group.size)
         micro = train.micro_batch_size or train.batch_size
-        self.micro = Pieces(min(micro, share), train.batch_size, "training")
+        self.micro = AdaptiveMicroBatch(min(micro, share), train.batch_size, "training")
         size = train.eval_batch_size or micro
         if train.eval_batch_size is None and device.type == "cpu":
             size = max(size, _CPU_EVAL_BATCH)
         elif train.eval_batch_size is None and device.type == "cuda" and not model.mixes_examples:
             size *= _CUDA_EVAL_TIMES
         self._eval_batch_size = size
-        self.evaluation = Pieces(size, size, "evaluation")
+        self.evaluation = AdaptiveMicroBatch(size, size, "evaluation")
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, C] float32."""
@@ -115,18 +118,18 @@ class Passes:
         """
         self._model.eval()
         done = done or Scored(self._device)
-        size, ranks = self._eval_batch_size, self._ranks
-        rounds = -(-len(data) // (size * ranks.size))
-        batches = eval_batches(data, size, length, self._device, ranks.share, done.rounds)
+        size, group = self._eval_batch_size, self._group
+        rounds = -(-len(data) // (size * group.size))
+        batches = eval_batches(data, size, length, self._device, group.share, done.rounds)
         while done.rounds < rounds:
             late = time.monotonic() >= until
             batch = next(batches, None)  # in the last round some processes have none
             if batch is not None:
                 done.sums += self.score(batch)
             done.rounds += 1
-            if until < math.inf and ranks.largest(float(late)) and done.rounds < rounds:
+            if until < math.inf and group.largest(float(late)) and done.rounds < rounds:
                 return None
-        loss, correct = ranks.total(done.sums).tolist()
+        loss, correct = group.total(done.sums).tolist()
         return Evaluation(loss / len(data), correct / len(data), len(data))
 
     @torch.no_grad()
@@ -152,6 +155,101 @@ class Passes:
     def agree(self) -> None:
         """All processes go on with the smallest pieces that one of them needs."""
         for pieces in (self.micro, self.evaluation):
-            smallest = int(-self._ranks.largest(-pieces.size))
+            smallest = int(-self._group.largest(-pieces.size))
             if smallest < pieces.size:
                 pieces.limit = smallest
+
+
+logger = logging.getLogger("dmx.trainer")
+Result = TypeVar("Result")
+
+# What torch's CUDA allocator says has a type of its own; all else is only known by its text. The
+# driver and the libraries speak up where others hold the memory that torch does not: trials share
+# a GPU, and kernels and workspaces are loaded as they are needed.
+_SIGNS = (
+    "can't allocate memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of a device or of the machine ran out, as torch and Python report it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def smaller(size: int, batch_size: int) -> int | None:
+    """The largest divisor of `batch_size` that is at most half of `size`; None below one."""
+    return next((d for d in range(size // 2, 0, -1) if batch_size % d == 0), None)
+
+
+class AdaptiveMicroBatch:
+    """How many sequences go through the model at once, and less once they did not fit.
+
+    Args:
+        size: as wanted. batch_size: pieces stay divisors of it. what: for messages.
+
+    Attributes:
+        limit: the size that fitted after memory ran out; None while it never did.
+    """
+
+    def __init__(self, size: int, batch_size: int, what: str) -> None:
+        self._wanted, self._batch_size, self._what = size, batch_size, what
+        self.limit: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Sequences at once."""
+        return self._wanted if self.limit is None else min(self._wanted, self.limit)
+
+    def run(self, attempt: Callable[[int], Result], before_retry: Callable[[], None]) -> Result:
+        """`attempt(size)`, and from its start again with smaller pieces while memory runs out.
+
+        Raises:
+            RunFailedError: not even one sequence fits.
+        """
+        while True:
+            size = self.size
+            try:
+                return attempt(size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Past the handler, whose traceback would keep the failed attempt's tensors alive.
+            less = smaller(size, self._batch_size)
+            if less is None:
+                raise RunFailedError(
+                    f"out of memory with one sequence at a time ({self._what}); "
+                    "take a smaller model or a device with more memory."
+                )
+            logger.warning(
+                "out of memory with %d sequences at once (%s); going on with %d, "
+                "the batch stays the same.",
+                *(size, self._what, less),
+            )
+            self.limit = less
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            before_retry()
+
+
+class RandomState:
+    """The default generators as they are now, to be put back before a step is done again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = device if device.type == "cuda" else None
+        self._cuda = None if self._device is None else torch.cuda.get_rng_state(self._device)
+
+    def restore(self) -> None:
+        """Back to that moment."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None and self._device is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)

@@ -8,32 +8,34 @@ import functools
 import gc
 import logging
 import math
+import random
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dmx import records as keys
 from dmx.config import InitConfig, RunConfig, parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
+from dmx.nn.allocator import give_back_memory
 from dmx.nn.model import Classifier
 from dmx.storage.claim import Claim
 from dmx.storage.files import is_there
 from dmx.storage.patience import persist
 from dmx.tasks import Task
-from dmx.training.adopt import adopt
 from dmx.training.checkpoint import Checkpoint, open_checkpoint
-from dmx.training.evaluation import evaluate_checkpoint
-from dmx.training.job import Job
-from dmx.training.ranks import ALONE, PeerLost, Ranks
-from dmx.training.samples import predict_samples
+from dmx.training.job import Job, check_batch
+from dmx.training.predictions import evaluate_checkpoint, predict_samples
+from dmx.training.process_group import SINGLE_PROCESS, PeerLost, ProcessGroup
 from dmx.training.trainer import Diverged, Trainer
 from dmx.training.transfer import TransferReport, identified, read_weights, transfer
-from dmx.training.workers import check_batch
 
 logger = logging.getLogger("dmx.runner")
 
@@ -48,7 +50,7 @@ class Runner:
 
     Args:
         job: the run. on_step: see Trainer.
-        ranks: the processes that train it together, each with a Runner; the leader alone claims
+        group: the processes that train it together, each with a Runner; the leader alone claims
             the folder and writes.
 
     Attributes:
@@ -62,10 +64,10 @@ class Runner:
         self,
         job: Job,
         on_step: Callable[[int, int], None] | None = None,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.job = job
-        self._ranks = ranks
+        self._group = group
         self._on_step = on_step
         self._folder = Path(job.folder)
         self._trainer: Trainer | None = None
@@ -79,7 +81,7 @@ class Runner:
         torch.set_num_threads(job.threads)
         started = time.perf_counter()
         try:
-            if self._ranks.leads:
+            if self._group.is_main:
                 self._persist(self._claim_folder)
             self._build()
         except PeerLost:
@@ -107,9 +109,9 @@ class Runner:
 
     def _build(self) -> None:
         config, places = parse_run_config(self.job.run_config), self.job.places
-        check_batch(config.train.batch_size, self._ranks.size)
+        check_batch(config.train.batch_size, self._group.size)
         last, own, start = self._folder / keys.LAST_DIR, None, None
-        if self._ranks.leads:
+        if self._group.is_main:
             for folder in (last, self._folder / keys.BEST_DIR):
                 places.pull(folder)
             own = open_checkpoint(last) if is_there(last) else None
@@ -118,11 +120,11 @@ class Runner:
                 start = functools.partial(_take_weights, config.init, config.task_info)
         store = open_store(places.data(self.job.data_folder))
         self._trainer = Trainer(
-            config, store, on_step=self._on_step, before_training=start, ranks=self._ranks
+            config, store, on_step=self._on_step, before_training=start, group=self._group
         )
         resume = own is not None and self._go_on(self._trainer, own)
-        self._trainer.follow_leader()
-        self._resumed = self._ranks.from_leader(resume)
+        self._trainer.follow_main()
+        self._resumed = self._group.broadcast_object(resume)
 
     def _go_on(self, trainer: Trainer, own: Checkpoint) -> bool:
         """Load the own last checkpoint, or the one to adopt where it is no further; which it was.
@@ -135,7 +137,7 @@ class Runner:
             self.job.places.pull(folder)
             other = open_checkpoint(folder)
             if own.training_state()["step"] <= other.metrics[keys.STEPS]:
-                adopt(trainer, other, own)
+                trainer.adopt(other, own)
                 return False
         trainer.load(own)
         return True
@@ -175,7 +177,7 @@ class Runner:
         until = math.inf if seconds is None else time.monotonic() + seconds
         try:
             metrics = trainer.advance(until)
-            if metrics is not None and self._ranks.leads:
+            if metrics is not None and self._group.is_main:
                 self._keep(trainer)
         except PeerLost:
             raise
@@ -283,3 +285,56 @@ class Runner:
 
 def _take_weights(init: InitConfig, task: Task, model: Classifier) -> TransferReport:
     return transfer(model, read_weights(Path(init.path)), task, init.reinit)
+
+
+@functools.cache
+def _pass_over_imports() -> None:
+    """Once: what is still there stays, mostly modules; to look through it takes 0.2 s each time."""
+    gc.freeze()
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """torch's process-wide switches. Threads and torch's random state are each run's own to set."""
+
+    deterministic: bool
+    warn_only: bool
+    matmul_precision: str
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    default_dtype: torch.dtype
+    grad_enabled: bool
+    anomaly: bool
+
+    @classmethod
+    def now(cls) -> ProcessState:
+        """As they are."""
+        return cls(
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            cudnn_benchmark=torch.backends.cudnn.benchmark,
+            cudnn_deterministic=torch.backends.cudnn.deterministic,
+            default_dtype=torch.get_default_dtype(),
+            grad_enabled=torch.is_grad_enabled(),
+            anomaly=torch.is_anomaly_enabled(),
+        )
+
+    def restore(self) -> None:
+        """As they were; and what a former run compiled, drew or kept is forgotten."""
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.backends.cudnn.deterministic = self.cudnn_deterministic
+        torch.set_default_dtype(self.default_dtype)
+        torch.set_grad_enabled(self.grad_enabled)
+        torch.autograd.set_detect_anomaly(self.anomaly)
+        random.seed(0)
+        np.random.seed(0)  # nothing of ours draws from these two, but an added attention may
+        if "torch._dynamo" in sys.modules:  # it takes a second to import, for nothing
+            torch.compiler.reset()
+        gc.collect()
+        _pass_over_imports()
+        give_back_memory()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store
-from dmx.errors import DataError
+from dmx.errors import CheckpointError, DataError
 from dmx.nn.allocator import keep_freed_memory
 from dmx.nn.device import (
     autocast,
@@ -26,15 +27,14 @@ from dmx.nn.device import (
     pick_device,
     precision_of,
     reset_peak_memory,
+    sum_dtype,
 )
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.resources import code_version
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
-from dmx.training.interval import Interval
-from dmx.training.passes import Evaluation, Passes
-from dmx.training.ranks import ALONE, Ranks
-from dmx.training.trainer_state import capture, follow_leader, restore
+from dmx.training.passes import Evaluation, Passes, Scored
+from dmx.training.process_group import SINGLE_PROCESS, ProcessGroup
 from dmx.training.transfer import TransferReport
 
 _FINITE_CHECK_STEPS = 50
@@ -85,6 +85,64 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     )
 
 
+class Interval:
+    """What one process counts from an evaluation to the next.
+
+    Attributes:
+        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens here.
+        scored: how far the evaluation at its end is. norm: of the latest gradient.
+        seconds: spent on training.
+    """
+
+    def __init__(self, first: int, device: torch.device) -> None:
+        self.first = first
+        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
+        self.scored = Scored(device)
+        self.norm = 0.0
+        self.seconds = 0.0
+        self._gathered = torch.zeros(0)
+
+    def gather(self, group: ProcessGroup) -> None:
+        """Note what every process has counted; all call it at the same moment."""
+        table = self.sums.new_zeros(group.size, 5)
+        table[group.rank] = torch.cat((self.sums, self.scored.sums))
+        self._gathered = group.total(table).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Of all processes, as they last gathered it: plain values and a tensor."""
+        return {
+            "first": self.first,
+            "counted": self._gathered,
+            "rounds": self.scored.rounds,
+            "norm": self.norm,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def restored(
+        cls, state: Mapping[str, Any], device: torch.device, group: ProcessGroup
+    ) -> Interval:
+        """What `state` gave; another number of processes keeps the sums, but scores anew."""
+        made = cls(int(state["first"]), device)
+        made._gathered = counted = state["counted"]
+        made.norm, made.seconds = float(state["norm"]), float(state["seconds"])
+        if len(counted) == group.size:
+            own = counted[group.rank].to(made.sums)
+            made.sums, made.scored.sums = own[:3].clone(), own[3:].clone()
+            made.scored.rounds = int(state["rounds"])
+        elif group.is_main:
+            made.sums = counted[:, :3].sum(0).to(made.sums)
+        return made
+
+
+_COUNTERS = (
+    *("step", "best_accuracy", "best_step", "stale_evaluations", "train_seconds"),
+    "learning_rate",
+)
+_SETTINGS_OF_A_GROUP = ("initial_lr", "max_lr", "min_lr", "weight_decay")
+"""What of the optimizer's state is a setting, not something learnt."""
+
+
 class Trainer:
     """One run: model, optimizer, data order, and counters.
 
@@ -94,7 +152,7 @@ class Trainer:
         on_step: called after every optimizer step with (step, num_steps); for progress bars.
         before_training: called once with the fresh model, to start it from other weights; what it
             returns is kept beside the metrics.
-        ranks: the processes that train the run together; each has a Trainer of its own.
+        group: the processes that train the run together; each has a Trainer of its own.
     """
 
     def __init__(
@@ -104,11 +162,11 @@ class Trainer:
         *,
         on_step: Callable[[int, int], None] | None = None,
         before_training: Callable[[Classifier], TransferReport | None] | None = None,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.config = config = resolve(config, store.manifest)
         self.store = store
-        self.ranks = ranks
+        self.group = group
         self.device = pick_device(config.train.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -127,8 +185,8 @@ class Trainer:
         order = TrainOrder(
             train.lengths, config.train.batch_size, config.data.seed, config.data.order
         )
-        self.batches = TrainBatches(train, order, self.length, self.device, ranks.share)
-        self.passes = Passes(self.model, run, config.train, self.device, ranks)
+        self.batches = TrainBatches(train, order, self.length, self.device, group.share)
+        self.passes = Passes(self.model, run, config.train, self.device, group)
         self.on_step = on_step
         self.step = 0
         self.best_accuracy = -math.inf
@@ -175,7 +233,7 @@ class Trainer:
             split = self.store.split("dev")
             dev = self.passes.evaluate(split, self.length, interval.scored, until)
         if dev is None:
-            interval.gather(self.ranks)
+            interval.gather(self.group)
             return None
         loss, accuracy, tokens = self._means(interval)
         seconds = interval.seconds
@@ -204,11 +262,11 @@ class Trainer:
             keys.TRAIN_SECONDS: self.train_seconds,
             keys.STEP_SECONDS: seconds / (self.step - first),
             keys.SAMPLES_PER_SECOND: speed,
-            keys.SAMPLES_PER_SECOND_PER_WORKER: speed / self.ranks.size,
+            keys.SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
             keys.TOKENS_PER_SECOND: tokens / seconds,
-            keys.PEAK_MEMORY_MB: self.ranks.largest(peak_memory_mb(self.device)),
+            keys.PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
             keys.MICRO_BATCH_SIZE: self.passes.micro.size,
-            keys.NUM_WORKERS: self.ranks.size,
+            keys.NUM_WORKERS: self.group.size,
             keys.PARAMETERS: sum(p.numel() for p in self.model.parameters()),
         }
         return dict(self.metrics)
@@ -229,7 +287,7 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.step, self.config.train.num_steps)
             look = self.step % _FINITE_CHECK_STEPS == 0 or self.step == target
-            if look and not math.isfinite(self.ranks.total(sums[0]).item()):
+            if look and not math.isfinite(self.group.total(sums[0]).item()):
                 raise Diverged(self.step)
         interval.norm = norm.item()
         interval.seconds += time.perf_counter() - started
@@ -238,7 +296,7 @@ class Trainer:
     def _means(self, interval: Interval) -> tuple[float, float, int]:
         """(mean loss, accuracy, real tokens) of an interval's training batches."""
         count = self.step - interval.first
-        loss_sum, correct, tokens = self.ranks.total(interval.sums).tolist()
+        loss_sum, correct, tokens = self.group.total(interval.sums).tolist()
         accuracy = correct / (count * self.config.train.batch_size)
         return loss_sum / count, accuracy, int(tokens)
 
@@ -248,10 +306,10 @@ class Trainer:
         """One step on this process's share of a batch: its part of the mean loss, its hits, the
         norm of the whole gradient, and whether any process is late.
         """
-        self.ranks.seed(self.config.train.seed, self.step)
+        self.group.seed(self.config.train.seed, self.step)
         self.model.at_step(self.step, self.config.train.seed)
         loss_sum, correct = self.passes.backward(batch)
-        late = self.ranks.add_gradients(self.model.parameters(), late)
+        late = self.group.add_gradients(self.model.parameters(), late)
         limit = self.config.train.clip_gradient_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), math.inf if limit is None else limit
@@ -284,7 +342,18 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; tensors and plain values."""
-        return capture(self)
+        schedule = self.schedule.state_dict()
+        on_cuda = self.device.type == "cuda"
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {k: v for k, v in schedule.items() if not k.startswith("_anneal")},
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if on_cuda else [],
+            "micro_batch_limit": self.passes.micro.limit,
+            "eval_batch_limit": self.passes.evaluation.limit,
+            "interval": None if self.interval is None else self.interval.state(),
+        }
 
     def provenance(self) -> dict[str, Any]:
         """What the metrics were measured on and with; stands beside them in metrics.json."""
@@ -349,11 +418,65 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to another experiment; names `source`.
         """
-        restore(self, state, source)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            for name in _COUNTERS:
+                setattr(self, name, state[name])
+            self.passes.micro.limit = state["micro_batch_limit"]
+            self.passes.evaluation.limit = state["eval_batch_limit"]
+            interval = state["interval"]
+            self.interval = (
+                None if interval is None else Interval.restored(interval, self.device, self.group)
+            )
+            torch.set_rng_state(state["rng_cpu"])
+            if self.device.type == "cuda" and state["rng_cuda"]:
+                torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{source} does not continue this run: {type(error).__name__} {error}."
+            ) from None
 
-    def follow_leader(self) -> None:
-        """Bring every process of the run to the leader's weights and state."""
-        follow_leader(self)
+    def follow_main(self) -> None:
+        """Bring every process of the run to the weights and the state of the main one.
+
+        They travel from process to process: a shared file system may show an old checkpoint to
+        another node.
+        """
+        group = self.group
+        if group.size == 1:
+            return
+        content = io.BytesIO()
+        if group.is_main:
+            torch.save({**self.state(), "metrics": self.metrics}, content)
+        group.broadcast(self.model.state_dict().values())
+        content = io.BytesIO(group.broadcast_object(content.getvalue()))
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        self.metrics = state.pop("metrics")
+        if not group.is_main:
+            self.load_state(state, "the main process's state")
+
+    def adopt(self, source: Checkpoint, own: Checkpoint) -> None:
+        """Take over another run's weights, optimizer moments, step and random state (PBT).
+
+        The settings stay those of this trainer's config. A changed learning rate rescales the whole
+        one-cycle schedule: start, peak and end are all multiples of it, so the rate at the step
+        where the run goes on is multiplied by new / old, and follows the new curve from there.
+        The best accuracy stays the run's own, that of the checkpoint in its folder.
+
+        Args:
+            source: of the other run. own: this run's own last checkpoint.
+        """
+        fresh = [{k: g[k] for k in _SETTINGS_OF_A_GROUP} for g in self.optimizer.param_groups]
+        self.load(source)
+        for group, settings in zip(self.optimizer.param_groups, fresh, strict=True):
+            group["lr"] *= settings["max_lr"] / group["max_lr"]
+            group.update(settings)
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        state = own.training_state()
+        self.best_accuracy, self.best_step = state["best_accuracy"], state["best_step"]
+        self.train_seconds = state["train_seconds"]
+        self.stale_evaluations = 0
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take the weights only (for evaluation)."""

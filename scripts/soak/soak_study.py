@@ -25,8 +25,8 @@ from dmx.data.store_writer import StoreWriter
 from dmx.schema import to_dict
 from dmx.search.space_file import load_space
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.evaluation import evaluate_checkpoint
 from dmx.training.job import Job
+from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.runner import Runner
 
 TASK = "pathfinder16-cl3-d1"

@@ -23,8 +23,8 @@ from dmx.curriculum import backend
 from dmx.errors import ConfigError, RunFailedError
 from dmx.nn.device import pick_device
 from dmx.study.trainable import JOB_KEY, TrialTrainable
-from dmx.training.evaluation import Measurement
 from dmx.training.job import Job
+from dmx.training.predictions import Measurement
 from tests.study.helpers import environment
 from tests.tiny import one_sentence
 

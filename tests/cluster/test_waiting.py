@@ -16,7 +16,7 @@ from dmx.cluster.waiting import Piece, RoomWatch, Seen, amount
 from dmx.curriculum import __main__ as curriculum
 from dmx.data import ray_shards
 from dmx.errors import ConfigError
-from dmx.training.workers import Workers
+from dmx.training.job import Workers
 from tests.tiny import TASK, one_sentence
 
 WANTED = Piece("worker of a run", 1, 0)

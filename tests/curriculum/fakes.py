@@ -17,8 +17,8 @@ from dmx.curriculum.history import History
 from dmx.curriculum.resources import Means
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
-from dmx.training.evaluation import Measurement
 from dmx.training.job import Job
+from dmx.training.predictions import Measurement
 from tests.tiny import SETTINGS, TASK, write_tiny
 
 OTHER_TASK = "pathfinder16-cl2-d0"

@@ -20,8 +20,8 @@ from dmx.errors import StageError
 from dmx.schema import to_dict
 from dmx.storage.claim import Claim, read_claim
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.evaluation import Measurement, measure
 from dmx.training.job import Job
+from dmx.training.predictions import Measurement, measure
 from dmx.training.runner import Runner
 from dmx.training.transfer import POSITION_KEY, tile_positions
 from tests import tiny

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dmx.data.store import open_store
-from dmx.training.ranks import Group
+from dmx.training.process_group import TorchProcessGroup
 from dmx.training.trainer import Trainer
 from tests.tiny import TASK, config
 
@@ -32,21 +32,21 @@ def main() -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    ranks = Group()
+    group = TorchProcessGroup()
     weights = [torch.nn.Parameter(torch.full((2,), float(rank), device="cuda")) for _ in range(2)]
     weights[1].grad = torch.ones(2, device="cuda")
-    ranks.add_gradients(weights)
-    ranks.copy_leader([weights[0].data])
+    group.add_gradients(weights)
+    group.broadcast([weights[0].data])
     found = {
-        "total": ranks.total(torch.tensor([float(rank), 1.0], device="cuda")).tolist(),
-        "largest": ranks.largest(float(rank)),
-        "leader": ranks.from_leader(f"of rank {rank}"),
+        "total": group.total(torch.tensor([float(rank), 1.0], device="cuda")).tolist(),
+        "largest": group.largest(float(rank)),
+        "leader": group.broadcast_object(f"of rank {rank}"),
         "copied": weights[0].tolist(),
         "gradients": [None if w.grad is None else w.grad[0].item() for w in weights],
         "device": weights[0].device.index,
     }
-    made = Trainer(config(**CHANGES), open_store(folder / "data" / TASK), ranks=ranks)
-    made.follow_leader()
+    made = Trainer(config(**CHANGES), open_store(folder / "data" / TASK), group=group)
+    made.follow_main()
     found["reports"] = [made.advance() for _ in range(STEPS)]
     made.close()
     torch.save(found, folder / f"{rank}.pt")

@@ -11,8 +11,7 @@ from dmx import records as keys
 from dmx.errors import RunFailedError
 from dmx.schema import to_dict
 from dmx.training.job import Job
-from dmx.training.process_state import ProcessState
-from dmx.training.runner import Runner
+from dmx.training.runner import ProcessState, Runner
 from tests.tiny import config, trainer
 
 MB = 2**20

@@ -32,9 +32,8 @@ from dmx.study.finals import evaluate_test
 from dmx.study.study import StudyConfig, run_study
 from dmx.study.trainable import TrialRoom, give_back_rooms
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers
 from dmx.training.runner import Runner
-from dmx.training.workers import Workers
 from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK

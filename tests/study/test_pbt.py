@@ -29,7 +29,6 @@ from dmx.search.space_file import load_space
 from dmx.storage.journal import Journal
 from dmx.storage.places import SHARED, Places
 from dmx.study.pbt import Population, Segment, copied
-from dmx.training.adopt import adopt
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -146,7 +145,7 @@ def test_a_new_rate_rescales_the_whole_schedule(tiny_store: Store, tmp_path):
         optimizer.step()
         schedule.step()
     with trainer(tiny_store, **new) as made:
-        adopt(made, taken, open_checkpoint(tmp_path / "own"))
+        made.adopt(taken, open_checkpoint(tmp_path / "own"))
         state = made.model.state_dict()
         assert all(torch.equal(state[k], v) for k, v in taken.model_state().items())
         moments = taken.training_state()["optimizer"]["state"]

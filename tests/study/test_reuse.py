@@ -16,8 +16,7 @@ import torch
 from dmx.schema import to_dict
 from dmx.study.trainable import JOB_KEY, TrialTrainable
 from dmx.training.job import Job
-from dmx.training.process_state import ProcessState
-from dmx.training.runner import Runner
+from dmx.training.runner import ProcessState, Runner
 from tests.tiny import config
 from tests.training.test_trainer import RANDOM, facts, same_state
 

@@ -10,7 +10,7 @@ from dmx.errors import RunFailedError
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
-from dmx.training.micro_batch import Pieces, is_out_of_memory, smaller
+from dmx.training.passes import AdaptiveMicroBatch, is_out_of_memory, smaller
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer
 from tests.tiny import config, one_sentence, trainer
@@ -51,7 +51,7 @@ def test_another_error_is_not_tried_again():
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Pieces(8, 8, "training").run(attempt, lambda: None)
+        AdaptiveMicroBatch(8, 8, "training").run(attempt, lambda: None)
     assert calls == [8]
 
 

@@ -18,11 +18,12 @@ from dmx.nn import device
 from dmx.nn.device import pick_device
 from dmx.schema import to_dict
 from dmx.storage.claim import CLAIM_FILE
-from dmx.training import interval, passes
+from dmx.training import passes
+from dmx.training import trainer as trainer_module
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.evaluation import evaluate_checkpoint
 from dmx.training.job import Job
-from dmx.training.ranks import ALONE
+from dmx.training.predictions import evaluate_checkpoint
+from dmx.training.process_group import SINGLE_PROCESS
 from dmx.training.runner import Runner
 from dmx.training.trainer import Diverged, build_model
 from tests.tiny import LENGTH, SETTINGS, SIZES, TASK, config, examples, one_sentence, trainer
@@ -419,7 +420,7 @@ class NoFloat64(TorchDispatchMode):
 def test_on_mps_nothing_is_summed_in_float64(tiny_store, monkeypatch, execution):
     """The whole of a step and an evaluation, with the CPU in the place of MPS."""
     assert device.sum_dtype(torch.device("cuda")) == torch.float64
-    monkeypatch.setattr(interval, "sum_dtype", lambda _: device.sum_dtype(MPS))
+    monkeypatch.setattr(trainer_module, "sum_dtype", lambda _: device.sum_dtype(MPS))
     monkeypatch.setattr(passes, "sum_dtype", lambda _: device.sum_dtype(MPS))
     with trainer(tiny_store, model__execution=execution) as made, NoFloat64():
         assert 0.0 <= made.advance()["dev_accuracy"] <= 1.0
@@ -460,5 +461,5 @@ def test_evaluation_batches_on_cuda(attention, kind, given, expected):
         {"task": TASK, "attention": attention, "train.eval_batch_size": given}, settings
     ).resolved(vocab_size=512, num_classes=2)
     model = build_model(made)
-    found = passes.Passes(model, model, made.train, torch.device(kind), ALONE)
+    found = passes.Passes(model, model, made.train, torch.device(kind), SINGLE_PROCESS)
     assert (found.micro.size, found.evaluation.size) == (8, expected)

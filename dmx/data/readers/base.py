@@ -12,7 +12,7 @@ from dmx.data.source import Source
 from dmx.errors import ConfigError
 from dmx.registry import Registry
 from dmx.tasks import Task
-from dmx.training.workers import num_cores
+from dmx.training.job import num_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ class PeerLost(Exception):
     """Another process of the run is gone; what is left continues from the last checkpoint."""
 
 
-class Ranks:
+class ProcessGroup:
     """One process alone: rank 0 of 1. It shares nothing out, and sums of all are its own."""
 
     rank = 0
     size = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes checkpoints and reports."""
         return self.rank == 0
 
@@ -59,18 +59,18 @@ class Ranks:
         """The largest of all processes' values."""
         return value
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The leader's value, in every process; the others' is not looked at."""
         return value
 
-    def copy_leader(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by the leader's."""
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Group(Ranks):
+class TorchProcessGroup(ProcessGroup):
     """The processes of torch's default process group, one device each.
 
     Every method raises PeerLost when another process does not answer any more.
@@ -113,7 +113,7 @@ class Group(Ranks):
         self._reduce(found, dist.ReduceOp.MAX)
         return found.item()
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The leader's value, in every process; the others' is not looked at."""
         box = [value]
         try:
@@ -122,7 +122,7 @@ class Group(Ranks):
             raise PeerLost(str(error)) from None
         return box[0]
 
-    def copy_leader(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by the leader's."""
         try:
             for tensor in tensors:

@@ -14,9 +14,8 @@ from dmx import records as keys
 from dmx.errors import ConfigError
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers, check_batch, check_device, share_out
 from dmx.training.runner import Runner
-from dmx.training.workers import Workers, check_batch, check_device, share_out
 from tests.rank_process import CASES, PLAIN
 from tests.tiny import TASK, config, one_sentence, trainer, write_tiny
 from tests.training.test_trainer import facts, same_state

@@ -21,9 +21,8 @@ from dmx.data.store_writer import StoreWriter
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.job import Job
+from dmx.training.predictions import TAG, choose_samples, read_samples, write_samples
 from dmx.training.runner import Runner
-from dmx.training.sample_view import TAG, write_samples
-from dmx.training.samples import choose_samples, read_samples
 from dmx.training.trainer import Trainer, build_model
 from tests import tiny
 

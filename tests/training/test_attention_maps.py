@@ -20,8 +20,8 @@ from dmx.data.batches import make_batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.tasks import task_for
-from dmx.training import map_view, maps
-from dmx.training.maps import LayerMap, layer_maps
+from dmx.training import attention_maps as maps
+from dmx.training.attention_maps import LayerMap, layer_maps
 from dmx.training.trainer import Trainer
 from tests import tiny
 
@@ -124,9 +124,9 @@ def test_a_drawn_map() -> None:
     real[0, 3] = False
     position = torch.arange(8).view(2, 4).flip(0)  # group 1 holds the first four
     found = LayerMap(0, 0, probabilities, position, real)
-    assert map_view.busiest_groups(found, 1) == [1]
-    assert map_view.busiest_groups(found, 9) == [0, 1]
-    picture = np.asarray(map_view.draw_maps(found, [0, 1]))
+    assert maps.busiest_groups(found, 1) == [1]
+    assert maps.busiest_groups(found, 9) == [0, 1]
+    picture = np.asarray(maps.draw_maps(found, [0, 1]))
     scale, gap = 48, 6  # 192 pixels for 4 positions
     for column, expected in enumerate(
         (
@@ -137,7 +137,7 @@ def test_a_drawn_map() -> None:
         left = gap + column * (192 + gap)
         tile = picture[gap : gap + 192, left : left + 192]
         assert tile[scale // 2 :: scale, scale // 2 :: scale].tolist() == expected
-    seen = np.asarray(map_view.draw_received(found, 2))
+    seen = np.asarray(maps.draw_received(found, 2))
     # Of a 2 x 2 image: pixel 1 gets 1.25, the others 1.
     assert seen[48, 144] == 0
     assert seen[48, 48] == seen[144, 48] == round(255 * (1 - math.sqrt(1 / 1.25)))
