@@ -39,8 +39,8 @@ from dmx.errors import CheckpointError, DmxError
 from dmx.schema import to_dict
 from dmx.storage.claim import read_claim
 from dmx.storage.journal import Journal
-from dmx.training.predictions import Measurement
 from dmx.training.job import Job
+from dmx.training.predictions import Measurement
 from dmx.training.transfer import weights_checksum
 
 if TYPE_CHECKING:
