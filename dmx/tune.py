@@ -29,8 +29,7 @@ from dmx.errors import (
 )
 from dmx.log import verbatim
 from dmx.paths import is_url
-from dmx.storage.folder_sync import FolderSync
-from dmx.storage.places import Places
+from dmx.storage.layout import FolderSync, StorageLayout
 from dmx.study import end as study_end
 from dmx.study import files as study_files
 from dmx.study import identity as study_identity
@@ -109,7 +108,7 @@ def _default_name(given: Mapping[str, Any]) -> str | None:
 
 
 def _open_data(
-    args: argparse.Namespace, task: Task, places: Places, temporary: Path | None = None
+    args: argparse.Namespace, task: Task, places: StorageLayout, temporary: Path | None = None
 ) -> Store:
     return place_options.open_data(
         places,
@@ -136,7 +135,7 @@ def _search(
     def checked(resources: connection.Resources) -> tuple[StudyConfig, dict[str, Any], Any]:
         budget = plan.budget(resources)
         plan.check(budget)
-        config = plan.study(budget, folder.name, sync.places)
+        config = plan.study(budget, folder.name, sync.layout)
         settings, files = tune_search.check_study(args, config, store, folder)
         if args.resume:
             study_files.check_unused(folder)
@@ -151,7 +150,7 @@ def _search(
         if args.trials_per_gpu == gpu_packing.AUTO:
             fitting = gpu_packing.measure(config, store)
             budget = plan.budget(resources, trials_per_gpu=fitting)
-            config = plan.study(budget, folder.name, sync.places)
+            config = plan.study(budget, folder.name, sync.layout)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         workers = config.workers.count
         slots = connection.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)

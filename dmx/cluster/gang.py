@@ -23,7 +23,7 @@ from dmx import log
 from dmx import records as keys
 from dmx.cluster import connection, waiting
 from dmx.storage.files import copy_folder
-from dmx.storage.places import SHARED, Places
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
 from dmx.training.predictions import evaluate_checkpoint
@@ -366,7 +366,7 @@ def evaluate(
     *,
     cpus: float,
     gpus: float,
-    places: Places = SHARED,
+    places: StorageLayout = SHARED_FILESYSTEM,
 ) -> dict[str, float]:
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_evaluate)

@@ -14,8 +14,8 @@ from dmx.data.obtain import obtain
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.paths import is_url
+from dmx.storage.layout import StorageLayout, copy_store
 from dmx.storage.object_storage import ObjectStorage, join
-from dmx.storage.places import Places, copy_store
 
 
 def find_places(
@@ -26,7 +26,7 @@ def find_places(
     scratch: str | None,
     data_root: str | None,
     node_data: str | None,
-) -> tuple[Path, Places]:
+) -> tuple[Path, StorageLayout]:
     """The run's folder on this node, and where its nodes meet; nothing is created.
 
     Raises:
@@ -59,7 +59,7 @@ def find_places(
                 "folder, on each node's own disk."
             )
         source = str(shared)
-    places = Places(
+    places = StorageLayout(
         run=str(folder) if run_url else None,
         run_url=run_url,
         data_source=source,
@@ -79,7 +79,7 @@ def _check_folder(option: str, value: str | None) -> None:
 
 
 def open_data(
-    places: Places,
+    places: StorageLayout,
     task: str,
     data_root: str | None,
     *,
@@ -112,7 +112,7 @@ def open_data(
     return store if here == store.folder else open_store(here)
 
 
-def stage_data_root(places: Places, data_root: str | None, tasks: Collection[str]) -> Path:
+def stage_data_root(places: StorageLayout, data_root: str | None, tasks: Collection[str]) -> Path:
     """The data root of a curriculum on this node; from a URL all its tasks are copied here.
 
     Raises:

@@ -14,7 +14,7 @@ from dmx.errors import ConfigError
 from dmx.paths import is_url
 from dmx.records import Kind
 from dmx.search.study_settings import read_record
-from dmx.storage.folder_sync import FolderSync
+from dmx.storage.layout import FolderSync
 
 COMMANDS: dict[Kind, str] = {
     "study": "dmx.tune",

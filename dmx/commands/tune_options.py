@@ -9,7 +9,7 @@ from dmx.commands import compute_flags, place_flags
 from dmx.commands.setting_hints import as_setting
 from dmx.errors import ConfigError
 from dmx.records import SAMPLERS, SCHEDULERS
-from dmx.storage.patience import PATIENCE_SECONDS
+from dmx.storage.files import STORAGE_TIMEOUT
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -133,7 +133,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--storage-patience",
         type=cli.duration,
-        default=PATIENCE_SECONDS,
+        default=STORAGE_TIMEOUT,
         metavar="DURATION",
         help="wait so long for a storage that is full, read-only or gone (default: 2m)",
     )

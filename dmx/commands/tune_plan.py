@@ -19,7 +19,7 @@ from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
-from dmx.storage.places import SHARED, Places
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.budget import Budget, fit_budget
 from dmx.study.config import StudyConfig
 from dmx.tasks import Task, task_for
@@ -88,7 +88,9 @@ class Plan:
         if self.args.address is None:  # a cluster's machines are others
             check_memory(runs, torch.device("cuda" if budget.gpus else "cpu"))
 
-    def study(self, budget: Budget, name: str, places: Places = SHARED) -> StudyConfig:
+    def study(
+        self, budget: Budget, name: str, places: StorageLayout = SHARED_FILESYSTEM
+    ) -> StudyConfig:
         """The study to run."""
         args = self.args
         rungs: dict[str, Any] = {"grace_steps": budget.grace_steps, **tune_search.rungs(args)}
@@ -109,7 +111,7 @@ class Plan:
             workers_per_trial=budget.workers,
             time_budget_seconds=args.time_budget,
             trial_timeout_seconds=args.trial_timeout,
-            patience_seconds=args.storage_patience,
+            storage_timeout=args.storage_patience,
             places=places,
         )
 

@@ -22,10 +22,8 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
-from dmx.storage.claim import Claim
-from dmx.storage.folder_sync import FolderSync
-from dmx.storage.journal import read_journal
-from dmx.storage.places import SHARED, Places
+from dmx.storage.journal import Claim, read_journal
+from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
 from dmx.study import end as study_end
 from dmx.study import identity as study_identity
 from dmx.study.files import note_settings, write_study
@@ -102,7 +100,7 @@ class RayBackend:
         places: where the run's nodes meet, if not on shared storage.
     """
 
-    def __init__(self, places: Places = SHARED) -> None:
+    def __init__(self, places: StorageLayout = SHARED_FILESYSTEM) -> None:
         self._places = places
         self._runs: dict[Key, launch.Running] = {}
         self._tasks: dict[Any, Key] = {}

@@ -37,8 +37,7 @@ from dmx.curriculum.planner import (
 from dmx.curriculum.resources import Busy, Key, Means, Room
 from dmx.errors import CheckpointError, DmxError
 from dmx.schema import to_dict
-from dmx.storage.claim import read_claim
-from dmx.storage.journal import Journal
+from dmx.storage.journal import Journal, read_claim
 from dmx.training.job import Job
 from dmx.training.predictions import Measurement
 from dmx.training.transfer import weights_checksum

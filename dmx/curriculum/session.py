@@ -35,9 +35,8 @@ from dmx.process import files_decide
 from dmx.resources import code_version
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
-from dmx.storage.folder_sync import FolderSync
 from dmx.storage.journal import Journal, read_journal
-from dmx.storage.places import SHARED, Places
+from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
 from dmx.study.files import append_settings
 from dmx.tensorboard import Column, announce_study
 
@@ -65,7 +64,7 @@ class Options:
     address: str | None = None
     again: str = ""
     given: Mapping[str, Any] = field(default_factory=dict)
-    places: Places = SHARED
+    places: StorageLayout = SHARED_FILESYSTEM
 
 
 def dry_run(curriculum: CurriculumConfig, options: Options) -> int:

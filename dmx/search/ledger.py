@@ -47,7 +47,7 @@ class Ledger:
         folder: the study's folder. name: of the Optuna study. space: what is searched.
         num_trials: trials of the whole study. seed: of the sampler.
         sampler: see sampling.make_sampler. objectives: names, see objectives.OBJECTIVES.
-        patience_seconds: how long a write waits for the storage.
+        storage_timeout: how long a write waits for the storage.
 
     Raises:
         StageError: the study is damaged, or another process works on it.
@@ -63,7 +63,7 @@ class Ledger:
         seed: int,
         sampler: str = "tpe",
         objectives: tuple[str, ...] = DEFAULT,
-        patience_seconds: float = 0.0,
+        storage_timeout: float = 0.0,
     ) -> None:
         self.folder = folder
         self.space = space
@@ -77,7 +77,7 @@ class Ledger:
             objectives=objectives,
             prior=read_prior(folder, space),
         )
-        record = StudyRecord(folder / keys.JOURNAL_FILE, patience_seconds=patience_seconds)
+        record = StudyRecord(folder / keys.JOURNAL_FILE, storage_timeout=storage_timeout)
         self.record, self.reports, self.outcomes = record, record.reports, record.outcomes
         self._live: dict[int, _Live] = {}
         try:
@@ -85,7 +85,7 @@ class Ledger:
                 folder / keys.OPTUNA_FILE,
                 name,
                 directions=directions(objectives),
-                patience_seconds=patience_seconds,
+                storage_timeout=storage_timeout,
             )
             name_objectives(self.study, [OBJECTIVES[o].label for o in objectives])
             self._orphans = self._recover()

@@ -15,14 +15,14 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from dmx.errors import DmxError, StageError
-from dmx.storage.patience import persist
+from dmx.storage.files import persist
 
 
 class _PatientFile(JournalFileBackend):
     """Optuna's file, whose failed writes leave nothing behind and are tried again."""
 
-    def __init__(self, path: Path, patience_seconds: float) -> None:
-        self.path, self._patience_seconds = path, patience_seconds
+    def __init__(self, path: Path, storage_timeout: float) -> None:
+        self.path, self._patience_seconds = path, storage_timeout
         super().__init__(str(path), JournalFileOpenLock(str(path)))
         self._size = path.stat().st_size
 
@@ -74,7 +74,7 @@ def open_optuna(
     path: Path,
     name: str,
     *,
-    patience_seconds: float,
+    storage_timeout: float,
     directions: Sequence[Any] = ("maximize",),
 ) -> optuna.Study:
     """The study in a file, made when it is not there yet; what a crash tore is cut off.
@@ -88,7 +88,7 @@ def open_optuna(
     Path(f"{path}.lock").unlink(missing_ok=True)
     try:
         _drop_torn_line(path)
-        storage = _Storage(_PatientFile(path, patience_seconds))
+        storage = _Storage(_PatientFile(path, storage_timeout))
         return optuna.create_study(
             study_name=name, storage=storage, directions=list(directions), load_if_exists=True
         )

@@ -21,7 +21,7 @@ class StudyRecord:
     """The journal of a study; each event is on disk before anything is decided from it.
 
     Args:
-        path: of the journal. patience_seconds: how long a write waits for the storage.
+        path: of the journal. storage_timeout: how long a write waits for the storage.
 
     Attributes:
         reports: trial -> step -> flat metrics. outcomes: trial -> its ending.
@@ -32,8 +32,8 @@ class StudyRecord:
         StageError: the journal is damaged, or another process works on the study.
     """
 
-    def __init__(self, path: Path, *, patience_seconds: float = 0.0) -> None:
-        self.journal = Journal(path, patience_seconds=patience_seconds)
+    def __init__(self, path: Path, *, storage_timeout: float = 0.0) -> None:
+        self.journal = Journal(path, storage_timeout=storage_timeout)
         self.reports: dict[int, dict[int, dict[str, Any]]] = {}
         self.outcomes: dict[int, dict[str, Any]] = {}
         self.exploits: dict[int, dict[int, Mapping[str, Any]]] = {}

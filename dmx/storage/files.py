@@ -1,4 +1,4 @@
-"""Durable files: fsync, atomic writes, checksums, a lock between processes, and plain OS errors."""
+"""Durable files: atomic writes, whole folders, checksums, and storage that fails for a while."""
 
 from __future__ import annotations
 
@@ -9,45 +9,21 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from dmx.errors import DataError
+from dmx.errors import DataError, StorageError
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
+logger = logging.getLogger("dmx.storage")
 
 MANIFEST_FILE = "manifest.json"
 """Of prepared data; written last, so that a folder which has one is whole."""
-SMALL_BYTES = 4 << 20
-"""Files up to this size are checksummed whole by `quick_checksum`: a few milliseconds."""
-_BLOCK_BYTES = 4096
-_NUM_BLOCKS = 64
-_READ_BYTES = 1 << 20
 
-
-def os_error(error: OSError, path: Path, doing: str) -> DataError:
-    """The error as one sentence with the remedy: disk full, no permission, read-only, other."""
-    remedy = {
-        errno.ENOSPC: "the disk is full; free space or choose another --data-root",
-        errno.EDQUOT: "the disk quota is used up; free space or choose another --data-root",
-        errno.EROFS: "the file system is read-only; choose another --data-root",
-        errno.EACCES: "permission denied; choose another --data-root or fix its permissions",
-        errno.EPERM: "operation not permitted; choose another --data-root or fix its permissions",
-        errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
-        errno.EISDIR: "it is a folder where a file is needed",
-    }.get(error.errno or 0, error.strerror or str(error))
-    return DataError(f"Cannot {doing} {path}: {remedy}.")
-
-
-@contextmanager
-def explained(path: Path, doing: str) -> Iterator[None]:
-    """Within the block an OSError becomes a DataError that names `path` and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        named = Path(os.fsdecode(error.filename)) if error.filename else path
-        raise os_error(error, named, doing) from error
+# -- whole files and folders --------------------------------------------------------------------
 
 
 def fsync_path(path: Path) -> None:
@@ -81,7 +57,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def replace_folder(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`; a crash leaves the old one whole, at worst as `.X.old`.
 
-    See put_back, which whoever reads such a folder calls first.
+    A reader of such a folder calls `put_back` first.
     """
     old = _old(folder)
     if folder.exists():
@@ -117,13 +93,41 @@ def _old(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.old"
 
 
+@contextmanager
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`; a second process waits until the first is done or dead.
+
+    The kernel drops the lock when its holder dies, so a kill -9 leaves nothing to clean up. On a
+    file system without locks a warning is logged; the atomic rename still keeps results whole.
+    """
+    with explained(path, "create"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is preparing %s; waiting for it", what)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("no file locks under %s (%s); do not prepare twice", path.parent, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# -- checksums ----------------------------------------------------------------------------------
+
+SMALL_BYTES = 4 << 20
+"""Files up to this size are checksummed whole by `quick_checksum`: a few milliseconds."""
+_BLOCK_BYTES = 4096
+_NUM_BLOCKS = 64
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of the whole file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def quick_checksum(path: Path) -> str:
@@ -143,24 +147,85 @@ def quick_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; a second process waits until the first is done or dead.
+# -- storage that fails -------------------------------------------------------------------------
 
-    The kernel drops the lock when its holder dies, so a kill -9 leaves nothing to clean up. On a
-    file system without locks a warning is logged; the atomic rename still keeps results whole.
+STORAGE_TIMEOUT = 120.0
+"""Seconds that a write waits for a storage that fails, unless the user says otherwise."""
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 10.0
+
+STORAGE_ERRNOS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+        *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO),
+    }
+)
+"""What a full, read-only, unmounted or unreachable storage answers."""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the storage, and not the code, is at fault."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRNOS
+
+
+def persist(action: Callable[[], T], place: Path | str, *, seconds: float) -> T:
+    """Do `action` on the storage; where it fails, again and again with growing pauses.
+
+    Args:
+        action: can be repeated from its beginning. place: what it writes or reads, for messages.
+        seconds: how long to wait for the storage; 0 does not wait.
+
+    Raises:
+        StorageError: the storage still failed then.
     """
-    with explained(path, "create"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    began = time.monotonic()
+    pause = _FIRST_WAIT_SECONDS
+    warned = False
+    while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is preparing %s; waiting for it", what)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            result = action()
         except OSError as error:
-            log.warning("no file locks under %s (%s); do not prepare twice", path.parent, error)
+            if not is_storage_error(error):
+                raise
+            left = seconds - (time.monotonic() - began)
+            reason = os.strerror(error.errno or errno.EIO)
+            if left <= 0:
+                waited = f" for {seconds:.0f} s" if seconds else ""
+                raise StorageError(
+                    f"{place} cannot be written{waited} ({reason}); make room or bring the storage "
+                    "back, then continue."
+                ) from error
+            if not warned:
+                logger.warning("%s: %s; waiting up to %.0f s for it.", place, reason, seconds)
+                warned = True
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
+        else:
+            if warned:
+                logger.info("%s can be used again.", place)
+            return result
+
+
+def os_error(error: OSError, path: Path, doing: str) -> DataError:
+    """The error as one sentence with the remedy: disk full, no permission, read-only, other."""
+    remedy = {
+        errno.ENOSPC: "the disk is full; free space or choose another --data-root",
+        errno.EDQUOT: "the disk quota is used up; free space or choose another --data-root",
+        errno.EROFS: "the file system is read-only; choose another --data-root",
+        errno.EACCES: "permission denied; choose another --data-root or fix its permissions",
+        errno.EPERM: "operation not permitted; choose another --data-root or fix its permissions",
+        errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+        errno.EISDIR: "it is a folder where a file is needed",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return DataError(f"Cannot {doing} {path}: {remedy}.")
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Within the block an OSError becomes a DataError that names `path` and the remedy."""
+    try:
         yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if error.filename else path
+        raise os_error(error, named, doing) from error

@@ -1,30 +1,30 @@
-"""Folders in object storage (s3://, gs://, any pyarrow URL): whole versions behind one pointer.
+"""Object storage (s3://, gs://, any URL that pyarrow opens): single objects, and folders as one.
 
-An object store replaces one object at once, but not a folder. So a folder's files go under a name
-of their own, `<folder>@<version>/`, and `<folder>.version.json` then says which version counts. A
-reader never meets half of one, and a push that was cut short leaves the version before it.
+An object store replaces one object at once, but not a folder. So a folder is one zip archive,
+`<folder>.zip`: a reader never meets half of one, and a push that was cut short leaves the former
+one as it was. The archive's comment is a checksum of its contents, and its version.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
+import io
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dmx.errors import CheckpointError, ConfigError, StorageError
 from dmx.storage.files import write_atomic
 
 logger = logging.getLogger("dmx.storage")
-POINTER_SUFFIX = ".version.json"
+FOLDER_SUFFIX = ".zip"
 RETRY_SECONDS = (1.0, 4.0, 15.0, 60.0)
 """Waits between attempts: a store that is away for a minute costs a minute, not the run."""
 _BLOCK_BYTES = 1 << 24
+_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 T = TypeVar("T")
 
@@ -74,7 +74,8 @@ class ObjectStorage:
         def once() -> None:
             path = f"{self._root}/{name}"
             if isinstance(self._files, self._fs.LocalFileSystem):
-                _write_file(Path(path), content)  # a plain file is not replaced at once otherwise
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(Path(path), content)  # pyarrow writes into the old file
                 return
             with self._files.open_output_stream(path) as stream:
                 stream.write(content)
@@ -120,85 +121,69 @@ class ObjectStorage:
     # -- folders ----------------------------------------------------------------------------
 
     def push(self, folder: Path, name: str, before: Callable[[], None] = lambda: None) -> str:
-        """Store a folder's files as the newest version of `name`; its version comes back.
+        """Store a folder's files as `name`, in the place of what is stored; returns the version.
 
         Args:
-            before: called before the version counts; may raise.
+            before: called right before the archive is written; may raise.
         """
         contents = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-        entries = {n: {"bytes": len(c), "sha256": _sha256(c)} for n, c in contents.items()}
-        version = _sha256(json.dumps(entries, sort_keys=True).encode())[:16]
-        old = self.pointer(name)
-        if old is not None and old["version"] == version:
-            return version
-        for file, content in contents.items():
-            self.write(f"{name}@{version}/{file}", content)
-        pointer = json.dumps({"version": version, "files": entries}, indent=1)
-        before()
-        self.write(name + POINTER_SUFFIX, pointer.encode())
-        if old is not None:
-            self._forget(f"{name}@{old['version']}")
+        version = _version(contents)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:  # uncompressed: weights do not shrink
+            for file, content in contents.items():
+                archive.writestr(zipfile.ZipInfo(file, _EPOCH), content)
+            archive.comment = version.encode()
+        if self.version(name) != version:
+            before()
+            self.write(name + FOLDER_SUFFIX, buffer.getvalue())
         return version
 
-    def pointer(self, name: str) -> Mapping[str, Any] | None:
-        """{"version", "files"} of a folder's newest version, or None where there is none.
+    def version(self, name: str) -> str | None:
+        """Of the stored folder `name`, from the end of its archive; None where there is none."""
 
-        Raises:
-            CheckpointError: the pointer is damaged.
-        """
-        raw = self.read(name + POINTER_SUFFIX)
-        if raw is None:
-            return None
-        try:
-            pointer = json.loads(raw)
-            files = pointer["files"]
-            sound = str(pointer["version"]).isalnum() and all(
-                "/" not in n and not n.startswith(".") and str(e["sha256"]).isalnum()
-                for n, e in files.items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            raise CheckpointError(f"{self.url}: {name}{POINTER_SUFFIX} is damaged; remove it.")
-        assert isinstance(pointer, dict)
-        return pointer
+        def once() -> str | None:
+            path = f"{self._root}/{name}{FOLDER_SUFFIX}"
+            if self._files.get_file_info(path).type != self._fs.FileType.File:
+                return None
+            with self._files.open_input_file(path) as file:
+                try:
+                    with zipfile.ZipFile(file) as archive:
+                        return archive.comment.decode()
+                except (zipfile.BadZipFile, ValueError):
+                    return ""
+
+        return self._patiently(f"read {name}{FOLDER_SUFFIX}", once)
 
     def pull(self, name: str, folder: Path, known: str | None = None) -> str | None:
-        """Write the newest version of `name` into the new folder `folder`; None if there is none.
+        """Write the stored folder `name` into the new folder `folder`; None if there is none.
 
         Args:
-            known: a version that is here already; when it is the newest, nothing is written.
+            known: a version that is here already; where it is the stored one, nothing is written.
 
         Raises:
             CheckpointError: what is stored is not what was written.
         """
-        for _ in range(5):  # a newer version may replace the one that is being read
-            pointer = self.pointer(name)
-            if pointer is None or pointer["version"] == known:
-                return known if pointer else None
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            if self._pull_files(name, pointer, folder):
-                return str(pointer["version"])
-        raise CheckpointError(f"{self.url}: {name} is not whole; remove {name}{POINTER_SUFFIX}.")
-
-    def _pull_files(self, name: str, pointer: Mapping[str, Any], folder: Path) -> bool:
-        for file, entry in pointer["files"].items():
-            content = self.read(f"{name}@{pointer['version']}/{file}")
-            if content is None:
-                return False
-            if _sha256(content) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{self.url}: {name}@{pointer['version']}/{file} is damaged; "
-                    f"remove {name}{POINTER_SUFFIX}, and the run starts it again."
-                )
-            _write_file(folder / file, content)
-        return True
-
-    def _forget(self, name: str) -> None:
-        """Old versions only cost room; failing to delete one is no failure."""
-        with contextlib.suppress(OSError):
-            self._files.delete_dir(f"{self._root}/{name}")
+        if known is not None and self.version(name) == known:
+            return known
+        raw = self.read(name + FOLDER_SUFFIX)
+        if raw is None:
+            return None
+        try:
+            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                contents = {file: archive.read(file) for file in archive.namelist()}
+                version = archive.comment.decode()
+            plain = all("/" not in file and not file.startswith(".") for file in contents)
+            if not plain or version != _version(contents):
+                raise ValueError
+        except Exception:  # zipfile raises whatever a damaged archive leads it to
+            raise CheckpointError(
+                f"{self.url}: {name}{FOLDER_SUFFIX} is damaged; remove it, and the run starts it "
+                "again."
+            ) from None
+        folder.mkdir(parents=True)
+        for file, content in contents.items():
+            write_atomic(folder / file, content)
+        return version
 
     def _patiently(self, what: str, once: Callable[[], T]) -> T:
         for wait in (*RETRY_SECONDS, None):
@@ -213,21 +198,8 @@ class ObjectStorage:
         raise AssertionError
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All plain files below a folder that are not hidden, sorted."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from files_below(path)
-        elif path.is_file():
-            yield path
+def _version(contents: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(contents):
+        digest.update(f"{file} {hashlib.sha256(contents[file]).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

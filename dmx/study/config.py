@@ -10,8 +10,8 @@ from dmx.records import SamplerKind, SchedulerKind
 from dmx.schema import to_dict
 from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace
-from dmx.storage.patience import PATIENCE_SECONDS
-from dmx.storage.places import SHARED, Places
+from dmx.storage.files import STORAGE_TIMEOUT
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.training.job import Workers, share_out
 
 
@@ -32,7 +32,7 @@ class StudyConfig:
         max_failures: restarts of one trial after a dead worker or node, without getting further.
         trial_timeout_seconds: without a report for so long a trial's process is killed; None:
             see watchdog.patience.
-        patience_seconds: how long to wait for a storage that is full, read-only or gone.
+        storage_timeout: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         places: object storage and local copies (see training.job.Job).
     """
@@ -55,9 +55,9 @@ class StudyConfig:
     time_budget_seconds: float | None = None
     max_failures: int = 3
     trial_timeout_seconds: float | None = None
-    patience_seconds: float = PATIENCE_SECONDS
+    storage_timeout: float = STORAGE_TIMEOUT
     reuse_actors: bool = True
-    places: Places = SHARED
+    places: StorageLayout = SHARED_FILESYSTEM
 
     @property
     def workers(self) -> Workers:

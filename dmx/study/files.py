@@ -16,9 +16,8 @@ from dmx import records as keys
 from dmx.errors import ConfigError, StorageError
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
-from dmx.storage.claim import CLAIM_FILE, Claim
 from dmx.storage.files import copy_folder, fsync_path, write_atomic
-from dmx.storage.journal import Journal, read_journal
+from dmx.storage.journal import CLAIM_FILE, Claim, Journal, read_journal
 
 MAY_CHANGE = frozenset({"num_trials"})
 """Settings that a later session may have otherwise."""

@@ -15,14 +15,16 @@ from dmx.cluster.gang import evaluate
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
 from dmx.schema import to_dict
-from dmx.storage.places import Places
+from dmx.storage.layout import StorageLayout
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
 
 logger = logging.getLogger("dmx.study")
 
 
-def evaluate_test(best: Path, store: Store, workers: Workers, places: Places) -> dict[str, float]:
+def evaluate_test(
+    best: Path, store: Store, workers: Workers, places: StorageLayout
+) -> dict[str, float]:
     """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
     return evaluate(
         str(best),
@@ -42,7 +44,7 @@ def retrain(
     *,
     workers: Workers,
     slots: int,
-    places: Places,
+    places: StorageLayout,
 ) -> dict[str, Any]:
     """Train the best configuration again from `num_seeds` other seeds; continues after a crash.
 

@@ -15,7 +15,7 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError, StorageError
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import apply
-from dmx.storage.patience import is_storage_error
+from dmx.storage.files import is_storage_error
 from dmx.study.config import StudyConfig
 from dmx.study.pbt import Population, copied
 from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo, is_report
@@ -70,7 +70,7 @@ class LedgerSearcher(Searcher):
                 "data_folder": str(self._store.folder),
                 "folder": str(trial_folder(self._folder, number)),
                 "places": self._config.places,
-                "patience_seconds": self._config.patience_seconds,
+                "storage_timeout": self._config.storage_timeout,
                 **self._config.workers.of_job(),
                 "within": str(self._folder),
                 "slice_seconds": SLICE_SECONDS,

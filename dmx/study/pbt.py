@@ -20,9 +20,8 @@ from typing import Any
 from dmx import records as keys
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import Exploit, apply, decide
-from dmx.storage.files import copy_folder, put_back
-from dmx.storage.patience import persist
-from dmx.storage.places import SHARED, Places
+from dmx.storage.files import copy_folder, persist, put_back
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.wording import short
 
 logger = logging.getLogger("dmx.study")
@@ -54,7 +53,7 @@ class Population:
     Args:
         ledger: the study's memory; it proposes what each member begins with.
         steps: see population.boundaries. seed: of the decisions.
-        places: where the checkpoints are that are copied. patience_seconds: how long copying them
+        places: where the checkpoints are that are copied. storage_timeout: how long copying them
             waits for the storage.
     """
 
@@ -64,11 +63,11 @@ class Population:
         *,
         steps: tuple[int, ...],
         seed: int,
-        places: Places = SHARED,
-        patience_seconds: float = 0.0,
+        places: StorageLayout = SHARED_FILESYSTEM,
+        storage_timeout: float = 0.0,
     ) -> None:
         self._ledger, self._steps, self._seed = ledger, steps, seed
-        self._places, self._patience_seconds = places, patience_seconds
+        self._places, self._patience_seconds = places, storage_timeout
         self._points: dict[int, Mapping[str, Any]] = {}
         self._running: set[int] = set()
 

@@ -62,7 +62,7 @@ def run_study(
         num_trials=config.num_trials,
         seed=config.seed,
         sampler=config.sampler,
-        patience_seconds=config.patience_seconds,
+        storage_timeout=config.storage_timeout,
         objectives=config.objectives,
     )
     try:
@@ -161,7 +161,7 @@ def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
         steps=steps,
         seed=config.seed,
         places=config.places,
-        patience_seconds=config.patience_seconds,
+        storage_timeout=config.storage_timeout,
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.errors import ConfigError
-from dmx.storage.patience import PATIENCE_SECONDS
-from dmx.storage.places import SHARED, Places
+from dmx.storage.files import STORAGE_TIMEOUT
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Job:
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
         threads: CPU threads.
         places: object storage and local copies, where nodes share no file system.
-        patience_seconds: how long to wait for a storage that is full, read-only or gone.
+        storage_timeout: how long to wait for a storage that is full, read-only or gone.
         workers: processes that train it together; more than one need Ray (see
             dmx.cluster.gang).
         cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
@@ -40,8 +40,8 @@ class Job:
     data_folder: str
     folder: str
     threads: int = 1
-    places: Places = SHARED
-    patience_seconds: float = PATIENCE_SECONDS
+    places: StorageLayout = SHARED_FILESYSTEM
+    storage_timeout: float = STORAGE_TIMEOUT
     workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0

@@ -21,7 +21,7 @@ from dmx.data.store import Split, Store, open_store
 from dmx.errors import ConfigError, DmxError
 from dmx.nn.model import Classifier
 from dmx.schema import to_dict
-from dmx.storage.places import SHARED, Places
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.tasks import task_for
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import Checkpoint, open_checkpoint
@@ -208,7 +208,7 @@ class Measurement:
     data_folder: str
     config: Mapping[str, Any] | None = None
     split: str = "test"
-    places: Places = SHARED
+    places: StorageLayout = SHARED_FILESYSTEM
 
 
 def measure(wanted: Measurement, threads: int) -> float | None:
@@ -236,7 +236,7 @@ def evaluate_checkpoint(
     data_folder: str,
     split: str,
     threads: int,
-    places: Places = SHARED,
+    places: StorageLayout = SHARED_FILESYSTEM,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """{"loss", "accuracy", "num_examples"} of a checkpoint over a whole split of a store.

@@ -26,9 +26,8 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.nn.allocator import give_back_memory
 from dmx.nn.model import Classifier
-from dmx.storage.claim import Claim
-from dmx.storage.files import is_there
-from dmx.storage.patience import persist
+from dmx.storage.files import is_there, persist
+from dmx.storage.journal import Claim
 from dmx.tasks import Task
 from dmx.training.checkpoint import Checkpoint, open_checkpoint
 from dmx.training.job import Job, check_batch
@@ -91,7 +90,7 @@ class Runner:
         self._busy_seconds = time.perf_counter() - started
 
     def _persist(self, action: Callable[[], None]) -> None:
-        persist(action, self._folder, seconds=self.job.patience_seconds)
+        persist(action, self._folder, seconds=self.job.storage_timeout)
 
     def _claim_folder(self) -> None:
         """Hold the folder, once the storages of the run and of its data are there."""

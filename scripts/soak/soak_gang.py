@@ -32,7 +32,7 @@ from dmx import log
 from dmx.cluster import connection, launch
 from dmx.config import parse_run_config
 from dmx.schema import to_dict
-from dmx.storage.claim import read_claim
+from dmx.storage.journal import read_claim
 from dmx.training.job import Job
 
 import ray  # isort: skip

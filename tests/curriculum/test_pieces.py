@@ -18,7 +18,7 @@ from dmx.curriculum.backend import SearchView
 from dmx.data.store import Store
 from dmx.errors import StageError
 from dmx.schema import to_dict
-from dmx.storage.claim import Claim, read_claim
+from dmx.storage.journal import Claim, read_claim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import Measurement, measure
@@ -58,7 +58,7 @@ def test_a_search_shows_its_trials_and_the_best_of_all_sessions(tmp_path: Path, 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dmx.storage.claim import Claim
+from dmx.storage.journal import Claim
 claim = Claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -13,10 +13,9 @@ from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import RunFailedError, StageError, TakenOverError
 from dmx.schema import to_dict
-from dmx.storage import claim
-from dmx.storage.claim import Claim
-from dmx.storage.journal import Journal, read_journal
-from dmx.storage.places import Places
+from dmx.storage import journal as claim
+from dmx.storage.journal import Claim, Journal, read_journal
+from dmx.storage.layout import StorageLayout
 from dmx.training import checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -110,7 +109,7 @@ def test_object_storage_has_one_writer_a_run(tmp_path, tiny_store):
     """Nodes share no disk, so no lock either."""
 
     def node(name: str) -> Runner:
-        places = Places(run=str(tmp_path / name), run_url=f"file://{tmp_path}/bucket")
+        places = StorageLayout(run=str(tmp_path / name), run_url=f"file://{tmp_path}/bucket")
         return Runner(job(tiny_store, tmp_path / name / "trials" / "0000", places=places))
 
     before = node("a")

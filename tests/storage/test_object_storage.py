@@ -1,13 +1,16 @@
-"""Folders in object storage: whole versions, found by whoever comes later, on any node."""
+"""Folders in object storage: one archive each, whole at every moment, read on any node."""
 
 from __future__ import annotations
 
-import json
+import io
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from dmx.errors import CheckpointError, ConfigError, StorageError
+from dmx.errors import CheckpointError, ConfigError, StorageError, TakenOverError
 from dmx.storage import object_storage
 from dmx.storage.object_storage import ObjectStorage, join
 
@@ -46,75 +49,90 @@ def test_only_the_newest_version_is_kept(url, folder, tmp_path):
     storage.push(folder, "last")
     (folder / "model.pt").write_bytes(b"better")
     version = storage.push(folder, "last")
-    assert storage.names() == [
-        "last.version.json",
-        f"last@{version}/metrics.json",
-        f"last@{version}/model.pt",
-    ]
+    assert storage.names() == ["last.zip"]
+    assert storage.version("last") == version
     storage.pull("last", tmp_path / "there")
     assert contents(tmp_path / "there")["model.pt"] == b"better"
 
 
-@pytest.mark.parametrize("survivors", [0, 1, 2])
-def test_a_push_that_was_cut_short_leaves_the_version_before(
-    url, folder, tmp_path, monkeypatch, survivors
-):
-    """The process is killed after so many of the three writes."""
+def test_the_same_contents_are_stored_once(url, folder, tmp_path):
+    storage = ObjectStorage(url)
+    version = storage.push(folder, "last")
+    before = (tmp_path / "bucket" / "last.zip").stat().st_ino
+    assert storage.push(folder, "last") == version
+    assert (tmp_path / "bucket" / "last.zip").stat().st_ino == before
+    assert storage.pull("last", tmp_path / "there", version) == version
+    assert not (tmp_path / "there").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dmx.storage.object_storage import ObjectStorage
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+ObjectStorage(sys.argv[1]).push(Path(sys.argv[2]), "last")
+"""
+
+
+def test_a_push_that_was_cut_short_leaves_the_version_before(url, folder, tmp_path):
     storage = ObjectStorage(url)
     storage.push(folder, "last")
     (folder / "model.pt").write_bytes(b"better")
     (folder / "metrics.json").write_text('{"steps": 2}')
-    real, written = ObjectStorage.write, []
-
-    def write(self, name, content):
-        if len(written) == survivors:
-            raise KeyboardInterrupt
-        written.append(name)
-        real(self, name, content)
-
-    monkeypatch.setattr(ObjectStorage, "write", write)
-    with pytest.raises(KeyboardInterrupt):
-        storage.push(folder, "last")
-    monkeypatch.undo()
+    assert subprocess.run([sys.executable, "-c", KILLED, url, str(folder)]).returncode == -9
     storage.pull("last", tmp_path / "there")
     assert contents(tmp_path / "there") == {"model.pt": b"weights", "metrics.json": b"{}"}
 
 
-def test_what_rotted_is_refused(url, folder, tmp_path):
+def test_a_push_may_be_forbidden_at_the_last_moment(url, folder, tmp_path):
+    def taken_over():
+        raise TakenOverError("taken over")
+
     storage = ObjectStorage(url)
     version = storage.push(folder, "last")
-    (tmp_path / "bucket" / f"last@{version}" / "model.pt").write_bytes(b"WEIGHTS")
-    with pytest.raises(
-        CheckpointError, match=r"last@\w+/model.pt is damaged; remove last\.version"
-    ):
-        storage.pull("last", tmp_path / "there")
+    (folder / "model.pt").write_bytes(b"better")
+    with pytest.raises(TakenOverError):
+        storage.push(folder, "last", taken_over)
+    assert storage.version("last") == version
 
 
-@pytest.mark.parametrize(
-    "pointer",
-    ["", "[]", "{}", '{"version": "../up", "files": {}}', '{"version": "a", "files": []}']
-    + [json.dumps({"version": "a", "files": {n: {"sha256": "b"}}}) for n in ("../x", ".x", "a/b")],
-)
-def test_a_damaged_pointer_writes_nothing(url, folder, tmp_path, pointer):
+def archive(version: str = "", **files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as made:
+        for name, content in files.items():
+            made.writestr(name, content)
+        made.comment = (version or object_storage._version(files)).encode()
+    return buffer.getvalue()
+
+
+def test_what_rotted_is_refused_and_may_be_replaced(url, folder, tmp_path):
     storage = ObjectStorage(url)
     storage.push(folder, "last")
-    (tmp_path / "bucket" / "last.version.json").write_text(pointer)
-    with pytest.raises(CheckpointError, match=r"last\.version\.json is damaged"):
-        storage.pull("last", tmp_path / "there")
-    assert not (tmp_path / "there").exists()
+    whole = (tmp_path / "bucket" / "last.zip").read_bytes()
+    rotten = [whole.replace(b"weights", b"WEIGHTS"), whole[:-9], whole[:40], b"", b"no archive"]
+    rotten += [archive("a"), archive("b", **{"model.pt": b"weights"})]
+    rotten += [archive(**{name: b"x"}) for name in ("../x", ".x", "a/b", "/x")]
+    for content in rotten:
+        (tmp_path / "bucket" / "last.zip").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"last\.zip is damaged; remove it"):
+            storage.pull("last", tmp_path / "there")
+        assert not (tmp_path / "there").exists()
+    storage.push(folder, "last")
+    storage.pull("last", tmp_path / "there")
+    assert contents(tmp_path / "there") == contents(folder)
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(url, folder, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(object_storage.time, "sleep", waits.append)
-    real, failures = object_storage._write_file, [OSError("away"), OSError("away")]
+    real, failures = object_storage.write_atomic, [OSError("away"), OSError("away")]
 
     def write(path, content):
         if failures:
             raise failures.pop()
         real(path, content)
 
-    monkeypatch.setattr(object_storage, "_write_file", write)
+    monkeypatch.setattr(object_storage, "write_atomic", write)
     ObjectStorage(url).write("a", b"1")
     assert waits == [1.0, 4.0]
     assert ObjectStorage(url).read("a") == b"1"
@@ -126,7 +144,7 @@ def test_a_store_that_stays_away_is_one_sentence(url, monkeypatch):
     def write(path, content):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(object_storage, "_write_file", write)
+    monkeypatch.setattr(object_storage, "write_atomic", write)
     with pytest.raises(StorageError, match=r"cannot write a: no route to host\.$"):
         ObjectStorage(url).write("a", b"1")
 

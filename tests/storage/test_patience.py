@@ -9,10 +9,9 @@ import threading
 import pytest
 
 from dmx.errors import RunFailedError, StorageError
-from dmx.storage import patience
-from dmx.storage.claim import Claim
-from dmx.storage.journal import Journal, read_journal
-from dmx.storage.patience import persist
+from dmx.storage import files as patience
+from dmx.storage.files import persist
+from dmx.storage.journal import Claim, Journal, read_journal
 from dmx.training.checkpoint import save_checkpoint
 from tests.tiny import config, one_sentence
 
@@ -74,7 +73,7 @@ def test_other_errors_are_not_waited_for(monkeypatch):
 def test_a_journal_whose_folder_is_away_for_a_while(tmp_path):
     """The open file is gone for good (it is closed here); the folder comes back a moment later."""
     folder, away = tmp_path / "run", tmp_path / "away"
-    with Journal(folder / "journal.jsonl", patience_seconds=60) as journal:
+    with Journal(folder / "journal.jsonl", storage_timeout=60) as journal:
         journal.append(event="one")
         journal._file.close()  # as after an unmount
         folder.rename(away)

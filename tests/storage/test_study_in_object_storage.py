@@ -59,11 +59,10 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
     import pytest
 
     from dmx.errors import StageError
-    from dmx.storage.folder_sync import FolderSync
-    from dmx.storage.places import Places
+    from dmx.storage.layout import FolderSync, StorageLayout
 
-    def places(node: str) -> Places:
-        return Places(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")
+    def places(node: str) -> StorageLayout:
+        return StorageLayout(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")
 
     def work(node: str, value: float) -> None:
         ledger = Ledger(tmp_path / node, name="s", space=space(tmp_path), num_trials=3, seed=1)

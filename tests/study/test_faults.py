@@ -105,7 +105,7 @@ def test_storage_that_vanishes_and_returns(tiny_store, tmp_path, undisturbed):
             timers.append(threading.Timer(2.0, away.rename, [study]))
             timers[0].start()
 
-    config = study_config(tmp_path, patience_seconds=120.0)
+    config = study_config(tmp_path, storage_timeout=120.0)
     result = run_study(config, tiny_store, study, slots=1, observers=(Watcher(act),))
     assert timers and not away.exists()
     assert result.complete and facts(result) == undisturbed
@@ -120,7 +120,7 @@ def test_storage_that_stays_away_is_one_sentence_and_can_be_continued(
         if number == 1 and metrics[keys.STEPS] == 4 and not away.exists():
             study.rename(away)
 
-    config = study_config(tmp_path, patience_seconds=1.0)
+    config = study_config(tmp_path, storage_timeout=1.0)
     with pytest.raises(StorageError) as caught:
         run_study(config, tiny_store, study, slots=1, observers=(Watcher(act),))
     assert "cannot be written for 1 s (No such file or directory)" in one_sentence(caught.value)

@@ -17,7 +17,7 @@ from dmx.cluster.gang import Gang
 from dmx.cluster.launch import start, stop, wait_any
 from dmx.schema import to_dict
 from dmx.search.ledger import trial_folder
-from dmx.storage.claim import read_claim
+from dmx.storage.journal import read_claim
 from dmx.study.study import run_study
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job

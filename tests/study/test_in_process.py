@@ -25,8 +25,8 @@ from dmx.search.ledger import trial_folder
 from dmx.search.objectives import pareto_front
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
-from dmx.storage.claim import read_claim
-from dmx.storage.places import SHARED
+from dmx.storage.journal import read_claim
+from dmx.storage.layout import SHARED_FILESYSTEM
 from dmx.study import hooks, study
 from dmx.study.finals import evaluate_test
 from dmx.study.study import StudyConfig, run_study
@@ -295,8 +295,8 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
     one = Workers(count=1, cpus=1, gpus=0)
-    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one, SHARED)
-    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one, SHARED)
+    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one, SHARED_FILESYSTEM)
+    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one, SHARED_FILESYSTEM)
 
 
 def test_several_objectives_on_two_workers(tiny_store, tmp_path):

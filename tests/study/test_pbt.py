@@ -27,7 +27,7 @@ from dmx.search.population import (
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.storage.journal import Journal
-from dmx.storage.places import SHARED, Places
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.pbt import Population, Segment, copied
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
@@ -167,14 +167,18 @@ class Killed(BaseException):
     """Stands for kill -9: what runs after it must not write."""
 
 
-def open_population(folder: Path, places: Places = SHARED) -> tuple[Ledger, Population]:
+def open_population(
+    folder: Path, places: StorageLayout = SHARED_FILESYSTEM
+) -> tuple[Ledger, Population]:
     ledger = Ledger(
         folder, name="s", space=rates(folder.parent), num_trials=MEMBERS, seed=5, sampler="random"
     )
     return ledger, Population(ledger, steps=(4, 8, 12), seed=5, places=places)
 
 
-def train(folder: Path, store: Store, slots: int = 1, places: Places = SHARED) -> None:
+def train(
+    folder: Path, store: Store, slots: int = 1, places: StorageLayout = SHARED_FILESYSTEM
+) -> None:
     """What Ray does: `slots` segments are handed out, and end in another order than they began."""
     ledger, population = open_population(folder, places)
     try:
@@ -193,7 +197,7 @@ def train(folder: Path, store: Store, slots: int = 1, places: Places = SHARED) -
 
 
 def run_segment(
-    folder: Path, store: Store, ledger: Ledger, segment: Segment, places: Places
+    folder: Path, store: Store, ledger: Ledger, segment: Segment, places: StorageLayout
 ) -> None:
     number, taken = segment.number, None
     settings = {**FIXED, "train.num_steps": MAX_STEPS}
@@ -285,7 +289,7 @@ def test_slots_and_turns_change_nothing(undisturbed, tiny_store, tmp_path):
 @pytest.mark.slow
 def test_nodes_that_meet_in_object_storage_only(undisturbed, tiny_store, tmp_path):
     folder = tmp_path / "study"
-    places = Places(run=str(folder), run_url=(tmp_path / "bucket").as_uri())
+    places = StorageLayout(run=str(folder), run_url=(tmp_path / "bucket").as_uri())
     train(folder, tiny_store, places=places)
     for number in range(MEMBERS):
         for name in ("best", "last"):

@@ -17,7 +17,7 @@ from dmx.errors import CheckpointError, ConfigError
 from dmx.nn import device
 from dmx.nn.device import pick_device
 from dmx.schema import to_dict
-from dmx.storage.claim import CLAIM_FILE
+from dmx.storage.journal import CLAIM_FILE
 from dmx.training import passes
 from dmx.training import trainer as trainer_module
 from dmx.training.checkpoint import open_checkpoint

@@ -11,15 +11,15 @@ import pytest
 from dmx.data.store import open_store
 from dmx.errors import DataError
 from dmx.schema import to_dict
-from dmx.storage.places import Places, copy_store
+from dmx.storage.layout import StorageLayout, copy_store
 from dmx.training.job import Job
 from dmx.training.runner import Runner
 from tests import tiny
 
 
-def node(tmp_path: Path, name: str) -> Places:
+def node(tmp_path: Path, name: str) -> StorageLayout:
     """A node's own disk; the run's path is the same on each, so each lies below its own root."""
-    return Places(run=str(tmp_path / name / "run"), run_url=f"file://{tmp_path}/bucket/run")
+    return StorageLayout(run=str(tmp_path / name / "run"), run_url=f"file://{tmp_path}/bucket/run")
 
 
 def reports(job: Job, count: int) -> list[dict[str, object]]:
@@ -42,7 +42,7 @@ def timeless(report: dict[str, object]) -> dict[str, object]:
 def test_a_trial_continues_on_another_node(tmp_path, tiny_store):
     """Nothing but the URL is shared; the reports are those of an uninterrupted run, bit for bit."""
 
-    def job(places: Places) -> Job:
+    def job(places: StorageLayout) -> Job:
         return Job(
             run_config=to_dict(tiny.config()),
             data_folder=str(tiny_store.folder),
@@ -51,7 +51,7 @@ def test_a_trial_continues_on_another_node(tmp_path, tiny_store):
         )
 
     (tmp_path / "c" / "run" / "trials").mkdir(parents=True)
-    whole = reports(Job(**{**vars(job(node(tmp_path, "c"))), "places": Places()}), 99)
+    whole = reports(Job(**{**vars(job(node(tmp_path, "c"))), "places": StorageLayout()}), 99)
     assert len(whole) >= 3
     first = reports(job(node(tmp_path, "a")), 2)
     second = reports(job(node(tmp_path, "b")), 99)
@@ -93,7 +93,7 @@ def test_below(tmp_path):
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_data_are_copied_to_the_node_once(tmp_path, tiny_store, scheme):
     source, name = tiny_store.folder.parent, tiny_store.folder.name
-    places = Places(data_source=f"{scheme}{source}", node_data=str(tmp_path / "node"))
+    places = StorageLayout(data_source=f"{scheme}{source}", node_data=str(tmp_path / "node"))
     folder = places.data(str(tmp_path / "node" / name))
     assert folder == tmp_path / "node" / name
     copied = open_store(folder, verify=True)
@@ -135,4 +135,4 @@ def test_data_that_are_not_there(tmp_path):
 
 
 def test_places_travel_as_plain_values():
-    assert all(isinstance(v, str | None) for v in dataclasses.asdict(Places()).values())
+    assert all(isinstance(v, str | None) for v in dataclasses.asdict(StorageLayout()).values())

@@ -1,0 +1,376 @@
+"""Where a node finds a run's files: shared storage, or local copies of object storage and data.
+
+Checkpoints go to object storage with the worker that writes them (StorageLayout.push), all else
+with the driver (FolderSync).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dmx import records as keys
+from dmx.errors import DataError, DmxError, StageError
+from dmx.paths import is_url
+from dmx.storage.files import (
+    MANIFEST_FILE,
+    exclusive_lock,
+    fsync_path,
+    replace_folder,
+    write_atomic,
+)
+from dmx.storage.journal import CLAIM_FILE, Claim, taken_over
+from dmx.storage.object_storage import FOLDER_SUFFIX, ObjectStorage, join
+
+logger = logging.getLogger("dmx.storage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageLayout:
+    """Plain texts that every worker gets; without any of them all paths are shared ones.
+
+    Attributes:
+        run: a run's folder, the same path on each node but not the same disk.
+        run_url: its counterpart in object storage, where nodes meet.
+        data_source: prepared data that all nodes see: a path or a URL.
+        node_data: a folder of each node's own disk that keeps a copy of the data it uses.
+    """
+
+    run: str | None = None
+    run_url: str | None = None
+    data_source: str | None = None
+    node_data: str | None = None
+
+    def below(self, folder: Path) -> StorageLayout:
+        """The layout of a run within the run."""
+        name = self._name(folder)
+        if name is None or self.run_url is None:
+            return self
+        return dataclasses.replace(self, run=str(folder), run_url=join(self.run_url, name))
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def claim(self, folder: Path, claim: Claim) -> None:
+        """Say in object storage as well who writes a folder from now on."""
+        name = self._name(folder)
+        if name is not None:
+            self._storage().write(f"{name}/{CLAIM_FILE}", json.dumps(claim.holder).encode())
+
+    def push(self, folder: Path, claim: Claim | None = None) -> None:
+        """Bring a checkpoint folder of this node to object storage, as a whole.
+
+        Args:
+            claim: of the folder that it lies in, where that was claimed.
+
+        Raises:
+            StorageError: it does not answer for a minute and more.
+            TakenOverError: another node has claimed it since.
+        """
+        name = self._name(folder)
+        if name is None:
+            return
+
+        def check() -> None:
+            if claim is not None:
+                self._check(name.rpartition("/")[0], claim)
+
+        write_atomic(_note(folder), self._storage().push(folder, name, check))
+
+    def _check(self, name: str, claim: Claim) -> None:
+        """Locks do not reach other nodes here; only what the last one wrote tells."""
+        raw = self._storage().read(f"{name}/{CLAIM_FILE}")
+        try:
+            found = json.loads(raw or b"{}")
+            ours = found["token"] == claim.token
+        except (ValueError, LookupError, TypeError, RecursionError):
+            found, ours = {}, False
+        if raw is not None and not ours:
+            raise taken_over(f"{self.run_url}/{name}", found)
+
+    def pull(self, folder: Path) -> None:
+        """Bring a checkpoint folder to this node if another node has a newer one, or any.
+
+        Raises:
+            StorageError: object storage does not answer.
+            CheckpointError: what it holds is damaged.
+        """
+        name = self._name(folder)
+        if name is None:
+            return
+        note = _note(folder)
+        known = note.read_text() if folder.is_dir() and note.is_file() else None
+        new = folder.parent / f".{folder.name}.pull-{os.getpid()}"
+        try:
+            version = self._storage().pull(name, new, known)
+            if version is not None and version != known:
+                note.unlink(missing_ok=True)
+                replace_folder(new, folder)
+                write_atomic(note, version)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _storage(self) -> ObjectStorage:
+        assert self.run_url is not None
+        return ObjectStorage(self.run_url)
+
+    def _name(self, folder: Path) -> str | None:
+        """The folder's name below the run, where the run has object storage."""
+        if self.run is None or self.run_url is None:
+            return None
+        try:
+            return folder.relative_to(self.run).as_posix()
+        except ValueError:  # weights from elsewhere, given as a path
+            return None
+
+    # -- data -------------------------------------------------------------------------------
+
+    def data(self, folder: str) -> Path:
+        """The store's folder on this node, copied there once from the source where need be.
+
+        Args:
+            folder: of a store, below `data_source` or already below `node_data`.
+
+        Raises:
+            DataError: the source has no such store, or this node's disk cannot hold it.
+        """
+        if self.node_data is not None and self.data_source is not None:
+            for root in (self.node_data, self.data_source):
+                if not is_url(root) and Path(folder).is_relative_to(root):
+                    name = Path(folder).relative_to(root).as_posix()
+                    return copy_store(self.data_source, name, Path(self.node_data))
+        return Path(folder)  # on shared storage; or a sample, or data from elsewhere
+
+
+SHARED_FILESYSTEM = StorageLayout()
+"""All nodes see all paths."""
+
+
+def copy_store(source: str, name: str, target_root: Path) -> Path:
+    """Copy store `name` from below `source` to `target_root`, once per node and content.
+
+    Processes of one node wait for each other. A store whose manifest has changed is copied again
+    under its old name; a process that still reads the old files keeps them.
+
+    Raises:
+        DataError: the source has no such store, or it cannot be copied.
+    """
+    target = target_root / name
+    try:
+        manifest = _source_manifest(source, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(target.parent / f".{target.name}.lock", str(target)):
+            here = target / MANIFEST_FILE
+            if here.is_file() and here.read_bytes() == manifest:
+                return target
+            new = target.parent / f".{target.name}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            _copy_files(source, name, new)
+            for path in (*new.rglob("*"), new):
+                fsync_path(path)
+            write_atomic(new / MANIFEST_FILE, manifest)
+            replace_folder(new, target)
+    except OSError as error:
+        raise DataError(
+            f"{source}/{name} cannot be copied to {target} ({error.strerror or error}); give a "
+            "--node-data folder with room."
+        ) from None
+    return target
+
+
+def _source_manifest(source: str, name: str) -> bytes:
+    if is_url(source):
+        found = ObjectStorage(source).read(f"{name}/{MANIFEST_FILE}")
+    else:
+        path = Path(source) / name / MANIFEST_FILE
+        found = path.read_bytes() if path.is_file() else None
+    if found is None:
+        raise DataError(
+            f"{source} has no prepared data for {name}; prepare them with python -m dmx.data "
+            f"{name} --data-root FOLDER, and copy FOLDER/{name} there."
+        )
+    return found
+
+
+def _copy_files(source: str, name: str, new: Path) -> None:
+    if not is_url(source):
+        shutil.copytree(Path(source) / name, new, ignore=shutil.ignore_patterns(".*"))
+        return
+    storage = ObjectStorage(source)
+    for file in storage.names(name):
+        storage.download(file, new / Path(file).relative_to(name))
+
+
+def _note(folder: Path) -> Path:
+    """Which version a node's copy is."""
+    return folder.parent / f".{folder.name}.version"
+
+
+JOURNALS = (keys.JOURNAL_FILE, keys.OPTUNA_FILE)
+"""What a study is continued from: one folder in object storage, at a moment when they agree."""
+STATE = "state"
+EVERY_SECONDS = 15.0
+"""What the loss of the driver's own disk can cost; the loss of its process costs nothing."""
+
+
+class FolderSync:
+    """Keeps the driver's files of a run in object storage while it runs, and brings them back.
+
+    Within its block a thread uploads what has changed, now and then, and at the end.
+
+    Args:
+        layout: the run's folder and its counterpart; without one nothing is done.
+    """
+
+    def __init__(self, layout: StorageLayout, every_seconds: float = EVERY_SECONDS) -> None:
+        self.layout = layout
+        self._folder = Path(layout.run or "")
+        self._storage = ObjectStorage(layout.run_url) if layout.run_url else None
+        self._every, self._sent = every_seconds, dict[str, tuple[int, int]]()
+        self._stop = threading.Event()
+        self._one_at_a_time = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def restore(self, *, checkpoints: bool = False) -> None:
+        """Bring the run's files here where this node has none, or older ones.
+
+        Args:
+            checkpoints: the best ones of all its parts as well.
+
+        Raises:
+            StageError: this node's journal and the stored one have gone different ways.
+            StorageError: object storage does not answer.
+        """
+        if self._storage is None:
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            state = Path(temporary) / STATE
+            if self._storage.pull(STATE, state) is None or not self._is_newer(state):
+                return
+            for name in self._storage.names():
+                if name.endswith(FOLDER_SUFFIX):  # the run's own best/ is stored file by file
+                    if checkpoints and name.endswith(f"/{keys.BEST_DIR}{FOLDER_SUFFIX}"):
+                        self.layout.pull(self._folder / name.removesuffix(FOLDER_SUFFIX))
+                elif not name.endswith(f"/{CLAIM_FILE}"):
+                    self._storage.download(name, self._folder / name)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in state.iterdir():
+                write_atomic(self._folder / path.name, path.read_bytes())
+        logger.info("%s was brought here from %s", self._folder, self._storage.url)
+
+    def _is_newer(self, state: Path) -> bool:
+        """Whether the stored journal goes on where this node's ends."""
+        here = self._folder / keys.JOURNAL_FILE
+        if not here.is_file():
+            return True
+        ours, theirs = _whole_lines(here), _whole_lines(state / keys.JOURNAL_FILE)
+        if ours.startswith(theirs) or theirs.startswith(ours):
+            return len(theirs) > len(ours)
+        raise StageError(
+            f"{here} and the one in object storage have gone different ways: two drivers ran at "
+            f"once. Move {self._folder} away to continue what is stored."
+        )
+
+    def sync(self) -> None:
+        """Upload what has changed since the last time.
+
+        Raises:
+            StorageError: object storage does not answer.
+        """
+        if self._storage is None or not self._folder.is_dir():
+            return
+        with self._one_at_a_time:
+            for path in _files_below(self._folder):
+                name = path.relative_to(self._folder)
+                if str(name) not in JOURNALS and not _is_workers(name):
+                    self._send(self._storage, path, name.as_posix())
+            if (self._folder / keys.JOURNAL_FILE).is_file():
+                self._send_journals(self._storage)
+
+    def _send(self, storage: ObjectStorage, path: Path, name: str) -> None:
+        try:
+            stat = path.stat()
+            mark = (stat.st_size, stat.st_mtime_ns)
+            if self._sent.get(name) == mark:
+                return
+            content = path.read_bytes()
+        except FileNotFoundError:  # replaced by a newer one right now
+            return
+        storage.write(name, content)
+        self._sent[name] = mark
+
+    def _send_journals(self, storage: ObjectStorage) -> None:
+        """All of them as they are while the journal, which is written first, does not grow."""
+        journal = self._folder / keys.JOURNAL_FILE
+        with tempfile.TemporaryDirectory() as temporary:
+            for _ in range(20):
+                size = journal.stat().st_size
+                for name in JOURNALS:
+                    if (self._folder / name).is_file():
+                        shutil.copyfile(self._folder / name, Path(temporary) / name)
+                if journal.stat().st_size == size:
+                    break
+            storage.push(Path(temporary), STATE)
+
+    def __enter__(self) -> Self:
+        if self._storage is not None:
+            self.sync()  # said now, not in an hour, when the storage cannot be written
+            self._thread = threading.Thread(target=self._run, name="dmx-sync", daemon=True)
+            self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every):
+            try:
+                self.sync()
+            except (DmxError, OSError) as error:
+                logger.warning("%s; what is on this node's disk is complete", error)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self.sync()
+        except (DmxError, OSError) as failed:
+            if error is None:
+                raise
+            logger.warning("%s; what is on this node's disk is complete", failed)
+
+
+def _is_workers(name: Path) -> bool:
+    """Checkpoints of trials and stages are pushed by their workers; the run's own best/ is not."""
+    parts = name.parts
+    if name.name == CLAIM_FILE:  # of this node; object storage has that of the node at work
+        return True
+    return bool({keys.LAST_DIR, "ray"} & set(parts)) or (keys.BEST_DIR in parts and len(parts) > 2)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All plain files below a folder that are not hidden, sorted."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
