@@ -12,7 +12,7 @@ from dmx.costing import costs
 from dmx.costing.stand_in import DryData
 from dmx.errors import EXIT_OK
 from dmx.log import console, verbatim
-from dmx.search.brackets import describe_rungs
+from dmx.search.rungs import describe_rungs
 
 
 def _resources(address: str | None) -> contextlib.AbstractContextManager[connection.Resources]:

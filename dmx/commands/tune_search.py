@@ -12,9 +12,9 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.resources import code_version
 from dmx.search import warm_start
-from dmx.search.brackets import LEAST_FACTOR
 from dmx.search.objectives import parse_objectives
 from dmx.search.population import check_population
+from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.sampling import check_sampler, independent
 from dmx.search.space import SearchSpace
 from dmx.search.study_settings import read_settings

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmx.config import RunConfig
-from dmx.costing.asha import ExpectedSteps, expected_steps
 from dmx.costing.count import StepCost, count_step, sizes
 from dmx.costing.estimate import Cost, check_price
 from dmx.costing.probe import Probe, probe_step
 from dmx.costing.view import describe, to_plain
 from dmx.data.store import Store
+from dmx.search.simulate import ExpectedSteps, expected_steps
 
 if TYPE_CHECKING:
     from dmx.study.config import StudyConfig
@@ -81,8 +81,7 @@ def _steps(config: StudyConfig, every: int, slots: int) -> ExpectedSteps:
         reduction_factor=config.reduction_factor,
         eval_every_steps=every,
         slots=min(slots, simulated),
-        early_stopping=config.scheduler in ("asha", "hyperband"),
-        hyperband=config.scheduler == "hyperband",
+        scheduler=config.scheduler,
     )
     more = config.num_trials / simulated
     return ExpectedSteps(full=config.num_trials * config.max_steps, expected=part.expected * more)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dmx.costing.asha import ExpectedSteps
 from dmx.costing.count import StepCost
 from dmx.costing.probe import Probe
 from dmx.errors import ConfigError
+from dmx.search.simulate import ExpectedSteps
 
 
 @dataclass(frozen=True, kw_only=True)

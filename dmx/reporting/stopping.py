@@ -8,12 +8,11 @@ from dmx.reporting.axis import Axis
 from dmx.reporting.figures import MANY_TRIALS, accuracy_axis, figure
 from dmx.reporting.markup import Markup
 from dmx.reporting.records import RunReport
-from dmx.reporting.rungs import Bracket, Rung, fill
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, legend
 from dmx.reporting.tables import Table, make
 from dmx.reporting.text import MISSING, percent
-from dmx.search.brackets import bracket_of, num_brackets
+from dmx.search.rungs import Brackets, Rung
 
 
 def filled_rungs(run: RunReport) -> list[Rung]:
@@ -24,25 +23,14 @@ def filled_rungs(run: RunReport) -> list[Rung]:
     search = run.search
     if search is None or search.scheduler not in ("asha", "hyperband"):
         return []
-    factor, max_steps = search.reduction_factor, search.max_steps
-    count = 1
-    if search.scheduler == "hyperband":
-        count = num_brackets(
-            grace_steps=search.grace_steps, max_steps=max_steps, reduction_factor=factor
-        )
-    reports = [(n, s, a) for n, s, a, _ in history(run.folder)]
-    found = []
-    for number in range(count):
-        grace = search.grace_steps * factor**number
-        if grace >= max_steps:
-            continue  # nothing is stopped in it
-        bracket = Bracket(grace_steps=grace, max_steps=max_steps, reduction_factor=factor)
-        own = [r for r in reports if bracket_of(r[0], count, factor) == number]
-        for rung in fill(bracket, own):
-            if rung.steps < max_steps:  # the last ends by itself
-                rung.bracket = number
-                found.append(rung)
-    return found
+    brackets = Brackets(
+        search.scheduler,
+        grace_steps=search.grace_steps,
+        max_steps=search.max_steps,
+        reduction_factor=search.reduction_factor,
+    )
+    brackets.fill((n, s, a) for n, s, a, _ in history(run.folder))
+    return brackets.rungs
 
 
 def rungs_table(rungs: list[Rung], factor: float) -> Table:

@@ -18,7 +18,7 @@ from dmx.search.population import apply
 from dmx.storage.files import is_storage_error
 from dmx.study.config import StudyConfig
 from dmx.study.pbt import Population, copied
-from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo, is_report
+from dmx.study.scheduler import NUMBER_KEY, RecordingScheduler, is_report
 from dmx.study.trainable import JOB_KEY, SLICE_SECONDS
 from dmx.study.watchdog import Watchdog
 
@@ -135,7 +135,7 @@ class Recorder(tune.Callback):
     def __init__(
         self,
         ledger: Ledger,
-        scheduler: DurableAsha | RecordingFifo,
+        scheduler: RecordingScheduler,
         observers: tuple[StudyObserver, ...],
         *,
         max_failures: int,
@@ -202,7 +202,7 @@ class Recorder(tune.Callback):
     def _finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
         self._ledger.finish(number, status, error)
         result = self._ledger.result(number)
-        reason = self._scheduler.reasons.get(number, "")
+        reason = self._scheduler.stopped.get(number, "")
         self._show("ended", dataclasses.replace(result, reason=reason))
 
     def _show(self, event: str, *values: Any) -> None:

@@ -14,10 +14,10 @@ from dmx.cluster import connection
 from dmx.data.store import Store
 from dmx.errors import DmxError
 from dmx.process import own_signals
-from dmx.search.brackets import num_brackets
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.objectives import pareto_front
 from dmx.search.population import boundaries
+from dmx.search.rungs import Brackets
 from dmx.search.study_settings import SETTINGS
 from dmx.study.config import StudyConfig
 from dmx.study.hooks import (
@@ -28,7 +28,7 @@ from dmx.study.hooks import (
     StudyObserver,
 )
 from dmx.study.pbt import Population
-from dmx.study.scheduler import DurableAsha, RecordingFifo
+from dmx.study.scheduler import RecordingScheduler
 from dmx.study.trainable import TrialRoom, TrialTrainable, give_back_rooms
 from dmx.study.watchdog import Watchdog
 
@@ -113,14 +113,14 @@ def _best(trials: tuple[keys.TrialResult, ...], front: tuple[int, ...]) -> keys.
 
 def _catch_up(
     ledger: Ledger,
-    scheduler: DurableAsha | RecordingFifo,
+    scheduler: RecordingScheduler,
     observers: tuple[StudyObserver, ...],
 ) -> None:
     """Carry out what was decided, and show what was recorded, when a crash came in between."""
     events = [e for e in ledger.record.journal.events if e.get("event") != SETTINGS]
     last = events[-1] if events else {}
     ended = [last["trial"]] if last.get("event") == "outcome" else []
-    for number in sorted(scheduler.stopped - ledger.outcomes.keys()):
+    for number in sorted(scheduler.stopped.keys() - ledger.outcomes.keys()):
         ledger.finish(number, "PRUNED")
         ended.append(number)
     ledger.forget_ended()
@@ -130,20 +130,20 @@ def _catch_up(
             observer.reported(last["trial"], last["metrics"])
         for result in ledger.results():
             if result.number in ended:
-                reason = scheduler.reasons.get(result.number, "")
+                reason = scheduler.stopped.get(result.number, "")
                 observer.ended(dataclasses.replace(result, reason=reason))
 
 
-def _scheduler(config: StudyConfig, ledger: Ledger) -> DurableAsha | RecordingFifo:
+def _scheduler(config: StudyConfig, ledger: Ledger) -> RecordingScheduler:
     if config.scheduler in ("none", "pbt"):
-        return RecordingFifo(ledger)
-    rungs = {
-        "max_steps": config.max_steps,
-        "grace_steps": min(config.grace_steps, config.max_steps),
-        "reduction_factor": config.reduction_factor,
-    }
-    brackets = num_brackets(**rungs) if config.scheduler == "hyperband" else 1
-    return DurableAsha(ledger, **rungs, brackets=brackets)  # type: ignore[arg-type]
+        return RecordingScheduler(ledger)
+    brackets = Brackets(
+        config.scheduler,
+        grace_steps=min(config.grace_steps, config.max_steps),
+        max_steps=config.max_steps,
+        reduction_factor=config.reduction_factor,
+    )
+    return RecordingScheduler(ledger, brackets)
 
 
 def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
@@ -176,7 +176,7 @@ def _fit(
     folder: Path,
     slots: int,
     ledger: Ledger,
-    scheduler: DurableAsha | RecordingFifo,
+    scheduler: RecordingScheduler,
     observers: tuple[StudyObserver, ...],
     deadline: float,
 ) -> None:

@@ -27,10 +27,11 @@ from soak_study import SPACE, TASK
 
 from dmx import records as keys
 from dmx.search.ledger import Ledger, trial_folder
+from dmx.search.rungs import Brackets
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.study.files import write_trials
-from dmx.study.scheduler import DurableAsha
+from dmx.study.scheduler import RecordingScheduler
 from dmx.study.view import TensorBoardView
 
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
@@ -41,9 +42,10 @@ def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> 
     return Ledger(folder, name="s", space=space, num_trials=trials, seed=0, sampler=sampler)
 
 
-def asha(ledger: Ledger) -> DurableAsha:
+def asha(ledger: Ledger) -> RecordingScheduler:
     """As `dmx.tune` builds it."""
-    return DurableAsha(ledger, max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
+    brackets = Brackets("asha", max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
+    return RecordingScheduler(ledger, brackets)
 
 
 def metrics(point: dict[str, Any], step: int, best: float, draw: random.Random) -> dict[str, Any]:

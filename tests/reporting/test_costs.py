@@ -14,7 +14,6 @@ import torch
 from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
 from dmx.costing import costs, count
-from dmx.costing.asha import ExpectedSteps, expected_steps
 from dmx.costing.count import StepCost, check_memory, count_step, num_parameters
 from dmx.costing.estimate import Cost
 from dmx.costing.probe import Probe, _part, probe_step
@@ -23,6 +22,7 @@ from dmx.costing.stand_in import GENERATED, RANDOM
 from dmx.data.batches import Batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
+from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.training.trainer import Trainer
 from tests.tiny import SETTINGS, TASK, one_sentence
 
@@ -190,7 +190,7 @@ def test_expected_steps_at_the_ends() -> None:
         reduction_factor=3.0,
         eval_every_steps=1,
         slots=2,
-        early_stopping=False,
+        scheduler="none",
     )
     assert full.expected == full.full == 50 and full.saved == 0
 

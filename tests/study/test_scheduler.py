@@ -13,7 +13,8 @@ import pytest
 
 from dmx.records import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.search.ledger import Ledger
-from dmx.study.scheduler import NUMBER_KEY, DurableAsha, RecordingFifo
+from dmx.search.rungs import Brackets
+from dmx.study.scheduler import NUMBER_KEY, RecordingScheduler
 from dmx.study.study import _catch_up
 from tests.study.helpers import space
 
@@ -58,8 +59,15 @@ def open_ledger(folder: Path) -> Ledger:
     return Ledger(folder, name="s", space=space(folder.parent), num_trials=TRIALS, seed=1)
 
 
-def open_asha(ledger: Ledger) -> DurableAsha:
-    return DurableAsha(ledger, max_steps=MAX_STEPS, grace_steps=GRACE, reduction_factor=FACTOR)
+def open_asha(ledger: Ledger, kind: str = "asha") -> RecordingScheduler:
+    brackets = Brackets(kind, max_steps=MAX_STEPS, grace_steps=GRACE, reduction_factor=FACTOR)
+    return RecordingScheduler(ledger, brackets)
+
+
+def rungs(asha: RecordingScheduler) -> list[tuple[int, dict[int, float]]]:
+    """(steps, {trial: accuracy}), lowest first."""
+    assert asha._brackets is not None
+    return [(int(r.steps), {e.trial: e.accuracy for e in r.entries}) for r in asha._brackets.rungs]
 
 
 def fake_trial(number: int, session: str) -> Any:
@@ -91,12 +99,12 @@ def play(folder: Path, reports: list[tuple[int, int, float]], restarts: set[int]
     stopped: set[int] = set()
     for place, (number, step, value) in enumerate(reports):
         if place in restarts:
-            before = asha.rungs()
+            before = rungs(asha)
             ledger.close()
             ledger = open_ledger(folder)
             asha = open_asha(ledger)
-            assert asha.rungs() == before, "replayed rungs are the live ones"
-            assert asha.stopped == stopped
+            assert rungs(asha) == before, "replayed rungs are the live ones"
+            assert asha.stopped.keys() == stopped
         if number in stopped:
             continue
         trial = fake_trial(number, f"session{place}")
@@ -111,14 +119,14 @@ def play(folder: Path, reports: list[tuple[int, int, float]], restarts: set[int]
             assert again == decisions[number, step], "a repeated report decides the same"
         if decisions[number, step]:
             stopped.add(number)
-    rungs = asha.rungs()
+    recorded = rungs(asha)
     ledger.close()
-    return decisions, rungs
+    return decisions, recorded
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_decisions_are_the_rules(tmp_path, seed):
-    decisions, rungs = play(tmp_path / "s", script(seed), set())
+    decisions, recorded = play(tmp_path / "s", script(seed), set())
     rule = Rule()
     stopped: set[int] = set()
     for number, step, value in script(seed):
@@ -127,7 +135,7 @@ def test_decisions_are_the_rules(tmp_path, seed):
             assert decisions[number, step] == expected, (number, step)
             if expected:
                 stopped.add(number)
-    assert rungs == [(int(m), rule.rungs[m]) for m in sorted(rule.rungs)]
+    assert recorded == [(int(m), rule.rungs[m]) for m in sorted(rule.rungs)]
     assert 3 <= len(stopped) < TRIALS, "the script is one in which ASHA does something"
 
 
@@ -140,20 +148,20 @@ def test_a_restart_before_any_report_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_failure_is_not_a_result(tmp_path):
     ledger = open_ledger(tmp_path / "s")
-    for scheduler in (open_asha(ledger), RecordingFifo(ledger)):
+    for scheduler in (open_asha(ledger), RecordingScheduler(ledger)):
         trial = fake_trial(0, "x")
         failed = {STEPS: 2, DEV_ACCURACY: 0.0, FAILURE: "it broke", "done": True}
         scheduler.on_trial_add(None, trial)
         assert scheduler.on_trial_result(None, trial, failed) == "STOP"
         scheduler.on_trial_complete(None, trial, failed)
         assert not ledger.reports and not scheduler.stopped
-        assert all(not recorded for _, recorded in scheduler.rungs())
+    assert all(not recorded for _, recorded in rungs(open_asha(ledger)))
     ledger.close()
 
 
 def test_training_that_goes_on_is_not_a_result(tmp_path):
     ledger = open_ledger(tmp_path / "s")
-    for scheduler in (open_asha(ledger), RecordingFifo(ledger)):
+    for scheduler in (open_asha(ledger), RecordingScheduler(ledger)):
         result = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
         scheduler.on_trial_add(None, fake_trial(0, "x"))
         assert scheduler.on_trial_result(None, fake_trial(0, "x"), result) == "CONTINUE"
@@ -164,7 +172,7 @@ def test_training_that_goes_on_is_not_a_result(tmp_path):
 
 def test_without_a_scheduler_everything_is_recorded(tmp_path):
     ledger = open_ledger(tmp_path / "s")
-    fifo = RecordingFifo(ledger)
+    fifo = RecordingScheduler(ledger)
     for number in range(3):
         for step in (2, 4):
             result = {STEPS: step, DEV_ACCURACY: -number, "best_dev_accuracy": 0}

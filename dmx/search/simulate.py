@@ -1,15 +1,13 @@
-"""How many optimizer steps a study is expected to take, with ASHA stopping trials early."""
+"""How many optimizer steps a study is expected to take, with its scheduler stopping trials."""
 
 from __future__ import annotations
 
 import heapq
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 
-from dmx.reporting.rungs import Bracket
-from dmx.search.brackets import bracket_of, num_brackets
+from dmx.search.rungs import Brackets
 
 _DRAWS = 100
 
@@ -35,71 +33,47 @@ def expected_steps(
     reduction_factor: float,
     eval_every_steps: int,
     slots: int,
-    early_stopping: bool = True,
-    hyperband: bool = False,
+    scheduler: str = "asha",
 ) -> ExpectedSteps:
-    """Simulate ASHA over trials of random quality whose order never changes.
+    """Simulate a study over trials of random quality whose order never changes.
 
     A better sampler sends trials that are harder to tell apart, and noise promotes some: a real
     study may save less. The first trials to reach a rung always go on, so short studies save
-    little. Hyperband's brackets are simulated one after another.
+    little.
     """
     full = num_trials * max_steps
-    if not early_stopping or num_trials < 1:
+    if scheduler not in ("asha", "hyperband") or num_trials < 1:
         return ExpectedSteps(full=full, expected=float(full))
-    grace = min(grace_steps, max_steps)
-    brackets = 1
-    if hyperband:
-        brackets = num_brackets(
-            grace_steps=grace, max_steps=max_steps, reduction_factor=reduction_factor
-        )
-    members = Counter(bracket_of(n, brackets, reduction_factor) for n in range(num_trials))
     draw = random.Random(0)
-    total = sum(
-        _simulate(
-            [draw.random() for _ in range(count)],
+    total = 0
+    for _ in range(_DRAWS):
+        brackets = Brackets(
+            scheduler,
+            grace_steps=min(grace_steps, max_steps),
             max_steps=max_steps,
-            grace_steps=grace * reduction_factor**bracket,
             reduction_factor=reduction_factor,
-            eval_every_steps=eval_every_steps,
-            slots=slots,
         )
-        for bracket, count in sorted(members.items())
-        for _ in range(_DRAWS)
-    )
+        qualities = [draw.random() for _ in range(num_trials)]
+        total += _simulate(qualities, brackets, max_steps, eval_every_steps, slots)
     return ExpectedSteps(full=full, expected=total / _DRAWS)
 
 
 def _simulate(
-    qualities: list[float],
-    *,
-    max_steps: int,
-    grace_steps: float,
-    reduction_factor: float,
-    eval_every_steps: int,
-    slots: int,
+    qualities: list[float], brackets: Brackets, max_steps: int, every: int, slots: int
 ) -> int:
     """Steps that one study takes; every trial is equally fast."""
-    bracket = Bracket(
-        grace_steps=grace_steps, max_steps=max_steps, reduction_factor=reduction_factor
-    )
     # Only evaluations that fill a rung decide anything: the first at or after it.
     marks = sorted(
-        {
-            min(math.ceil(r.steps / eval_every_steps - 1e-9) * eval_every_steps, max_steps)
-            for r in bracket.rungs
-        }
+        {min(math.ceil(r.steps / every - 1e-9) * every, max_steps) for r in brackets.rungs}
         | {max_steps}
     )
     waiting = iter(range(len(qualities)))
-    # (clock, trial, index of its next mark, steps it has taken)
-    running: list[tuple[int, int, int]] = []
-    for _ in range(min(slots, len(qualities))):
-        heapq.heappush(running, (marks[0], next(waiting), 0))
+    # (clock, trial, index of its next mark)
+    running = [(marks[0], next(waiting), 0) for _ in range(min(slots, len(qualities)))]
     total = 0
     while running:
         clock, trial, mark = heapq.heappop(running)
-        goes_on = bracket.report(trial, marks[mark], qualities[trial])
+        goes_on = brackets.report(trial, marks[mark], qualities[trial])
         if goes_on and marks[mark] < max_steps:
             heapq.heappush(running, (clock + marks[mark + 1] - marks[mark], trial, mark + 1))
             continue
