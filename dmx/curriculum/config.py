@@ -20,8 +20,8 @@ from dmx.paths import expand
 from dmx.records import SamplerKind, SchedulerKind
 from dmx.registry import choices_message
 from dmx.schema import from_dict, join, read_yaml, to_dict
-from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.population import check_population
+from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.tasks import task_for
