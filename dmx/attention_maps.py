@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from dmx import cli
-from dmx import records as keys
 from dmx.commands import reading_options
 from dmx.data.batches import make_batch
 from dmx.data.obtain import obtain
@@ -21,6 +20,7 @@ from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.log import verbatim
 from dmx.paths import local_path
+from dmx.runs.metrics import STEPS
 from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter
 from dmx.training import attention_maps as maps
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         trainer.load_weights(checkpoint)
         with _writer(out) as writer:
             drawing = _Drawing(trainer, split, layers, args.groups, out, writer)
-            step = int(checkpoint.metrics.get(keys.STEPS, 0))
+            step = int(checkpoint.metrics.get(STEPS, 0))
             count = sum(drawing.example(index, step) for index in examples)
     finally:
         trainer.close()

@@ -22,37 +22,51 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import FileWriter
 
-from dmx import records as keys
 from dmx.quiet_threads import keep_writers_quiet
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    PARAMETERS,
+    PEAK_MEMORY_MB,
+    SAMPLES,
+    SAMPLES_PER_SECOND,
+    STEP_SECONDS,
+    STEPS,
+    TEST_ACCURACY,
+    TRAIN_LOSS,
+)
 from dmx.storage.files import write_atomic
 
 COLUMNS_FILE = "hparams.json"
 _METRICS = (
-    keys.BEST_DEV_ACCURACY,
-    keys.DEV_ACCURACY,
-    keys.DEV_LOSS,
-    keys.TRAIN_LOSS,
-    keys.STEPS,
-    keys.SAMPLES_PER_SECOND,
-    keys.STEP_SECONDS,
-    keys.PEAK_MEMORY_MB,
-    keys.PARAMETERS,
-    keys.TEST_ACCURACY,
+    BEST_DEV_ACCURACY,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    TRAIN_LOSS,
+    STEPS,
+    SAMPLES_PER_SECOND,
+    STEP_SECONDS,
+    PEAK_MEMORY_MB,
+    PARAMETERS,
+    TEST_ACCURACY,
 )
 BY_SAMPLES = "by_samples/"
-_BY_SAMPLES_KEYS = (keys.DEV_ACCURACY, keys.DEV_LOSS, keys.TRAIN_LOSS)
+_BY_SAMPLES_KEYS = (DEV_ACCURACY, DEV_LOSS, TRAIN_LOSS)
 _CHARTS = {
     "accuracy": {
-        "dev accuracy": keys.DEV_ACCURACY,
-        "best dev accuracy so far": keys.BEST_DEV_ACCURACY,
-        "dev accuracy by training samples": BY_SAMPLES + keys.DEV_ACCURACY,
+        "dev accuracy": DEV_ACCURACY,
+        "best dev accuracy so far": BEST_DEV_ACCURACY,
+        "dev accuracy by training samples": BY_SAMPLES + DEV_ACCURACY,
     },
-    "loss": {"dev loss": keys.DEV_LOSS, "train loss": keys.TRAIN_LOSS},
+    "loss": {"dev loss": DEV_LOSS, "train loss": TRAIN_LOSS},
     "training": {
-        "learning rate": keys.LEARNING_RATE,
-        "gradient norm": keys.GRADIENT_NORM,
-        "samples per second": keys.SAMPLES_PER_SECOND,
-        "peak memory (MB)": keys.PEAK_MEMORY_MB,
+        "learning rate": LEARNING_RATE,
+        "gradient norm": GRADIENT_NORM,
+        "samples per second": SAMPLES_PER_SECOND,
+        "peak memory (MB)": PEAK_MEMORY_MB,
     },
 }
 _STATUS = {
@@ -93,9 +107,9 @@ class RunWriter:
             if isinstance(v, int | float) and not isinstance(v, bool)
         }
         self._numbers(numbers, step)
-        if keys.SAMPLES in numbers:
+        if SAMPLES in numbers:
             shown = {BY_SAMPLES + k: numbers[k] for k in _BY_SAMPLES_KEYS if k in numbers}
-            self._numbers(shown, int(numbers[keys.SAMPLES]))
+            self._numbers(shown, int(numbers[SAMPLES]))
         self.flush()
 
     def _numbers(self, numbers: Mapping[str, float], step: int) -> None:

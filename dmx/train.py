@@ -18,7 +18,6 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dmx import cli, process
-from dmx import records as keys
 from dmx.commands import resuming, train_workers
 from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config, schedule
@@ -38,6 +37,20 @@ from dmx.log import console, verbatim
 from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
+from dmx.runs import layout
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    BEST_STEP,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    FAILURE,
+    REPORT_KEYS,
+    STEPS,
+    TEST_ACCURACY,
+    TEST_LOSS,
+    TRAIN_LOSS,
+    UNDER_WAY,
+)
 from dmx.schema import read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
@@ -151,7 +164,7 @@ def _default_name(given: Mapping[str, Any]) -> str | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     path = meant_checkpoint(path)
-    return read_yaml(path / keys.CONFIG_FILE if path.is_dir() else path)
+    return read_yaml(path / layout.CONFIG_FILE if path.is_dir() else path)
 
 
 def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None) -> int:
@@ -231,20 +244,20 @@ def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
 def _settings_of(folder: Path) -> dict[str, Any]:
     """Of a run of an earlier dmx, which left them in its checkpoints alone."""
     try:
-        return {"config": to_dict(open_checkpoint(folder / keys.LAST_DIR).config)}
+        return {"config": to_dict(open_checkpoint(folder / layout.LAST_DIR).config)}
     except CheckpointError:
         return {}
 
 
 def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    if not is_there(folder / keys.LAST_DIR):
+    if not is_there(folder / layout.LAST_DIR):
         return  # it was stopped before its first evaluation: it starts again
     compared = {key: new[key] for key in old if key in new}
     changed = changes(old, compared, free=("config.data.root", "config.init.path"))
     if any(text.startswith("train.num_steps") for text in changed):
         raise ConfigError(
             f"{folder} holds another run ({'; '.join(changed[:3])}); the learning rate's schedule "
-            f"spans all steps, so train on in another run: --init-from {folder / keys.BEST_DIR}."
+            f"spans all steps, so train on in another run: --init-from {folder / layout.BEST_DIR}."
         )
     if changed:
         raise ConfigError(
@@ -298,38 +311,38 @@ def _train(
                 if stopped():
                     raise KeyboardInterrupt
                 check()
-                if report.get(keys.UNDER_WAY):
+                if report.get(UNDER_WAY):
                     continue
-                if report.get(keys.FAILURE):
-                    logger.error("the run failed: %s", report[keys.FAILURE])
+                if report.get(FAILURE):
+                    logger.error("the run failed: %s", report[FAILURE])
                     events.end("FAILED")
                     return EXIT_FAILED
-                show(int(report[keys.STEPS]))
-                events.scalars(report, int(report[keys.STEPS]))
-                if report[keys.BEST_STEP] == report[keys.STEPS]:
-                    write_samples(events, folder / keys.BEST_DIR, int(report[keys.STEPS]))
+                show(int(report[STEPS]))
+                events.scalars(report, int(report[STEPS]))
+                if report[BEST_STEP] == report[STEPS]:
+                    write_samples(events, folder / layout.BEST_DIR, int(report[STEPS]))
                 logger.info(
                     "step %d: train loss %.4f, dev loss %.4f, dev accuracy %.4f (best %.4f)",
-                    *(report[k] for k in (keys.STEPS, keys.TRAIN_LOSS, keys.DEV_LOSS)),
-                    *(report[k] for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY)),
+                    *(report[k] for k in (STEPS, TRAIN_LOSS, DEV_LOSS)),
+                    *(report[k] for k in (DEV_ACCURACY, BEST_DEV_ACCURACY)),
                 )
                 if report["done"]:
                     break
             runner.close()
-            result = runner.evaluate(folder / keys.BEST_DIR, "test")
-    events.scalars({keys.TEST_ACCURACY: result["accuracy"]}, int(report[keys.STEPS]))
+            result = runner.evaluate(folder / layout.BEST_DIR, "test")
+    events.scalars({TEST_ACCURACY: result["accuracy"]}, int(report[STEPS]))
     events.end("COMPLETE")
     summary = {
         "data": store.manifest.label,
         "is_sample": store.manifest.is_sample,
-        keys.TEST_ACCURACY: result["accuracy"],
-        keys.TEST_LOSS: result["loss"] if math.isfinite(result["loss"]) else None,
-        **{k: report[k] for k in keys.REPORT_KEYS if k in report},
+        TEST_ACCURACY: result["accuracy"],
+        TEST_LOSS: result["loss"] if math.isfinite(result["loss"]) else None,
+        **{k: report[k] for k in REPORT_KEYS if k in report},
     }
     write_atomic(folder / "result.json", json.dumps(summary, indent=2) + "\n")
     verbatim(
         f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
-        f"(best dev accuracy {report[keys.BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"
+        f"(best dev accuracy {report[BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"
         f"files: {folder}  (best/, last/, result.json)"
     )
     return EXIT_OK

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dmx.fitting import Col, FittingTable
-from dmx.records import TrialResult
+from dmx.runs.study import TrialResult
 from dmx.study.view import trials_table
 
 NAMES = (

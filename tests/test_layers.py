@@ -16,8 +16,8 @@ PACKAGE = ROOT / "dmx"
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
     errors terminal log process quiet_threads paths wording format registry schema overrides
-    records resources cli
-    storage tensorboard runs
+    resources cli
+    storage runs tensorboard
     tasks data nn attention model fitting config training search costing costs
     cluster study curriculum reporting commands
     report leaderboard tune train attention_maps

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dmx import log
-from dmx import records as keys
 from dmx.cluster import connection, waiting
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.storage.files import copy_folder
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.training.checkpoint import open_checkpoint
@@ -167,15 +168,15 @@ class Gang:
                     f"its workers died {self._deaths} times without getting any further, "
                     f"last: {_reason(error)}"
                 )
-                end = {keys.FAILURE: failure, keys.LOST: True, "done": True}
-                return {keys.STEPS: max(self._steps, 0), keys.DEV_ACCURACY: 0.0, **end}
-            if keys.FAILURE in report:
+                end = {FAILURE: failure, RESUMABLE: True, "done": True}
+                return {STEPS: max(self._steps, 0), DEV_ACCURACY: 0.0, **end}
+            if FAILURE in report:
                 self._end()
                 return report
-            if keys.UNDER_WAY in report:
+            if UNDER_WAY in report:
                 return report
-            if report[keys.STEPS] > self._steps:  # else it is known, repeated after a restart
-                self._steps, self._deaths = report[keys.STEPS], 0
+            if report[STEPS] > self._steps:  # else it is known, repeated after a restart
+                self._steps, self._deaths = report[STEPS], 0
                 return report
 
     def _advance(self) -> dict[str, Any]:
@@ -184,15 +185,15 @@ class Gang:
             self._rest()  # so that they start again together
         self._resting = False
         if not self._members and not self._form():
-            under_way = {keys.UNDER_WAY: True, "done": False}
-            return {keys.STEPS: max(self._steps, 0), keys.DEV_ACCURACY: 0.0, **under_way}
+            under_way = {UNDER_WAY: True, "done": False}
+            return {STEPS: max(self._steps, 0), DEV_ACCURACY: 0.0, **under_way}
         pending = [member.step.remote() for member in self._members]
         reports = {}
         leader = pending[0]
         while pending:
             ready, pending = ray.wait(pending, num_returns=1)
             report: dict[str, Any] = ray.get(ready[0])
-            if keys.FAILURE in report:  # the others may wait for this one
+            if FAILURE in report:  # the others may wait for this one
                 return report
             reports[ready[0]] = report
         self._resting = True
@@ -306,7 +307,7 @@ class Gang:
 
     def save_into(self, folder: Path) -> None:
         """Copy the last checkpoint; the members rest, so that it is the present state."""
-        folder_of_last = Path(self.job.folder) / keys.LAST_DIR
+        folder_of_last = Path(self.job.folder) / layout.LAST_DIR
         self.job.places.pull(folder_of_last)
         last = open_checkpoint(folder_of_last)
         shutil.copytree(last.folder, folder, dirs_exist_ok=True)
@@ -315,7 +316,7 @@ class Gang:
         """Go on from another checkpoint."""
         self.close()
         self._steps = -1
-        copy_folder(open_checkpoint(folder).folder, Path(self.job.folder) / keys.LAST_DIR)
+        copy_folder(open_checkpoint(folder).folder, Path(self.job.folder) / layout.LAST_DIR)
 
 
 def _reason(error: RayError) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx import log
-from dmx import records as keys
 from dmx.cluster import connection
 from dmx.cluster.gang import runner_of
+from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.training.job import Job
 
 import ray  # isort: skip
@@ -105,7 +105,7 @@ def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if running.restarts > max_restarts:
             failure = f"its process died {running.restarts} times, last: {reason}"
-            return {keys.FAILURE: failure, keys.LOST: True, "done": True}
+            return {FAILURE: failure, RESUMABLE: True, "done": True}
         logger.warning(
             "the worker of %s died (%s); it continues from its last checkpoint.",
             running.job.folder,
@@ -114,13 +114,13 @@ def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
         running.job = dataclasses.replace(running.job, takes_over=True)
         _launch(running)
         return None
-    if report.get(keys.STEPS, 0) > running.steps:
-        running.steps, running.restarts = report[keys.STEPS], 0
+    if report.get(STEPS, 0) > running.steps:
+        running.steps, running.restarts = report[STEPS], 0
     if report.get("done"):
         stop(running)
     else:
         running.future = running.actor.step.remote()
-    return None if report.get(keys.UNDER_WAY) else report
+    return None if report.get(UNDER_WAY) else report
 
 
 def stop(*runs: Running) -> None:

@@ -12,7 +12,7 @@ from dmx.commands import place_options
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.paths import is_url
-from dmx.records import Kind
+from dmx.runs.layout import Kind
 from dmx.search.study_settings import read_record
 from dmx.storage.layout import FolderSync
 

@@ -8,7 +8,7 @@ from dmx import cli
 from dmx.commands import compute_flags, place_flags
 from dmx.commands.setting_hints import as_setting
 from dmx.errors import ConfigError
-from dmx.records import SAMPLERS, SCHEDULERS
+from dmx.runs.study import SAMPLERS, SCHEDULERS
 from dmx.storage.files import STORAGE_TIMEOUT
 
 EXAMPLES = """\

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dmx import log
-from dmx import records as keys
 from dmx.cluster import connection, launch, waiting
 from dmx.curriculum.controller import ClusterLost, Message
 from dmx.curriculum.resources import Key
 from dmx.data.prepare import prepare_missing
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
+from dmx.runs.study import TrialResult
 from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, read_journal
@@ -44,8 +46,8 @@ class SearchView:
     """Log lines of a search's trials, read from its journal: the search runs elsewhere."""
 
     def __init__(self, folder: Path, num_trials: int) -> None:
-        self._path, self._view = folder / keys.JOURNAL_FILE, LogView(num_trials)
-        self._trials: dict[int, keys.TrialResult] = {}
+        self._path, self._view = folder / layout.JOURNAL_FILE, LogView(num_trials)
+        self._trials: dict[int, TrialResult] = {}
         self._read = 0
         for event in self._new_events():  # of an earlier session
             self._take(event)
@@ -77,15 +79,15 @@ class SearchView:
                     events.append(event)
         return events
 
-    def _take(self, event: Mapping[str, Any]) -> keys.TrialResult:
+    def _take(self, event: Mapping[str, Any]) -> TrialResult:
         number = int(event["trial"])
         known = self._trials.get(
             number,
-            keys.TrialResult(trial_id=str(number), number=number, status="RUNNING", params={}),
+            TrialResult(trial_id=str(number), number=number, status="RUNNING", params={}),
         )
         if event["event"] == "report":
             metrics = event["metrics"]
-            best, steps = metrics[keys.BEST_DEV_ACCURACY], metrics[keys.STEPS]
+            best, steps = metrics[BEST_DEV_ACCURACY], metrics[STEPS]
             known = dataclasses.replace(known, best_dev_accuracy=best, steps=steps)
         else:
             known = dataclasses.replace(known, status=event["status"], error=event["error"])
@@ -161,12 +163,12 @@ class RayBackend:
         timeout = min(timeout_seconds, 0.2) if self._tasks else timeout_seconds
         for run, report in launch.wait_any(list(self._runs.values()), timeout_seconds=timeout):
             key = by_folder[run.job.folder]
-            failure, done = report.get(keys.FAILURE), bool(report.get("done"))
+            failure, done = report.get(FAILURE), bool(report.get("done"))
             if done:
                 del self._runs[key]
-                self._places.pull(Path(run.job.folder) / keys.BEST_DIR)
+                self._places.pull(Path(run.job.folder) / layout.BEST_DIR)
             shown = {} if failure else report
-            lost = bool(report.get(keys.LOST))
+            lost = bool(report.get(RESUMABLE))
             messages.append(Message(key=key, report=shown, done=done, failure=failure, lost=lost))
         return messages
 
@@ -188,7 +190,7 @@ class RayBackend:
                 continue
             if key.kind == "train":
                 reports, failure, found = value
-                self._places.pull(self._searched[key] / keys.BEST_DIR)
+                self._places.pull(self._searched[key] / layout.BEST_DIR)
                 messages += [Message(key=key, report=report) for report in reports]
                 messages.append(Message(key=key, done=True, failure=failure, value=found))
             else:
@@ -262,8 +264,8 @@ def _search(
         if best is None:
             return [], "no trial of the search reported a dev accuracy", None
         assert best.checkpoint is not None
-        study.places.push(path / keys.BEST_DIR)
-        events, _ = read_journal(path / keys.JOURNAL_FILE)
+        study.places.push(path / layout.BEST_DIR)
+        events, _ = read_journal(path / layout.JOURNAL_FILE)
     finally:
         view.close()
         claim.release()
@@ -274,8 +276,8 @@ def _search(
         "trial": best.number,
         "num_trials": len(result.trials),
         "params": summary["best"]["params"],
-        "config": to_dict(open_checkpoint(path / keys.BEST_DIR).config),
-        keys.STEPS: sum(t.steps for t in result.trials),
-        keys.TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
+        "config": to_dict(open_checkpoint(path / layout.BEST_DIR).config),
+        STEPS: sum(t.steps for t in result.trials),
+        TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
     }
-    return sorted(reports, key=lambda m: m[keys.STEPS]), None, found
+    return sorted(reports, key=lambda m: m[STEPS]), None, found

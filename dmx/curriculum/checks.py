@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import History, StageState, attempt_folder
@@ -16,7 +15,9 @@ from dmx.data.locate import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
 from dmx.overrides import flatten
-from dmx.records import CheckpointRef
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.run import CheckpointRef
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
 from dmx.training import trainer
@@ -168,16 +169,16 @@ def check_promoted(stage: str, promoted: Mapping[str, Any], run_folder: Path) ->
         open_checkpoint(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{str(error).rstrip('.')}; {remedy}.") from None
-    if sha256_file(folder / keys.MODEL_FILE) != promoted["sha256"]:
+    if sha256_file(folder / layout.MODEL_FILE) != promoted["sha256"]:
         raise CheckpointError(
-            f"{folder / keys.MODEL_FILE} is damaged or was edited after stage {stage} ended; "
+            f"{folder / layout.MODEL_FILE} is damaged or was edited after stage {stage} ended; "
             f"{remedy}."
         )
     return folder
 
 
 def _check_last(stage: StageConfig, folder: Path) -> None:
-    last = folder / keys.LAST_DIR
+    last = folder / layout.LAST_DIR
     if stage.search is not None:
         return  # the study checks its own trials
     if not is_there(last):
@@ -239,15 +240,15 @@ def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, C
     """The best checkpoint of each attempt that has one. `folder`: the run's."""
     found = {}
     for attempt in state.attempts:
-        path = attempt_folder(folder, stage, attempt.number) / keys.BEST_DIR
+        path = attempt_folder(folder, stage, attempt.number) / layout.BEST_DIR
         try:
             metrics = open_checkpoint(path).metrics
         except CheckpointError:
             continue
         found[attempt.number] = CheckpointRef(
             path=path,
-            step=int(metrics.get(keys.STEPS, 0)),
-            dev_accuracy=metrics.get(keys.DEV_ACCURACY),
+            step=int(metrics.get(STEPS, 0)),
+            dev_accuracy=metrics.get(DEV_ACCURACY),
         )
     return found
 
@@ -263,8 +264,8 @@ def checkpoint_facts(
         "attempt": attempt,
         "path": str(reference.path.relative_to(folder)),
         "step": reference.step,
-        keys.DEV_ACCURACY: reference.dev_accuracy,
-        "sha256": sha256_file(reference.path / keys.MODEL_FILE),
+        DEV_ACCURACY: reference.dev_accuracy,
+        "sha256": sha256_file(reference.path / layout.MODEL_FILE),
     }
 
 

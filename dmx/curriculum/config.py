@@ -17,8 +17,8 @@ from dmx.curriculum.gates.standard import AlwaysGate
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, merge
 from dmx.paths import expand
-from dmx.records import SamplerKind, SchedulerKind
 from dmx.registry import choices_message
+from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import from_dict, join, read_yaml, to_dict
 from dmx.search.population import check_population
 from dmx.search.rungs import LEAST_FACTOR

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dmx import log
-from dmx import records as keys
 from dmx.config import InitConfig
 from dmx.curriculum.checks import (
     StageData,
@@ -36,6 +35,7 @@ from dmx.curriculum.planner import (
 )
 from dmx.curriculum.resources import Busy, Key, Means, Room
 from dmx.errors import CheckpointError, DmxError
+from dmx.runs.metrics import REPORT_KEYS, STEPS
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal, read_claim
 from dmx.training.job import Job
@@ -398,13 +398,13 @@ class Controller:
         launch, report = self._room.busy[message.key].launch, message.report
         attempt = self.history.stage(message.key.stage).current
         assert launch is not None and attempt is not None
-        if report and int(report[keys.STEPS]) not in attempt.reports:
+        if report and int(report[STEPS]) not in attempt.reports:
             self._record(
                 "report",
                 stage=message.key.stage,
                 attempt=launch.number,
-                step=int(report[keys.STEPS]),
-                metrics={k: report[k] for k in keys.REPORT_KEYS if k in report},
+                step=int(report[STEPS]),
+                metrics={k: report[k] for k in REPORT_KEYS if k in report},
             )
             if not attempt.reports and not launch.resumed and launch.retry == 0:
                 self._note_latency(launch)

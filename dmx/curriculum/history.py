@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dmx import records as keys
-from dmx.records import CheckpointRef, StageRecord
+from dmx.runs.curriculum import StageRecord
+from dmx.runs.metrics import DEV_ACCURACY, TRAIN_SECONDS
+from dmx.runs.run import CheckpointRef
 from dmx.storage.journal import expect
 
 StageStatus = Literal["waiting", "running", "passed", "failed"]
@@ -69,7 +70,7 @@ class Attempt:
     def all_seconds(self) -> float:
         """Training time of all that was trained in it."""
         seconds = self.last if self.search is None else self.search
-        return float(seconds.get(keys.TRAIN_SECONDS, 0.0))
+        return float(seconds.get(TRAIN_SECONDS, 0.0))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -78,7 +79,7 @@ class Attempt:
 
     def curve(self) -> tuple[float, ...]:
         """Dev accuracy at every evaluation, in order."""
-        return tuple(self.reports[s][keys.DEV_ACCURACY] for s in sorted(self.reports))
+        return tuple(self.reports[s][DEV_ACCURACY] for s in sorted(self.reports))
 
     def record(self, stage: str, num_classes: int, checkpoint: CheckpointRef | None) -> StageRecord:
         """What the gate sees."""
@@ -87,7 +88,7 @@ class Attempt:
             attempt=self.retry,
             dev_accuracies=self.curve(),
             steps=self.steps,
-            seconds=float(self.last.get(keys.TRAIN_SECONDS, 0.0)),
+            seconds=float(self.last.get(TRAIN_SECONDS, 0.0)),
             num_classes=num_classes,
             checkpoint=checkpoint,
             metrics={k: v for k, v in self.last.items() if isinstance(v, int | float)},

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import Attempt, History, StageState
-from dmx.records import CheckpointRef, StageRecord
+from dmx.runs.curriculum import StageRecord
+from dmx.runs.run import CheckpointRef
 from dmx.study.config import StudyConfig
 
 NextStep = Literal["promote", "retry", "longer", "stop"]

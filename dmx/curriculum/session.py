@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from dmx import records as keys
 from dmx.curriculum import checks, dryrun, planner
 from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.history import History, fold
@@ -33,6 +32,7 @@ from dmx.errors import (
 from dmx.log import console, verbatim
 from dmx.process import files_decide
 from dmx.resources import code_version
+from dmx.runs import layout
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
@@ -72,7 +72,7 @@ def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
     checks.check_device(curriculum, local=options.address is None)
     data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
     transfers = checks.check_transfers(curriculum, data)
-    history = fold(read_journal(options.folder / keys.JOURNAL_FILE)[0])
+    history = fold(read_journal(options.folder / layout.JOURNAL_FILE)[0])
     if history.stages and options.from_stage is None:
         checks.check_unchanged(curriculum, history)
     local = options.address is None
@@ -84,7 +84,7 @@ def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
 
 def show_status(curriculum: CurriculumConfig, options: Options) -> int:
     """Print where the run stands; reads the journal only, so it disturbs nobody."""
-    events, _ = read_journal(options.folder / keys.JOURNAL_FILE)
+    events, _ = read_journal(options.folder / layout.JOURNAL_FILE)
     if not events:
         raise StageError(f"there is no run in {options.folder}; start it without --status.")
     history = fold(events)
@@ -157,7 +157,7 @@ def _session(curriculum: CurriculumConfig, options: Options) -> int:
 def _open(folder: Path) -> Journal:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Journal(folder / keys.JOURNAL_FILE)
+        return Journal(folder / layout.JOURNAL_FILE)
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written ({error.strerror}); give another --storage."
@@ -303,7 +303,7 @@ def _unfinished(folder: Path, option: str, value: object) -> bool:
 
     Then the same command must continue it: starting over once more would lose work.
     """
-    events, _ = read_journal(folder / keys.JOURNAL_FILE)
+    events, _ = read_journal(folder / layout.JOURNAL_FILE)
     for event in reversed(events):
         if event["event"] == "closed":
             return False
@@ -316,7 +316,7 @@ def _move_aside(folder: Path) -> None:
     """Keep an old run beside the new one; a run that is in use is refused."""
     if not folder.exists():
         return
-    Journal(folder / keys.JOURNAL_FILE).close()
+    Journal(folder / layout.JOURNAL_FILE).close()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     target = folder.with_name(f"{folder.name}.until-{stamp}")
     folder.rename(target)

@@ -11,12 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from dmx import log
-from dmx import records as keys
 from dmx.attention.base import AttentionConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import History, StageState, advance, attempt_folder, fold
 from dmx.curriculum.planner import attempt_config
 from dmx.fitting import Col, FittingTable
+from dmx.runs import layout
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    BEST_STEP,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    LEARNING_RATE,
+    PARAMETERS,
+    SAMPLES_PER_SECOND,
+    STEP_SECONDS,
+    STEPS,
+    TEST_ACCURACY,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    TRAIN_SECONDS,
+)
 from dmx.storage.files import write_atomic
 from dmx.tensorboard import RunWriter
 from dmx.training.predictions import write_samples
@@ -26,8 +41,8 @@ TENSORBOARD_DIR = "tensorboard"
 STAGE_NUMBER = "stage_number"
 _STAGES = "stages/"
 _CURVE_KEYS = (
-    *(keys.DEV_ACCURACY, keys.DEV_LOSS, keys.TRAIN_LOSS, keys.TRAIN_ACCURACY),
-    *(keys.LEARNING_RATE, keys.SAMPLES_PER_SECOND),
+    *(DEV_ACCURACY, DEV_LOSS, TRAIN_LOSS, TRAIN_ACCURACY),
+    *(LEARNING_RATE, SAMPLES_PER_SECOND),
 )
 
 
@@ -42,15 +57,15 @@ class LogView:
         if attempt is None:
             return
         metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
-        left = seconds_text(metrics[keys.STEP_SECONDS] * (total - event["step"]))
+        left = seconds_text(metrics[STEP_SECONDS] * (total - event["step"]))
         with log.context(event["stage"]):
             logger.info(
                 "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
                 f"{event['step']:,}",
                 f"{total:,}",
-                metrics[keys.TRAIN_LOSS],
-                metrics[keys.DEV_ACCURACY],
-                metrics[keys.BEST_DEV_ACCURACY],
+                metrics[TRAIN_LOSS],
+                metrics[DEV_ACCURACY],
+                metrics[BEST_DEV_ACCURACY],
                 left,
             )
 
@@ -117,9 +132,9 @@ class TensorBoardView:
         metrics, step = event["metrics"], event["step"]
         writer = self._writer(self._run_name(event["stage"], event["attempt"]))
         writer.scalars(metrics, step)
-        if metrics.get(keys.BEST_STEP) == step:  # of older ones only the last is still on disk
+        if metrics.get(BEST_STEP) == step:  # of older ones only the last is still on disk
             attempt = attempt_folder(self._folder.parent, event["stage"], event["attempt"])
-            write_samples(writer, attempt / keys.BEST_DIR, step)
+            write_samples(writer, attempt / layout.BEST_DIR, step)
         for curve, chain in self._chains(event["stage"]):
             number = 1 + [s.name for s in chain].index(event["stage"])
             shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}
@@ -131,7 +146,7 @@ class TensorBoardView:
         if state.current is None or event["accuracy"] is None:
             return
         own = event["on"] == event["stage"]
-        tag = keys.TEST_ACCURACY if own else "test_accuracy_on_last_stage"
+        tag = TEST_ACCURACY if own else "test_accuracy_on_last_stage"
         for curve, chain in self._chains(event["stage"]):
             place = self._offset(history, chain, event["stage"]) + state.current.steps
             shown = {tag: event["accuracy"]}
@@ -205,10 +220,10 @@ def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
     if attempt is None:
         return [state.status, "", f"0/{stage.config.train.num_steps:,}", *("" for _ in range(5))]
     total = attempt_config(stage, attempt.retry).train.num_steps
-    best = attempt.last.get(keys.BEST_DEV_ACCURACY)
+    best = attempt.last.get(BEST_DEV_ACCURACY)
     if state.promoted is not None:
-        best = state.promoted[keys.DEV_ACCURACY]
-    left = attempt.last.get(keys.STEP_SECONDS, 0.0) * (total - attempt.steps)
+        best = state.promoted[DEV_ACCURACY]
+    left = attempt.last.get(STEP_SECONDS, 0.0) * (total - attempt.steps)
     word: str = state.status
     if attempt.decision is not None and not attempt.decision["passed"]:
         word += " (gate said no)"
@@ -262,7 +277,7 @@ class LineageWriter:
         """Write both files, each at once."""
         lineage = describe(self._curriculum, history, self._folder, self._code)
         text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self._folder / keys.LINEAGE_FILE, text)
+        write_atomic(self._folder / layout.LINEAGE_FILE, text)
         write_atomic(self._folder / PICTURE_FILE, picture(lineage))
 
 
@@ -296,12 +311,12 @@ def _stage(
         "status": state.status,
         "parent": stage.parent,
         "init_from": None,
-        keys.DEV_ACCURACY: None if promoted is None else promoted[keys.DEV_ACCURACY],
-        keys.TEST_ACCURACY: state.tests.get(stage.name),
+        DEV_ACCURACY: None if promoted is None else promoted[DEV_ACCURACY],
+        TEST_ACCURACY: state.tests.get(stage.name),
         "test_accuracy_on_last_stage": state.tests.get(last),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "sha256": None if promoted is None else promoted["sha256"],
-        "config": None if checkpoint is None else str(checkpoint / keys.CONFIG_FILE),
+        "config": None if checkpoint is None else str(checkpoint / layout.CONFIG_FILE),
         "step": None if promoted is None else promoted["step"],
         "attempts": len(state.attempts),
         "gate": {"passed": decision.get("passed"), "reason": decision.get("reason")},
@@ -319,16 +334,16 @@ def _stage(
             "model": attempt.trained["train"]["seed"],
             "data": attempt.trained["data"]["seed"],
         }
-        shown[keys.STEPS] = attempt.steps
-        shown[keys.TRAIN_SECONDS] = attempt.last.get(keys.TRAIN_SECONDS)
+        shown[STEPS] = attempt.steps
+        shown[TRAIN_SECONDS] = attempt.last.get(TRAIN_SECONDS)
         shown["all_attempts"] = {
-            keys.STEPS: sum(a.all_steps for a in state.attempts),
-            keys.TRAIN_SECONDS: math.fsum(a.all_seconds for a in state.attempts),
+            STEPS: sum(a.all_steps for a in state.attempts),
+            TRAIN_SECONDS: math.fsum(a.all_seconds for a in state.attempts),
         }
         if attempt.search is not None:
             shown["attention"] = dict(attempt.trained["attention"])
             shown["search"] = {k: attempt.search[k] for k in ("trial", "num_trials", "params")}
-        shown[keys.PARAMETERS] = attempt.last.get(keys.PARAMETERS)
+        shown[PARAMETERS] = attempt.last.get(PARAMETERS)
     return shown
 
 

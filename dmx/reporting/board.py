@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmx import records as keys
 from dmx.overrides import flatten
 from dmx.reporting.caveats import budget_differences
 from dmx.reporting.published import column_of
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import mean_and_deviation
+from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
 from dmx.tasks import find_task
 
 _SEEDS = ("train.seed", "data.seed")
@@ -142,8 +142,8 @@ def _entry(group: Sequence[RunReport]) -> Entry:
         best_devs = (run.best_trial.best for run in same if run.best_trial)
         devs.append(mean_and_deviation(tuple(best_devs))[0])
     best = [run.best_trial for run in group if run.best_trial is not None]
-    times = sorted(v for t in best if math.isfinite(v := t.median(keys.STEP_SECONDS)))
-    memory = [v for t in best if math.isfinite(v := t.highest(keys.PEAK_MEMORY_MB))]
+    times = sorted(v for t in best if math.isfinite(v := t.median(STEP_SECONDS)))
+    memory = [v for t in best if math.isfinite(v := t.highest(PEAK_MEMORY_MB))]
     settings = flatten(first.config or {})
     steps = settings.get("train.num_steps")
     if first.stages:
@@ -161,7 +161,7 @@ def _entry(group: Sequence[RunReport]) -> Entry:
         test=tuple(v for v in tests if math.isfinite(v)),
         dev=tuple(v for v in devs if math.isfinite(v)),
         steps=steps if isinstance(steps, int) else max((t.steps for t in best), default=0),
-        parameters=best[0].last(keys.PARAMETERS) if best else math.nan,
+        parameters=best[0].last(PARAMETERS) if best else math.nan,
         step_seconds=times[(len(times) - 1) // 2] if times else math.nan,
         memory_mb=max(memory, default=math.nan),
         memory_of=first.memory_of,

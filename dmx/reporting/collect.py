@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.reporting.curriculum import is_curriculum, read_curriculum
 from dmx.reporting.labels import UNKNOWN, attention_label
 from dmx.reporting.reading import Document, read_dev_split, read_document, read_scalars
 from dmx.reporting.records import Kind, RunReport, Trial
 from dmx.reporting.studies import read_study
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_STEP, DEV_ACCURACY, REPORT_KEYS, STEPS, TEST_ACCURACY, TEST_LOSS
+from dmx.runs.study import TrialStatus
 from dmx.schema import read_yaml
 from dmx.search.study_settings import SETTINGS, read_record
 
 RESULT_FILE = "result.json"
-_STUDY = (keys.SETTINGS_FILE, keys.STUDY_FILE, keys.OPTUNA_FILE)
-_RUN = (RESULT_FILE, keys.BEST_DIR, keys.LAST_DIR, "error.txt")
+_STUDY = (layout.SETTINGS_FILE, layout.STUDY_FILE, layout.OPTUNA_FILE)
+_RUN = (RESULT_FILE, layout.BEST_DIR, layout.LAST_DIR, "error.txt")
 
 
 def kind_of(folder: Path) -> Kind | None:
@@ -85,7 +87,7 @@ def collect(folder: Path) -> RunReport:
         return read_study(folder)
     if kind == "run":
         return read_run(folder)
-    if (folder / keys.CONFIG_FILE).exists():
+    if (folder / layout.CONFIG_FILE).exists():
         raise ConfigError(f"{folder} is a checkpoint; give the run it belongs to: {folder.parent}.")
     inside = [p.name for p in runs_below(folder)]
     if inside:
@@ -94,14 +96,14 @@ def collect(folder: Path) -> RunReport:
             "--out each gets its page.)"
         )
     raise ConfigError(
-        f"{folder} holds no run; a run's folder has {keys.STUDY_FILE}, {RESULT_FILE} or "
-        f"{keys.LINEAGE_FILE}."
+        f"{folder} holds no run; a run's folder has {layout.STUDY_FILE}, {RESULT_FILE} or "
+        f"{layout.LINEAGE_FILE}."
     )
 
 
 def read_config(folder: Path) -> Mapping[str, Any] | None:
     """The plain RunConfig beside a checkpoint; None where there is none."""
-    path = folder / keys.CONFIG_FILE
+    path = folder / layout.CONFIG_FILE
     if not path.is_file():
         return None
     try:
@@ -113,25 +115,25 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
 def read_run(folder: Path) -> RunReport:
     """A single run of `dmx.train`, finished or not."""
     record = read_record(folder)
-    known = Document(folder / keys.JOURNAL_FILE, record.get("settings", {}), SETTINGS)
-    config = read_config(folder / keys.BEST_DIR) or read_config(folder / keys.LAST_DIR)
+    known = Document(folder / layout.JOURNAL_FILE, record.get("settings", {}), SETTINGS)
+    config = read_config(folder / layout.BEST_DIR) or read_config(folder / layout.LAST_DIR)
     config = config or known.mapping("config").values or None
     result = read_document(folder / RESULT_FILE)
     metrics = None
-    for name in (keys.LAST_DIR, keys.BEST_DIR):
-        metrics = metrics or read_document(folder / name / keys.METRICS_FILE)
-    reports: list[dict[str, Any]] = [r for r in read_scalars(folder) if keys.DEV_ACCURACY in r]
-    if not reports and metrics is not None and keys.STEPS in metrics.values:
-        reports = [{k: v for k, v in metrics.values.items() if k in keys.REPORT_KEYS}]
+    for name in (layout.LAST_DIR, layout.BEST_DIR):
+        metrics = metrics or read_document(folder / name / layout.METRICS_FILE)
+    reports: list[dict[str, Any]] = [r for r in read_scalars(folder) if DEV_ACCURACY in r]
+    if not reports and metrics is not None and STEPS in metrics.values:
+        reports = [{k: v for k, v in metrics.values.items() if k in REPORT_KEYS}]
     source = result or metrics
     error = _first_line(folder / "error.txt")
-    status: keys.TrialStatus = "COMPLETE" if result else ("FAILED" if error else "RUNNING")
+    status: TrialStatus = "COMPLETE" if result else ("FAILED" if error else "RUNNING")
     environment = {
         **record.get("environment", {}),
         **(metrics.mapping("environment").values if metrics else {}),
         **({"argv": record["argv"]} if "argv" in record else {}),
     }
-    best_step = None if source is None else source.whole(keys.BEST_STEP)
+    best_step = None if source is None else source.whole(BEST_STEP)
     return RunReport(
         kind="run",
         name=folder.name,
@@ -147,10 +149,10 @@ def read_run(folder: Path) -> RunReport:
         trials=(Trial(number=0, status=status, reports=tuple(reports), error=error),),
         best=0 if reports else None,
         best_step=best_step,
-        test_accuracy=result.number(keys.TEST_ACCURACY) if result else math.nan,
-        test_loss=result.number(keys.TEST_LOSS) if result else math.nan,
+        test_accuracy=result.number(TEST_ACCURACY) if result else math.nan,
+        test_loss=result.number(TEST_LOSS) if result else math.nan,
         environment=environment,
-        **read_dev_split(folder / keys.BEST_DIR),
+        **read_dev_split(folder / layout.BEST_DIR),
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.cli import command_line
 from dmx.curriculum.history import STAGES_DIR, History, StageState, fold
 from dmx.curriculum.history import Attempt as Try
@@ -17,6 +16,9 @@ from dmx.errors import ConfigError, DataError, StageError
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, attention_label, base_name
 from dmx.reporting.records import Attempt, RunReport, Stage, StageSearch, Trial
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.study import TrialStatus
 from dmx.schema import read_yaml
 from dmx.storage.journal import read_journal, wall_seconds
 
@@ -27,8 +29,8 @@ _SEEDS = ("train.seed", "data.seed", "search.seed", "data.root", "train.device",
 
 def is_curriculum(folder: Path) -> bool:
     """Whether a folder holds what only a curriculum leaves."""
-    names = (keys.LINEAGE_FILE, CURRICULUM_FILE)
-    begun = (folder / keys.JOURNAL_FILE).exists() and (folder / STAGES_DIR).exists()
+    names = (layout.LINEAGE_FILE, CURRICULUM_FILE)
+    begun = (folder / layout.JOURNAL_FILE).exists() and (folder / STAGES_DIR).exists()
     return begun or any((folder / name).exists() for name in names)
 
 
@@ -38,7 +40,7 @@ def read_curriculum(folder: Path) -> RunReport:
     Raises:
         DataError, StageError: its journal is missing or damaged; names it.
     """
-    path = folder / keys.JOURNAL_FILE
+    path = folder / layout.JOURNAL_FILE
     events, _ = read_journal(path)
     if not events:
         raise DataError(f"{path} is missing or empty, and nothing else tells how the run went.")
@@ -154,7 +156,7 @@ def _stage(planned: Mapping[str, Any], state: StageState, goal: str, folder: Pat
         )
     attempts = tuple(_attempt(t) for t in state.attempts)
     own = next(a for a in attempts if a.number == shown.number)
-    accuracy = None if promoted is None else promoted.get(keys.DEV_ACCURACY)
+    accuracy = None if promoted is None else promoted.get(DEV_ACCURACY)
     checkpoint = promoted or (shown.decision or {}).get("checkpoint") or {}
     source = state.attempts[0].source
     return Stage(
@@ -215,7 +217,7 @@ def _attempt(found: Try) -> Attempt:
 
 def _trial(number: int, stage: Stage) -> Trial:
     """The stage's promoted attempt, else its latest, as every kind of run has trials."""
-    ends: dict[str, keys.TrialStatus] = {"passed": "COMPLETE", "failed": "FAILED"}
+    ends: dict[str, TrialStatus] = {"passed": "COMPLETE", "failed": "FAILED"}
     own = next((a for a in stage.attempts if a.number == stage.promoted), stage.attempts[-1])
     return Trial(number=number, status=ends.get(stage.status, "RUNNING"), reports=own.reports)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dmx import records as keys
 from dmx.reporting.axis import Axis
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.pareto import Costed, against, costed, front, study_front
@@ -14,6 +13,7 @@ from dmx.reporting.rungs import best_so_far
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, bars, legend
 from dmx.reporting.text import percent, short
+from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.search.objectives import OBJECTIVES
 
 _STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
@@ -77,15 +77,14 @@ def optimisation_history(run: RunReport) -> Markup:
 def learning_curves(run: RunReport, metric: str, label: str, scale: float = 1.0) -> Markup:
     """A metric against optimizer steps, the best trial on top."""
     curves = [
-        (t, [(number(r, keys.STEPS), scale * number(r, metric)) for r in t.reports])
-        for t in run.trials
+        (t, [(number(r, STEPS), scale * number(r, metric)) for r in t.reports]) for t in run.trials
     ]
     drawn = [(t, c) for t, c in curves if any(math.isfinite(y) for _, y in c)]
     steps = [x for _, c in drawn for x, _ in c]
     x = Axis(label="optimizer steps", low=0, high=max(steps, default=1) or 1, whole=True)
     y = Axis.around(label, [v for _, c in drawn for _, v in c])
     chart = Chart(f"{label} against steps", x, y)
-    if metric == keys.DEV_ACCURACY:
+    if metric == DEV_ACCURACY:
         chart.level(scale * chance(run), "chance")
     single = len(run.trials) == 1
     for trial, curve in sorted(drawn, key=lambda item: item[0].number == run.best):
@@ -102,19 +101,18 @@ def learning_curves(run: RunReport, metric: str, label: str, scale: float = 1.0)
 def stage_curves(run: RunReport) -> Markup | None:
     """Dev accuracy of all stages, one after another; attempts that a gate refused are dashed."""
     attempts = [(s, a) for s in run.stages for a in s.attempts if a.reports]
-    lengths = [max(number(a.reports[-1], keys.STEPS), 1.0) for _, a in attempts]
+    lengths = [max(number(a.reports[-1], STEPS), 1.0) for _, a in attempts]
     if not attempts:
         return None
     total = math.fsum(lengths)
     x = Axis(label="optimizer steps, stage after stage", low=0, high=total, whole=True)
-    scores = [number(r, keys.DEV_ACCURACY) for _, a in attempts for r in a.reports]
+    scores = [number(r, DEV_ACCURACY) for _, a in attempts for r in a.reports]
     chart = Chart("Learning curves", x, accuracy_axis(scores, "dev accuracy, %"), width=960)
     start, before = 0.0, ""
     for (stage, attempt), length in zip(attempts, lengths, strict=True):
         style = "pruned" if attempt.passed is False else "complete"
         points = [
-            (start + number(r, keys.STEPS), 100 * number(r, keys.DEV_ACCURACY))
-            for r in attempt.reports
+            (start + number(r, STEPS), 100 * number(r, DEV_ACCURACY)) for r in attempt.reports
         ]
         name = f"{stage.name}, attempt {attempt.number}"
         chart.line(points, style, name)

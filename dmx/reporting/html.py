@@ -6,13 +6,13 @@ import datetime
 import math
 
 from dmx import __version__
-from dmx import records as keys
 from dmx.reporting import sections, tables
 from dmx.reporting.caveats import caveats
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.records import RunReport
 from dmx.reporting.style import sheet
 from dmx.reporting.text import duration, percent, scaled
+from dmx.runs.metrics import PARAMETERS, TRAIN_SECONDS
 
 
 def render(run: RunReport) -> str:
@@ -77,7 +77,7 @@ def _tiles(run: RunReport) -> Markup:
     if run.stages:
         passed = sum(s.status == "passed" for s in run.stages)
         found.append((f"{passed} of {len(run.stages)}", "stages passed"))
-    trained = math.fsum(s for t in run.trials if math.isfinite(s := t.last(keys.TRAIN_SECONDS)))
+    trained = math.fsum(s for t in run.trials if math.isfinite(s := t.last(TRAIN_SECONDS)))
     if math.isfinite(run.train_seconds):
         trained = run.train_seconds
     if math.isfinite(run.seconds):
@@ -88,7 +88,7 @@ def _tiles(run: RunReport) -> Markup:
         found.append((duration(trained), "training time"))
     if best is not None:
         whose = "the model" if run.stages else "the best model"
-        found.append((scaled(best.last(keys.PARAMETERS)), f"parameters of {whose}"))
+        found.append((scaled(best.last(PARAMETERS)), f"parameters of {whose}"))
     tiles = (
         el("div", el("b", b, class_="long" if len(b) > 10 else None), el("span", t), class_="tile")
         for b, t in found

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx import records as keys
 from dmx.reporting.records import RunReport, Trial
+from dmx.runs.metrics import STEPS
 
 LEAST_TRIALS = 4
 """Fewer scored trials say nothing about any hyperparameter."""
@@ -68,7 +68,7 @@ def importances(run: RunReport) -> Importances:
     searched = {k: v for k, v in run.search.searched.items() if any(k in t.drawn for t in trials)}
     shared = [k for k in searched if all(k in t.drawn for t in trials)]
     left_out = {k: sum(k in t.drawn for t in trials) for k in searched if k not in shared}
-    looks = sum(r[keys.STEPS] <= steps for t in trials for r in t.reports)
+    looks = sum(r[STEPS] <= steps for t in trials for r in t.reports)
     reason = _impossible(scored, shared, run.by_luck(looks), steps)
     if reason:
         return Importances(note=reason, num_trials=len(scored), left_out=left_out)

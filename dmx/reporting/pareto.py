@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmx import records as keys
 from dmx.reporting.records import RunReport
+from dmx.runs.metrics import PEAK_MEMORY_MB
 from dmx.search.objectives import OBJECTIVES, evaluate, pareto_front
 
 
@@ -27,7 +27,7 @@ def costed(run: RunReport, key: str) -> list[Costed]:
     """
     found = []
     for trial in run.whole:
-        cost = trial.highest(key) if key == keys.PEAK_MEMORY_MB else trial.median(key)
+        cost = trial.highest(key) if key == PEAK_MEMORY_MB else trial.median(key)
         if math.isfinite(cost) and math.isfinite(trial.best):
             found.append(Costed(trial.number, cost, trial.best))
     return found

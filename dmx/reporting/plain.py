@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmx import records as keys
 from dmx.reporting import stopping
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
@@ -17,6 +16,14 @@ from dmx.reporting.pareto import costed, front, study_front
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.text import train_command
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    DEV_ACCURACY,
+    PEAK_MEMORY_MB,
+    STEP_SECONDS,
+    STEPS,
+    TEST_ACCURACY,
+)
 from dmx.schema import finite
 from dmx.search.objectives import evaluate
 
@@ -29,7 +36,7 @@ def to_json(run: RunReport) -> str:
     content["command"] = train_command(run)
     content["importances"] = finite(importances(run))
     content["pareto"] = {
-        key: finite(front(costed(run, key))) for key in (keys.STEP_SECONDS, keys.PEAK_MEMORY_MB)
+        key: finite(front(costed(run, key))) for key in (STEP_SECONDS, PEAK_MEMORY_MB)
     }
     content["front"] = finite(study_front(run))
     content["rungs"] = finite(stopping.filled_rungs(run))
@@ -70,9 +77,9 @@ def to_csv(run: RunReport) -> str:
                     "status": s.status,
                     "parent": s.parent,
                     "attempts": len(s.attempts),
-                    keys.DEV_ACCURACY: s.dev_accuracy,
-                    keys.TEST_ACCURACY: s.test_accuracy,
-                    keys.STEPS: s.steps,
+                    DEV_ACCURACY: s.dev_accuracy,
+                    TEST_ACCURACY: s.test_accuracy,
+                    STEPS: s.steps,
                     "test_accuracy_on_last_stage": s.test_on_last,
                     "attention": s.attention,
                     "all_steps": s.all_steps,
@@ -85,8 +92,8 @@ def to_csv(run: RunReport) -> str:
     front = study_front(run)
     for trial in run.trials:
         last = dict(trial.reports[-1]) if trial.reports else {}
-        last.pop(keys.BEST_DEV_ACCURACY, None)
-        scores = {"trial": trial.number, "status": trial.status, keys.BEST_DEV_ACCURACY: trial.best}
+        last.pop(BEST_DEV_ACCURACY, None)
+        scores = {"trial": trial.number, "status": trial.status, BEST_DEV_ACCURACY: trial.best}
         if run.several:
             values = zip(run.several, evaluate(run.several, trial.reports), strict=True)
             several: dict[str, Any] = {"front": "yes" if trial.number in front else "no"}

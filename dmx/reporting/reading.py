@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.errors import DataError
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_MAJORITY, NUM_DEV
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ def read_dev_split(checkpoint: Path) -> dict[str, Any]:
     Raises:
         DataError: they are damaged.
     """
-    found = read_document(checkpoint / keys.METRICS_FILE) or Document(checkpoint, {})
+    found = read_document(checkpoint / layout.METRICS_FILE) or Document(checkpoint, {})
     return {
-        "num_dev": found.whole(keys.NUM_DEV) or 0,
-        "dev_majority": found.number(keys.DEV_MAJORITY),
+        "num_dev": found.whole(NUM_DEV) or 0,
+        "dev_majority": found.number(DEV_MAJORITY),
     }
 
 

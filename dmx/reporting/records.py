@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
-from dmx.records import Kind
+from dmx.runs.layout import Kind
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, STEPS
+from dmx.runs.study import TrialStatus
 from dmx.search.objectives import DEFAULT
 
 
@@ -34,7 +35,7 @@ class Trial:
     """
 
     number: int
-    status: keys.TrialStatus
+    status: TrialStatus
     params: Mapping[str, Any] = field(default_factory=dict)
     drawn: Mapping[str, Any] = field(default_factory=dict)
     reports: tuple[Mapping[str, Any], ...] = ()
@@ -43,19 +44,19 @@ class Trial:
     @property
     def best(self) -> float:
         """The highest dev accuracy, or NaN."""
-        found = [number(r, keys.DEV_ACCURACY) for r in self.reports]
-        found += [number(r, keys.BEST_DEV_ACCURACY) for r in self.reports]
+        found = [number(r, DEV_ACCURACY) for r in self.reports]
+        found += [number(r, BEST_DEV_ACCURACY) for r in self.reports]
         return max((v for v in found if math.isfinite(v)), default=math.nan)
 
     def best_within(self, steps: int) -> float:
         """The highest dev accuracy of the first so many steps, or NaN."""
-        found = [number(r, keys.DEV_ACCURACY) for r in self.reports if r[keys.STEPS] <= steps]
+        found = [number(r, DEV_ACCURACY) for r in self.reports if r[STEPS] <= steps]
         return max((v for v in found if math.isfinite(v)), default=math.nan)
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken."""
-        value = self.last(keys.STEPS)
+        value = self.last(STEPS)
         return int(value) if math.isfinite(value) else 0
 
     def last(self, key: str) -> float:

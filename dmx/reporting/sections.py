@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from dmx import records as keys
 from dmx.reporting import figures, stopping, tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
@@ -14,6 +13,7 @@ from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table
 from dmx.reporting.text import train_command
+from dmx.runs.metrics import DEV_ACCURACY, LEARNING_RATE, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_LOSS
 from dmx.search.objectives import ACCURACY
 
 Section = tuple[str, str, Markup]
@@ -111,15 +111,15 @@ def _history(run: RunReport) -> Section | None:
     if run.kind == "curriculum" or not any(t.reports for t in run.trials):
         return None
     curves = [
-        figures.learning_curves(run, keys.DEV_ACCURACY, "dev accuracy, %", 100),
-        figures.learning_curves(run, keys.TRAIN_LOSS, "training loss"),
+        figures.learning_curves(run, DEV_ACCURACY, "dev accuracy, %", 100),
+        figures.learning_curves(run, TRAIN_LOSS, "training loss"),
     ]
     if run.kind == "study":
         curves.insert(0, figures.optimisation_history(run))
         compute = figures.best_for_compute(run)
         curves += [] if compute is None else [compute]
     else:
-        curves.append(figures.learning_curves(run, keys.LEARNING_RATE, "learning rate"))
+        curves.append(figures.learning_curves(run, LEARNING_RATE, "learning rate"))
     return "curves", "Optimisation and learning curves", el("div", *curves, class_="figures")
 
 
@@ -149,8 +149,8 @@ def _pareto(run: RunReport) -> Section | None:
         return None
     memory = f"peak memory, MiB ({run.memory_of})" if run.memory_of else "peak memory, MiB"
     plots = [
-        figures.pareto_plot(run, keys.STEP_SECONDS, "time per step, ms", 1000),
-        figures.pareto_plot(run, keys.PEAK_MEMORY_MB, memory),
+        figures.pareto_plot(run, STEP_SECONDS, "time per step, ms", 1000),
+        figures.pareto_plot(run, PEAK_MEMORY_MB, memory),
     ]
     if run.several:
         plots = [figures.objective_plot(run, name) for name in run.several if name != ACCURACY]

@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from dmx import records as keys
 from dmx.errors import DataError
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, sized
 from dmx.reporting.reading import Document, read_dev_split, read_document, read_points
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY, TEST_ACCURACY, TEST_LOSS
+from dmx.runs.study import TrialStatus
 from dmx.schema import read_yaml
 from dmx.search.objectives import DEFAULT, OBJECTIVES
 from dmx.search.space import settings_of
 from dmx.search.study_settings import read_record
 from dmx.storage.journal import read_journal, wall_seconds
 
-_STATES: dict[str, keys.TrialStatus] = {
+_STATES: dict[str, TrialStatus] = {
     "COMPLETE": "COMPLETE",
     "PRUNED": "PRUNED",
     "FAIL": "FAILED",
@@ -34,16 +36,16 @@ def read_study(folder: Path) -> RunReport:
         DataError, StageError: a file is damaged; names it.
     """
     record = read_record(folder, "restore it from a backup")
-    file = keys.JOURNAL_FILE if "event" in record else keys.SETTINGS_FILE
+    file = layout.JOURNAL_FILE if "event" in record else layout.SETTINGS_FILE
     settings = Document(folder / file, record.get("settings", {}))
-    result = read_document(folder / keys.STUDY_FILE)
+    result = read_document(folder / layout.STUDY_FILE)
     trials = _trials(folder)
     ended = sum(t.status != "RUNNING" for t in trials)
     complete = result is not None and result.flag("complete")
     complete = complete and ended >= (settings.whole("num_trials") or 0)
     environment = result.mapping("environment").values if result else {}
     seconds = [result.number("seconds")] if result else []
-    seconds.append(wall_seconds(read_journal(folder / keys.JOURNAL_FILE)[0]))
+    seconds.append(wall_seconds(read_journal(folder / layout.JOURNAL_FILE)[0]))
     if result is not None and _is_older(result, ended):
         result = None
     source = result or settings
@@ -54,14 +56,14 @@ def read_study(folder: Path) -> RunReport:
     if result is not None:
         summary = result.mapping("best")
         best, best_step = summary.whole("trial"), summary.whole("step")
-        test_accuracy = summary.number(keys.TEST_ACCURACY)
-        test_loss = summary.number(keys.TEST_LOSS)
+        test_accuracy = summary.number(TEST_ACCURACY)
+        test_loss = summary.number(TEST_LOSS)
         finals = _finals(result)
     if best is None:  # still running: the best so far
         scored = [t for t in trials if math.isfinite(t.best)]
         best = max(scored, key=lambda t: (t.best, -t.number)).number if scored else None
     checkpoint = _best_folder(folder, best, whole=result is not None)
-    config_file = checkpoint / keys.CONFIG_FILE
+    config_file = checkpoint / layout.CONFIG_FILE
     config = read_yaml(config_file) if config_file.is_file() else None
     search = _search(settings, source)
     attention = source.text("attention", UNKNOWN)
@@ -109,10 +111,10 @@ def _is_older(result: Document, ended: int) -> bool:
 
 def _trials(folder: Path) -> tuple[Trial, ...]:
     """Points from Optuna's storage; reports and outcomes from the journal, which knows better."""
-    points = read_points(folder / keys.OPTUNA_FILE)
+    points = read_points(folder / layout.OPTUNA_FILE)
     reports: dict[int, dict[int, Mapping[str, Any]]] = {}
     outcomes: dict[int, Mapping[str, Any]] = {}
-    path = folder / keys.JOURNAL_FILE
+    path = folder / layout.JOURNAL_FILE
     try:
         for event in read_journal(path)[0]:
             if event.get("event") == "report":
@@ -128,13 +130,13 @@ def _trials(folder: Path) -> tuple[Trial, ...]:
         state, params = points.get(number, ("RUNNING", {}))
         outcome = outcomes.get(number, {})
         status = outcome.get("status", _STATES.get(state, "RUNNING"))
-        if status not in get_args(keys.TrialStatus):
+        if status not in get_args(TrialStatus):
             raise DataError(f"{path} is damaged: a trial ended as {status!r}.")
         steps = reports.get(number, {})
         trials.append(
             Trial(
                 number=number,
-                status=cast(keys.TrialStatus, status),
+                status=cast(TrialStatus, status),
                 params=settings_of(params),
                 drawn=params,
                 reports=tuple(steps[s] for s in sorted(steps)),
@@ -147,9 +149,9 @@ def _trials(folder: Path) -> tuple[Trial, ...]:
 def history(folder: Path) -> list[tuple[int, float, float, float]]:
     """(trial, step, dev accuracy, time) of each report of a study, in the order of recording."""
     found = []
-    for event in read_journal(folder / keys.JOURNAL_FILE)[0]:
+    for event in read_journal(folder / layout.JOURNAL_FILE)[0]:
         if event.get("event") == "report":
-            value = event["metrics"].get(keys.DEV_ACCURACY)
+            value = event["metrics"].get(DEV_ACCURACY)
             accuracy = float(value) if isinstance(value, int | float) else math.nan
             found.append(
                 (int(event["trial"]), float(event["step"]), accuracy, float(event.get("time", 0)))
@@ -159,17 +161,17 @@ def history(folder: Path) -> list[tuple[int, float, float, float]]:
 
 def _best_folder(folder: Path, best: int | None, *, whole: bool) -> Path:
     """The best checkpoint; while the study has not ended, that of the best trial so far."""
-    own = folder / keys.BEST_DIR
-    if best is None or (whole and (own / keys.CONFIG_FILE).is_file()):
+    own = folder / layout.BEST_DIR
+    if best is None or (whole and (own / layout.CONFIG_FILE).is_file()):
         return own
-    return folder / "trials" / f"{best:04d}" / keys.BEST_DIR
+    return folder / "trials" / f"{best:04d}" / layout.BEST_DIR
 
 
 def _environment_of(folder: Path, best: int | None) -> Mapping[str, Any]:
     """What the best trial was trained with, as its checkpoint says."""
-    of_trial = folder / "trials" / f"{best or 0:04d}" / keys.BEST_DIR
-    found = read_document(folder / keys.BEST_DIR / keys.METRICS_FILE)
-    found = found or (None if best is None else read_document(of_trial / keys.METRICS_FILE))
+    of_trial = folder / "trials" / f"{best or 0:04d}" / layout.BEST_DIR
+    found = read_document(folder / layout.BEST_DIR / layout.METRICS_FILE)
+    found = found or (None if best is None else read_document(of_trial / layout.METRICS_FILE))
     return found.mapping("environment").values if found else {}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmx import records as keys
 from dmx.curriculum.history import STAGES_DIR
 from dmx.overrides import flatten
 from dmx.reporting.labels import base_name
@@ -15,6 +14,8 @@ from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.reporting.records import Attempt, RunReport, Stage, Trial
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
+from dmx.runs import layout
+from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import GENERATION
 from dmx.search.space import settings_of
@@ -68,10 +69,10 @@ def trials_table(run: RunReport) -> Table:
                 percent(trial.best),
                 f"{trial.steps:,}",
                 *(short(trial.params.get(n, MISSING)) for n in varied),
-                duration(trial.median(keys.STEP_SECONDS)),
-                duration(trial.last(keys.TRAIN_SECONDS)),
-                _memory(trial.highest(keys.PEAK_MEMORY_MB)),
-                scaled(trial.last(keys.PARAMETERS)),
+                duration(trial.median(STEP_SECONDS)),
+                duration(trial.last(TRAIN_SECONDS)),
+                _memory(trial.highest(PEAK_MEMORY_MB)),
+                scaled(trial.last(PARAMETERS)),
                 *([trial.error] if any(t.error for t in run.trials) else []),
             )
         )
@@ -105,7 +106,7 @@ def front_table(run: RunReport) -> Table:
 def population_table(run: RunReport) -> Table:
     """Who took over whom, and with which settings; empty but for population based training."""
     rows = []
-    for event in read_journal(run.folder / keys.JOURNAL_FILE)[0]:
+    for event in read_journal(run.folder / layout.JOURNAL_FILE)[0]:
         for e in event["exploits"] if event.get("event") == GENERATION else ():
             settings = ", ".join(f"{k} {short(v)}" for k, v in e["params"].items())
             rows.append((f"{event['step']:,}", str(e["trial"]), str(e["source"]), settings))

@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dmx import records as keys
 from dmx.overrides import flatten
 from dmx.reporting.labels import attention_label
 from dmx.reporting.records import RunReport
+from dmx.runs.metrics import NUM_WORKERS
 
 MISSING = "–"
 
@@ -111,7 +111,7 @@ def _means(run: RunReport) -> list[str]:
     """Options for what the bits of a result depend on beside its settings."""
     env = run.environment
     threads, device = env.get("threads"), env.get("device")
-    last = run.best_trial.last(keys.NUM_WORKERS) if run.best_trial else math.nan
+    last = run.best_trial.last(NUM_WORKERS) if run.best_trial else math.nan
     workers = int(last) if math.isfinite(last) else 1
     words = []
     if device == "cpu" and isinstance(threads, int):

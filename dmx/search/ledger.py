@@ -16,7 +16,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dmx import records as keys
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.study import TrialResult, TrialStatus
 from dmx.search.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.search.optuna_file import open_optuna
 from dmx.search.past import ASKED_AFTER, Past, past_trials
@@ -77,12 +79,12 @@ class Ledger:
             objectives=objectives,
             prior=read_prior(folder, space),
         )
-        record = StudyRecord(folder / keys.JOURNAL_FILE, storage_timeout=storage_timeout)
+        record = StudyRecord(folder / layout.JOURNAL_FILE, storage_timeout=storage_timeout)
         self.record, self.reports, self.outcomes = record, record.reports, record.outcomes
         self._live: dict[int, _Live] = {}
         try:
             self.study = open_optuna(
-                folder / keys.OPTUNA_FILE,
+                folder / layout.OPTUNA_FILE,
                 name,
                 directions=directions(objectives),
                 storage_timeout=storage_timeout,
@@ -171,12 +173,12 @@ class Ledger:
         if flat is None:
             return False
         live = self._live.get(number)
-        value = flat.get(keys.DEV_ACCURACY)
+        value = flat.get(DEV_ACCURACY)
         if live is not None and self._has_curves and is_value(value):
             report(live.trial, value, step)
         return True
 
-    def finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
+    def finish(self, number: int, status: TrialStatus, error: str = "") -> None:
         """Record how a trial ended. A second ending of the same trial is ignored."""
         if number in self.outcomes:
             return
@@ -213,7 +215,7 @@ class Ledger:
 
     # -- reading ----------------------------------------------------------------------------
 
-    def results(self) -> tuple[keys.TrialResult, ...]:
+    def results(self) -> tuple[TrialResult, ...]:
         """Every trial that was started, by number."""
         return tuple(
             self._result(t)
@@ -221,7 +223,7 @@ class Ledger:
             if t.state != TrialState.WAITING
         )
 
-    def result(self, number: int) -> keys.TrialResult:
+    def result(self, number: int) -> TrialResult:
         """One trial that was started."""
         return self._result(self._frozen(number))
 
@@ -231,12 +233,12 @@ class Ledger:
             return self._live[number].point
         return settings_of(self._frozen(number).params)
 
-    def _result(self, frozen: FrozenTrial) -> keys.TrialResult:
+    def _result(self, frozen: FrozenTrial) -> TrialResult:
         number = frozen.number
         live = self._live.get(number)
         return trial_result(
             frozen,
-            folder=trial_folder(self.folder, number) / keys.BEST_DIR,
+            folder=trial_folder(self.folder, number) / layout.BEST_DIR,
             params=live.point if live else settings_of(frozen.params),
             reports=self.reports.get(number, {}),
             values=dict(zip(self.objectives, self._values(number), strict=True)),

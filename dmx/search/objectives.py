@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dmx import records as keys
 from dmx.errors import ConfigError
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    DEV_ACCURACY,
+    PARAMETERS,
+    PEAK_MEMORY_MB,
+    SAMPLES_PER_SECOND,
+)
 
 Direction = Literal["maximize", "minimize"]
 Reports = Sequence[Mapping[str, Any]]
@@ -43,21 +49,21 @@ def _numbers(reports: Reports, key: str) -> list[float]:
 
 
 def _accuracy(reports: Reports) -> float:
-    found = _numbers(reports, keys.BEST_DEV_ACCURACY) + _numbers(reports, keys.DEV_ACCURACY)
+    found = _numbers(reports, BEST_DEV_ACCURACY) + _numbers(reports, DEV_ACCURACY)
     return max(found, default=math.nan)
 
 
 def _latency(reports: Reports) -> float:
-    found = [1000 / v for v in _numbers(reports, keys.SAMPLES_PER_SECOND) if v > 0]
+    found = [1000 / v for v in _numbers(reports, SAMPLES_PER_SECOND) if v > 0]
     return statistics.median(found) if found else math.nan
 
 
 def _memory(reports: Reports) -> float:
-    return max(_numbers(reports, keys.PEAK_MEMORY_MB), default=math.nan)
+    return max(_numbers(reports, PEAK_MEMORY_MB), default=math.nan)
 
 
 def _parameters(reports: Reports) -> float:
-    return max(_numbers(reports, keys.PARAMETERS), default=math.nan)
+    return max(_numbers(reports, PARAMETERS), default=math.nan)
 
 
 OBJECTIVES: Mapping[str, Objective] = {

@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from dmx.errors import ConfigError, DmxError
-from dmx.records import SAMPLERS
+from dmx.runs.study import SAMPLERS
 from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace
 

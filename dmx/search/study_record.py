@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.errors import StageError
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS
+from dmx.runs.study import TrialStatus
 from dmx.search.population import GENERATION, Exploit
 from dmx.storage.journal import Journal, expect
 
@@ -54,9 +55,7 @@ class StudyRecord:
         if event.get("event") == "report":
             expect(event, trial=int, step=int, metrics=dict)
             metrics = event["metrics"]
-            known = {
-                k: _NUMBER for k in (keys.DEV_ACCURACY, keys.BEST_DEV_ACCURACY) if k in metrics
-            }
+            known = {k: _NUMBER for k in (DEV_ACCURACY, BEST_DEV_ACCURACY) if k in metrics}
             expect(metrics, **known, steps=int)
             self.reports.setdefault(event["trial"], {})[event["step"]] = metrics
         elif event.get("event") == "outcome":
@@ -88,13 +87,11 @@ class StudyRecord:
         """Record one report; its flat metrics, or None when this step of this trial is known."""
         if step in self.reports.get(number, {}):
             return None
-        flat = {k: metrics[k] for k in keys.REPORT_KEYS if k in metrics}
+        flat = {k: metrics[k] for k in REPORT_KEYS if k in metrics}
         self._append(event="report", trial=number, step=step, metrics=flat)
         return flat
 
-    def finish(
-        self, number: int, status: keys.TrialStatus, values: Sequence[float], error: str
-    ) -> None:
+    def finish(self, number: int, status: TrialStatus, values: Sequence[float], error: str) -> None:
         """Record how a trial ended, with one value per objective."""
         best = values[0]
         several = {"values": list(values)} if len(values) > 1 and status != "FAILED" else {}

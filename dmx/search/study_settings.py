@@ -14,8 +14,8 @@ from typing import Any
 
 from dmx.errors import StageError
 from dmx.overrides import flatten
-from dmx.records import JOURNAL_FILE, SETTINGS_FILE, Kind
 from dmx.resources import environment
+from dmx.runs.layout import JOURNAL_FILE, SETTINGS_FILE, Kind
 from dmx.storage.journal import read_journal
 
 SETTINGS = "settings"

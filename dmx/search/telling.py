@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from optuna import Study
 from optuna.trial import Trial, TrialState
 
-from dmx import records as keys
+from dmx.runs.metrics import DEV_ACCURACY
 
 
 def name_objectives(study: Study, labels: list[str]) -> None:
@@ -46,7 +46,7 @@ def tell(
         reported: the steps that it has.
     """
     for step, metrics in sorted(curve.items()):
-        value = metrics.get(keys.DEV_ACCURACY)
+        value = metrics.get(DEV_ACCURACY)
         if step not in reported and is_value(value):
             report(trial, value, step)
     if outcome.get("error"):

@@ -8,10 +8,12 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from dmx import records as keys
+from dmx.runs.metrics import BEST_STEP, STEPS, TRAIN_SECONDS
+from dmx.runs.run import CheckpointRef
+from dmx.runs.study import TrialResult, TrialStatus
 from dmx.storage.files import put_back
 
-STATUS: dict[TrialState, keys.TrialStatus] = {
+STATUS: dict[TrialState, TrialStatus] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "PRUNED",
     TrialState.FAIL: "FAILED",
@@ -29,7 +31,7 @@ def trial_result(
     values: Mapping[str, float],
     error: str,
     changes: Mapping[int, Mapping[str, Any]],
-) -> keys.TrialResult:
+) -> TrialResult:
     """Put them together.
 
     Args:
@@ -43,18 +45,16 @@ def trial_result(
         put_back(folder)
     checkpoint = None
     if folder.is_dir():
-        checkpoint = keys.CheckpointRef(
-            path=folder, step=int(last.get(keys.BEST_STEP, 0)), dev_accuracy=best
-        )
-    return keys.TrialResult(
+        checkpoint = CheckpointRef(path=folder, step=int(last.get(BEST_STEP, 0)), dev_accuracy=best)
+    return TrialResult(
         trial_id=f"{frozen.number:04d}",
         number=frozen.number,
         status=STATUS[frozen.state],
         params=params,
         metrics=last,
         best_dev_accuracy=best,
-        steps=int(last.get(keys.STEPS, 0)),
-        seconds=float(last.get(keys.TRAIN_SECONDS, 0.0)),
+        steps=int(last.get(STEPS, 0)),
+        seconds=float(last.get(TRAIN_SECONDS, 0.0)),
         checkpoint=checkpoint,
         error=error,
         values=values,

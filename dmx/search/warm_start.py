@@ -17,10 +17,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FixedTrial, TrialState
 
-from dmx import records as keys
 from dmx.errors import ConfigError, StageError
 from dmx.overrides import flatten
 from dmx.paths import local_path
+from dmx.runs import layout
 from dmx.schema import to_dict
 from dmx.search.objectives import evaluate, missing
 from dmx.search.past import Past
@@ -87,7 +87,7 @@ def take(runs: Sequence[Path], here: Here) -> WarmStart:
         overrides = settings.get("overrides") or {}
         if not isinstance(overrides, dict):
             raise StageError(
-                f"{run / keys.SETTINGS_FILE} has overrides that are no mapping; leave this "
+                f"{run / layout.SETTINGS_FILE} has overrides that are no mapping; leave this "
                 "--warm-start out."
             )
         found = list(_points(run, flatten(overrides), here))
@@ -131,7 +131,7 @@ def prepare(
         return None, {}, ()
     paths = [Path(run) if Path(run).is_dir() else storage / run for run in runs]
     taken = take([p.absolute() for p in paths], here)
-    return taken.identity(), {keys.WARM_START_FILE: taken.text}, taken.notes
+    return taken.identity(), {layout.WARM_START_FILE: taken.text}, taken.notes
 
 
 def _settings(run: Path, here: Here) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _settings(run: Path, here: Here) -> dict[str, Any]:
 def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[str, Any] | None]:
     """Each finished trial with its values; None for one that lies outside the new space."""
     reports: dict[int, dict[int, Mapping[str, Any]]] = {}
-    path = run / keys.JOURNAL_FILE
+    path = run / layout.JOURNAL_FILE
     for line, event in enumerate(read_journal(path)[0], start=1):
         if event.get("event") == "report":
             try:
@@ -164,7 +164,7 @@ def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[st
                     "not write it; leave this --warm-start out."
                 ) from None
             reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
-    for trial in _optuna_trials(run / keys.OPTUNA_FILE):
+    for trial in _optuna_trials(run / layout.OPTUNA_FILE):
         if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
             continue
         steps = reports.get(trial.number, {})
@@ -230,7 +230,7 @@ def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         StageError: it is missing or was edited.
     """
-    path = folder / keys.WARM_START_FILE
+    path = folder / layout.WARM_START_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -242,7 +242,7 @@ def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
 
 def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
     """The trials that a study took, for its sampler; none where it has no warm start."""
-    path = folder / keys.WARM_START_FILE
+    path = folder / layout.WARM_START_FILE
     if not path.is_file():
         return ()
     found = []

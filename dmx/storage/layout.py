@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dmx import records as keys
 from dmx.errors import DataError, DmxError, StageError
 from dmx.paths import is_url
 from dmx.storage.files import (
@@ -215,7 +214,8 @@ def _note(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.version"
 
 
-JOURNALS = (keys.JOURNAL_FILE, keys.OPTUNA_FILE)
+JOURNAL_FILE, BEST_DIR, LAST_DIR = "journal.jsonl", "best", "last"
+JOURNALS = (JOURNAL_FILE, "optuna.journal")
 """What a study is continued from: one folder in object storage, at a moment when they agree."""
 STATE = "state"
 EVERY_SECONDS = 15.0
@@ -258,7 +258,7 @@ class FolderSync:
                 return
             for name in self._storage.names():
                 if name.endswith(FOLDER_SUFFIX):  # the run's own best/ is stored file by file
-                    if checkpoints and name.endswith(f"/{keys.BEST_DIR}{FOLDER_SUFFIX}"):
+                    if checkpoints and name.endswith(f"/{BEST_DIR}{FOLDER_SUFFIX}"):
                         self.layout.pull(self._folder / name.removesuffix(FOLDER_SUFFIX))
                 elif not name.endswith(f"/{CLAIM_FILE}"):
                     self._storage.download(name, self._folder / name)
@@ -269,10 +269,10 @@ class FolderSync:
 
     def _is_newer(self, state: Path) -> bool:
         """Whether the stored journal goes on where this node's ends."""
-        here = self._folder / keys.JOURNAL_FILE
+        here = self._folder / JOURNAL_FILE
         if not here.is_file():
             return True
-        ours, theirs = _whole_lines(here), _whole_lines(state / keys.JOURNAL_FILE)
+        ours, theirs = _whole_lines(here), _whole_lines(state / JOURNAL_FILE)
         if ours.startswith(theirs) or theirs.startswith(ours):
             return len(theirs) > len(ours)
         raise StageError(
@@ -293,7 +293,7 @@ class FolderSync:
                 name = path.relative_to(self._folder)
                 if str(name) not in JOURNALS and not _is_workers(name):
                     self._send(self._storage, path, name.as_posix())
-            if (self._folder / keys.JOURNAL_FILE).is_file():
+            if (self._folder / JOURNAL_FILE).is_file():
                 self._send_journals(self._storage)
 
     def _send(self, storage: ObjectStorage, path: Path, name: str) -> None:
@@ -310,7 +310,7 @@ class FolderSync:
 
     def _send_journals(self, storage: ObjectStorage) -> None:
         """All of them as they are while the journal, which is written first, does not grow."""
-        journal = self._folder / keys.JOURNAL_FILE
+        journal = self._folder / JOURNAL_FILE
         with tempfile.TemporaryDirectory() as temporary:
             for _ in range(20):
                 size = journal.stat().st_size
@@ -357,7 +357,7 @@ def _is_workers(name: Path) -> bool:
     parts = name.parts
     if name.name == CLAIM_FILE:  # of this node; object storage has that of the node at work
         return True
-    return bool({keys.LAST_DIR, "ray"} & set(parts)) or (keys.BEST_DIR in parts and len(parts) > 2)
+    return bool({LAST_DIR, "ray"} & set(parts)) or (BEST_DIR in parts and len(parts) > 2)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx.records import SamplerKind, SchedulerKind
+from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import to_dict
 from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace

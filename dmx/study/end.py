@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.data.store import Store
 from dmx.log import console, verbatim
 from dmx.resources import environment
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY, TEST_ACCURACY, TEST_LOSS
+from dmx.runs.study import StudyResult
 from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import apply
 from dmx.storage.journal import read_journal, wall_seconds
@@ -25,7 +27,7 @@ from dmx.wording import describe_failures
 def finish(
     config: StudyConfig,
     store: Store,
-    result: keys.StudyResult,
+    result: StudyResult,
     tensorboard: TensorBoardView,
     *,
     slots: int,
@@ -41,12 +43,12 @@ def finish(
     summary = summarise(config, store, result)
     if best is None or best.checkpoint is None:
         return summary
-    best_folder = folder / keys.BEST_DIR
+    best_folder = folder / layout.BEST_DIR
     config.places.push(best_folder)
     if result.complete:
         test = finals.evaluate_test(best_folder, store, config.workers, config.places)
-        summary["best"][keys.TEST_ACCURACY] = test["accuracy"]
-        summary["best"][keys.TEST_LOSS] = test["loss"]
+        summary["best"][TEST_ACCURACY] = test["accuracy"]
+        summary["best"][TEST_LOSS] = test["loss"]
         tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
         if final_seeds:
             summary["final_seeds"] = finals.retrain(
@@ -61,7 +63,7 @@ def finish(
     return summary
 
 
-def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> dict[str, Any]:
+def summarise(config: StudyConfig, store: Store, result: StudyResult) -> dict[str, Any]:
     """Write trials.csv and best/; the content of study.json, but for tests and `seconds`."""
     several = len(config.objectives) > 1
     label = store.manifest.label
@@ -93,20 +95,20 @@ def summarise(config: StudyConfig, store: Store, result: keys.StudyResult) -> di
         summary["best"] = {
             "trial": best.number,
             "params": apply(best.params, best.changes, best.checkpoint.step),
-            keys.DEV_ACCURACY: best.best_dev_accuracy,
+            DEV_ACCURACY: best.best_dev_accuracy,
             "step": best.checkpoint.step,
-            "checkpoint": keys.BEST_DIR,
+            "checkpoint": layout.BEST_DIR,
         }
     return summary
 
 
 def seconds_so_far(folder: Path) -> float:
     """How long the sessions until now have worked on the study; 0 for a new one."""
-    seconds = wall_seconds(read_journal(folder / keys.JOURNAL_FILE)[0])
+    seconds = wall_seconds(read_journal(folder / layout.JOURNAL_FILE)[0])
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def population(result: keys.StudyResult) -> list[dict[str, Any]]:
+def population(result: StudyResult) -> list[dict[str, Any]]:
     """`population` of study.json: what each trial began with, and what it changed to and when."""
     return [
         {
@@ -119,7 +121,7 @@ def population(result: keys.StudyResult) -> list[dict[str, Any]]:
 
 
 def front_summary(
-    objectives: tuple[str, ...], result: keys.StudyResult
+    objectives: tuple[str, ...], result: StudyResult
 ) -> dict[str, list[dict[str, Any]]]:
     """`objectives` and `front` of study.json: what was optimised, and the trials on the front."""
     described = [OBJECTIVES[name] for name in objectives]
@@ -135,7 +137,7 @@ def front_summary(
     }
 
 
-def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> None:
+def show(summary: Mapping[str, Any], result: StudyResult, store: Store) -> None:
     """Print the table of trials, the best configuration and its test accuracy."""
     out = console()
     best = summary["best"]
@@ -154,16 +156,16 @@ def show(summary: Mapping[str, Any], result: keys.StudyResult, store: Store) -> 
         return
     labels = store.split("test").labels
     majority = max((labels == c).mean() for c in set(labels.tolist()))
-    out.print(f"best: trial {best['trial']}, dev accuracy {best[keys.DEV_ACCURACY]:.4f}")
+    out.print(f"best: trial {best['trial']}, dev accuracy {best[DEV_ACCURACY]:.4f}")
     for key, value in best["params"].items():
         out.print(f"  {key}: {value}", highlight=False)
-    if keys.TEST_ACCURACY in best:
+    if TEST_ACCURACY in best:
         out.print(
-            f"test accuracy {best[keys.TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
+            f"test accuracy {best[TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
             f"data: {summary['data']})"
         )
     if "final_seeds" in summary:
         out.print(finals.describe(summary["final_seeds"]))
-    files = f"({keys.STUDY_FILE}, {keys.TRIALS_FILE}, {keys.BEST_DIR}/)"
+    files = f"({layout.STUDY_FILE}, {layout.TRIALS_FILE}, {layout.BEST_DIR}/)"
     verbatim(f"files: {result.folder}  {files}")  # to be copied in one piece
     verbatim(f"curves: tensorboard --logdir {result.folder.parent}")

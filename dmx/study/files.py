@@ -12,8 +12,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.errors import ConfigError, StorageError
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
+from dmx.runs.study import TrialResult
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
 from dmx.storage.files import copy_folder, fsync_path, write_atomic
@@ -45,8 +47,8 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 _OF_A_START = (
-    *(keys.JOURNAL_FILE, f".{keys.JOURNAL_FILE}.lock", keys.SETTINGS_FILE, keys.WARM_START_FILE),
-    *("error.txt", CLAIM_FILE, "events.out.tfevents.*"),
+    *(layout.JOURNAL_FILE, f".{layout.JOURNAL_FILE}.lock", layout.SETTINGS_FILE),
+    *(layout.WARM_START_FILE, "error.txt", CLAIM_FILE, "events.out.tfevents.*"),
 )
 """What a run leaves that failed before it had trained anything."""
 
@@ -59,11 +61,12 @@ def check_free(folder: Path) -> None:
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     begun = any(not any(fnmatch.fnmatch(name, p) for p in _OF_A_START) for name in names)
-    if keys.JOURNAL_FILE in names and not begun:
-        begun = any(e.get("event") != SETTINGS for e in read_journal(folder / keys.JOURNAL_FILE)[0])
+    if layout.JOURNAL_FILE in names and not begun:
+        events, _ = read_journal(folder / layout.JOURNAL_FILE)
+        begun = any(e.get("event") != SETTINGS for e in events)
     if begun:
         raise ConfigError(f"{folder} already exists; add --resume to continue it, or give --name.")
-    if keys.JOURNAL_FILE in names:
+    if layout.JOURNAL_FILE in names:
         check_unused(folder)
     if CLAIM_FILE in names:
         Claim(folder, wait_seconds=0).release()
@@ -81,7 +84,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         StageError: it is not.
     """
-    Journal(folder / keys.JOURNAL_FILE).close()
+    Journal(folder / layout.JOURNAL_FILE).close()
 
 
 def open_folder(
@@ -134,7 +137,7 @@ def note_settings(folder: Path, event: Mapping[str, Any]) -> None:
         StageError: the journal is damaged, or another process works on the run.
         OSError, StorageError: it cannot be written.
     """
-    with Journal(folder / keys.JOURNAL_FILE) as journal:
+    with Journal(folder / layout.JOURNAL_FILE) as journal:
         append_settings(journal, event)
 
 
@@ -147,7 +150,7 @@ def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
 
 
 def trial_row(
-    trial: keys.TrialResult, data: str, front: Collection[int] | None = None
+    trial: TrialResult, data: str, front: Collection[int] | None = None
 ) -> dict[str, Any]:
     """One row of trials.csv; `front`: the Pareto front of a study with several objectives."""
     several: dict[str, Any] = {}
@@ -157,9 +160,9 @@ def trial_row(
     return {
         "trial": trial.number,
         "status": trial.status,
-        keys.BEST_DEV_ACCURACY: _number(trial.best_dev_accuracy),
+        BEST_DEV_ACCURACY: _number(trial.best_dev_accuracy),
         **several,
-        **{k: trial.metrics.get(k, "") for k in keys.REPORT_KEYS if k != keys.BEST_DEV_ACCURACY},
+        **{k: trial.metrics.get(k, "") for k in REPORT_KEYS if k != BEST_DEV_ACCURACY},
         **{k: trial.params[k] for k in sorted(trial.params)},
         **({"changes": json.dumps(trial.changes)} if trial.changes else {}),
         "data": data,
@@ -173,7 +176,7 @@ def _number(value: float) -> float | str:
 
 def write_trials(
     folder: Path,
-    trials: tuple[keys.TrialResult, ...],
+    trials: tuple[TrialResult, ...],
     data: str,
     front: Collection[int] | None = None,
 ) -> None:
@@ -190,18 +193,18 @@ def write_trials(
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(folder / keys.TRIALS_FILE, buffer.getvalue())
+    write_atomic(folder / layout.TRIALS_FILE, buffer.getvalue())
 
 
-def copy_best(folder: Path, best: keys.TrialResult | None) -> Path | None:
+def copy_best(folder: Path, best: TrialResult | None) -> Path | None:
     """Copy the best trial's checkpoint to best/; None when there is none."""
     if best is None or best.checkpoint is None:
         return None
-    target = folder / keys.BEST_DIR
+    target = folder / layout.BEST_DIR
     copy_folder(best.checkpoint.path, target)
     return target
 
 
 def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
     """study.json, the study's result for machines."""
-    write_atomic(folder / keys.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")
+    write_atomic(folder / layout.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")

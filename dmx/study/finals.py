@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.cluster import launch
 from dmx.cluster.gang import evaluate
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, FAILURE, STEPS
 from dmx.schema import to_dict
 from dmx.storage.layout import StorageLayout
 from dmx.training.checkpoint import open_checkpoint
@@ -84,23 +85,23 @@ def retrain(
             while waiting and len(running) < slots:
                 running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
             for run, report in launch.wait_any(running, timeout_seconds=60):
-                if report.get(keys.FAILURE):
-                    raise RunFailedError(f"{run.job.folder}: {report[keys.FAILURE]}.")
-                dev[run.job.folder] = report[keys.BEST_DEV_ACCURACY]
+                if report.get(FAILURE):
+                    raise RunFailedError(f"{run.job.folder}: {report[FAILURE]}.")
+                dev[run.job.folder] = report[BEST_DEV_ACCURACY]
                 logger.info(
                     "%s: step %s of %s, dev accuracy %.4f (best %.4f)",
                     Path(run.job.folder).name,
-                    f"{report[keys.STEPS]:,}",
+                    f"{report[STEPS]:,}",
                     f"{config.train.num_steps:,}",
-                    report[keys.DEV_ACCURACY],
-                    report[keys.BEST_DEV_ACCURACY],
+                    report[DEV_ACCURACY],
+                    report[BEST_DEV_ACCURACY],
                 )
                 if report.get("done"):
                     running.remove(run)
     finally:
         launch.stop(*running)
     tests = [
-        evaluate_test(folder / "final" / f"seed-{s}" / keys.BEST_DIR, store, workers, places)[
+        evaluate_test(folder / "final" / f"seed-{s}" / layout.BEST_DIR, store, workers, places)[
             "accuracy"
         ]
         for s in seeds

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import ConfigError, StorageError
+from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS
+from dmx.runs.study import TrialResult, TrialStatus
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import apply
 from dmx.storage.files import is_storage_error
@@ -31,7 +32,7 @@ logger = logging.getLogger("dmx.study")
 class StudyObserver(Protocol):
     """Whoever shows a study: terminal, TensorBoard. Called in the driver, in order."""
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """A session begins; these trials are known from earlier ones."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -40,7 +41,7 @@ class StudyObserver(Protocol):
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A trial reported; each step of a trial comes once."""
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """A trial ended."""
 
 
@@ -48,7 +49,7 @@ class LedgerSearcher(Searcher):
     """Hands the ledger's trials to Ray Tune."""
 
     def __init__(self, config: StudyConfig, ledger: Ledger, folder: Path, store: Store) -> None:
-        super().__init__(metric=keys.DEV_ACCURACY, mode="max")
+        super().__init__(metric=DEV_ACCURACY, mode="max")
         self._config, self._ledger, self._folder, self._store = config, ledger, folder, store
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -160,9 +161,9 @@ class Recorder(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A report came in."""
-        number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
-        if result.get(keys.LOST):  # the next trial would meet the same storage
-            raise StorageError(str(result[keys.FAILURE]))
+        number, step = trial.config[NUMBER_KEY], int(result[STEPS])
+        if result.get(RESUMABLE):  # the next trial would meet the same storage
+            raise StorageError(str(result[FAILURE]))
         if not is_report(result):
             return
         self._ledger.report(number, step, result)
@@ -177,11 +178,11 @@ class Recorder(tune.Callback):
         number, result = trial.config[NUMBER_KEY], trial.last_result or {}
         if self._population is not None:
             self._population.ended(number)
-        if result.get(keys.FAILURE):
-            self._finish(number, "FAILED", result[keys.FAILURE])
+        if result.get(FAILURE):
+            self._finish(number, "FAILED", result[FAILURE])
         elif number in self._scheduler.stopped:
             self._finish(number, "PRUNED")
-        elif result.get("done") and not result.get(keys.WAITS):
+        elif result.get("done") and not result.get(SEGMENT_ENDED):
             self._finish(number, "COMPLETE")
         # else: cut off by the time budget; it stays RUNNING and is continued with --resume.
 
@@ -199,7 +200,7 @@ class Recorder(tune.Callback):
     def __reduce__(self) -> tuple[Any, ...]:
         return (tune.Callback, ())  # see Ledger.__reduce__
 
-    def _finish(self, number: int, status: keys.TrialStatus, error: str = "") -> None:
+    def _finish(self, number: int, status: TrialStatus, error: str = "") -> None:
         self._ledger.finish(number, status, error)
         result = self._ledger.result(number)
         reason = self._scheduler.stopped.get(number, "")

@@ -16,8 +16,9 @@ from rich.live import Live
 from rich.text import Text
 
 from dmx import log
-from dmx import records as keys
 from dmx.fitting import SETTINGS, Col, FittingTable
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, SAMPLES_PER_SECOND, STEPS, TRAIN_LOSS
+from dmx.runs.study import TrialResult, best_trial
 from dmx.schema import finite
 from dmx.study.view import LogView
 from dmx.wording import settings_text, short
@@ -57,7 +58,7 @@ class QuietView(_View):
         logging.getLogger("dmx").setLevel(logging.WARNING)
         return self
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """Nothing."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -66,16 +67,16 @@ class QuietView(_View):
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """Nothing."""
 
 
 class JsonView(QuietView):
     """One JSON object a line on standard output, for programs that watch a study."""
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """`{"event": "continues", "trials", "ended", "best", "best_dev_accuracy"}`."""
-        best = keys.best_trial(tuple(trials))
+        best = best_trial(tuple(trials))
         if trials:
             write_json(
                 event="continues",
@@ -93,7 +94,7 @@ class JsonView(QuietView):
         """`{"event": "reported", "trial", ...metrics}`."""
         write_json(event="reported", trial=number, **metrics)
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", ...}`."""
         write_json(
             event="ended",
@@ -114,7 +115,7 @@ class LiveView:
         self._started_at = time.monotonic()
         self._points: dict[int, Mapping[str, Any]] = {}
         self._latest: dict[int, Mapping[str, Any]] = {}
-        self._ended: list[keys.TrialResult] = []
+        self._ended: list[TrialResult] = []
         self._before = 0  # of them, in earlier sessions
         self._best: tuple[float, int] = (-math.inf, -1)
         self._live = Live(
@@ -133,11 +134,11 @@ class LiveView:
     ) -> None:
         self._live.stop()
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """What earlier sessions found counts."""
         self._ended = [t for t in trials if t.status != "RUNNING"]
         self._before = len(self._ended)
-        best = keys.best_trial(tuple(trials))
+        best = best_trial(tuple(trials))
         if best is not None:
             self._best = (best.best_dev_accuracy, best.number)
 
@@ -148,11 +149,11 @@ class LiveView:
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A row changes."""
         self._latest[number] = metrics
-        accuracy = float(metrics[keys.BEST_DEV_ACCURACY])
+        accuracy = float(metrics[BEST_DEV_ACCURACY])
         if accuracy > self._best[0]:
             self._best = (accuracy, number)
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """A row goes; it is counted."""
         self._ended.append(result)
         self._points.pop(result.number, None)
@@ -165,14 +166,14 @@ class LiveView:
         table = FittingTable(self._title, (*columns, SETTINGS))
         for number, point in sorted(self._points.items()):
             latest = self._latest.get(number, {})
-            accuracy, best = latest.get(keys.DEV_ACCURACY), latest.get(keys.BEST_DEV_ACCURACY)
+            accuracy, best = latest.get(DEV_ACCURACY), latest.get(BEST_DEV_ACCURACY)
             table.add_row(
                 str(number),
-                f"{latest.get(keys.STEPS, 0):,}/{self._max_steps:,}",
+                f"{latest.get(STEPS, 0):,}/{self._max_steps:,}",
                 "-" if accuracy is None else f"{accuracy:.4f}",
                 "-" if best is None else f"{best:.4f}",
-                short(latest.get(keys.TRAIN_LOSS, "-")),
-                short(latest.get(keys.SAMPLES_PER_SECOND, "-")),
+                short(latest.get(TRAIN_LOSS, "-")),
+                short(latest.get(SAMPLES_PER_SECOND, "-")),
                 settings_text(point),
             )
         return Group(table, Text(self.summary(time.monotonic())))

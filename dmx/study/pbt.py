@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.population import Exploit, apply, decide
 from dmx.storage.files import copy_folder, persist, put_back
@@ -120,7 +121,7 @@ class Population:
             exploits = decide(
                 seed=self._seed,
                 step=step,
-                scores={n: float(reports[n][step][keys.DEV_ACCURACY]) for n in alive},
+                scores={n: float(reports[n][step][DEV_ACCURACY]) for n in alive},
                 points={n: apply(self._points[n], changed.get(n, {}), step) for n in alive},
                 space=self._ledger.space,
             )
@@ -138,7 +139,7 @@ class Population:
                 )
 
     def _copy(self, exploit: Exploit) -> None:
-        source = trial_folder(self._ledger.folder, exploit.source) / keys.LAST_DIR
+        source = trial_folder(self._ledger.folder, exploit.source) / layout.LAST_DIR
         self._places.pull(source)
         put_back(source)
         target = copied(self._ledger.folder, exploit.trial, exploit.step)

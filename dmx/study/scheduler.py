@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from dmx import records as keys
+from dmx.runs.metrics import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.search.ledger import Ledger
 from dmx.search.rungs import Brackets
 
@@ -17,7 +17,7 @@ NUMBER_KEY = "trial_number"
 
 def is_report(result: Mapping[str, Any]) -> bool:
     """Whether it tells of an evaluation, and not of a failure or of training that goes on."""
-    return keys.STEPS in result and keys.FAILURE not in result and keys.UNDER_WAY not in result
+    return STEPS in result and FAILURE not in result and UNDER_WAY not in result
 
 
 class RecordingScheduler(TrialScheduler):
@@ -38,7 +38,7 @@ class RecordingScheduler(TrialScheduler):
         return {} if self._brackets is None else self._brackets.stopped
 
     def _decide(self, number: int, step: int, metrics: Mapping[str, Any]) -> bool:
-        value = metrics.get(keys.DEV_ACCURACY)
+        value = metrics.get(DEV_ACCURACY)
         if self._brackets is None or value is None:
             return True
         return self._brackets.report(number, step, value)
@@ -57,11 +57,11 @@ class RecordingScheduler(TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Record the report, then decide; one known from before a crash decides nothing new."""
-        if keys.FAILURE in result:
+        if FAILURE in result:
             return self.STOP
         if not is_report(result):
             return self.CONTINUE
-        number, step = trial.config[NUMBER_KEY], int(result[keys.STEPS])
+        number, step = trial.config[NUMBER_KEY], int(result[STEPS])
         if self._ledger.report(number, step, result):
             self._decide(number, step, result)
         return self.STOP if number in self.stopped else self.CONTINUE
@@ -69,8 +69,8 @@ class RecordingScheduler(TrialScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """The last report reaches a scheduler only here."""
         number = trial.config[NUMBER_KEY]
-        if is_report(result) and self._ledger.report(number, int(result[keys.STEPS]), result):
-            self._decide(number, int(result[keys.STEPS]), result)
+        if is_report(result) and self._ledger.report(number, int(result[STEPS]), result):
+            self._decide(number, int(result[STEPS]), result)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first trial that waits."""

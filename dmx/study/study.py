@@ -9,11 +9,12 @@ import time
 import uuid
 from pathlib import Path
 
-from dmx import records as keys
 from dmx.cluster import connection
 from dmx.data.store import Store
 from dmx.errors import DmxError
 from dmx.process import own_signals
+from dmx.runs import layout
+from dmx.runs.study import StudyResult, TrialResult, best_trial
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.objectives import pareto_front
 from dmx.search.population import boundaries
@@ -44,7 +45,7 @@ def run_study(
     *,
     slots: int,
     observers: tuple[StudyObserver, ...] = (),
-) -> keys.StudyResult:
+) -> StudyResult:
     """Run the trials that are still to run, in the Ray cluster that is connected.
 
     Args:
@@ -82,10 +83,10 @@ def run_study(
         front = _front(config, trials)
         best = _best(trials, front)
         if best is not None and config.places.run_url is not None:  # it ran on any node
-            config.places.pull(trial_folder(folder, best.number) / keys.BEST_DIR)
+            config.places.pull(trial_folder(folder, best.number) / layout.BEST_DIR)
             trials = ledger.results()
             best = _best(trials, front)
-        return keys.StudyResult(
+        return StudyResult(
             name=config.name,
             folder=folder,
             trials=trials,
@@ -97,7 +98,7 @@ def run_study(
         ledger.close()
 
 
-def _front(config: StudyConfig, trials: tuple[keys.TrialResult, ...]) -> tuple[int, ...]:
+def _front(config: StudyConfig, trials: tuple[TrialResult, ...]) -> tuple[int, ...]:
     """The Pareto front of a study with several objectives; () where there is one."""
     if len(config.objectives) == 1:
         return ()
@@ -106,9 +107,9 @@ def _front(config: StudyConfig, trials: tuple[keys.TrialResult, ...]) -> tuple[i
     return pareto_front(config.objectives, points)
 
 
-def _best(trials: tuple[keys.TrialResult, ...], front: tuple[int, ...]) -> keys.TrialResult | None:
+def _best(trials: tuple[TrialResult, ...], front: tuple[int, ...]) -> TrialResult | None:
     """The most accurate trial; of the front, where there is one."""
-    return keys.best_trial(tuple(t for t in trials if t.number in front) or trials)
+    return best_trial(tuple(t for t in trials if t.number in front) or trials)
 
 
 def _catch_up(

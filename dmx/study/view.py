@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import records as keys
 from dmx.fitting import SETTINGS, Col, FittingTable
 from dmx.overrides import flatten
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_STEP, DEV_ACCURACY, STEPS, TEST_ACCURACY, TRAIN_LOSS
+from dmx.runs.study import TrialResult, best_trial
 from dmx.search.ledger import trial_folder
 from dmx.search.objectives import ACCURACY, OBJECTIVES
 from dmx.search.population import apply
@@ -21,15 +23,15 @@ from dmx.wording import settings_text, short, short_names
 logger = logging.getLogger("dmx.study")
 
 
-def known(trials: Sequence[keys.TrialResult]) -> list[keys.TrialResult]:
+def known(trials: Sequence[TrialResult]) -> list[TrialResult]:
     """The trials that have reported an accuracy."""
     return [t for t in trials if math.isfinite(t.best_dev_accuracy)]
 
 
-def standing(trials: Sequence[keys.TrialResult], num_trials: int) -> str:
+def standing(trials: Sequence[TrialResult], num_trials: int) -> str:
     """Where a study stands that is continued, in one line."""
     ended = sum(t.status != "RUNNING" for t in trials)
-    best = keys.best_trial(tuple(trials))
+    best = best_trial(tuple(trials))
     shown = "none" if best is None else f"{best.best_dev_accuracy:.4f} (trial {best.number})"
     return f"{ended} of {num_trials} trials have ended; best dev accuracy so far: {shown}"
 
@@ -42,7 +44,7 @@ class LogView:
         self._best = -math.inf
         self._seen: set[int] = set()
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """What is the best so far counts from the study's first session."""
         self._seen.update(t.number for t in trials)
         self._best = max((t.best_dev_accuracy for t in known(trials)), default=-math.inf)
@@ -58,20 +60,20 @@ class LogView:
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A trial reported."""
-        accuracy = metrics[keys.DEV_ACCURACY]
+        accuracy = metrics[DEV_ACCURACY]
         mark = ""
         if accuracy > self._best:
             self._best, mark = accuracy, "  <- best so far"
         logger.info(
             "trial %d step %d: dev accuracy %.4f, train loss %.4f%s",
             number,
-            metrics[keys.STEPS],
+            metrics[STEPS],
             accuracy,
-            metrics[keys.TRAIN_LOSS],
+            metrics[TRAIN_LOSS],
             mark,
         )
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """A trial ended."""
         early = f"was stopped early{f' at {result.reason}' if result.reason else ''}"
         what = {"COMPLETE": "ran its full budget", "PRUNED": early}
@@ -98,7 +100,7 @@ class TensorBoardView:
         self._values: dict[int, dict[str, Any]] = {}
         self._steps: dict[int, int] = {}
 
-    def continues(self, trials: Sequence[keys.TrialResult]) -> None:
+    def continues(self, trials: Sequence[TrialResult]) -> None:
         """What was shown before is in the files."""
 
     def _writer(self, number: int) -> RunWriter:
@@ -122,13 +124,13 @@ class TensorBoardView:
 
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Scalars against optimizer steps; at a new best, what that model says of some samples."""
-        step = self._steps[number] = int(metrics[keys.STEPS])
+        step = self._steps[number] = int(metrics[STEPS])
         self._writer(number).scalars(metrics, step)
-        if metrics.get(keys.BEST_STEP) == step:
-            best = trial_folder(self._folder, number) / keys.BEST_DIR
+        if metrics.get(BEST_STEP) == step:
+            best = trial_folder(self._folder, number) / layout.BEST_DIR
             write_samples(self._writer(number), best, step)
 
-    def ended(self, result: keys.TrialResult) -> None:
+    def ended(self, result: TrialResult) -> None:
         """The status appears in HParams."""
         self._writer(result.number).end(result.status)
         del self._writers[result.number]
@@ -136,7 +138,7 @@ class TensorBoardView:
     def test(self, number: int, accuracy: float, step: int) -> None:
         """The test accuracy of the best trial."""
         writer = RunWriter(trial_folder(self._folder, number))
-        writer.scalars({keys.TEST_ACCURACY: accuracy}, step)
+        writer.scalars({TEST_ACCURACY: accuracy}, step)
         writer.close()
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ def _known(value: float | None) -> Any:
 
 
 def trials_table(
-    trials: tuple[keys.TrialResult, ...],
+    trials: tuple[TrialResult, ...],
     title: str,
     best: int | None,
     objectives: tuple[str, ...] = (),
@@ -175,12 +177,12 @@ def trials_table(
         Col("train s", right=True, spare=2),
         *(Col(OBJECTIVES[name].label, right=True) for name in costs),
     )
-    see = f": see {keys.TRIALS_FILE}"
+    see = f": see {layout.TRIALS_FILE}"
     narrow = FittingTable(title, (*shared, SETTINGS), see=see)
     own = (Col(name, right=True) for name in short_names(varied))
     table = FittingTable(title, (*shared, *own), narrow=narrow)
 
-    def key(trial: keys.TrialResult) -> tuple[float, int]:
+    def key(trial: TrialResult) -> tuple[float, int]:
         finite = math.isfinite(trial.best_dev_accuracy)
         return (-trial.best_dev_accuracy if finite else math.inf, trial.number)
 

@@ -18,13 +18,7 @@ from torch import Tensor
 from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import CheckpointError, ConfigError
-from dmx.records import (
-    BEST_DIR,
-    CONFIG_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    TRAINING_STATE_FILE,
-)
+from dmx.runs.layout import BEST_DIR, CONFIG_FILE, METRICS_FILE, MODEL_FILE, TRAINING_STATE_FILE
 from dmx.schema import read_yaml
 from dmx.storage.files import fsync_path, is_there, put_back, replace_folder
 from dmx.tasks import find_task

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmx import records as keys
 from dmx.config import RunConfig, parse_run_config
 from dmx.data.batches import make_batch
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split, Store, open_store
 from dmx.errors import ConfigError, DmxError
 from dmx.nn.model import Classifier
+from dmx.runs import layout
 from dmx.schema import to_dict
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.tasks import task_for
@@ -98,7 +98,7 @@ def read_samples(checkpoint: Path) -> Samples | None:
     They are a note for the eye: an old checkpoint has none, and that is no error.
     """
     try:
-        plain = json.loads((checkpoint / keys.SAMPLES_FILE).read_text(encoding="utf-8"))
+        plain = json.loads((checkpoint / layout.SAMPLES_FILE).read_text(encoding="utf-8"))
         samples = Samples(
             step=int(plain["step"]),
             data_folder=str(plain["data_folder"]),

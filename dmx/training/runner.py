@@ -20,12 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmx import records as keys
 from dmx.config import InitConfig, RunConfig, parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.nn.allocator import give_back_memory
 from dmx.nn.model import Classifier
+from dmx.runs import layout
+from dmx.runs.metrics import (
+    DEV_ACCURACY,
+    FAILURE,
+    PROCESS_SECONDS,
+    RESUMABLE,
+    SEGMENT_ENDED,
+    STEPS,
+    UNDER_WAY,
+)
 from dmx.storage.files import is_there, persist
 from dmx.storage.journal import Claim
 from dmx.tasks import Task
@@ -109,9 +118,9 @@ class Runner:
     def _build(self) -> None:
         config, places = parse_run_config(self.job.run_config), self.job.places
         check_batch(config.train.batch_size, self._group.size)
-        last, own, start = self._folder / keys.LAST_DIR, None, None
+        last, own, start = self._folder / layout.LAST_DIR, None, None
         if self._group.is_main:
-            for folder in (last, self._folder / keys.BEST_DIR):
+            for folder in (last, self._folder / layout.BEST_DIR):
                 places.pull(folder)
             own = open_checkpoint(last) if is_there(last) else None
             config = self._with_source(config, own)
@@ -135,7 +144,7 @@ class Runner:
             folder = Path(self.job.adopt)
             self.job.places.pull(folder)
             other = open_checkpoint(folder)
-            if own.training_state()["step"] <= other.metrics[keys.STEPS]:
+            if own.training_state()["step"] <= other.metrics[STEPS]:
                 trainer.adopt(other, own)
                 return False
         trainer.load(own)
@@ -186,21 +195,21 @@ class Runner:
         self._busy_seconds += time.perf_counter() - started
         if metrics is None:
             self._unsaved = True
-            under_way = {keys.UNDER_WAY: True, "done": False}
-            return {keys.STEPS: trainer.step, keys.DEV_ACCURACY: 0.0, **under_way}
-        return {**metrics, keys.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
+            under_way = {UNDER_WAY: True, "done": False}
+            return {STEPS: trainer.step, DEV_ACCURACY: 0.0, **under_way}
+        return {**metrics, PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
 
     def _ending(self, trainer: Trainer) -> dict[str, bool]:
         """Whether this piece ends here, and whether the run goes on later."""
         at = self.job.stop_at
         stop = at is not None and trainer.step >= at and trainer.interval is None
-        waits = {keys.WAITS: True} if stop and not trainer.finished else {}
+        waits = {SEGMENT_ENDED: True} if stop and not trainer.finished else {}
         return {"done": stop or trainer.finished, **waits}
 
     def _keep(self, trainer: Trainer) -> None:
         """Write the checkpoints; what a storage that fails makes again is only the writing."""
         best = trainer.best_step == trainer.step
-        notes = {keys.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
+        notes = {layout.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
 
         claim = self._claim
         assert claim is not None
@@ -208,13 +217,13 @@ class Runner:
         def save() -> None:
             claim.check()
             if best:
-                trainer.save(self._folder / keys.BEST_DIR, notes, claim.check)
-            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
+                trainer.save(self._folder / layout.BEST_DIR, notes, claim.check)
+            trainer.save(self._folder / layout.LAST_DIR, before_replacing=claim.check)
 
         self._persist(save)
         if best:
-            self.job.places.push(self._folder / keys.BEST_DIR, claim)
-        self.job.places.push(self._folder / keys.LAST_DIR, claim)
+            self.job.places.push(self._folder / layout.BEST_DIR, claim)
+        self.job.places.push(self._folder / layout.LAST_DIR, claim)
 
     @property
     def failed(self) -> bool:
@@ -249,8 +258,8 @@ class Runner:
     def _failed(self) -> dict[str, Any]:
         """A last report; Tune insists on the metric, and nobody counts it."""
         step = 0 if self._trainer is None else self._trainer.step
-        failed = {keys.STEPS: step, keys.DEV_ACCURACY: 0.0, keys.FAILURE: self._failure}
-        return {**failed, "done": True, **({keys.LOST: True} if self._lost else {})}
+        failed = {STEPS: step, DEV_ACCURACY: 0.0, FAILURE: self._failure}
+        return {**failed, "done": True, **({RESUMABLE: True} if self._lost else {})}
 
     def _keep_unsaved(self, trainer: Trainer) -> None:
         """Write the last checkpoint in the middle of an interval; a run that ends does not wait."""
@@ -259,8 +268,8 @@ class Runner:
             return
         try:
             claim.check()
-            trainer.save(self._folder / keys.LAST_DIR, before_replacing=claim.check)
-            self.job.places.push(self._folder / keys.LAST_DIR, claim)
+            trainer.save(self._folder / layout.LAST_DIR, before_replacing=claim.check)
+            self.job.places.push(self._folder / layout.LAST_DIR, claim)
         except (OSError, DmxError) as error:
             logger.warning("the steps since the last checkpoint are lost: %s", error)
 

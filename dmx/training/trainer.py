@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from dmx import __version__
-from dmx import records as keys
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.manifest import Manifest
@@ -32,6 +31,30 @@ from dmx.nn.device import (
 from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.resources import code_version
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    BEST_STEP,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    DEV_MAJORITY,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    MICRO_BATCH_SIZE,
+    NUM_DEV,
+    NUM_WORKERS,
+    PARAMETERS,
+    PEAK_MEMORY_MB,
+    REPORT_KEYS,
+    SAMPLES,
+    SAMPLES_PER_SECOND,
+    SAMPLES_PER_SECOND_PER_WORKER,
+    STEP_SECONDS,
+    STEPS,
+    TOKENS_PER_SECOND,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    TRAIN_SECONDS,
+)
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
 from dmx.training.passes import Evaluation, Passes, Scored
 from dmx.training.process_group import SINGLE_PROCESS, ProcessGroup
@@ -249,25 +272,25 @@ class Trainer:
         batch_size = self.config.train.batch_size
         speed = (self.step - first) * batch_size / seconds
         self.metrics = {
-            keys.STEPS: self.step,
-            keys.SAMPLES: self.step * batch_size,
-            keys.TRAIN_LOSS: loss,
-            keys.TRAIN_ACCURACY: accuracy,
-            keys.DEV_LOSS: dev.loss,
-            keys.DEV_ACCURACY: dev.accuracy,
-            keys.BEST_DEV_ACCURACY: self.best_accuracy,
-            keys.BEST_STEP: self.best_step,
-            keys.LEARNING_RATE: self.learning_rate,
-            keys.GRADIENT_NORM: interval.norm,
-            keys.TRAIN_SECONDS: self.train_seconds,
-            keys.STEP_SECONDS: seconds / (self.step - first),
-            keys.SAMPLES_PER_SECOND: speed,
-            keys.SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
-            keys.TOKENS_PER_SECOND: tokens / seconds,
-            keys.PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
-            keys.MICRO_BATCH_SIZE: self.passes.micro.size,
-            keys.NUM_WORKERS: self.group.size,
-            keys.PARAMETERS: sum(p.numel() for p in self.model.parameters()),
+            STEPS: self.step,
+            SAMPLES: self.step * batch_size,
+            TRAIN_LOSS: loss,
+            TRAIN_ACCURACY: accuracy,
+            DEV_LOSS: dev.loss,
+            DEV_ACCURACY: dev.accuracy,
+            BEST_DEV_ACCURACY: self.best_accuracy,
+            BEST_STEP: self.best_step,
+            LEARNING_RATE: self.learning_rate,
+            GRADIENT_NORM: interval.norm,
+            TRAIN_SECONDS: self.train_seconds,
+            STEP_SECONDS: seconds / (self.step - first),
+            SAMPLES_PER_SECOND: speed,
+            SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
+            TOKENS_PER_SECOND: tokens / seconds,
+            PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
+            MICRO_BATCH_SIZE: self.passes.micro.size,
+            NUM_WORKERS: self.group.size,
+            PARAMETERS: sum(p.numel() for p in self.model.parameters()),
         }
         return dict(self.metrics)
 
@@ -363,8 +386,8 @@ class Trainer:
             "is_sample": manifest.is_sample,
             "data_checksum": manifest.checksum,
             "task": self.config.task,
-            keys.NUM_DEV: len(labels),
-            keys.DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
+            NUM_DEV: len(labels),
+            DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
             **({"transferred": self.transferred} if self.transferred else {}),
             "environment": {
                 "dmx": __version__,
@@ -409,7 +432,7 @@ class Trainer:
         """
         self.load_weights(checkpoint)
         self.load_state(checkpoint.training_state(), str(checkpoint.folder))
-        self.metrics = {k: v for k, v in checkpoint.metrics.items() if k in keys.REPORT_KEYS}
+        self.metrics = {k: v for k, v in checkpoint.metrics.items() if k in REPORT_KEYS}
         self.transferred = checkpoint.metrics.get("transferred")
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:

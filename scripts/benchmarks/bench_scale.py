@@ -25,7 +25,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "soak"))
 from bench_cases import peak_mb, write_section
 from soak_study import SPACE, TASK
 
-from dmx import records as keys
+from dmx.runs import layout
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.rungs import Brackets
 from dmx.search.space import SearchSpace
@@ -52,9 +53,9 @@ def metrics(point: dict[str, Any], step: int, best: float, draw: random.Random) 
     """A report with every key that a real one has."""
     far = abs(math.log10(point["optim.learning_rate"]) + 2)
     value = 0.9 - 0.1 * far - point["model.dropout"] + 1e-4 * step + draw.gauss(0, 0.01)
-    made: dict[str, Any] = {k: draw.random() for k in keys.REPORT_KEYS}
-    made.update({keys.STEPS: step, keys.DEV_ACCURACY: value})
-    made[keys.BEST_DEV_ACCURACY] = max(value, best)
+    made: dict[str, Any] = {k: draw.random() for k in REPORT_KEYS}
+    made.update({STEPS: step, DEV_ACCURACY: value})
+    made[BEST_DEV_ACCURACY] = max(value, best)
     return made
 
 
@@ -94,7 +95,7 @@ def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
         point, step, best = running[number]
         step += EVERY
         report = metrics(point, step, best, draw)
-        running[number] = (point, step, report[keys.BEST_DEV_ACCURACY])
+        running[number] = (point, step, report[BEST_DEV_ACCURACY])
         began = time.perf_counter()
         ledger.report(number, step, report)
         spent.add("reports", began)
@@ -124,7 +125,7 @@ def tpe_seconds(folder: Path, space: SearchSpace, trials: int, asks: int = 5) ->
     """Seconds that TPE needs for one proposal after so many trials."""
     copy = folder.with_name(f"{folder.name}-tpe")
     copy.mkdir()
-    for name in (keys.JOURNAL_FILE, keys.OPTUNA_FILE):
+    for name in (layout.JOURNAL_FILE, layout.OPTUNA_FILE):
         shutil.copy(folder / name, copy / name)
     ledger = open_ledger(copy, space, trials + asks, "tpe")
     began = time.perf_counter()
@@ -155,7 +156,7 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     reports = len(ledger.record.history())
     ledger.close()
     made["reports"] = f"{reports:,}"
-    for name in (keys.JOURNAL_FILE, keys.OPTUNA_FILE):
+    for name in (layout.JOURNAL_FILE, layout.OPTUNA_FILE):
         made[f"{name}, MB"] = f"{(folder / name).stat().st_size / 1e6:.1f}"
     files = list(trial_folder(folder, 0).parent.glob("*/events.*"))
     made["TensorBoard files"] = f"{len(files):,}"

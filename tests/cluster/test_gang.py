@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dmx import records as keys
 from dmx.cluster import connection, gang
 from dmx.cluster.connection import Resources
+from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.training.job import Job
 
 Report = dict[str, Any]
@@ -70,11 +70,11 @@ class FakeRay:
         if self.dies(number):
             raise gang.RayError("a heading\nits process was killed")
         if self.fails(number):
-            return {keys.STEPS: self.step, keys.FAILURE: "no memory", "done": True}
+            return {STEPS: self.step, FAILURE: "no memory", "done": True}
         if number == min(self.alive):
             self.step += 0 if self.repeats else 2
             self.repeats = False
-        return {keys.STEPS: self.step, "done": False}
+        return {STEPS: self.step, "done": False}
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def members(ray: FakeRay, workers: int = 2, form_seconds: float = 0.0) -> gang.G
 def test_all_are_started_again_when_one_dies(ray):
     """From the last checkpoint, whose report is known: it is not given twice."""
     run = members(ray)
-    assert run.step()[keys.STEPS] == 2
+    assert run.step()[STEPS] == 2
     dead = []
 
     def dies(number: int) -> bool:
@@ -104,7 +104,7 @@ def test_all_are_started_again_when_one_dies(ray):
         return dead == [number]
 
     ray.dies = dies
-    assert run.step()[keys.STEPS] == 4
+    assert run.step()[STEPS] == 4
     assert ray.groups == [(2, False), (2, True)] and sorted(ray.alive) == [2, 3]
     run.close()
     assert not ray.alive
@@ -115,8 +115,8 @@ def test_four_deaths_without_a_report_are_the_end(ray):
     run.step()
     ray.dies = lambda number: True
     report = run.step()
-    assert report[keys.LOST] and report["done"] and report[keys.STEPS] == 2
-    assert report[keys.FAILURE] == (
+    assert report[RESUMABLE] and report["done"] and report[STEPS] == 2
+    assert report[FAILURE] == (
         "its workers died 4 times without getting any further, last: its process was killed"
     )
     assert len(ray.groups) == 1 + 3 and not ray.alive
@@ -126,7 +126,7 @@ def test_a_failure_of_one_ends_all(ray):
     """The others may be waiting for it."""
     run = members(ray)
     ray.fails = lambda number: number == 1
-    assert run.step()[keys.FAILURE] == "no memory"
+    assert run.step()[FAILURE] == "no memory"
     assert not ray.alive
 
 
@@ -135,7 +135,7 @@ def test_who_finds_no_room_joins_later(ray):
     run = members(ray, workers=3)
     steps = []
     for ray.room in (1, 1, 2, 3):
-        steps.append(run.step()[keys.STEPS])
+        steps.append(run.step()[STEPS])
     assert steps == [2, 4, 6, 8]
     assert [size for size, _ in ray.groups] == [1, 2, 3]
     run.close()
@@ -158,10 +158,10 @@ def test_waiting_for_room_comes_back_after_a_slice_and_waits_on(ray):
     for room, started in ((0, 1), (0, 1), (1, 2), (1, 2)):
         ray.room = room
         report = run.step()
-        assert report[keys.UNDER_WAY] and not report["done"]
+        assert report[UNDER_WAY] and not report["done"]
         assert ray.started == started and ray.groups == []
     ray.room = 2
-    assert run.step()[keys.STEPS] == 2
+    assert run.step()[STEPS] == 2
     assert ray.groups == [(2, False)] and ray.started == 2
     run.close()
     assert not ray.alive

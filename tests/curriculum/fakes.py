@@ -9,12 +9,21 @@ from typing import Any
 
 import torch
 
-from dmx import records as keys
 from dmx.config import parse_run_config
 from dmx.curriculum.config import CurriculumConfig, parse_curriculum
 from dmx.curriculum.controller import Controller, Key, Message
 from dmx.curriculum.history import History
 from dmx.curriculum.resources import Means
+from dmx.runs import layout
+from dmx.runs.metrics import (
+    BEST_DEV_ACCURACY,
+    BEST_STEP,
+    DEV_ACCURACY,
+    STEP_SECONDS,
+    STEPS,
+    TRAIN_LOSS,
+    TRAIN_SECONDS,
+)
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
 from dmx.training.job import Job
@@ -130,13 +139,13 @@ class FakeBackend:
 def report(accuracies: Iterable[float | str], count: int, every: int) -> dict[str, Any]:
     seen = [float(a) for a in list(accuracies)[:count]]
     return {
-        keys.STEPS: count * every,
-        keys.DEV_ACCURACY: seen[-1],
-        keys.BEST_DEV_ACCURACY: max(seen),
-        keys.BEST_STEP: (seen.index(max(seen)) + 1) * every,
-        keys.TRAIN_LOSS: 1.0,
-        keys.TRAIN_SECONDS: float(count),
-        keys.STEP_SECONDS: 0.5,
+        STEPS: count * every,
+        DEV_ACCURACY: seen[-1],
+        BEST_DEV_ACCURACY: max(seen),
+        BEST_STEP: (seen.index(max(seen)) + 1) * every,
+        TRAIN_LOSS: 1.0,
+        TRAIN_SECONDS: float(count),
+        STEP_SECONDS: 0.5,
     }
 
 
@@ -152,15 +161,15 @@ def write_checkpoint(job: Job, accuracies: list[Any], index: int, metrics: dict[
         "metrics": metrics,
     }
     if accuracies[index] > max([0.0, *accuracies[:index]]):
-        save_checkpoint(Path(job.folder) / keys.BEST_DIR, **parts)
-    save_checkpoint(Path(job.folder) / keys.LAST_DIR, **parts)
+        save_checkpoint(Path(job.folder) / layout.BEST_DIR, **parts)
+    save_checkpoint(Path(job.folder) / layout.LAST_DIR, **parts)
 
 
 def steps_on_disk(folder: Path) -> int:
     import json
 
-    file = folder / keys.LAST_DIR / keys.METRICS_FILE
-    return int(json.loads(file.read_text())[keys.STEPS]) if file.exists() else 0
+    file = folder / layout.LAST_DIR / layout.METRICS_FILE
+    return int(json.loads(file.read_text())[STEPS]) if file.exists() else 0
 
 
 def run(
@@ -174,7 +183,7 @@ def run(
     observers: tuple[Any, ...] = (),
 ) -> tuple[bool, History]:
     """One session; with `crash_after` it dies after so many journal lines."""
-    path = folder / keys.JOURNAL_FILE
+    path = folder / layout.JOURNAL_FILE
     journal = Journal(path) if crash_after is None else CrashingJournal(path, crash_after)
     with journal:
         controller = Controller(

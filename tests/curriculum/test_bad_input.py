@@ -14,8 +14,8 @@ import ray
 import yaml
 
 from dmx import cli
-from dmx import records as keys
 from dmx.curriculum.__main__ import main
+from dmx.runs import layout
 from dmx.storage.journal import Journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, run
 from tests.tiny import SETTINGS, TASK, write_tiny
@@ -143,18 +143,18 @@ def half_done(tmp_path: Path, root: Path) -> Path:
 
 
 def damage_line(folder: Path) -> None:
-    path = folder / keys.JOURNAL_FILE
+    path = folder / layout.JOURNAL_FILE
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0].replace("0", "1"), *lines[1:]]))
 
 
 def cut_weights(folder: Path) -> None:
-    path = folder / "stages" / "b" / "attempt-0" / keys.BEST_DIR / keys.MODEL_FILE
+    path = folder / "stages" / "b" / "attempt-0" / layout.BEST_DIR / layout.MODEL_FILE
     path.write_bytes(path.read_bytes()[:100])
 
 
 def remove_config(folder: Path) -> None:
-    (folder / "stages" / "b" / "attempt-0" / keys.BEST_DIR / keys.CONFIG_FILE).unlink()
+    (folder / "stages" / "b" / "attempt-0" / layout.BEST_DIR / layout.CONFIG_FILE).unlink()
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -198,7 +198,7 @@ def test_an_edited_finished_stage_is_refused_with_the_difference(
 
 def test_a_second_controller_is_refused(tmp_path: Path, root: Path, call: Call) -> None:
     folder = half_done(tmp_path, root)
-    with Journal(folder / keys.JOURNAL_FILE):
+    with Journal(folder / layout.JOURNAL_FILE):
         refused(call(stages()), "in use by another dmx process")
         code, text = call(stages(), "--status")  # reading disturbs nobody
         assert code == 0, text

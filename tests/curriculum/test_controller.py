@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from dmx import records as keys
 from dmx.curriculum.checks import check_unchanged
 from dmx.curriculum.history import History, fold
 from dmx.curriculum.views import describe
 from dmx.errors import StageError
+from dmx.runs import layout
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.checkpoint import open_checkpoint
@@ -39,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def best_path(folder: Path, stage: str, attempt: int = 0) -> Path:
-    return folder / "stages" / stage / f"attempt-{attempt}" / keys.BEST_DIR
+    return folder / "stages" / stage / f"attempt-{attempt}" / layout.BEST_DIR
 
 
 def source(backend: FakeBackend, job: str) -> str:
@@ -48,7 +48,7 @@ def source(backend: FakeBackend, job: str) -> str:
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_journal(folder / keys.JOURNAL_FILE)[0] if e["event"] == kind]
+    return [e for e in read_journal(folder / layout.JOURNAL_FILE)[0] if e["event"] == kind]
 
 
 def test_each_stage_starts_from_the_best_of_the_one_before(tmp_path: Path, root: Path) -> None:
@@ -227,7 +227,7 @@ def outcome(history: History, folder: Path) -> dict[str, Any]:
             "curves": [a.curve() for a in state.attempts],
             "configs": [dict(a.config) for a in state.attempts],
             "tests": dict(state.tests),
-            "bytes": sha256_file(folder / promoted["path"] / keys.MODEL_FILE) if promoted else "",
+            "bytes": sha256_file(folder / promoted["path"] / layout.MODEL_FILE) if promoted else "",
         }
     return found
 
@@ -248,7 +248,7 @@ def test_a_crash_after_any_journal_line_changes_nothing(tmp_path: Path, root: Pa
     passed, history = run(config, tmp_path / "straight", straight)
     assert passed
     wanted = outcome(history, tmp_path / "straight")
-    lines = len(read_journal(tmp_path / "straight" / keys.JOURNAL_FILE)[0])
+    lines = len(read_journal(tmp_path / "straight" / layout.JOURNAL_FILE)[0])
     assert lines > 30
     evaluations = sum(len(a) for attempts in script.values() for a in attempts)
     for n in range(1, lines + 1):
@@ -267,7 +267,7 @@ def test_a_crash_after_any_journal_line_changes_nothing(tmp_path: Path, root: Pa
 def test_an_edited_stage_is_refused_with_its_differences(tmp_path: Path, root: Path) -> None:
     backend = FakeBackend({n: [GOOD] for n in "abc"}, root)
     run(chain(), tmp_path / "run", backend, selected=["a", "b"])
-    history = fold(read_journal(tmp_path / "run" / keys.JOURNAL_FILE)[0])
+    history = fold(read_journal(tmp_path / "run" / layout.JOURNAL_FILE)[0])
     check_unchanged(chain(), history)
     check_unchanged(chain(c={"optim.learning_rate": 0.5}), history)  # not trained yet
     with pytest.raises(StageError) as error:
@@ -288,20 +288,20 @@ def test_an_edited_stage_is_refused_with_its_differences(tmp_path: Path, root: P
 
 def test_cpus_and_gpus_are_no_edit(tmp_path: Path, root: Path) -> None:
     run(chain(), tmp_path / "run", FakeBackend({n: [GOOD] for n in "abc"}, root))
-    history = fold(read_journal(tmp_path / "run" / keys.JOURNAL_FILE)[0])
+    history = fold(read_journal(tmp_path / "run" / layout.JOURNAL_FILE)[0])
     check_unchanged(chain(b={"cpus": 2, "gpus": 0.5}), history)
 
 
 def test_a_reset_trains_the_stage_and_its_children_again(tmp_path: Path, root: Path) -> None:
     folder = tmp_path / "run"
     run(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
-    old = sha256_file(best_path(folder, "b") / keys.MODEL_FILE)
-    with Journal(folder / keys.JOURNAL_FILE) as journal:
+    old = sha256_file(best_path(folder, "b") / layout.MODEL_FILE)
+    with Journal(folder / layout.JOURNAL_FILE) as journal:
         journal.append(event="reset", stages=["b", "c"], time=0.0)
     backend = FakeBackend({n: [GOOD, GOOD] for n in "abc"}, root)
     passed, history = run(chain(), folder, backend)
     assert passed and backend.trained == [("b", 1), ("c", 1)]
-    assert sha256_file(best_path(folder, "b") / keys.MODEL_FILE) == old  # nothing is lost
+    assert sha256_file(best_path(folder, "b") / layout.MODEL_FILE) == old  # nothing is lost
     assert history.stage("c").promoted is not None
     assert source(backend, "c-1") == str(best_path(folder, "b", 1))
     assert backend.jobs["b-1"].run_config["train"]["seed"] == 2023  # begun anew, not retried
@@ -310,7 +310,7 @@ def test_a_reset_trains_the_stage_and_its_children_again(tmp_path: Path, root: P
 def test_a_changed_checkpoint_is_not_used(tmp_path: Path, root: Path) -> None:
     folder = tmp_path / "run"
     run(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root), selected=["a"])
-    model = best_path(folder, "a") / keys.MODEL_FILE
+    model = best_path(folder, "a") / layout.MODEL_FILE
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     backend = FakeBackend({n: [GOOD] for n in "abc"}, root)
     passed, history = run(chain(), folder, backend)
@@ -319,7 +319,7 @@ def test_a_changed_checkpoint_is_not_used(tmp_path: Path, root: Path) -> None:
 
 
 def test_a_second_controller_is_refused(tmp_path: Path, root: Path) -> None:
-    path = tmp_path / "run" / keys.JOURNAL_FILE
+    path = tmp_path / "run" / layout.JOURNAL_FILE
     with Journal(path):
         caught: list[BaseException] = []
 

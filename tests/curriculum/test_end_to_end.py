@@ -16,9 +16,10 @@ import pytest
 import torch
 import yaml
 
-from dmx import records as keys
 from dmx.curriculum.history import fold
 from dmx.reporting.collect import collect
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
 from dmx.training.job import Job
@@ -78,7 +79,7 @@ class Command:
         return out, err
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        found = read_journal(self.folder / keys.JOURNAL_FILE)[0]
+        found = read_journal(self.folder / layout.JOURNAL_FILE)[0]
         return [e for e in found if e["event"] == kind]
 
     def wait_for(self, process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
@@ -101,19 +102,19 @@ def plain_run(root: Path, folder: Path) -> None:
         runner = Runner(job)
         while not (report := runner.step())["done"]:
             pass
-        assert keys.FAILURE not in report
+        assert FAILURE not in report
         runner.close()
-        init = str(folder / stage.name / keys.BEST_DIR)
+        init = str(folder / stage.name / layout.BEST_DIR)
 
 
 def content(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint except the time it took."""
     parts = {
         name: torch.load(folder / name, weights_only=True)
-        for name in (keys.MODEL_FILE, keys.TRAINING_STATE_FILE)
+        for name in (layout.MODEL_FILE, layout.TRAINING_STATE_FILE)
     }
-    state = parts[keys.TRAINING_STATE_FILE]
-    parts[keys.TRAINING_STATE_FILE] = {k: state[k] for k in state if not k.endswith("_seconds")}
+    state = parts[layout.TRAINING_STATE_FILE]
+    parts[layout.TRAINING_STATE_FILE] = {k: state[k] for k in state if not k.endswith("_seconds")}
     return parts
 
 
@@ -150,7 +151,7 @@ def test_killed_anywhere_it_ends_as_if_never_disturbed(tmp_path: Path, root: Pat
     out, _ = command.finish()  # session 3: the same command, to the end
     assert out.count("passed") == 2
     assert f"tensorboard --logdir {command.folder}\n" in out, "in one piece, to be copied"
-    events = read_journal(command.folder / keys.JOURNAL_FILE)[0]
+    events = read_journal(command.folder / layout.JOURNAL_FILE)[0]
     started = [(e["stage"], e["attempt"]) for e in events if e["event"] == "started"]
     assert started == [("a", 0), ("b", 0)]
     plain_run(root, tmp_path / "plain")
@@ -160,13 +161,13 @@ def test_killed_anywhere_it_ends_as_if_never_disturbed(tmp_path: Path, root: Pat
         assert state.promoted is not None and state.current is not None
         assert len(state.current.reports) == 15  # 60 steps, every 4
         mine, plain = command.folder / state.promoted["path"], tmp_path / "plain" / name
-        assert same(content(mine), content(plain / keys.BEST_DIR)), name
-        assert same(content(mine.parent / keys.LAST_DIR), content(plain / keys.LAST_DIR)), name
+        assert same(content(mine), content(plain / layout.BEST_DIR)), name
+        assert same(content(mine.parent / layout.LAST_DIR), content(plain / layout.LAST_DIR)), name
 
     before = time.monotonic()  # session 4: nothing is left to do, and Ray is not even started
     out, err = command.finish()
     assert "nothing is left to do" in err and time.monotonic() - before < 60
-    lineage = json.loads((command.folder / keys.LINEAGE_FILE).read_text())
+    lineage = json.loads((command.folder / layout.LINEAGE_FILE).read_text())
     assert [s["name"] for s in lineage["stages"]] == ["a", "b"]
     assert all(0.0 <= s["test_accuracy"] <= 1.0 for s in lineage["stages"])
     assert Path(lineage["stages"][1]["checkpoint"]).is_dir()
@@ -185,29 +186,29 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     command = Command(tmp_path, root, {"defaults": shared, "stages": stages})
     _, err = command.finish()
     assert "trial 1 step 24: dev accuracy" in err and "trial 1 ran its full budget" in err
-    a = fold(read_journal(command.folder / keys.JOURNAL_FILE)[0]).stage("a")
+    a = fold(read_journal(command.folder / layout.JOURNAL_FILE)[0]).stage("a")
     assert a.promoted is not None and a.current is not None
     trials = command.folder / "stages" / "a" / "attempt-0" / "trials"
     accuracies = [
-        json.loads((trials / f"000{n}" / keys.BEST_DIR / keys.METRICS_FILE).read_text())
+        json.loads((trials / f"000{n}" / layout.BEST_DIR / layout.METRICS_FILE).read_text())
         for n in range(2)
     ]
-    best = max(range(2), key=lambda n: accuracies[n][keys.DEV_ACCURACY])
+    best = max(range(2), key=lambda n: accuracies[n][DEV_ACCURACY])
     promoted = command.folder / a.promoted["path"]
-    assert same(content(promoted), content(trials / f"000{best}" / keys.BEST_DIR))
+    assert same(content(promoted), content(trials / f"000{best}" / layout.BEST_DIR))
     assert len(a.current.reports) == 12
-    b = json.loads((command.folder / keys.LINEAGE_FILE).read_text())["stages"][1]
+    b = json.loads((command.folder / layout.LINEAGE_FILE).read_text())["stages"][1]
     assert b["init_from"]["path"] == str(promoted) and b["status"] == "passed"
     # The lineage and the report tell of the trial that was promoted, and of what all of them cost.
     rate = (1e-9, 1e-2)[best]
     run = collect(command.folder)
     stage = run.stages[0]
     assert stage.config is not None and stage.config["optim"]["learning_rate"] == rate
-    lineage = json.loads((command.folder / keys.LINEAGE_FILE).read_text())["stages"][0]
+    lineage = json.loads((command.folder / layout.LINEAGE_FILE).read_text())["stages"][0]
     told = {"trial": best, "num_trials": 2, "params": {"optim.learning_rate": rate}}
     assert lineage["search"] == told and lineage["all_attempts"]["steps"] == 48 == stage.all_steps
     seconds = [
-        max(e["metrics"][keys.TRAIN_SECONDS] for e in reports)
+        max(e["metrics"][TRAIN_SECONDS] for e in reports)
         for reports in _reports_by_trial(command.folder / "stages" / "a" / "attempt-0")
     ]
     assert stage.seconds == pytest.approx(sum(seconds)) and len(seconds) == 2
@@ -217,6 +218,6 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
 
 
 def _reports_by_trial(folder: Path) -> list[list[dict[str, Any]]]:
-    events = read_journal(folder / keys.JOURNAL_FILE)[0]
+    events = read_journal(folder / layout.JOURNAL_FILE)[0]
     reports = [e for e in events if e["event"] == "report"]
     return [[e for e in reports if e["trial"] == n] for n in sorted({e["trial"] for e in reports})]

@@ -10,7 +10,8 @@ import pytest
 
 from dmx.curriculum.gates import GATES, Gate
 from dmx.errors import ConfigError
-from dmx.records import CheckpointRef, StageRecord
+from dmx.runs.curriculum import StageRecord
+from dmx.runs.run import CheckpointRef
 
 HERE = CheckpointRef(path=Path("x"), step=1, dev_accuracy=0.6)
 

@@ -9,7 +9,6 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dmx import records as keys
 from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.history import fold
 from dmx.curriculum.views import (
@@ -19,6 +18,8 @@ from dmx.curriculum.views import (
     TensorBoardView,
     seconds_text,
 )
+from dmx.runs import layout
+from dmx.runs.metrics import DEV_ACCURACY
 from dmx.storage.journal import Journal, read_journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
 from tests.tiny import TASK, write_tiny
@@ -37,7 +38,7 @@ def points(folder: Path, name: str, tag: str) -> list[tuple[int, float]]:
 
 
 def session(config: CurriculumConfig, folder: Path, backend: FakeBackend, **more: Any) -> None:
-    events = read_journal(folder / keys.JOURNAL_FILE)[0]
+    events = read_journal(folder / layout.JOURNAL_FILE)[0]
     view = TensorBoardView(config, folder, events)
     run(config, folder, backend, observers=(view, LineageWriter(config, folder, "v1")), **more)
     view.close()
@@ -55,7 +56,7 @@ def test_one_curve_over_all_stages(tmp_path: Path) -> None:
     backend = FakeBackend({"a": [GOOD], "b": [GOOD, [0.9] * 4], "c": [GOOD]}, root)
     session(config, folder, backend, selected=["a", "b"])
     session(config, folder, backend)  # another session continues the same files
-    curve = points(folder, "curriculum", keys.DEV_ACCURACY)
+    curve = points(folder, "curriculum", DEV_ACCURACY)
     # Four attempts of 8 steps, one of them in vain, evaluated every 2: nothing missing or twice.
     assert [step for step, _ in curve] == list(range(2, 33, 2))
     assert [value for _, value in curve] == [*GOOD, *GOOD, *[0.9] * 4, *GOOD]
@@ -71,7 +72,7 @@ def test_one_curve_over_all_stages(tmp_path: Path) -> None:
         assert started.session_start_info.hparams["data"].string_value.endswith("(tiny)")
     boundaries = read(folder, "curriculum").Tensors("stage/text_summary")
     assert [e.step for e in boundaries] == [0, 8, 16, 24]
-    assert points(folder, "stages/b-attempt-1", keys.DEV_ACCURACY)[0] == (2, 0.9)
+    assert points(folder, "stages/b-attempt-1", DEV_ACCURACY)[0] == (2, 0.9)
     assert points(folder, "curriculum", "test_accuracy_on_last_stage")[-1] == (32, 0.25)
 
 
@@ -82,16 +83,16 @@ def test_a_branch_has_its_own_curve(tmp_path: Path) -> None:
     )
     session(tree, folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
     for name in ("curriculum", "curriculum-c"):
-        assert [s for s, _ in points(folder, name, keys.DEV_ACCURACY)] == list(range(2, 17, 2))
+        assert [s for s, _ in points(folder, name, DEV_ACCURACY)] == list(range(2, 17, 2))
 
 
 def test_what_was_reset_leaves_the_curve(tmp_path: Path) -> None:
     root, folder = prepared(tmp_path / "data"), tmp_path / "run"
     session(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
-    with Journal(folder / keys.JOURNAL_FILE) as journal:
+    with Journal(folder / layout.JOURNAL_FILE) as journal:
         journal.append(event="reset", stages=["b", "c"], time=0.0)
     session(chain(), folder, FakeBackend({n: [GOOD, [0.6] * 4] for n in "abc"}, root))
-    curve = points(folder, "curriculum", keys.DEV_ACCURACY)
+    curve = points(folder, "curriculum", DEV_ACCURACY)
     assert [s for s, _ in curve] == list(range(2, 25, 2))
     assert [v for _, v in curve] == [*GOOD, *[0.6] * 8]
 
@@ -103,7 +104,7 @@ def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
     text = (folder / "lineage.md").read_text()
     assert text.count("```") == 2 and "s0 --> s1" in text and "s1 --> s2" in text
     assert "| b | failed | a |" in text and "| c | waiting |" in text
-    history = fold(read_journal(folder / keys.JOURNAL_FILE)[0])
+    history = fold(read_journal(folder / layout.JOURNAL_FILE)[0])
     assert history.stage("b").status == "failed"
 
 
@@ -123,7 +124,7 @@ def test_an_appended_branch_is_not_the_last_stage(tmp_path: Path) -> None:
     backend = FakeBackend({"side": [GOOD]}, root)
     session(branched({"name": "side"}), folder, backend)
     assert backend.tested == [("side", "side"), ("side", "b")], "no other stage is tested again"
-    lineage = json.loads((folder / keys.LINEAGE_FILE).read_text())
+    lineage = json.loads((folder / layout.LINEAGE_FILE).read_text())
     assert lineage["last_stage"] == "b"
     assert [s["name"] for s in lineage["stages"]] == ["a", "b", "side"]
     assert (
@@ -139,7 +140,7 @@ def test_the_lineage_tells_attentions_and_what_each_cost(tmp_path: Path) -> None
     session(config, folder, FakeBackend({"a": [GOOD], "b": [GOOD, [0.9] * 4], "c": [GOOD]}, root))
     text = (folder / "lineage.md").read_text()
     assert "<br/>butterfly-8<br/>" in text and "| b | passed | a | butterfly-8 |" in text
-    stages = json.loads((folder / keys.LINEAGE_FILE).read_text())["stages"]
+    stages = json.loads((folder / layout.LINEAGE_FILE).read_text())["stages"]
     # A fake attempt has 8 steps and says 4 seconds; b had two.
     assert [s["all_attempts"] for s in stages] == [
         {"steps": 8, "train_seconds": 4.0},

@@ -7,8 +7,16 @@ import gc
 import pytest
 import torch
 
-from dmx import records as keys
 from dmx.errors import RunFailedError
+from dmx.runs.metrics import (
+    DEV_LOSS,
+    GRADIENT_NORM,
+    MICRO_BATCH_SIZE,
+    PARAMETERS,
+    PEAK_MEMORY_MB,
+    SAMPLES,
+    TRAIN_LOSS,
+)
 from dmx.schema import to_dict
 from dmx.training.job import Job
 from dmx.training.runner import ProcessState, Runner
@@ -60,14 +68,14 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_nothing_else(gpu, tiny_
         found = [made.advance() for _ in range(2)]
         assert torch.cuda.memory_stats()["num_ooms"] > 0, "it really ran out"
         state = made.state()
-    size = found[0][keys.MICRO_BATCH_SIZE]
+    size = found[0][MICRO_BATCH_SIZE]
     assert size < 32 and 32 % size == 0 and state["micro_batch_limit"] == size
-    assert found[0][keys.SAMPLES] == 2 * 32, "the batch stays"
+    assert found[0][SAMPLES] == 2 * 32, "the batch stays"
     torch.cuda.set_per_process_memory_fraction(1.0)
     with trainer(tiny_store, **WIDE, train__micro_batch_size=size) as small:
         expected = [small.advance() for _ in range(2)]
     for mine, theirs in zip(found, expected, strict=True):
-        for key in (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM):
+        for key in (TRAIN_LOSS, DEV_LOSS, GRADIENT_NORM):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
@@ -117,7 +125,7 @@ def test_a_process_that_is_used_again_holds_nothing_of_its_last_run(gpu, tiny_st
     state.restore()
     held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     report = run_once(tiny_store, tmp_path / "second")
-    assert report[keys.PEAK_MEMORY_MB] * MB > held[0] + 50 * MB, "there was something to free"
+    assert report[PEAK_MEMORY_MB] * MB > held[0] + 50 * MB, "there was something to free"
     assert torch.cuda.memory_allocated() <= held[0], "close frees it"
     state.restore()
     assert torch.cuda.memory_reserved() <= held[1], "and restore gives it back to the others"
@@ -130,6 +138,6 @@ def test_the_peak_is_that_of_the_steps_since_the_last_report(gpu, tiny_store):
         torch.empty(1024 * MB, dtype=torch.uint8, device=gpu)
         second = made.advance()
         seen = torch.cuda.memory_stats()["allocated_bytes.all.peak"] / MB
-    assert second[keys.PEAK_MEMORY_MB] == pytest.approx(seen)
-    assert second[keys.PEAK_MEMORY_MB] < first[keys.PEAK_MEMORY_MB] + 100
-    assert second[keys.PEAK_MEMORY_MB] * MB > 4 * 4 * second[keys.PARAMETERS]
+    assert second[PEAK_MEMORY_MB] == pytest.approx(seen)
+    assert second[PEAK_MEMORY_MB] < first[PEAK_MEMORY_MB] + 100
+    assert second[PEAK_MEMORY_MB] * MB > 4 * 4 * second[PARAMETERS]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx import records as keys
+from dmx.runs.metrics import DEV_LOSS, GRADIENT_NORM, NUM_WORKERS, TRAIN_LOSS
 from tests.gpu.nccl_process import CHANGES, STEPS
 from tests.tiny import TASK, trainer, write_tiny
 
@@ -51,6 +51,6 @@ def test_the_same_result_as_one_process(gpu, tmp_path, tiny_store, size):
         assert result["gradients"] == [None, float(size)], "a weight of nobody keeps none"
         assert result["device"] == rank
         for mine, theirs in zip(result["reports"], expected, strict=True):
-            for key in (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM):
+            for key in (TRAIN_LOSS, DEV_LOSS, GRADIENT_NORM):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4)
-            assert mine[keys.NUM_WORKERS] == size
+            assert mine[NUM_WORKERS] == size

@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("ray", reason="Ray is not installed here")
 pytest.importorskip("optuna", reason="Optuna is not installed here")
-
-from dmx import records as keys
 from dmx.cluster import gpu_packing
+from dmx.runs.metrics import FAILURE
 from dmx.schema import to_dict
 from dmx.study.trainable import TrialTrainable
 from tests.study.helpers import command, rows, run
@@ -36,7 +35,7 @@ def test_a_reused_actor_frees_its_gpu(gpu, tiny_store, tmp_path):
     wide = {"train__device": "cuda", "model__embedding_dim": 256}
     made = TrialTrainable(trial(tiny_store, tmp_path / "0", **wide))
     for number in range(1, 4):
-        assert not made.step().get(keys.FAILURE)
+        assert not made.step().get(FAILURE)
         assert made.reset_config(trial(tiny_store, tmp_path / str(number), **wide))
         held.append(torch.cuda.memory_allocated())
     made.cleanup()

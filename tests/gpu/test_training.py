@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dmx import records as keys
 from dmx.data.batches import make_batch
+from dmx.runs.metrics import DEV_ACCURACY, DEV_LOSS, LEARNING_RATE, STEPS, TRAIN_LOSS
 from dmx.training.checkpoint import open_checkpoint
 from tests.tiny import trainer
 from tests.training.test_trainer import RANDOM, facts, same_state
 
-LOSSES = (keys.TRAIN_LOSS, keys.DEV_LOSS)
+LOSSES = (TRAIN_LOSS, DEV_LOSS)
 PLAIN = {"attention__dropout": 0.0, "train__precision": "fp32"}
 LONG = {"train__num_steps": 60, "train__eval_every_steps": 60}
 
@@ -28,8 +28,8 @@ def test_it_learns(device, tiny_store, execution, precision):
         before = made.evaluate("dev").loss
         report = made.advance()
         assert made.device.type == device
-    assert report[keys.DEV_ACCURACY] > 0.9 and report[keys.TRAIN_LOSS] < 0.693
-    assert report[keys.DEV_LOSS] < before
+    assert report[DEV_ACCURACY] > 0.9 and report[TRAIN_LOSS] < 0.693
+    assert report[DEV_LOSS] < before
 
 
 @pytest.mark.parametrize("execution", ["packed", "dense"])
@@ -89,7 +89,7 @@ def test_n_and_n_is_2n_up_to_rounding_by_default(device, tiny_store, tmp_path, p
     for mine, theirs in zip(found[0], expected[0], strict=True):
         for key in LOSSES:
             assert mine[key] == pytest.approx(theirs[key], rel=bound)
-        assert mine[keys.LEARNING_RATE] == theirs[keys.LEARNING_RATE]
+        assert mine[LEARNING_RATE] == theirs[LEARNING_RATE]
     assert torch.equal(found[2]["rng_cpu"], expected[2]["rng_cpu"])
     assert same_state(found[2]["rng_cuda"], expected[2]["rng_cuda"]), "as many draws"
 
@@ -103,8 +103,8 @@ def test_a_checkpoint_moves_between_devices(device, tiny_store, tmp_path):
             first.save(folder)
         with trainer(tiny_store, **PLAIN, train__device=goal) as second:
             second.load(open_checkpoint(folder))
-            assert second.evaluate("dev").loss == pytest.approx(report[keys.DEV_LOSS], rel=1e-5)
-            assert second.advance()[keys.STEPS] == 4
+            assert second.evaluate("dev").loss == pytest.approx(report[DEV_LOSS], rel=1e-5)
+            assert second.advance()[STEPS] == 4
 
 
 @pytest.mark.parametrize("execution", ["dense", "packed"])

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from dmx.errors import DmxError, StageError
-from dmx.records import best_trial
+from dmx.runs.study import best_trial
 from dmx.search import trial_results
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.sampling import make_sampler

@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from dmx.errors import ConfigError, StageError
-from dmx.records import WARM_START_FILE
+from dmx.runs.layout import WARM_START_FILE
 from dmx.search.ledger import Ledger
 from dmx.search.past import Past, comparable, ranked
 from dmx.search.space import SearchSpace

@@ -9,9 +9,9 @@ import socket
 
 import pytest
 
-from dmx import records as keys
 from dmx.data.store import Store
 from dmx.errors import RunFailedError, StageError, TakenOverError
+from dmx.runs.metrics import FAILURE, RESUMABLE
 from dmx.schema import to_dict
 from dmx.storage import journal as claim
 from dmx.storage.journal import Claim, Journal, read_journal
@@ -72,12 +72,12 @@ def test_a_worker_that_comes_back_writes_nothing(tmp_path, tiny_store, no_locks)
     folder = tmp_path / "run"
     before, after = Runner(job(tiny_store, folder)), Runner(job(tiny_store, folder))
     for _ in range(3):
-        assert keys.FAILURE not in after.step()
+        assert FAILURE not in after.step()
     whole = files(folder)
     report = before.step()
-    assert report[keys.LOST] and "taken over" in one_sentence(report[keys.FAILURE])
+    assert report[RESUMABLE] and "taken over" in one_sentence(report[FAILURE])
     assert before.taken_over and files(folder) == whole, "not even its error"
-    assert keys.FAILURE not in after.step()
+    assert FAILURE not in after.step()
     before.close()
     after.close()
 
@@ -98,7 +98,7 @@ def test_a_worker_that_was_cut_off_while_it_wrote(
             taken.append((Claim(folder), files(folder)))
 
     monkeypatch.setattr(checkpoint, "write_files", cut_off)
-    assert "taken over" in before.step()[keys.FAILURE]
+    assert "taken over" in before.step()[FAILURE]
     left = {k: v for k, v in files(folder).items() if ".new-" not in str(k)}
     expected = {k: v for k, v in taken[0][1].items() if ".new-" not in str(k)}
     assert left == expected
@@ -113,16 +113,16 @@ def test_object_storage_has_one_writer_a_run(tmp_path, tiny_store):
         return Runner(job(tiny_store, tmp_path / name / "trials" / "0000", places=places))
 
     before = node("a")
-    assert keys.FAILURE not in before.step()
+    assert FAILURE not in before.step()
     after = node("b")
     for _ in range(2):
-        assert keys.FAILURE not in after.step()
+        assert FAILURE not in after.step()
     whole = files(tmp_path / "bucket")
     report = before.step()
-    assert report[keys.LOST] and "taken over" in one_sentence(report[keys.FAILURE])
+    assert report[RESUMABLE] and "taken over" in one_sentence(report[FAILURE])
     kept = files(tmp_path / "bucket")
     assert {k: kept[k] for k in whole} == whole
-    assert keys.FAILURE not in after.step()
+    assert FAILURE not in after.step()
     before.close()
     after.close()
 

@@ -17,7 +17,7 @@ def install() -> None:
     The file `0003` holds words: `segv`, `stop`, `sleep`, `nan`; `once` before them removes it.
     Only a process that has made a report already stops or sleeps.
     """
-    from dmx import records as keys
+    from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY
     from dmx.training.runner import Runner
 
     real = Runner.step
@@ -37,7 +37,7 @@ def install() -> None:
             time.sleep(3600)
         report = real(self)
         if "nan" in words:
-            report.update({keys.DEV_ACCURACY: math.nan, keys.BEST_DEV_ACCURACY: math.nan})
+            report.update({DEV_ACCURACY: math.nan, BEST_DEV_ACCURACY: math.nan})
         return report
 
     Runner.step = step

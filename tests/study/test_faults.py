@@ -10,9 +10,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from dmx import records as keys
 from dmx.cluster import connection
 from dmx.errors import StorageError
+from dmx.runs.metrics import STEPS
 from dmx.search.ledger import trial_folder
 from dmx.study.study import run_study
 from dmx.training.checkpoint import open_checkpoint
@@ -84,7 +84,7 @@ def test_a_clock_that_jumps_changes_nothing(tiny_store, tmp_path, monkeypatch, u
     monkeypatch.setattr(time, "time", lambda: real() + shift[0])
 
     def act(number, metrics):
-        if metrics[keys.STEPS] == 4:
+        if metrics[STEPS] == 4:
             shift[0] = {1: -86400.0, 2: 172800.0}.get(number, shift[0])
 
     config = study_config(tmp_path, time_budget_seconds=3600.0, trial_timeout_seconds=600.0)
@@ -100,7 +100,7 @@ def test_storage_that_vanishes_and_returns(tiny_store, tmp_path, undisturbed):
     timers = []
 
     def act(number, metrics):
-        if number == 1 and metrics[keys.STEPS] == 4 and not timers:
+        if number == 1 and metrics[STEPS] == 4 and not timers:
             study.rename(away)
             timers.append(threading.Timer(2.0, away.rename, [study]))
             timers[0].start()
@@ -117,7 +117,7 @@ def test_storage_that_stays_away_is_one_sentence_and_can_be_continued(
     study, away = tmp_path / "study", tmp_path / "away"
 
     def act(number, metrics):
-        if number == 1 and metrics[keys.STEPS] == 4 and not away.exists():
+        if number == 1 and metrics[STEPS] == 4 and not away.exists():
             study.rename(away)
 
     config = study_config(tmp_path, storage_timeout=1.0)

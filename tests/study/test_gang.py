@@ -11,10 +11,21 @@ from typing import Any
 
 import pytest
 
-from dmx import records as keys
 from dmx.cluster import connection
 from dmx.cluster.gang import Gang
 from dmx.cluster.launch import start, stop, wait_any
+from dmx.runs.metrics import (
+    BEST_STEP,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    FAILURE,
+    GRADIENT_NORM,
+    NUM_WORKERS,
+    STEPS,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    UNDER_WAY,
+)
 from dmx.schema import to_dict
 from dmx.search.ledger import trial_folder
 from dmx.storage.journal import read_claim
@@ -27,8 +38,8 @@ from tests.study.test_in_process import Watcher, study_config
 from tests.tiny import config
 
 pytestmark = pytest.mark.slow
-NUMBERS = (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM)
-EXACT = (keys.STEPS, keys.TRAIN_ACCURACY, keys.DEV_ACCURACY, keys.BEST_STEP)
+NUMBERS = (TRAIN_LOSS, DEV_LOSS, GRADIENT_NORM)
+EXACT = (STEPS, TRAIN_ACCURACY, DEV_ACCURACY, BEST_STEP)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +62,7 @@ def to_end(runner: Any, at: Any = None) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     while not reports or not reports[-1]["done"]:
         reports.append(runner.step())
-        assert keys.FAILURE not in reports[-1], reports[-1]
+        assert FAILURE not in reports[-1], reports[-1]
         if at is not None:
             at(reports[-1])
     return reports
@@ -81,7 +92,7 @@ def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
 
     def kill(report):
         leader = read_claim(tmp_path / "run")["pid"]
-        if report[keys.STEPS] == 4 and not killed:
+        if report[STEPS] == 4 and not killed:
             killed.append(leader)
             os.kill(leader, signal.SIGKILL)
 
@@ -89,9 +100,9 @@ def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
         reports = to_end(runner, kill)
         assert read_claim(tmp_path / "run")["pid"] not in killed
     check_close(reports, alone)
-    assert [r[keys.NUM_WORKERS] for r in reports] == [2] * 4
+    assert [r[NUM_WORKERS] for r in reports] == [2] * 4
     last = open_checkpoint(tmp_path / "run" / "last")
-    assert last.metrics[keys.STEPS] == 8
+    assert last.metrics[STEPS] == 8
     assert not any(name.startswith("module.") for name in last.model_state())
 
 
@@ -100,10 +111,10 @@ def test_closed_between_two_evaluations_it_goes_on_there(two_cpus, tiny_store, a
     wanted = job(tmp_path / "run", tiny_store, workers=2, slice_seconds=0.0)
     with contextlib.closing(Gang(wanted)) as gang:
         reports = [gang.step() for _ in range(5)]
-    assert [r[keys.STEPS] for r in reports] == [1, 2, 2, 3, 4]
-    assert [keys.UNDER_WAY in r for r in reports] == [True, True, False, True, True]
+    assert [r[STEPS] for r in reports] == [1, 2, 2, 3, 4]
+    assert [UNDER_WAY in r for r in reports] == [True, True, False, True, True]
     last = open_checkpoint(tmp_path / "run" / "last")
-    assert (last.metrics[keys.STEPS], last.training_state()["step"]) == (2, 4)
+    assert (last.metrics[STEPS], last.training_state()["step"]) == (2, 4)
     with contextlib.closing(Runner(job(tmp_path / "run", tiny_store))) as one:
         check_close(to_end(one), alone)
 
@@ -118,8 +129,8 @@ def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone,
     wait_until(lambda: room() == 2, "the room of stopped workers")
     with contextlib.closing(Runner(job(tmp_path / "run", tiny_store))) as one:
         repeated, *rest = to_end(one)
-    assert repeated[keys.STEPS] in (2, 4, 6, 8), "it had gone on to the next evaluation, or not"
-    check_close([repeated, *rest], alone[repeated[keys.STEPS] // 2 - 1 :])
+    assert repeated[STEPS] in (2, 4, 6, 8), "it had gone on to the next evaluation, or not"
+    check_close([repeated, *rest], alone[repeated[STEPS] // 2 - 1 :])
 
 
 def room() -> float:
@@ -144,7 +155,7 @@ def test_a_study_whose_trials_have_two_workers(two_cpus, tiny_store, tmp_path):
     for mine, theirs in zip(two.trials, one.trials, strict=True):
         assert mine.best_dev_accuracy == pytest.approx(theirs.best_dev_accuracy, abs=1e-9)
         assert mine.metrics.keys() == theirs.metrics.keys()
-        assert mine.metrics[keys.NUM_WORKERS] == 2
+        assert mine.metrics[NUM_WORKERS] == 2
         open_checkpoint(trial_folder(tmp_path / "two", mine.number) / "best").model_state()
     reports = [h for h in watcher.heard if h[0] == "reported"]
     assert len(set(reports)) == len(reports)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx import records as keys
 from dmx.cluster.gang import Gang
+from dmx.runs.metrics import NUM_WORKERS, STEPS
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.processes import runs, started, wait_until
 from tests.study.test_gang import check_close, job, reports_alone, to_end
@@ -37,7 +37,7 @@ def test_ctrl_c_leaves_no_process(tiny_root, tmp_path):
         assert "Traceback" not in out + err
         assert shlex.split(err.rstrip().splitlines()[-1])[-1] == "--resume"
         wait_until(lambda: not running.left(), "end of all processes")
-    assert open_checkpoint(last.parent).metrics[keys.NUM_WORKERS] == 2
+    assert open_checkpoint(last.parent).metrics[NUM_WORKERS] == 2
 
 
 def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_path):
@@ -54,7 +54,7 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_pa
         runner = Gang(job(tmp_path / "run", tiny_store, workers=2), form_seconds=60)
 
         def lose(report):
-            if report[keys.STEPS] == 4:
+            if report[STEPS] == 4:
                 # All of it at once, as a machine dies: a worker that outlives its raylet for a
                 # moment would finish the next step, or all that are left.
                 gone = children(other.all_processes["raylet"][0].process.pid)
@@ -66,7 +66,7 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_pa
         with contextlib.closing(runner):
             reports = to_end(runner, lose)
         check_close(reports, reports_alone(tiny_store, tmp_path / "alone"))
-        assert [r[keys.NUM_WORKERS] for r in reports] == [2, 2, 1, 1]
+        assert [r[NUM_WORKERS] for r in reports] == [2, 2, 1, 1]
     finally:
         ray.shutdown()
         nodes.shutdown()

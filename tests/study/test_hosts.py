@@ -17,7 +17,7 @@ from soak_net import why_not
 from soak_rounds import LIMIT_SECONDS, Round, judge
 from soak_study import FIXED, TASK, command, journal, write_data
 
-from dmx import records as keys
+from dmx.runs.metrics import DEV_ACCURACY, DEV_LOSS, NUM_WORKERS, TRAIN_LOSS
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import environment
 
@@ -83,6 +83,6 @@ def test_a_run_by_workers_of_two_hosts_is_the_run_of_one(hosts):
     subprocess.run([*run, "--name", "one"], check=True, capture_output=True, env=environment())
     runs = hosts.folder / "runs"
     one, both = (open_checkpoint(runs / name / "last").metrics for name in ("one", "two"))
-    assert both[keys.NUM_WORKERS] == 2
-    for name in (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.DEV_ACCURACY):
+    assert both[NUM_WORKERS] == 2
+    for name in (TRAIN_LOSS, DEV_LOSS, DEV_ACCURACY):
         assert both[name] == pytest.approx(one[name], rel=1e-5), name

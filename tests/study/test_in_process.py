@@ -16,11 +16,12 @@ import optuna
 import pytest
 import torch
 
-from dmx import records as keys
 from dmx.cluster import connection, launch
 from dmx.cluster.launch import start, wait_any
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
+from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.study import StudyResult
 from dmx.search.ledger import trial_folder
 from dmx.search.objectives import pareto_front
 from dmx.search.space import SearchSpace
@@ -95,7 +96,7 @@ class Watcher:
         assert config["task"] == TASK and all(k in (*SEARCHED, "optim.weight_decay") for k in point)
 
     def reported(self, number, metrics):
-        self.heard.append(("reported", number, metrics[keys.STEPS]))
+        self.heard.append(("reported", number, metrics[STEPS]))
         if self.act is not None:
             self.act(number, metrics)
 
@@ -103,7 +104,7 @@ class Watcher:
         self.heard.append(("ended", result.number, result.status))
 
 
-def facts(result: keys.StudyResult) -> list[tuple[Any, ...]]:
+def facts(result: StudyResult) -> list[tuple[Any, ...]]:
     return [
         (t.number, t.status, dict(t.params), t.best_dev_accuracy, t.steps, t.error)
         for t in result.trials
@@ -210,7 +211,7 @@ def test_kill_9_of_a_worker_loses_nothing(tiny_store, tmp_path):
     killed: list[int] = []
 
     def act(number, metrics):
-        if number == 1 and metrics[keys.STEPS] == 4 and not killed:
+        if number == 1 and metrics[STEPS] == 4 and not killed:
             killed.append(read_claim(trial_folder(tmp_path / "b", 1))["pid"])
             os.kill(killed[0], signal.SIGKILL)
 
@@ -231,7 +232,7 @@ def test_deaths_count_only_where_a_trial_gets_no_further(tiny_store, tmp_path):
     folder, killed = tmp_path / "study", []
 
     def act(number, metrics):
-        if number == 1 and metrics[keys.STEPS] in (2, 4):
+        if number == 1 and metrics[STEPS] in (2, 4):
             killed.append(read_claim(trial_folder(folder, 1))["pid"])
             os.kill(killed[-1], signal.SIGKILL)
 
@@ -282,15 +283,15 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
         while not reports or not reports[-1]["done"]:
             for _, report in wait_any([running], timeout_seconds=60):
                 reports.append(report)
-                if report[keys.STEPS] == kill_at and not killed:
+                if report[STEPS] == kill_at and not killed:
                     killed.append(read_claim(tmp_path / name)["pid"])
                     os.kill(killed[0], signal.SIGKILL)
         assert len(killed) == (kill_at is not None)
         # A killed process repeats its last report, and a process that gets on counts from zero.
-        repeated = [r[keys.STEPS] for r in reports].count(kill_at) - 1
+        repeated = [r[STEPS] for r in reports].count(kill_at) - 1
         assert repeated == (1 if killed else -1)
         assert running.restarts == 0
-        return {r[keys.STEPS]: r[keys.DEV_ACCURACY] for r in reports}
+        return {r[STEPS]: r[DEV_ACCURACY] for r in reports}
 
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
@@ -335,7 +336,7 @@ def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):
     folder = tmp_path / "ray"
 
     def act(number, metrics):
-        if number == 1 and metrics[keys.STEPS] == 6 and not killed:
+        if number == 1 and metrics[STEPS] == 6 and not killed:
             killed.append(read_claim(trial_folder(folder, 1))["pid"])
             os.kill(killed[0], signal.SIGKILL)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dmx import records as keys
+from dmx.runs.study import StudyResult, TrialResult
 from dmx.study import end as study_end
 from dmx.study.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
@@ -31,8 +31,8 @@ REPORT = {
 }
 
 
-def result(number: int, status: Any = "COMPLETE", best: float = 0.625) -> keys.TrialResult:
-    return keys.TrialResult(
+def result(number: int, status: Any = "COMPLETE", best: float = 0.625) -> TrialResult:
+    return TrialResult(
         trial_id=str(number),
         number=number,
         status=status,
@@ -58,7 +58,7 @@ def test_a_study_of_failures_says_what_failed_most(capsys: pytest.CaptureFixture
     trials = tuple(
         dataclasses.replace(result(n, "FAILED", math.nan), error=e) for n, e in enumerate(errors)
     )
-    found = keys.StudyResult(name="s", folder=Path("s"), trials=trials, best=None, complete=True)
+    found = StudyResult(name="s", folder=Path("s"), trials=trials, best=None, complete=True)
     about = {"name": "s", "attention": "none", "task": "text", "data": "tiny", "best": None}
     study_end.show(about, found, None)  # type: ignore[arg-type]
     told = " ".join(capsys.readouterr().out.split())

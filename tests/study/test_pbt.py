@@ -219,7 +219,7 @@ def run_segment(
             result = runner.step()
             assert "failure" not in result, result
             ledger.report(number, result["steps"], result)
-        if not result.get("waits"):
+        if not result.get("segment_ended"):
             ledger.finish(number, "COMPLETE")
     finally:
         runner.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dmx.records import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
+from dmx.runs.metrics import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.search.ledger import Ledger
 from dmx.search.rungs import Brackets
 from dmx.study.scheduler import NUMBER_KEY, RecordingScheduler

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmx import records as keys
 from dmx.errors import ConfigError, StageError
 from dmx.resources import code_version
+from dmx.runs import layout
 from dmx.search.study_settings import read_record, read_settings
 from dmx.storage.journal import Journal, read_journal
 from dmx.study.files import open_folder
@@ -78,7 +78,7 @@ def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object,
         "warm_start": {"runs": ["a"], "sha256": "1"},
     }
     open_folder(folder, old, resume=False)
-    before = (folder / keys.JOURNAL_FILE).read_bytes()
+    before = (folder / layout.JOURNAL_FILE).read_bytes()
     part, _, rest = key.partition(".")
     new = {**old, part: {**old[part], rest: value} if rest else value, "num_trials": 9}
     if key == "max_steps":  # it brings others along, which nobody typed
@@ -86,7 +86,7 @@ def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object,
     with pytest.raises(ConfigError) as caught:
         open_folder(folder, new, resume=True)
     assert said in str(caught.value)
-    assert (folder / keys.JOURNAL_FILE).read_bytes() == before
+    assert (folder / layout.JOURNAL_FILE).read_bytes() == before
     assert read_settings(folder) == old
 
 
@@ -94,7 +94,7 @@ def test_a_study_of_an_earlier_dmx_goes_on(tmp_path: Path) -> None:
     """Its settings are a file, and lack what was not recorded then."""
     folder = tmp_path / "study"
     folder.mkdir()
-    (folder / keys.SETTINGS_FILE).write_text(json.dumps(SETTINGS))
+    (folder / layout.SETTINGS_FILE).write_text(json.dumps(SETTINGS))
     with pytest.raises(ConfigError, match="--seed was 0, now 1"):
         open_folder(folder, {**SETTINGS, "seed": 1, "defaults": {"a": 1}}, resume=True)
     new = {**SETTINGS, "defaults": {"a": 1}, "when": [], "start": []}
@@ -106,11 +106,11 @@ def test_the_command_is_on_record_from_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     options = {"attention": "softmax", "set": ["a=1"]}
     open_folder(folder, SETTINGS, resume=False, options=options)
-    first, *rest = read_journal(folder / keys.JOURNAL_FILE)[0]
+    first, *rest = read_journal(folder / layout.JOURNAL_FILE)[0]
     assert not rest and (first["event"], first["kind"]) == ("settings", "study")
     assert first["options"] == options and first["environment"]["code"] == code_version()
     open_folder(folder, SETTINGS, resume=True, options=options)
-    assert len(read_journal(folder / keys.JOURNAL_FILE)[0]) == 1, "nothing is new"
+    assert len(read_journal(folder / layout.JOURNAL_FILE)[0]) == 1, "nothing is new"
     open_folder(folder, SETTINGS, resume=True, options={**options, "num_trials": 9})
     assert read_record(folder)["options"]["num_trials"] == 9
 
@@ -146,7 +146,7 @@ def test_what_a_failed_start_left_blocks_nothing(
 def test_a_report_is_no_failed_start_and_one_at_work_is_not_cleared(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     open_folder(folder, SETTINGS, resume=False)
-    with Journal(folder / keys.JOURNAL_FILE) as journal:
+    with Journal(folder / layout.JOURNAL_FILE) as journal:
         with pytest.raises(StageError, match="in use"):
             open_folder(folder, SETTINGS, resume=False)
         journal.append(event="report", trial=0, step=1, metrics={})

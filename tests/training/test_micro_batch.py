@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmx import records as keys
 from dmx.errors import RunFailedError
+from dmx.runs.metrics import (
+    DEV_ACCURACY,
+    DEV_LOSS,
+    FAILURE,
+    GRADIENT_NORM,
+    MICRO_BATCH_SIZE,
+    TRAIN_LOSS,
+)
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
@@ -99,7 +106,7 @@ def test_equals_a_run_with_small_pieces_from_the_start(tiny_store, backward, err
         found = [facts(made.advance()) for _ in range(2)]
     assert memory.failures == [("training", 8), ("training", 4)], "once, in the first step"
     assert found == expected
-    assert [r[keys.MICRO_BATCH_SIZE] for r in found] == [2, 2]
+    assert [r[MICRO_BATCH_SIZE] for r in found] == [2, 2]
     assert same_state(made.model.state_dict(), small.model.state_dict())
     states = made.state(), small.state()
     assert [s.pop("micro_batch_limit") for s in states] == [2, None]
@@ -129,10 +136,10 @@ def test_in_the_middle_of_a_run(tiny_store):
         assert facts(made.advance()) == first
         Memory(made, training=4, evaluation=99)
         again = made.advance()
-    assert again[keys.MICRO_BATCH_SIZE] == 4
-    for key in (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM):
+    assert again[MICRO_BATCH_SIZE] == 4
+    for key in (TRAIN_LOSS, DEV_LOSS, GRADIENT_NORM):
         assert again[key] == pytest.approx(second[key], rel=1e-5)
-    assert again[keys.DEV_ACCURACY] == second[keys.DEV_ACCURACY]
+    assert again[DEV_ACCURACY] == second[DEV_ACCURACY]
 
 
 def test_evaluation_shrinks_too(tiny_store):
@@ -167,8 +174,8 @@ def test_when_not_one_sequence_fits_the_run_fails_with_one_sentence(tiny_store, 
     runner = Runner(job)
     Memory(runner.trainer, training=0, evaluation=0)
     report = runner.step()
-    assert report["done"] and "one sequence at a time (training)" in report[keys.FAILURE]
-    one_sentence(RunFailedError(report[keys.FAILURE]))
+    assert report["done"] and "one sequence at a time (training)" in report[FAILURE]
+    one_sentence(RunFailedError(report[FAILURE]))
     assert runner.step() == report, "and it stays failed"
     assert not (tmp_path / "r" / "last").exists()
     runner.close()

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dmx import records as keys
 from dmx.config import parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
+from dmx.runs.metrics import REPORT_KEYS
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.job import Job
@@ -115,7 +115,7 @@ def test_training_is_the_same_without_them(
 
 def test_no_metric_has_the_tag() -> None:
     """TensorBoard shows a tag in one way only: as numbers, and the pictures would be gone."""
-    assert TAG not in keys.REPORT_KEYS
+    assert TAG not in REPORT_KEYS
 
 
 def test_images_in_tensorboard(tmp_path: Path, finished: Path, tiny_store: Store) -> None:

@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx import records as keys
 from dmx.errors import ConfigError
+from dmx.runs.metrics import (
+    BEST_STEP,
+    DEV_ACCURACY,
+    DEV_LOSS,
+    GRADIENT_NORM,
+    MICRO_BATCH_SIZE,
+    NUM_WORKERS,
+    SAMPLES,
+    SAMPLES_PER_SECOND,
+    SAMPLES_PER_SECOND_PER_WORKER,
+    STEPS,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+)
 from dmx.schema import to_dict
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers, check_batch, check_device, share_out
@@ -22,8 +35,8 @@ from tests.training.test_trainer import facts, same_state
 
 SIZE = 3
 ROOT = Path(__file__).resolve().parents[2]
-NUMBERS = (keys.TRAIN_LOSS, keys.DEV_LOSS, keys.GRADIENT_NORM)
-EXACT = (keys.STEPS, keys.SAMPLES, keys.TRAIN_ACCURACY, keys.DEV_ACCURACY, keys.BEST_STEP)
+NUMBERS = (TRAIN_LOSS, DEV_LOSS, GRADIENT_NORM)
+EXACT = (STEPS, SAMPLES, TRAIN_ACCURACY, DEV_ACCURACY, BEST_STEP)
 
 
 def job(folder: Path, name: str) -> Job:
@@ -87,10 +100,10 @@ def test_the_same_result_as_one_process(found, tiny_store, name):
 
 def test_what_is_reported(found):
     for report in found[0]["plain"][0]:
-        assert (report[keys.NUM_WORKERS], report[keys.MICRO_BATCH_SIZE]) == (3, 3)
-        each = report[keys.SAMPLES_PER_SECOND_PER_WORKER]
-        assert each == pytest.approx(report[keys.SAMPLES_PER_SECOND] / 3)
-    assert found[0]["bucketed"][0][0][keys.MICRO_BATCH_SIZE] == 2
+        assert (report[NUM_WORKERS], report[MICRO_BATCH_SIZE]) == (3, 3)
+        each = report[SAMPLES_PER_SECOND_PER_WORKER]
+        assert each == pytest.approx(report[SAMPLES_PER_SECOND] / 3)
+    assert found[0]["bucketed"][0][0][MICRO_BATCH_SIZE] == 2
 
 
 def test_with_dropout_a_resumed_group_is_bit_equal(found):
@@ -104,7 +117,7 @@ def test_a_group_cut_off_after_every_step_is_bit_equal(found):
     for rank in found:
         reports, weights = rank["cut"]
         assert [facts(r) for r in reports] == [
-            {**facts(r), "done": r[keys.STEPS] == 8} for r in rank["dropout"][0]
+            {**facts(r), "done": r[STEPS] == 8} for r in rank["dropout"][0]
         ]
         assert same_state(weights, rank["dropout"][1][-1][0])
 
@@ -119,7 +132,7 @@ def test_gradients_are_summed_and_unused_weights_have_none(found):
 
 def test_one_process_out_of_memory_changes_nothing_for_the_rest(found):
     check_close(found[0]["out of memory"], found[0]["plain"][0][:2])
-    assert [r[keys.MICRO_BATCH_SIZE] for r in found[0]["out of memory"]] == [1, 1]
+    assert [r[MICRO_BATCH_SIZE] for r in found[0]["out of memory"]] == [1, 1]
 
 
 def test_one_process_continues_what_three_began(found, folder):
@@ -129,7 +142,7 @@ def test_one_process_continues_what_three_began(found, folder):
     assert facts(repeated) == facts({k: v for k, v in found[0]["begun"][1].items()})
     rest = [one.step() for _ in range(2)]
     one.close()
-    assert rest[-1]["done"] and rest[-1][keys.NUM_WORKERS] == 1
+    assert rest[-1]["done"] and rest[-1][NUM_WORKERS] == 1
     check_close(rest, found[0]["plain"][0][2:])
     assert not any(
         "module." in name for name in open_checkpoint(folder / "begun/last").model_state()
@@ -139,10 +152,10 @@ def test_one_process_continues_what_three_began(found, folder):
 def test_three_continue_what_one_began(found, folder):
     for rank in found:
         repeated, *rest = rank["continued"]
-        assert (repeated[keys.STEPS], repeated[keys.NUM_WORKERS]) == (4, 1)
+        assert (repeated[STEPS], repeated[NUM_WORKERS]) == (4, 1)
         check_close(rest, rank["plain"][0][2:])
     last = open_checkpoint(folder / "continued" / "last")
-    assert last.metrics[keys.STEPS] == 8 and last.metrics[keys.NUM_WORKERS] == 3
+    assert last.metrics[STEPS] == 8 and last.metrics[NUM_WORKERS] == 3
 
 
 def test_ends_that_all_see(found):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dmx.errors import ConfigError
-from dmx.records import StageRecord
 from dmx.registry import Registry
+from dmx.runs.curriculum import StageRecord
 from dmx.schema import from_dict, to_dict
 
 GATES: Registry[type[Gate]] = Registry("gate", "dmx.curriculum.gates")

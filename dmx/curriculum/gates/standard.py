@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dmx import records as keys
 from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
-from dmx.records import StageRecord
 from dmx.registry import choices_message
+from dmx.runs.curriculum import StageRecord
+from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
 
 
 @GATES.register("always")
@@ -39,13 +39,13 @@ class ThresholdGate(Gate):
 
     name: ClassVar[str] = "threshold"
 
-    metric: str = keys.BEST_DEV_ACCURACY
+    metric: str = BEST_DEV_ACCURACY
     at_least: float | None = None
     at_most: float | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in keys.REPORT_KEYS:
-            raise ConfigError(f"metric {choices_message(self.metric, keys.REPORT_KEYS)}.")
+        if self.metric not in REPORT_KEYS:
+            raise ConfigError(f"metric {choices_message(self.metric, REPORT_KEYS)}.")
         if self.at_least is None and self.at_most is None:
             raise ConfigError("at_least is required (or at_most) and has no value.")
 

@@ -1,0 +1,28 @@
+"""Every file and folder name of a run, once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Files of a checkpoint directory.
+MODEL_FILE = "model.pt"
+TRAINING_STATE_FILE = "training_state.pt"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+SAMPLES_FILE = "samples.json"
+"""Beside the best weights: what they say about a few dev examples."""
+BEST_DIR = "best"
+LAST_DIR = "last"
+
+# Files of a run directory.
+STUDY_FILE = "study.json"
+SETTINGS_FILE = "settings.json"
+"""Of a study of an earlier dmx; now the journal's first event."""
+WARM_START_FILE = "warm_start.json"
+TRIALS_FILE = "trials.csv"
+OPTUNA_FILE = "optuna.journal"
+JOURNAL_FILE = "journal.jsonl"
+LINEAGE_FILE = "lineage.json"
+
+Kind = Literal["study", "run", "curriculum"]
+"""What a folder holds."""
