@@ -14,7 +14,7 @@ import yaml
 from dmx.attention import AttentionConfig, MixerContext
 from dmx.attention.butterfly import ButterflyConfig
 from dmx.errors import ConfigError
-from dmx.nn.model import ModelConfig
+from dmx.model import ModelConfig
 from dmx.nn.optim import OptimConfig
 from dmx.overrides import flatten, lay, merge
 from dmx.paths import expand

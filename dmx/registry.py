@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
@@ -27,14 +29,15 @@ class Registry(Generic[T]):
     Args:
         kind: what the values are, for messages ("attention").
         package: a package whose modules register themselves on import; it is scanned once, so a
-            new file in it is enough to add a value.
+            new file in it is enough to add a value. Plug-ins (see load_plugins) are loaded then,
+            and register theirs.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
         self.kind = kind
         self._package = package
         self._values: dict[str, T] = {}
-        self._scanned = package is None
+        self._scanned = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files the decorated value under `name`."""
@@ -67,9 +70,26 @@ class Registry(Generic[T]):
         return name in self._values
 
     def _scan(self) -> None:
-        if self._scanned or self._package is None:
+        if self._scanned:
             return
         self._scanned = True
-        package = importlib.import_module(self._package)
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
-            importlib.import_module(f"{self._package}.{module.name}")
+        if self._package is not None:
+            package = importlib.import_module(self._package)
+            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+                importlib.import_module(f"{self._package}.{module.name}")
+        load_plugins()
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Import the modules that installed packages announce in the entry-point group `dmx.plugins`.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for entry in importlib.metadata.entry_points(group="dmx.plugins"):
+        try:
+            entry.load()
+        except Exception as error:
+            where = entry.dist.name if entry.dist else "an installed package"
+            raise ConfigError(f"plug-in {entry.value} of {where}: {error!r}.") from error

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(?:python|yaml|toml)\n# (\S+)\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +27,28 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = BLOCK.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
     assert {name for name, _ in blocks} >= {
         "dmx/attention/window.py",
-        "dmx/tasks/parity.py",
+        "parity.py",
+        "pyproject.toml",
         "dmx/curriculum/gates/steady.py",
         "search_spaces/window.yaml",
     }
     for name, body in blocks:
-        (copy / name).write_text(body, encoding="utf-8")
+        if name == "pyproject.toml":
+            install(copy, tomllib.loads(body)["project"])
+        else:
+            (copy / name).write_text(body, encoding="utf-8")
     return copy
+
+
+def install(site: Path, project: dict[str, Any]) -> None:
+    """What pip leaves of a package beside its modules."""
+    info = site / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    fields = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(fields, encoding="utf-8")
+    (plugins,) = project["entry-points"].items()
+    lines = [f"[{plugins[0]}]", *(f"{name} = {module}" for name, module in plugins[1].items())]
+    (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def run_in(checkout: Path, code: str, timeout: float = 120) -> str:

@@ -31,7 +31,6 @@ UPWARD = {
     ("curriculum", "commands"),
     ("data", "fitting"),
     ("data", "training"),
-    ("nn", "attention"),
 }
 
 # Packages and modules that may import them, at the top of a file or within a function.

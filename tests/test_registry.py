@@ -8,7 +8,7 @@ import pytest
 
 from dmx.attention import ATTENTIONS
 from dmx.errors import ConfigError
-from dmx.registry import Registry
+from dmx.registry import Registry, load_plugins
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence
 
@@ -56,6 +56,20 @@ def test_a_new_file_is_enough(tmp_path, monkeypatch):
 
     assert "kinds_for_a_test.apple" not in sys.modules
     assert KINDS.names() == ["apple"]
+
+
+def test_a_plugin_that_does_not_import_is_named(tmp_path, monkeypatch):
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dmx.plugins]\nmine = module_of_mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_plugins.cache_clear()
+    with pytest.raises(ConfigError, match=r"plug-in module_of_mine of mine: .*No module named"):
+        load_plugins()
+    (tmp_path / "module_of_mine.py").write_text("")
+    load_plugins()
+    assert "module_of_mine" in sys.modules
 
 
 def test_what_dmx_has():

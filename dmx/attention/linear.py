@@ -1,4 +1,4 @@
-"""Linear attention with the feature map elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236)."""
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), and no mixing at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.nn.packing import Layout
 
 
 @ATTENTIONS.register("linear")
@@ -49,3 +50,37 @@ class LinearMixer(TokenMixer):
             scale = full_length**-0.25
             context = ((F.elu(k) + 1) * scale).transpose(-1, -2) @ v  # [B, H, Dh, Dh]
             return ((F.elu(q) + 1) * scale) @ context
+
+
+@ATTENTIONS.register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoneConfig(AttentionConfig):
+    """Every token keeps its own value: what embeddings, MLP and pooling do by themselves.
+
+    There are no attention weights, so dropout does nothing.
+    """
+
+    name: ClassVar[str] = "none"
+
+    def build(self, context: MixerContext) -> TokenMixer:
+        """The mixer; it has no parameters."""
+        return NoneMixer()
+
+
+class NoneMixer(TokenMixer):
+    """See NoneConfig."""
+
+    packs = True
+    packs_on_accelerators = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """[B, H, L, Dh] values, unchanged."""
+        return v
+
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """[n, H, l, Dh] values, unchanged."""
+        return v
+
+    def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+        """[T, 3 * H * Dh] -> the values [T, H * Dh], unchanged."""
+        return qkv.chunk(3, dim=1)[2]

@@ -22,8 +22,8 @@ from dmx.config import RunConfig
 from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
+from dmx.model import Classifier
 from dmx.nn.device import total_memory
-from dmx.nn.model import Classifier
 from dmx.schema import to_dict
 from dmx.training.trainer import resolve
 

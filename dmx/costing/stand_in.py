@@ -16,8 +16,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DmxError
-from dmx.tasks import Task
-from dmx.tasks.pathfinder import NUM_IMAGES
+from dmx.tasks import NUM_IMAGES, Task
 
 _NUM_EXAMPLES = 8
 GENERATED, RANDOM = "freshly generated images", "random tokens of the full length"

@@ -14,7 +14,7 @@ from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.views import seconds_text
 from dmx.fitting import Col, FittingTable
 from dmx.log import console, verbatim
-from dmx.tasks.pathfinder import NUM_IMAGES
+from dmx.tasks import NUM_IMAGES
 from dmx.training.transfer import TransferReport
 
 _DEV_SHARE = 0.1

@@ -12,7 +12,7 @@ from typing import Any
 from dmx.errors import ConfigError, DataError
 from dmx.schema import from_dict
 from dmx.storage.files import MANIFEST_FILE
-from dmx.tasks.base import SPLITS, find_task
+from dmx.tasks import SPLITS, find_task
 
 FORMAT = 1
 """Version of the store's layout; a reader refuses any other."""

@@ -28,7 +28,7 @@ from dmx.storage.files import (
     sha256_file,
     write_atomic,
 )
-from dmx.tasks.base import SPLITS
+from dmx.tasks import SPLITS
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dmx.attention import ATTENTIONS, AttentionConfig, TokenMixer
 from dmx.config import RunConfig
 from dmx.data.batches import Batch
 from dmx.errors import ConfigError
-from dmx.nn.model import Classifier
+from dmx.model import Classifier
 from dmx.nn.packing import to_groups
 
 MAX_SIZE = 1024

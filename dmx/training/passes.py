@@ -18,8 +18,8 @@ from dmx.config import TrainConfig
 from dmx.data.batches import Batch, eval_batches
 from dmx.data.store import Split
 from dmx.errors import RunFailedError
+from dmx.model import Classifier
 from dmx.nn.device import autocast, sum_dtype
-from dmx.nn.model import Classifier
 from dmx.training.process_group import ProcessGroup
 
 _CPU_EVAL_BATCH = 32

@@ -18,7 +18,7 @@ from dmx.data.batches import make_batch
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split, Store, open_store
 from dmx.errors import ConfigError, DmxError
-from dmx.nn.model import Classifier
+from dmx.model import Classifier
 from dmx.runs import layout
 from dmx.schema import to_dict
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmx.attention import AttentionConfig
 from dmx.errors import CheckpointError, ConfigError
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 
 _SIZE_KEYS = {
     "nystrom": {"num_landmarks": "num_landmarks", "conv_kernel_size": "conv_kernel_size"},

@@ -19,6 +19,7 @@ from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import CheckpointError, DataError
+from dmx.model import Classifier
 from dmx.nn.allocator import keep_freed_memory
 from dmx.nn.device import (
     autocast,
@@ -28,7 +29,6 @@ from dmx.nn.device import (
     reset_peak_memory,
     sum_dtype,
 )
-from dmx.nn.model import Classifier
 from dmx.nn.optim import build_optimizer
 from dmx.resources import code_version
 from dmx.runs.metrics import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dmx.config import RunConfig
 from dmx.errors import CheckpointError
-from dmx.nn.model import Classifier
+from dmx.model import Classifier
 from dmx.runs.layout import MODEL_FILE
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task

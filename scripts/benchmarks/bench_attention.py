@@ -31,7 +31,7 @@ from bench_cases import our_step, peak_mb, write_section
 
 from dmx.attention import ATTENTIONS, AttentionConfig, MixerContext
 from dmx.errors import ConfigError
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 
 LENGTHS = [1024 << k for k in range(7)]
 SIZES = {

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from dmx.data.pathfinder import Generator
-from dmx.nn.model import Classifier
+from dmx.model import Classifier
 from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.nn.parallel import single_thread
 from dmx.training.reference import load_model

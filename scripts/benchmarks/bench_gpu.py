@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from bench_cases import CASES, batch_of, reference_model, reference_step
 
 from dmx.attention import AttentionConfig
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 from dmx.nn.optim import OptimConfig, build_optimizer
 
 WARM_UP = 3

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.attention import AttentionConfig, MixerContext
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 from tests.attention.cases import SHIPPED
 
 SIZES = {

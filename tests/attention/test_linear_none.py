@@ -2,8 +2,7 @@
 
 import torch
 
-from dmx.attention.linear import LinearConfig
-from dmx.attention.none import NoneConfig
+from dmx.attention.linear import LinearConfig, NoneConfig
 from tests.attention.cases import HEADS, LENGTH, context, masks, qkv
 
 

@@ -6,7 +6,7 @@ import torch
 
 from dmx.attention import AttentionConfig
 from dmx.attention.linformer import LinformerConfig
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 from tests.attention.cases import HEAD_DIM, HEADS, LENGTH, context, masks, qkv
 from tests.attention.formulas import softmax_attention
 

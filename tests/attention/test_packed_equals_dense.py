@@ -6,7 +6,7 @@ import torch
 
 from dmx.attention import AttentionConfig
 from dmx.errors import ConfigError
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 from tests.attention.cases import CASES, LENGTH, NAMES, PACKING, SHIPPED, masks, mixer, qkv
 from tests.golden_files import FOLDERS
 

@@ -14,7 +14,7 @@ import pytest
 from dmx.data.prepare import prepare
 from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
-from dmx.tasks.base import SPLITS
+from dmx.tasks import SPLITS
 
 
 def write(folder: Path, task: str, splits: dict[str, list[dict[str, Any]]], protocol: int) -> Path:

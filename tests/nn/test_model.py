@@ -9,7 +9,7 @@ from torch import nn
 
 from dmx.attention import AttentionConfig
 from dmx.errors import DataError
-from dmx.nn.model import Classifier, ModelConfig
+from dmx.model import Classifier, ModelConfig
 from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.training.reference import load_model
 from tests.golden_files import golden

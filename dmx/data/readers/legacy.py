@@ -16,8 +16,7 @@ from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
-from dmx.tasks import Task
-from dmx.tasks.base import SPLITS
+from dmx.tasks import SPLITS, Task
 
 log = logging.getLogger(__name__)
 _LARGE_BYTES = 1_000_000_000

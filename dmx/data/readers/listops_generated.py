@@ -13,8 +13,7 @@ from dmx.data.shards import ShardPlan, make_shards, read_shards, remove_shards
 from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError
-from dmx.tasks import Task
-from dmx.tasks.base import SPLITS
+from dmx.tasks import SPLITS, Task
 
 SHARD_SIZE = 1000
 DEFAULT_SEED = 0

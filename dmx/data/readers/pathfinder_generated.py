@@ -23,8 +23,7 @@ from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError, DataError
 from dmx.storage.files import explained
-from dmx.tasks import Task
-from dmx.tasks.pathfinder import NUM_IMAGES
+from dmx.tasks import NUM_IMAGES, Task
 
 log = logging.getLogger(__name__)
 SEED = 123

@@ -19,8 +19,7 @@ from dmx.data.readers.base import READERS, Reader, Request, manifest_for
 from dmx.data.source import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
-from dmx.tasks import Task
-from dmx.tasks.pathfinder import EMPTY_IMAGES
+from dmx.tasks import EMPTY_IMAGES, Task
 
 log = logging.getLogger(__name__)
 NUM_FIELDS = 11

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmx.attention import AttentionConfig, MixerContext
-from dmx.attention.multihead import MultiHead
+from dmx.attention.base import MultiHead
 from dmx.errors import ConfigError, DataError
 from dmx.nn.dropout import Dropout
 from dmx.nn.ends import embed, norm_sum
