@@ -21,9 +21,8 @@ from dmx import cli, process
 from dmx.commands import resuming, train_workers
 from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config, schedule
-from dmx.costing import costs
-from dmx.costing.count import check_memory
-from dmx.costing.stand_in import dry_data
+from dmx.costs.estimate import check_price, describe, dry_data, run_cost
+from dmx.costs.measure import check_memory
 from dmx.data.obtain import obtain
 from dmx.data.store import Store
 from dmx.errors import (
@@ -101,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     workers = train_workers.choose(args, config)
     if args.address is None:
         check_memory([("", config)], pick_device(config.train.device))
-    costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
+    check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
     if args.reinit and config.init is None:
         raise ConfigError("--reinit is given without --init-from; leave it out.")
     start = None
@@ -176,16 +175,15 @@ def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
         _tell_transfer(start, resolve(config, data.store.manifest))
-        cost = costs.run_cost(
+        cost = run_cost(
             config,
             data.store,
             threads=args.threads or num_cores(),
-            price_per_gpu_hour=args.price_per_gpu_hour,
             num_dev=data.num_dev,
         )
     out = console()
     out.print(f"data: {data.words}", highlight=False)
-    for line in costs.describe(cost):
+    for line in describe(cost, args.price_per_gpu_hour):
         out.print(line, highlight=False)
     out.print("Nothing was started (--dry-run).")
     return EXIT_OK

@@ -16,8 +16,7 @@ from dmx.cluster import connection, gpu_packing
 from dmx.commands import place_options, resuming, tune_dryrun, tune_search
 from dmx.commands.tune_options import check_limits, parser
 from dmx.commands.tune_plan import Plan, make_plan
-from dmx.costing import costs
-from dmx.costing.stand_in import dry_data
+from dmx.costs.estimate import check_price, corner_runs, dry_data
 from dmx.data.store import Store
 from dmx.errors import (
     EXIT_FAILED,
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     args.objectives = tune_search.choose(args, plan.space)
     if args.final_seeds < 0:
         raise ConfigError(f"--final-seeds is {args.final_seeds}; it must not be negative.")
-    costs.check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
+    check_price(args.price_per_gpu_hour, dry_run=args.dry_run)
     if args.time_budget is not None and not args.time_budget > 0:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     check_limits(args)
@@ -148,7 +147,7 @@ def _search(
         resources = stack.enter_context(connection.connect(args.address))
         config, settings, files = here or checked(resources)
         if args.trials_per_gpu == gpu_packing.AUTO:
-            fitting = gpu_packing.measure(config, store)
+            fitting = gpu_packing.measure(corner_runs(config), store)
             budget = plan.budget(resources, trials_per_gpu=fitting)
             config = plan.study(budget, folder.name, sync.layout)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial

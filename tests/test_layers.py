@@ -18,7 +18,7 @@ LAYERS = """
     errors terminal log process quiet_threads paths wording format registry schema overrides
     resources cli
     storage runs tensorboard
-    tasks data nn attention model fitting config training search costing costs
+    tasks data nn attention model fitting config training search costs
     cluster study curriculum reporting commands
     report leaderboard tune train attention_maps
     __main__
@@ -26,8 +26,7 @@ LAYERS = """
 
 # Edges that still point up. None may be added.
 UPWARD = {
-    ("cluster", "study"),
-    ("costing", "reporting"),
+    ("costs", "reporting"),
     ("curriculum", "commands"),
     ("data", "fitting"),
     ("data", "training"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,11 @@ import torch
 
 from dmx.cluster import waiting
 from dmx.config import RunConfig, parse_run_config
-from dmx.costing import costs
+from dmx.costs.estimate import largest
 from dmx.data.batches import Batch, make_batch
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.schema import to_dict
-from dmx.study.config import StudyConfig
 from dmx.training.trainer import Trainer
 
 import ray  # isort: skip
@@ -60,17 +59,14 @@ def trials_that_fit(usage: Usage, *, headroom: float = _HEADROOM, most: int = _M
     return max(min(room // max(usage.peak, 1), most), 1)
 
 
-def measure(config: StudyConfig, store: Store) -> int:
-    """Trials per GPU for a study, from a few steps of its largest corner on a GPU of the cluster.
+def measure(runs: Sequence[RunConfig], store: Store) -> int:
+    """Trials per GPU, from a few steps of the largest of these runs on a GPU of the cluster.
 
-    The largest is the corner that keeps most for its backward pass, as costs count it.
+    The largest is the one that keeps most for its backward pass, as costs count it.
     """
-    points = [*map(dict, config.space.start), *config.space.corners()]
-    runs = [config.space.run_config(config.task, config.overrides, point) for point in points]
-    largest = costs.largest(runs, store)
     remote = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(peak_usage)
     with waiting.for_task():
-        usage = ray.get(remote.remote(to_dict(largest), str(store.folder)))
+        usage = ray.get(remote.remote(to_dict(largest(runs, store)), str(store.folder)))
     count = trials_that_fit(usage)
     logger.info(
         "the largest trial takes %.1f of %.1f GB of a GPU: %d trials per GPU",

@@ -8,8 +8,7 @@ from pathlib import Path
 from dmx.cluster import connection
 from dmx.commands import tune_search
 from dmx.commands.tune_plan import Plan
-from dmx.costing import costs
-from dmx.costing.stand_in import DryData
+from dmx.costs.estimate import DryData, describe, study_cost
 from dmx.errors import EXIT_OK
 from dmx.log import console, verbatim
 from dmx.search.rungs import describe_rungs
@@ -49,15 +48,14 @@ def show(plan: Plan, data: DryData, folder: Path) -> int:
         reduction_factor=config.reduction_factor,
     )
     out.print(f"scheduler: {stops}", highlight=False)
-    cost = costs.study_cost(
+    cost = study_cost(
         config,
         data.store,
         slots=slots,
         final_seeds=args.final_seeds,
-        price_per_gpu_hour=args.price_per_gpu_hour,
         num_dev=data.num_dev,
     )
-    for line in costs.describe(cost):
+    for line in describe(cost, args.price_per_gpu_hour):
         out.print(line, highlight=False)
     out.print("Nothing was started (--dry-run).")
     return EXIT_OK

@@ -13,7 +13,7 @@ from dmx.attention.base import split_name
 from dmx.cluster import gpu_packing
 from dmx.cluster.connection import Resources
 from dmx.commands import tune_search
-from dmx.costing.count import check_memory
+from dmx.costs.measure import check_memory
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dmx.costing.stage import StageCost, stage_cost
+from dmx.costs.estimate import Cost, stage_cost
 from dmx.curriculum.checks import StageData, resolve
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.views import seconds_text
@@ -17,6 +17,8 @@ from dmx.log import console, verbatim
 from dmx.tasks import NUM_IMAGES
 from dmx.training.transfer import TransferReport
 
+StageCosts = Mapping[str, tuple[Cost, str]]
+"""By stage: what it costs, and what that was measured on."""
 _DEV_SHARE = 0.1
 
 
@@ -105,9 +107,9 @@ def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
 
 
 def _costs(
-    curriculum: CurriculumConfig, costs: Mapping[str, StageCost], threads: Mapping[str, int]
+    curriculum: CurriculumConfig, costs: StageCosts, threads: Mapping[str, int]
 ) -> FittingTable:
-    device = next(iter(costs.values())).probe.device
+    device = next(iter(costs.values()))[0].probes[0].device
     most = max(threads.values())
     if device == "cuda":
         device = torch.cuda.get_device_name()
@@ -123,20 +125,20 @@ def _costs(
     )
     total = 0.0
     for stage in curriculum.stages:
-        cost = costs[stage.name]
+        cost, measured_on = costs[stage.name]
         trials = 1 if stage.search is None else stage.search.num_trials
-        total += cost.total_seconds * trials
+        total += cost.wall_seconds * trials
         table.add_row(
             stage.name,
-            f"{cost.step.parameters:,}",
-            f"{cost.step.tokens / stage.config.train.batch_size:,.0f} of "
+            f"{cost.models[0].parameters:,}",
+            f"{cost.models[0].tokens / stage.config.train.batch_size:,.0f} of "
             f"{stage.config.task_info.max_length:,}",
-            f"{cost.step.flops / 1e9:,.1f}",
+            f"{cost.models[0].flops / 1e9:,.1f}",
             f"{cost.memory_bytes / 2**20:,.0f} MiB",
-            f"{cost.probe.step_seconds:.3g} s",
-            seconds_text(cost.probe.eval_seconds),
-            seconds_text(cost.total_seconds * trials),
-            cost.input,
+            f"{cost.step_seconds:.3g} s",
+            seconds_text(cost.eval_seconds),
+            seconds_text(cost.wall_seconds * trials),
+            measured_on,
         )
     table.add_section()
     table.add_row("all", *[""] * 6, seconds_text(total), "")
@@ -144,10 +146,12 @@ def _costs(
 
 
 def _remarks(
-    curriculum: CurriculumConfig, data: Mapping[str, StageData], costs: Mapping[str, StageCost]
+    curriculum: CurriculumConfig,
+    data: Mapping[str, StageData],
+    costs: StageCosts,
 ) -> list[str]:
     lines = []
-    if next(iter(costs.values())).probe.device == "cpu":
+    if next(iter(costs.values()))[0].probes[0].device == "cpu":
         lines.append(
             "memory: weights, AdamW and the tensors that one micro batch saves for the backward "
             "pass, in float32; the process itself needs about 400 MiB more."

@@ -44,12 +44,12 @@ def test_the_option():
 
 
 def test_the_largest_corner_keeps_most_memory(tiny_store):
-    from dmx.costing import costs
+    from dmx.costs.estimate import largest
 
     runs = [config(model__num_layers=n, train__batch_size=b) for n, b in ((1, 8), (3, 8), (2, 8))]
-    assert costs.largest(runs, tiny_store) == runs[1]
+    assert largest(runs, tiny_store) == runs[1]
     micro = [config(train__micro_batch_size=2), config(train__micro_batch_size=8)]
-    assert costs.largest(micro, tiny_store) == micro[1]
+    assert largest(micro, tiny_store) == micro[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

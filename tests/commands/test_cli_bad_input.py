@@ -19,7 +19,7 @@ from dmx import cli, train, tune
 from dmx.cli import run_folder
 from dmx.cluster import connection
 from dmx.commands.completion import PARSERS
-from dmx.costing import costs
+from dmx.costs import estimate as costs
 from dmx.errors import ConfigError, DmxError
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import Journal

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dmx import attention_maps
 from dmx.attention import ATTENTIONS, AttentionConfig, MixerContext
 from dmx.config import parse_run_config
-from dmx.costing.stand_in import stand_in
+from dmx.costs.measure import stand_in
 from dmx.data.batches import make_batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError

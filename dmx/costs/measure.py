@@ -1,4 +1,4 @@
-"""What one optimizer step costs, counted: parameters, FLOPs, bytes moved, memory."""
+"""What one optimizer step costs: counted on the CPU, and measured by a few real steps here."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmx.config import RunConfig
-from dmx.data.batches import Batch, make_batch
-from dmx.data.store import Store
-from dmx.errors import ConfigError
+from dmx.config import RunConfig, TrainConfig
+from dmx.data.batches import Batch, eval_batches, make_batch
+from dmx.data.manifest import Manifest
+from dmx.data.store import Store, open_store
+from dmx.data.store_writer import StoreWriter
+from dmx.errors import ConfigError, DmxError
 from dmx.model import Classifier
-from dmx.nn.device import total_memory
+from dmx.nn.device import pick_device, total_memory
 from dmx.schema import to_dict
-from dmx.training.trainer import resolve
+from dmx.tasks import Task
+from dmx.training.trainer import Trainer, resolve
 
-_OPTIMIZER_BYTES = 7 * 4
-"""AdamW per parameter: weight, gradient and two moments are read, all but the gradient written."""
 _STATE_BYTES = 4 * 4
 """Kept per parameter while training: weight, gradient, two moments, in float32."""
+
+# -- counted ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,6 @@ class StepCost:
     Attributes:
         parameters: of the model. tokens: real (unmasked) tokens of a batch.
         flops: forward and backward, matrix products and attention only.
-        bytes: read and written by all operations; an upper bound, since kernels may be fused.
         memory_bytes: weights, gradients, optimizer state and what one micro batch keeps for its
             backward pass. Temporaries and libraries come on top.
     """
@@ -48,31 +52,7 @@ class StepCost:
     parameters: int
     tokens: float
     flops: float
-    bytes: float
     memory_bytes: float
-
-
-class _ByteCounter(TorchDispatchMode):
-    """Sums the bytes that operations read and write; views move nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        known = {t.untyped_storage().data_ptr() for t in read}
-        is_view = all(t.untyped_storage().data_ptr() in known for t in written)
-        if func._schema.is_mutable or not is_view:
-            self.total += sum(map(_num_bytes, read)) + sum(map(_num_bytes, written))
-        return out
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    """An expanded tensor is no bigger than its storage."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _same_as(known: Any) -> Callable[..., int]:
@@ -177,9 +157,9 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
     length = config.model.max_length
     assert length
     split = store.split("train")
-    places = np.linspace(0, len(split) - 1, examples + 2)[1:-1].astype(np.int64)
-    once = make_batch(split, places, length)
-    twice = make_batch(split, np.concatenate([places, places]), length)
+    chosen = np.linspace(0, len(split) - 1, examples + 2)[1:-1].astype(np.int64)
+    once = make_batch(split, chosen, length)
+    twice = make_batch(split, np.concatenate([chosen, chosen]), length)
     train = config.train
     with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
@@ -204,24 +184,12 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
         parameters=parameters,
         tokens=real * train.batch_size,
         flops=whole(0, train.batch_size, passes),
-        bytes=whole(1, train.batch_size, passes) + _OPTIMIZER_BYTES * parameters,
-        memory_bytes=_STATE_BYTES * parameters + whole(2, micro, 1),
+        memory_bytes=_STATE_BYTES * parameters + whole(1, micro, 1),
     )
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within the block torch uses so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(count, 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _count(model: Classifier, batch: Batch) -> tuple[int, int, int]:
-    """(FLOPs, bytes moved, bytes kept for the backward pass) of one forward and backward pass."""
+def _count(model: Classifier, batch: Batch) -> tuple[int, int]:
+    """(FLOPs, bytes kept for the backward pass) of one forward and backward pass."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # a freed storage's address would be given out again
@@ -235,9 +203,170 @@ def _count(model: Classifier, batch: Batch) -> tuple[int, int, int]:
 
     model.zero_grad(set_to_none=True)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    moved = _ByteCounter()
-    with flops, moved, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = model(batch.input_ids, batch.input_ids_1)
         F.cross_entropy(logits.float(), batch.labels).backward()
     model.zero_grad(set_to_none=True)
-    return int(flops.get_total_flops()), moved.total, sum(kept.values())
+    return int(flops.get_total_flops()), sum(kept.values())
+
+
+# -- measured ------------------------------------------------------------------------------------
+
+_CPU_POSITIONS = 65536
+"""Positions, masked ones included, of a step that is timed on a CPU; a larger batch is timed in
+part and its time multiplied, since on a CPU it grows with the examples."""
+_MOST_STEPS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Measured times.
+
+    Attributes:
+        step_seconds: of an optimizer step, the median. eval_seconds: of the whole dev split,
+            estimated from a few batches. peak_memory_bytes: of the GPU, or None.
+        steps: how many were timed, after one to warm up. device: "cpu", "cuda" or "mps".
+    """
+
+    step_seconds: float
+    eval_seconds: float
+    peak_memory_bytes: float | None
+    steps: int
+    device: str
+
+
+def probe_step(
+    config: RunConfig,
+    store: Store,
+    *,
+    num_threads: int = 1,
+    seconds: float = 6.0,
+    num_dev: int | None = None,
+) -> Probe:
+    """Time real optimizer steps, and evaluation, for about `seconds`; nothing is written.
+
+    Args:
+        num_threads: CPU threads of a worker.
+        num_dev: examples of the dev split; None takes the store's.
+    """
+    whole = config.train.batch_size
+    length = config.model.max_length or config.task_info.max_length
+    on_cpu = pick_device(config.train.device).type == "cpu"
+    train = _part(config.train, max(_CPU_POSITIONS // length, 1)) if on_cpu else config.train
+    # Enough steps for a schedule, however few the run has.
+    train = dataclasses.replace(train, compile=False, num_steps=max(train.num_steps, 64))
+    with threads(num_threads), torch.random.fork_rng():
+        trainer = Trainer(dataclasses.replace(config, train=train), store)
+        try:
+            return _time(trainer, seconds, whole / train.batch_size, num_dev)
+        finally:
+            trainer.close()
+
+
+def _part(train: TrainConfig, most: int) -> TrainConfig:
+    """The same with a batch of at most `most` examples, in whole micro batches where that goes."""
+    if train.batch_size <= most:
+        return train
+    micro = train.micro_batch_size or train.batch_size
+    size = max(most // micro * micro, min(most, micro))
+    return dataclasses.replace(
+        train, batch_size=size, micro_batch_size=micro if size > micro else None
+    )
+
+
+def _time(trainer: Trainer, seconds: float, times: float, num_dev: int | None) -> Probe:
+    """Measure; an optimizer step of the run is `times` as long as one of the trainer."""
+    device = trainer.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started, measured = time.perf_counter(), []
+    for step in range(_MOST_STEPS):
+        batch = trainer.batches(step)
+        before = time.perf_counter()
+        trainer.train_step(batch)  # exactly what training does
+        _wait(device)
+        measured.append(time.perf_counter() - before)
+        if step and time.perf_counter() - started > 0.7 * seconds:
+            break
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    dev = trainer.store.split("dev")
+    seen, before = 0, time.perf_counter()
+    for batch in eval_batches(dev, trainer.passes.evaluation.size, trainer.length, device):
+        trainer.probabilities(batch)
+        _wait(device)
+        seen += len(batch.labels)
+        if time.perf_counter() - before > 0.3 * seconds:
+            break
+    per_example = (time.perf_counter() - before) / max(seen, 1)
+    timed = sorted(measured[1:])
+    return Probe(
+        step_seconds=timed[len(timed) // 2] * times,
+        eval_seconds=per_example * (len(dev) if num_dev is None else num_dev),
+        peak_memory_bytes=None if peak is None else float(peak),
+        steps=len(timed),
+        device=device.type,
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the block torch uses so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- without data -------------------------------------------------------------------------------
+
+_NUM_EXAMPLES = 8
+GENERATED, RANDOM = "freshly generated images", "random tokens of the full length"
+
+
+@contextlib.contextmanager
+def stand_in(task: Task) -> Iterator[Store]:
+    """A store in a temporary folder, gone afterwards; its manifest's data_name says what it is.
+
+    Pathfinder's images are generated, as the run itself will do; all else is random tokens of the
+    full length, which costs as much as the longest real examples.
+    """
+    examples, name = _examples(task)
+    manifest = Manifest(
+        task=task.name,
+        data_name=name,
+        origin="dmx/costs/measure.py",
+        note=name,
+        num_classes=task.num_classes,
+        max_length=task.max_length,
+        vocab_size=task.vocab_size,
+        paired=task.paired,
+        dtype="uint16",
+        aliases={"dev": "train", "test": "train"},
+    )
+    with tempfile.TemporaryDirectory(prefix="dmx-stand-in-") as root:
+        folder = Path(root) / task.name
+        with StoreWriter(folder, manifest) as writer:
+            for number, ids in enumerate(examples):
+                other = ids[::-1].copy() if task.paired else None
+                writer.add("train", ids, number % task.num_classes, other)
+        yield open_store(folder)
+
+
+def _examples(task: Task) -> tuple[list[npt.NDArray[np.uint16]], str]:
+    if task.family == "pathfinder":
+        from dmx.data.pathfinder import Generator
+
+        with contextlib.suppress(DmxError):  # released sets have no generator
+            generator = Generator(task.name, 123)
+            images = [generator.image(i)[0].reshape(-1) for i in range(_NUM_EXAMPLES)]
+            return [image.astype(np.uint16) for image in images], GENERATED
+    draw = np.random.default_rng(0)
+    shape = (_NUM_EXAMPLES, task.max_length)
+    return list(draw.integers(1, task.vocab_size - 1, shape).astype(np.uint16)), RANDOM

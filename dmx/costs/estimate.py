@@ -1,0 +1,406 @@
+"""What a study, a run or a stage will cost before it is launched: work, memory and hours."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dmx.config import RunConfig
+from dmx.costs.measure import Probe, StepCost, count_step, probe_step, sizes, stand_in
+from dmx.data.locate import default_data_root, is_prepared
+from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.reporting.text import duration, scaled
+from dmx.search.simulate import ExpectedSteps, expected_steps
+from dmx.tasks import NUM_IMAGES, Task
+
+if TYPE_CHECKING:
+    from dmx.study.config import StudyConfig
+
+_MOST_MODELS = 16
+"""Models of different size that are counted, of all that a space can propose."""
+_COUNT_SECONDS = 20.0
+_MOST_SIMULATED = 300
+"""Trials of a study whose early stopping is simulated."""
+_STAGE_EXAMPLES = 4
+"""Enough for a typical number of real tokens, which FLOPs and memory hang on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """An estimate, of a study or of a single run.
+
+    Attributes:
+        models: counted, by rising FLOPs; weights: how many corners of the space each stands for.
+        num_models: models of different size that the space can propose.
+        probes: measured on the cheapest and the dearest model; empty where this machine cannot
+            stand for the one that will train (`note` says why).
+        steps: optimizer steps in all. evaluations: of the dev split, in all.
+        gpus_per_trial, cpus_per_trial, slots: trials at once.
+        final_steps: optimizer steps of retraining the best with other seeds.
+    """
+
+    what: str
+    models: tuple[StepCost, ...]
+    weights: tuple[int, ...] = (1,)
+    num_models: int = 1
+    probes: tuple[Probe, ...]
+    steps: ExpectedSteps
+    num_trials: int = 1
+    evaluations: float
+    gpus_per_trial: float = 0.0
+    cpus_per_trial: float = 1.0
+    slots: int = 1
+    final_steps: int = 0
+    note: str = ""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of the largest model: measured on a GPU, else weights, AdamW and what backward keeps."""
+        peaks = [p.peak_memory_bytes for p in self.probes if p.peak_memory_bytes is not None]
+        return max(peaks or [m.memory_bytes for m in self.models])
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, averaged over the models; NaN where nothing was measured."""
+        return self._averaged([p.step_seconds for p in self.probes])
+
+    @property
+    def eval_seconds(self) -> float:
+        """Of an evaluation, averaged over the models; NaN where nothing was measured."""
+        return self._averaged([p.eval_seconds for p in self.probes])
+
+    def _averaged(self, measured: list[float]) -> float:
+        """A time that grows linearly with FLOPs between the two probes, over all models."""
+        if not measured:
+            return math.nan
+        low, high = self.models[0].flops, self.models[-1].flops
+        slope = (measured[-1] - measured[0]) / (high - low) if high > low else 0.0
+        seconds = [measured[0] + max(slope, 0.0) * (m.flops - low) for m in self.models]
+        return sum(s * w for s, w in zip(seconds, self.weights, strict=True)) / sum(self.weights)
+
+    @property
+    def trial_seconds(self) -> float:
+        """Training and evaluating of all trials one after another, final seeds included."""
+        evaluations = self.evaluations
+        if self.final_steps and self.steps.expected:
+            evaluations *= 1 + self.final_steps / self.steps.expected
+        steps = self.steps.expected + self.final_steps
+        return self.step_seconds * steps + self.eval_seconds * evaluations
+
+    @property
+    def wall_seconds(self) -> float:
+        """With as many trials at once as there is room for."""
+        return self.trial_seconds / max(min(self.slots, self.num_trials), 1)
+
+    @property
+    def gpu_hours(self) -> float:
+        """0 where no GPU is used."""
+        return self.trial_seconds * self.gpus_per_trial / 3600 if self.gpus_per_trial else 0.0
+
+    @property
+    def cpu_hours(self) -> float:
+        """Core-hours."""
+        return self.trial_seconds * self.cpus_per_trial / 3600
+
+
+# -- estimates ----------------------------------------------------------------------------------
+
+
+def study_cost(
+    config: StudyConfig,
+    store: Store,
+    *,
+    slots: int,
+    final_seeds: int = 0,
+    probe_seconds: float = 6.0,
+    num_dev: int | None = None,
+) -> Cost:
+    """Estimate a study: count models at the space's corners, time the cheapest and the dearest.
+
+    Args:
+        slots: trials at once. probe_seconds: for each of the two; 0 measures nothing.
+        num_dev: examples of the dev split; None takes the store's.
+    """
+    runs = corner_runs(config)
+    every = runs[0].train.eval_every_steps
+    models = _distinct(runs)
+    counted = _counted(list(models.values()), store)
+    probes, note = _measured(
+        [run for _, run, _ in counted],
+        store,
+        cpus=config.cpus_per_trial,
+        gpus=config.gpus_per_trial,
+        seconds=probe_seconds,
+        num_dev=num_dev,
+    )
+    steps = _steps(config, every, slots)
+    return Cost(
+        what=f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",
+        models=tuple(step for step, _, _ in counted),
+        weights=tuple(weight for _, _, weight in counted),
+        num_models=len(models),
+        probes=probes,
+        note=note,
+        steps=steps,
+        num_trials=config.num_trials,
+        evaluations=steps.expected / every,
+        cpus_per_trial=config.cpus_per_trial,
+        gpus_per_trial=config.gpus_per_trial,
+        slots=slots,
+        final_steps=final_seeds * config.max_steps,
+    )
+
+
+def run_cost(
+    config: RunConfig,
+    store: Store,
+    *,
+    threads: int,
+    probe_seconds: float = 6.0,
+    num_dev: int | None = None,
+) -> Cost:
+    """Estimate a single run; `num_dev` as in study_cost."""
+    train = config.train
+    on_gpu = train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available())
+    gpus = 1.0 if on_gpu else 0.0
+    probes, note = _measured(
+        [config], store, cpus=threads, gpus=gpus, seconds=probe_seconds, num_dev=num_dev
+    )
+    return Cost(
+        what=f"run of {train.num_steps:,} steps",
+        models=(count_step(config, store),),
+        probes=probes,
+        note=note,
+        steps=ExpectedSteps(full=train.num_steps, expected=float(train.num_steps)),
+        evaluations=math.ceil(train.num_steps / train.eval_every_steps),
+        cpus_per_trial=threads,
+        gpus_per_trial=gpus,
+    )
+
+
+def stage_cost(
+    config: RunConfig, store: Store | None, num_dev: int, *, threads: int
+) -> tuple[Cost, str]:
+    """Estimate one run of a stage; without data, on a few examples made for it.
+
+    Args:
+        num_dev: examples of the dev split. threads: CPU threads of a worker.
+
+    Returns:
+        The estimate, always with a probe, and what it was measured on.
+    """
+    train = config.train
+    with contextlib.ExitStack() as stack:
+        data = store or stack.enter_context(stand_in(config.task_info))
+        cost = Cost(
+            what="stage",
+            models=(count_step(config, data, examples=_STAGE_EXAMPLES),),
+            probes=(probe_step(config, data, num_threads=threads, seconds=1.0, num_dev=num_dev),),
+            steps=ExpectedSteps(full=train.num_steps, expected=float(train.num_steps)),
+            evaluations=math.ceil(train.num_steps / train.eval_every_steps),
+        )
+        return cost, data.manifest.label if store is not None else data.manifest.data_name
+
+
+def corner_runs(config: StudyConfig) -> list[RunConfig]:
+    """The runs at the corners of a study's space, and at its initial points."""
+    points = [*map(dict, config.space.start), *config.space.corners()]
+    return [config.space.run_config(config.task, config.overrides, point) for point in points]
+
+
+def largest(runs: Iterable[RunConfig], store: Store) -> RunConfig:
+    """The run that keeps most memory while it trains, as far as that can be counted."""
+    counted = _counted(list(_distinct(runs).values()), store)
+    return max(counted, key=lambda found: found[0].memory_bytes)[1]
+
+
+def _distinct(runs: Iterable[RunConfig]) -> dict[str, tuple[RunConfig, int]]:
+    """Runs of different cost, and how many of the given ones each stands for."""
+    found: dict[str, tuple[RunConfig, int]] = {}
+    for run in runs:
+        first, count = found.get(sizes(run), (run, 0))
+        found[sizes(run)] = (first, count + 1)
+    return found
+
+
+def _counted(
+    models: list[tuple[RunConfig, int]], store: Store
+) -> list[tuple[StepCost, RunConfig, int]]:
+    """Counted models by rising FLOPs; no more than fit into a moment, spread over all."""
+    every = max(math.ceil(len(models) / _MOST_MODELS), 1)
+    last = [models[-1]] if (len(models) - 1) % every else []
+    started = time.perf_counter()
+    found: list[tuple[StepCost, RunConfig, int]] = []
+    for run, weight in [*models[::every], *last]:
+        if len(found) >= 2 and time.perf_counter() - started > _COUNT_SECONDS:
+            break
+        found.append((count_step(run, store), run, weight))
+    return sorted(found, key=lambda item: (item[0].flops, item[0].parameters))
+
+
+def _measured(
+    runs: list[RunConfig],
+    store: Store,
+    *,
+    cpus: float,
+    gpus: float,
+    seconds: float,
+    num_dev: int | None,
+) -> tuple[tuple[Probe, ...], str]:
+    """Probes of the first and the last run; or none, and why."""
+    if gpus and not torch.cuda.is_available():
+        return (), "this machine has no GPU, so no time can be measured here"
+    if seconds <= 0:
+        return (), ""
+    ends = runs if len(runs) < 2 else [runs[0], runs[-1]]
+    threads = max(int(cpus), 1)
+    return tuple(
+        probe_step(run, store, num_threads=threads, seconds=seconds, num_dev=num_dev)
+        for run in ends
+    ), ""
+
+
+def _steps(config: StudyConfig, every: int, slots: int) -> ExpectedSteps:
+    """Steps of the whole study; of a long one a part is simulated and stands for the rest.
+
+    The simulation's time grows with the square of the trials, and the share that is saved hardly
+    changes any more.
+    """
+    simulated = min(config.num_trials, _MOST_SIMULATED)
+    part = expected_steps(
+        num_trials=simulated,
+        max_steps=config.max_steps,
+        grace_steps=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+        eval_every_steps=every,
+        slots=min(slots, simulated),
+        scheduler=config.scheduler,
+    )
+    more = config.num_trials / simulated
+    return ExpectedSteps(full=config.num_trials * config.max_steps, expected=part.expected * more)
+
+
+# -- data for a dry run -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryData:
+    """What a dry run measures on.
+
+    Attributes:
+        num_dev: examples of the dev split; None where they are the store's. words: for the user.
+    """
+
+    store: Store
+    num_dev: int | None
+    words: str
+
+
+@contextlib.contextmanager
+def dry_data(
+    task: Task, root: Path | None, obtain: Callable[[Path], Store], *, generate: bool
+) -> Iterator[DryData]:
+    """The task's data; a stand-in where the run itself would generate them, as nothing is written.
+
+    Args:
+        root: the data root; None is the default one.
+        obtain: opens data that are there, or a sample, which it puts into the folder it is given.
+        generate: the run may generate data.
+
+    Raises:
+        DataError: see obtain.
+    """
+    root = default_data_root() if root is None else root
+    if not generate or not task.generated or is_prepared(task.name, root):
+        with tempfile.TemporaryDirectory(prefix="dmx-dry-run-") as temporary:
+            store = obtain(Path(temporary))
+            yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
+        return
+    num_dev = NUM_IMAGES // 10 if task.published is None else task.published.counts[0][1]
+    with stand_in(task) as store:
+        words = (
+            f"{task.name} is not in {root}; the run would generate it. Measured on "
+            f"{store.manifest.data_name}"
+        )
+        yield DryData(store, num_dev, words)
+
+
+# -- for the terminal ---------------------------------------------------------------------------
+
+
+def check_price(price: float | None, *, dry_run: bool = True) -> None:
+    """Refuse a price that is none, or that no estimate would use.
+
+    Raises:
+        ConfigError: it is negative or not a number, or given without --dry-run.
+    """
+    if price is not None and not dry_run:
+        raise ConfigError(
+            "--price-per-gpu-hour is for --dry-run, which starts nothing; add --dry-run, or leave "
+            "it out."
+        )
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price-per-gpu-hour is {price}; it must not be negative.")
+
+
+def describe(cost: Cost, price_per_gpu_hour: float | None = None) -> list[str]:
+    """The estimate as lines for the terminal."""
+    models, peaks = cost.models, [p.peak_memory_bytes for p in cost.probes]
+    of = ""
+    if cost.num_models > 1:
+        of = f" ({len(models)} of {cost.num_models} sizes counted)"
+    process = "" if cost.gpus_per_trial else "; the process itself needs about 400 MiB more"
+    lines = [
+        f"cost of the {cost.what}:",
+        f"  parameters: {_range([m.parameters for m in models])}{of}",
+        f"  per step: {_range([m.flops for m in models], 'FLOP')}, "
+        f"{scaled(models[0].tokens)} real tokens",
+        "  memory for weights, optimizer and activations: "
+        f"{_range([m.memory_bytes for m in models], 'B', 1024)}{process}",
+    ]
+    if measured := [peak for peak in peaks if peak is not None]:
+        lines.append(f"  memory measured on the GPU: {_range(measured, 'B', 1024)}")
+    if cost.num_trials > 1:
+        lines.append(
+            f"  optimizer steps: about {scaled(cost.steps.expected)} of {scaled(cost.steps.full)}; "
+            f"early stopping saves about {100 * cost.steps.saved:.0f} %"
+        )
+    if not cost.probes:
+        return [*lines, f"  time: not estimated ({cost.note or 'nothing was measured'})"]
+    lines.append(
+        f"  measured on {cost.probes[0].device}: {_span([p.step_seconds for p in cost.probes])} a "
+        f"step, {_span([p.eval_seconds for p in cost.probes])} an evaluation"
+    )
+    if cost.num_trials > 1:
+        trial = duration(cost.trial_seconds / cost.num_trials)
+        lines.append(f"  time: about {trial} a trial on average, {cost.slots} at once")
+    lines.append(f"  wall time: about {duration(cost.wall_seconds)}, without start-up")
+    if not cost.gpus_per_trial:
+        lines.append(f"  core-hours: about {cost.cpu_hours:.2f} (no GPU)")
+    elif price_per_gpu_hour is None:
+        lines.append(f"  GPU-hours: about {cost.gpu_hours:.2f}")
+    else:
+        money = cost.gpu_hours * price_per_gpu_hour
+        lines.append(
+            f"  GPU-hours: about {cost.gpu_hours:.2f}; {money:.2f} at {price_per_gpu_hour:g} each"
+        )
+    return lines
+
+
+def _range(values: list[float], unit: str = "", base: int = 1000) -> str:
+    first, last = scaled(min(values), unit, base), scaled(max(values), unit, base)
+    return first if first == last else f"{first} to {last}"
+
+
+def _span(times: list[float]) -> str:
+    first, last = duration(min(times)), duration(max(times))
+    return first if first == last else f"{first} to {last}"
