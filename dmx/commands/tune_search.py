@@ -11,8 +11,8 @@ from typing import Any
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.resources import code_version
+from dmx.runs.objectives import parse_objectives
 from dmx.search import warm_start
-from dmx.search.objectives import parse_objectives
 from dmx.search.population import check_population
 from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.sampling import check_sampler, independent

@@ -14,7 +14,7 @@ from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, bars, legend
 from dmx.reporting.text import percent, short
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
-from dmx.search.objectives import OBJECTIVES
+from dmx.runs.objectives import OBJECTIVES
 
 _STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
 _WORDS = {

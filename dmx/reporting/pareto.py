@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dmx.reporting.records import RunReport
 from dmx.runs.metrics import PEAK_MEMORY_MB
-from dmx.search.objectives import OBJECTIVES, evaluate, pareto_front
+from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
 
 
 @dataclass(frozen=True)

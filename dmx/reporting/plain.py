@@ -24,8 +24,8 @@ from dmx.runs.metrics import (
     STEPS,
     TEST_ACCURACY,
 )
+from dmx.runs.objectives import evaluate
 from dmx.schema import finite
-from dmx.search.objectives import evaluate
 
 
 def to_json(run: RunReport) -> str:

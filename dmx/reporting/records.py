@@ -11,8 +11,8 @@ from typing import Any
 
 from dmx.runs.layout import Kind
 from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, STEPS
+from dmx.runs.objectives import DEFAULT
 from dmx.runs.study import TrialStatus
-from dmx.search.objectives import DEFAULT
 
 
 def number(values: Mapping[str, Any], key: str) -> float:
@@ -93,7 +93,7 @@ class Search:
     Attributes:
         searched: Optuna's name -> (kind, *values), as in the search space.
         grace_steps, reduction_factor: of ASHA.
-        objectives: names, see dmx.search.objectives.
+        objectives: names, see dmx.runs.objectives.
         warm_start: the earlier studies it learnt from.
         derived: they stand in no file and were worked out from the study's other settings.
     """

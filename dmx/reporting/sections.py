@@ -14,7 +14,7 @@ from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table
 from dmx.reporting.text import train_command
 from dmx.runs.metrics import DEV_ACCURACY, LEARNING_RATE, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_LOSS
-from dmx.search.objectives import ACCURACY
+from dmx.runs.objectives import ACCURACY
 
 Section = tuple[str, str, Markup]
 """(anchor, title, content)."""

@@ -14,9 +14,9 @@ from dmx.reporting.reading import Document, read_dev_split, read_document, read_
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, TEST_ACCURACY, TEST_LOSS
+from dmx.runs.objectives import DEFAULT, OBJECTIVES
 from dmx.runs.study import TrialStatus
 from dmx.schema import read_yaml
-from dmx.search.objectives import DEFAULT, OBJECTIVES
 from dmx.search.space import settings_of
 from dmx.search.study_settings import read_record
 from dmx.storage.journal import read_journal, wall_seconds

@@ -16,7 +16,7 @@ from dmx.reporting.records import Attempt, RunReport, Stage, Trial
 from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_spread
 from dmx.runs import layout
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
-from dmx.search.objectives import OBJECTIVES
+from dmx.runs.objectives import OBJECTIVES
 from dmx.search.population import GENERATION
 from dmx.search.space import settings_of
 from dmx.storage.journal import read_journal

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.runs.study import TrialResult, TrialStatus
-from dmx.search.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.search.optuna_file import open_optuna
 from dmx.search.past import ASKED_AFTER, Past, past_trials
 from dmx.search.proposals import Proposer, Recorded
@@ -48,7 +48,7 @@ class Ledger:
     Args:
         folder: the study's folder. name: of the Optuna study. space: what is searched.
         num_trials: trials of the whole study. seed: of the sampler.
-        sampler: see sampling.make_sampler. objectives: names, see objectives.OBJECTIVES.
+        sampler: see sampling.make_sampler. objectives: names, see dmx.runs.objectives.
         storage_timeout: how long a write waits for the storage.
 
     Raises:

@@ -18,7 +18,7 @@ import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 
-from dmx.search.objectives import DEFAULT, directions
+from dmx.runs.objectives import DEFAULT, directions
 from dmx.search.past import Past, comparable, ranked
 from dmx.search.sampling import REMEMBERING, independent, make_sampler
 from dmx.search.space import SearchSpace, setting_of

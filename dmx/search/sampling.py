@@ -11,8 +11,8 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from dmx.errors import ConfigError, DmxError
+from dmx.runs.objectives import DEFAULT
 from dmx.runs.study import SAMPLERS
-from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -21,8 +21,8 @@ from dmx.errors import ConfigError, StageError
 from dmx.overrides import flatten
 from dmx.paths import local_path
 from dmx.runs import layout
+from dmx.runs.objectives import evaluate, missing
 from dmx.schema import to_dict
-from dmx.search.objectives import evaluate, missing
 from dmx.search.past import Past
 from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmx.runs.objectives import DEFAULT
 from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import to_dict
-from dmx.search.objectives import DEFAULT
 from dmx.search.space import SearchSpace
 from dmx.storage.files import STORAGE_TIMEOUT
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout

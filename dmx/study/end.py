@@ -13,8 +13,8 @@ from dmx.log import console, verbatim
 from dmx.resources import environment
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, TEST_ACCURACY, TEST_LOSS
+from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import StudyResult
-from dmx.search.objectives import OBJECTIVES
 from dmx.search.population import apply
 from dmx.storage.journal import read_journal, wall_seconds
 from dmx.study import files as study_files

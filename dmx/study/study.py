@@ -14,9 +14,9 @@ from dmx.data.store import Store
 from dmx.errors import DmxError
 from dmx.process import own_signals
 from dmx.runs import layout
+from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult, TrialResult, best_trial
 from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.objectives import pareto_front
 from dmx.search.population import boundaries
 from dmx.search.rungs import Brackets
 from dmx.search.study_settings import SETTINGS

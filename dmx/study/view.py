@@ -12,9 +12,9 @@ from dmx.fitting import SETTINGS, Col, FittingTable
 from dmx.overrides import flatten
 from dmx.runs import layout
 from dmx.runs.metrics import BEST_STEP, DEV_ACCURACY, STEPS, TEST_ACCURACY, TRAIN_LOSS
+from dmx.runs.objectives import ACCURACY, OBJECTIVES
 from dmx.runs.study import TrialResult, best_trial
 from dmx.search.ledger import trial_folder
-from dmx.search.objectives import ACCURACY, OBJECTIVES
 from dmx.search.population import apply
 from dmx.tensorboard import RunWriter
 from dmx.training.predictions import write_samples

@@ -14,9 +14,9 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from dmx.errors import ConfigError
+from dmx.runs.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
 from dmx.search import sampling
 from dmx.search.ledger import Ledger
-from dmx.search.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
 from dmx.search.sampling import SAMPLERS, check_sampler, independent, make_sampler
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space

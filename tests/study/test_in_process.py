@@ -21,9 +21,9 @@ from dmx.cluster.launch import start, wait_any
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult
 from dmx.search.ledger import trial_folder
-from dmx.search.objectives import pareto_front
 from dmx.search.space import SearchSpace
 from dmx.search.space_file import load_space
 from dmx.storage.journal import read_claim
