@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 # Files of a checkpoint directory.
-MODEL_FILE = "model.pt"
+MODEL_FILE = "model.safetensors"
 TRAINING_STATE_FILE = "training_state.pt"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"

@@ -108,7 +108,7 @@ def differences(one: Path, two: Path) -> list[str]:
         if state.promoted is None or other.promoted is None:
             found.append(f"{name}: not promoted in both")
             continue
-        for kind in ("model.pt", "training_state.pt"):
+        for kind in ("model.safetensors", "training_state.pt"):
             files = [
                 r / p["path"] / kind for r, p in ((one, state.promoted), (two, other.promoted))
             ]

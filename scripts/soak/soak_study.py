@@ -133,7 +133,7 @@ def differences(study: Path, whole: Path) -> Iterator[str]:
     one, two = (json.loads((s / "study.json").read_text())["best"] for s in (study, whole))
     if one != two:
         yield f"best is {one}, not {two}"
-    for name in ("model.pt", "config.yaml"):
+    for name in ("model.safetensors", "config.yaml"):
         if (study / "best" / name).read_bytes() != (whole / "best" / name).read_bytes():
             yield f"best/{name} differs"
 

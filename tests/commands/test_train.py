@@ -82,9 +82,9 @@ def test_a_run_and_its_evaluation(tiny_root, tmp_path, capsys):
 
     assert main(["--config", "runs/a/best/config.yaml", "--name", "b", *words(tiny_root)[4:]]) == 0
     same_run(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
-    before = (tmp_path / "runs" / "a" / "last" / "model.pt").read_bytes()
+    before = (tmp_path / "runs" / "a" / "last" / "model.safetensors").read_bytes()
     assert main(words(tiny_root, "--name", "a", "--resume")) == 0, "a finished run"
-    assert (tmp_path / "runs" / "a" / "last" / "model.pt").read_bytes() == before
+    assert (tmp_path / "runs" / "a" / "last" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_weights_it_started_from_are_on_record(tiny_root, tmp_path, capsys):
     source = tmp_path / "runs" / "a" / "best"
     assert main(words(tiny_root, "--name", "a")) == 0
     assert main(words(tiny_root, "--name", "b", "--init-from", "runs/a/best")) == 0
-    checksum = hashlib.sha256((source / "model.pt").read_bytes()).hexdigest()
+    checksum = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
     for name in ("best", "last"):
         found = open_checkpoint(tmp_path / "runs" / "b" / name)
         assert found.config.init == InitConfig(path=str(source), sha256=checksum)
@@ -182,18 +182,19 @@ def test_a_run_goes_on_from_what_it_started_from(tiny_root, tmp_path):
         main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/other/best"))
     with pytest.raises(ConfigError, match=r"--init-from was none, now .*other/best"):
         main(words(tiny_root, "--name", "a", "--resume", "--init-from", "runs/other/best"))
-    before = (tmp_path / "runs" / "b" / "last" / "model.pt").read_bytes()
+    before = (tmp_path / "runs" / "b" / "last" / "model.safetensors").read_bytes()
     assert main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/a/best")) == 0
     (tmp_path / "runs" / "a").rename(tmp_path / "runs" / "moved")
     assert main(words(tiny_root, "--name", "b", "--resume")) == 0
     assert main(words(tiny_root, "--name", "b", "--resume", "--init-from", "runs/moved/best")) == 0
-    assert (tmp_path / "runs" / "b" / "last" / "model.pt").read_bytes() == before
+    assert (tmp_path / "runs" / "b" / "last" / "model.safetensors").read_bytes() == before
 
 
 def test_weights_that_changed_since_are_refused(tiny_root, tmp_path):
     assert main(words(tiny_root, "--name", "a")) == 0
     assert main(words(tiny_root, "--name", "b", "--init-from", "runs/a/best")) == 0
-    shutil.copy(tmp_path / "runs/b/last/model.pt", tmp_path / "runs/a/best/model.pt")
+    weights = "model.safetensors"
+    shutil.copy(tmp_path / "runs/b/last" / weights, tmp_path / "runs/a/best" / weights)
     with pytest.raises(CheckpointError, match=r"holds other weights \(SHA-256"):
         main(["--config", "runs/b/best/config.yaml", "--name", "c"])
     assert not (tmp_path / "runs" / "c").exists()
@@ -227,7 +228,7 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tiny_root, tmp_path,
         assert ("its best checkpoint is meant: runs/a/best" in out.err) == (given != "runs/a/best")
     assert main(["--config", "runs/a", "--show"]) == 0
     assert capsys.readouterr().out == (tmp_path / "runs/a/best/config.yaml").read_text()
-    with pytest.raises(CheckpointError, match=r"^runs is not a whole checkpoint: model\.pt is"):
+    with pytest.raises(CheckpointError, match=r"^runs is not a whole checkpoint: model.safetensors is"):
         main(["--evaluate", "runs", "--data-root", str(tiny_root)])
 
 

@@ -150,7 +150,7 @@ def damage_line(folder: Path) -> None:
 
 def cut_weights(folder: Path) -> None:
     path = folder / "stages" / "b" / "attempt-0" / layout.BEST_DIR / layout.MODEL_FILE
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[:10])
 
 
 def remove_config(folder: Path) -> None:
@@ -167,7 +167,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ("damage", "words"),
     [
         (damage_line, ("journal.jsonl line 1 is damaged",)),
-        (cut_weights, ("attempt-0/best/model.pt is damaged", "--from-stage b")),
+        (cut_weights, ("attempt-0/best/model.safetensors is damaged", "--from-stage b")),
         (remove_config, ("config.yaml is missing", "--from-stage b")),
     ],
 )
@@ -209,7 +209,9 @@ def test_a_shell_sees_one_sentence_and_exit_code_2(tmp_path: Path, root: Path) -
     refused(in_a_process(tmp_path, root, cycle), "dmx.curriculum: ", "start from each other")
     folder = half_done(tmp_path, root)
     cut_weights(folder)
-    refused(in_a_process(tmp_path, root, stages()), "model.pt is damaged", "--from-stage b")
+    refused(
+        in_a_process(tmp_path, root, stages()), "model.safetensors is damaged", "--from-stage b"
+    )
 
 
 def test_help_shows_a_command_for_each_need(capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,7 +236,7 @@ def test_checkpoints(room, checkpoint, data):
     folder = room / "broken-checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder)
-    names = ["config.yaml", "metrics.json", "model.pt", "training_state.pt"]
+    names = ["config.yaml", "metrics.json", "model.safetensors", "training_state.pt"]
     file = folder / data.draw(st.sampled_from(names))
     content = file.read_bytes()
     choices = [torn(content), st.binary(max_size=60)]

@@ -7,6 +7,7 @@ import os
 import threading
 
 import pytest
+from safetensors.torch import load_file
 
 from dmx.errors import RunFailedError, StorageError
 from dmx.storage import files as patience
@@ -136,4 +137,4 @@ def test_a_full_disk_is_told_from_torchs_riddles(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.errno == errno.EFBIG
     assert [p.name for p in tmp_path.iterdir()] == ["last"], "nothing half-written is left"
-    assert torch.load(tmp_path / "last" / "model.pt", weights_only=True)["w"].tolist() == [1, 1, 1]
+    assert load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [1, 1, 1]

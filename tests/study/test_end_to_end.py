@@ -13,6 +13,7 @@ import optuna
 import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
+from safetensors.torch import load_file
 
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.trainer import build_model
@@ -37,7 +38,7 @@ def independent_accuracy(checkpoint: Path, split: str) -> float:
     found = open_checkpoint(checkpoint)
     assert found.config.model.num_classes == 2
     model = build_model(found.config)
-    model.load_state_dict(torch.load(checkpoint / "model.pt", weights_only=True))
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.encoder.packs = False
     model.eval()
     hits = 0
@@ -94,7 +95,7 @@ def test_the_best_checkpoint_is_what_it_is_said_to_be(whole):
     trial = whole.folder / "trials" / f"{summary['best']['trial']:04d}"
     assert found.metrics["steps"] == summary["best"]["step"]
     assert found.metrics["dev_accuracy"] == summary["best"]["dev_accuracy"]
-    for name in ("model.pt", "config.yaml", "metrics.json"):
+    for name in ("model.safetensors", "config.yaml", "metrics.json"):
         assert (best / name).read_bytes() == (trial / "best" / name).read_bytes()
     assert independent_accuracy(best, "dev") == summary["best"]["dev_accuracy"]
     assert independent_accuracy(best, "test") == summary["best"]["test_accuracy"]

@@ -37,7 +37,7 @@ def check_same(study, whole):
     assert timeless(study) == timeless(whole)
     first, second = (json.loads((s / "study.json").read_text())["best"] for s in (whole, study))
     assert first == second
-    for name in ("model.pt", "config.yaml"):
+    for name in ("model.safetensors", "config.yaml"):
         assert (study / "best" / name).read_bytes() == (whole / "best" / name).read_bytes()
     open_checkpoint(study / "best").model_state()
     events.check(study)

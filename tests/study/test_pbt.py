@@ -321,7 +321,7 @@ def test_killed_at_any_write_it_ends_the_same(undisturbed, tiny_store, tmp_path,
     def copytree(source, target, *args, **more):
         if moment():
             Path(target).mkdir()
-            shutil.copy(Path(source) / "model.pt", target)
+            shutil.copy(Path(source) / "model.safetensors", target)
             raise Killed
         return real_copy(source, target, *args, **more)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmx.config import parse_run_config
@@ -64,7 +65,7 @@ def test_the_same_few_examples_each_time(tiny_store: Store) -> None:
 
 
 def test_predictions_are_those_of_the_weights_beside_them(finished: Path) -> None:
-    """Each example alone, dense execution, from model.pt and the written examples only."""
+    """Each example alone, dense execution, from model.safetensors and the written examples only."""
     plain = json.loads((finished / "best" / "samples.json").read_text())
     metrics = json.loads((finished / "best" / "metrics.json").read_text())
     assert plain["step"] == metrics["steps"] == metrics["best_step"]
@@ -72,7 +73,7 @@ def test_predictions_are_those_of_the_weights_beside_them(finished: Path) -> Non
     assert metrics["num_dev"] == 37 and metrics["dev_majority"] == max(ones, 37 - ones) / 37
     config = tiny.config().resolved(vocab_size=512, num_classes=2)
     model = build_model(config)
-    model.load_state_dict(torch.load(finished / "best" / "model.pt", weights_only=True))
+    model.load_state_dict(load_file(finished / "best" / "model.safetensors"))
     model.encoder.packs = False
     model.eval()
     written = tiny.examples("dev")
