@@ -228,7 +228,9 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(tiny_root, tmp_path,
         assert ("its best checkpoint is meant: runs/a/best" in out.err) == (given != "runs/a/best")
     assert main(["--config", "runs/a", "--show"]) == 0
     assert capsys.readouterr().out == (tmp_path / "runs/a/best/config.yaml").read_text()
-    with pytest.raises(CheckpointError, match=r"^runs is not a whole checkpoint: model.safetensors is"):
+    with pytest.raises(
+        CheckpointError, match=r"^runs is not a whole checkpoint: model.safetensors is"
+    ):
         main(["--evaluate", "runs", "--data-root", str(tiny_root)])
 
 
