@@ -14,7 +14,7 @@ from PIL import Image
 from dmx import cli
 from dmx.commands import reading_options
 from dmx.data.batches import make_batch
-from dmx.data.obtain import obtain
+from dmx.data.prepare import open_data
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     maps.check_has_maps(config.attention, length, args.max_size or maps.MAX_SIZE)
     layers = _within(args.layers, config.model.num_layers, "--layers", "layers of the model")
     root = args.data_root or config.data.root
-    store = obtain(
+    store = open_data(
         config.task,
         None if root is None else local_path("--data-root", root),
         allow_sample=True,

@@ -150,3 +150,11 @@ def own_signals() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # one that was not set from Python cannot be set again
                 signal.signal(number, handler)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

@@ -23,7 +23,7 @@ from dmx.commands.train_options import parser
 from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costs.estimate import check_price, describe, dry_data, run_cost
 from dmx.costs.measure import check_memory
-from dmx.data.obtain import obtain
+from dmx.data.prepare import open_data
 from dmx.data.store import Store
 from dmx.errors import (
     EXIT_FAILED,
@@ -36,6 +36,7 @@ from dmx.log import console, verbatim
 from dmx.nn.device import pick_device
 from dmx.overrides import flatten, parse_assignments
 from dmx.paths import local_path
+from dmx.process import num_cores
 from dmx.runs import layout
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -56,7 +57,7 @@ from dmx.storage.files import is_there, write_atomic
 from dmx.study import files as study_files
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
-from dmx.training.job import Job, Workers, num_cores
+from dmx.training.job import Job, Workers
 from dmx.training.predictions import config_on, evaluate_checkpoint, write_samples
 from dmx.training.runner import Runner
 from dmx.training.trainer import resolve
@@ -110,7 +111,9 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         return _dry_run(args, config, start)
     folder = _folder(args, config)
-    store = obtain(config.task, _data_root(args, config), allow_sample=True, generate=args.prepare)
+    store = open_data(
+        config.task, _data_root(args, config), allow_sample=True, generate=args.prepare
+    )
     resolved = resolve(config, store.manifest)
     _tell_transfer(start, resolved)
     again = cli.command_line("dmx.train", argv, add="--resume")
@@ -171,7 +174,7 @@ def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None)
     root = _data_root(args, config)
 
     def prepared(temporary: Path) -> Store:
-        return obtain(config.task, root, allow_sample=True, generate=False, temporary=temporary)
+        return open_data(config.task, root, allow_sample=True, temporary=temporary)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
         _tell_transfer(start, resolve(config, data.store.manifest))
@@ -366,7 +369,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     except CheckpointError as error:
         raise CheckpointError(f"{args.evaluate} on task {task}: {error}") from None
     root = _data_root(args, checkpoint.config)
-    store = obtain(task, root, allow_sample=True, generate=args.prepare)
+    store = open_data(task, root, allow_sample=True, generate=args.prepare)
     threads = args.threads or num_cores()
     result = evaluate_checkpoint(
         args.evaluate, str(store.folder), args.split, threads, config=to_dict(config)

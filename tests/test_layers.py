@@ -15,10 +15,10 @@ PACKAGE = ROOT / "dmx"
 
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
-    errors terminal log process quiet_threads paths wording format registry schema overrides
-    resources cli
+    errors terminal log process fitting quiet_threads paths wording format registry schema
+    overrides resources cli
     storage runs tensorboard
-    tasks data nn attention model fitting config training search costs
+    tasks data nn attention model config training search costs
     cluster study curriculum reporting commands
     report leaderboard tune train attention_maps
     __main__
@@ -28,8 +28,6 @@ LAYERS = """
 UPWARD = {
     ("costs", "reporting"),
     ("curriculum", "commands"),
-    ("data", "fitting"),
-    ("data", "training"),
 }
 
 # Packages and modules that may import them, at the top of a file or within a function.

@@ -11,7 +11,7 @@ from dmx import cli
 from dmx.commands.completion import PARSERS, parser_of
 from dmx.config import parse_run_config
 from dmx.curriculum.config import load_curriculum
-from dmx.data.locate import default_data_root
+from dmx.data.prepare import default_data_root
 from dmx.errors import ConfigError
 from dmx.paths import expand
 from dmx.resources import find_yaml

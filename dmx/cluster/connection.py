@@ -17,9 +17,8 @@ from typing import Any
 from dmx.cli import terminate_like_interrupt
 from dmx.cluster import waiting
 from dmx.errors import ConfigError, RunFailedError
-from dmx.process import own_signals
+from dmx.process import num_cores, own_signals
 from dmx.resources import page
-from dmx.training.job import num_cores
 
 import ray  # isort: skip
 from ray._private import ray_constants, services  # isort: skip

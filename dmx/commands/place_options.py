@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dmx import cli
-from dmx.data.locate import default_data_root
-from dmx.data.obtain import obtain
+from dmx.data import prepare
+from dmx.data.prepare import default_data_root
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.paths import is_url
@@ -88,20 +88,20 @@ def open_data(
     address: str | None = None,
     temporary: Path | None = None,
 ) -> Store:
-    """The task's data, as obtain() has them; copied to this node where `places` says so.
+    """The task's data, as prepare.open_data has them; copied to this node where `places` says so.
 
     With `temporary`, a folder, they are read where they are, or copied there and not to where the
     node keeps them.
 
     Raises:
-        DataError: see obtain() and copy_store().
+        DataError: see prepare.open_data and copy_store().
     """
     if places.data_source is not None and is_url(places.data_source):
         assert places.node_data is not None
         node_data = temporary or Path(places.node_data)
         return open_store(copy_store(places.data_source, task, node_data))
     root = None if data_root is None else Path(data_root)
-    store = obtain(
+    store = prepare.open_data(
         *(task, root),
         allow_sample=allow_sample,
         generate=generate,

@@ -9,7 +9,8 @@ from typing import Any
 
 from dmx.config import RunConfig
 from dmx.errors import ConfigError
-from dmx.training.job import Job, Workers, check_batch, check_device, num_cores, share_out
+from dmx.process import num_cores
+from dmx.training.job import Job, Workers, check_batch, check_device, share_out
 
 
 def choose(args: argparse.Namespace, config: RunConfig) -> Workers:

@@ -15,7 +15,7 @@ import torch
 
 from dmx.config import RunConfig
 from dmx.costs.measure import Probe, StepCost, count_step, probe_step, sizes, stand_in
-from dmx.data.locate import default_data_root, is_prepared
+from dmx.data.prepare import default_data_root, is_prepared
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.reporting.text import duration, scaled

@@ -16,7 +16,7 @@ from dmx import log
 from dmx.cluster import connection, launch, waiting
 from dmx.curriculum.controller import ClusterLost, Message
 from dmx.curriculum.resources import Key
-from dmx.data.prepare import prepare_missing
+from dmx.data.prepare import open_data
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.runs import layout
@@ -234,7 +234,7 @@ def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nic
     with contextlib.suppress(OSError):
         os.nice(nice)
     started = time.monotonic()
-    prepare_missing(task, Path(root), workers=workers, options=options)
+    open_data(task, Path(root), workers=workers, options=options, generate=True)
     return time.monotonic() - started
 
 

@@ -11,7 +11,7 @@ from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import History, StageState, attempt_folder
 from dmx.curriculum.planner import judging_of
-from dmx.data.locate import is_prepared, prepare_command
+from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
 from dmx.overrides import flatten

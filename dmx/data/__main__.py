@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.text import Text
 
 from dmx import cli, log, process
-from dmx.data import listing, show
-from dmx.data.locate import default_data_root, locate
-from dmx.data.prepare import prepare, prepare_all
+from dmx.data import show
+from dmx.data.prepare import default_data_root, open_data, prepare_all, prepare_data
 from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK
+from dmx.fitting import Col, FittingTable
 from dmx.paths import local_path
 from dmx.tasks import task_for, task_names
 
@@ -78,19 +78,14 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked; the exit code."""
     root = args.data_root.absolute() if args.data_root else None
     if args.what == "list":
-        table, damaged = listing.stores_table(root or default_data_root(), verify=args.verify)
-        if table.row_count:
-            log.console().print(table)
-        else:
-            log.verbatim(f"nothing is {table.title}")
-        return EXIT_BAD_INPUT if damaged else EXIT_OK
+        return list_stores(root or default_data_root(), verify=args.verify)
     if args.what == "show":
         return run_show(args, root)
     if args.what == "all":
         _, failed = prepare_all(args.source, root, force=args.force)
         return EXIT_BAD_INPUT if failed else EXIT_OK
     options = {name: getattr(args, name) for name in _OPTIONS}
-    prepare(
+    prepare_data(
         args.what,
         root,
         source=args.source,
@@ -102,9 +97,29 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def list_stores(root: Path, *, verify: bool) -> int:
+    """Print the table of what is prepared; the exit code says whether a store is damaged."""
+    rows = show.stores(root, verify=verify)
+    if not rows:
+        log.verbatim(f"nothing is prepared in {root}")
+        return EXIT_OK
+    folded = ("data", "origin")
+    table = FittingTable(
+        f"prepared in {root}",
+        [
+            Col(name, fold=name in folded, right=name not in (*folded, "checksum"))
+            for name in show.StoreRow._fields
+        ],
+    )
+    for row in rows:
+        table.add_row(*row, style="red" if row.damaged else None)
+    log.console().print(table)
+    return EXIT_BAD_INPUT if any(row.damaged for row in rows) else EXIT_OK
+
+
 def run_show(args: argparse.Namespace, root: Path | None) -> int:
     """Print what the data look like, and write the picture if one is asked for."""
-    store = locate(args.task, root, allow_sample=True)
+    store = open_data(args.task, root, allow_sample=True)
     split = store.split(args.split)
     image = task_for(args.task).image_side is not None
     texts = [] if image else list(show.snippets(store, args.split, args.num))

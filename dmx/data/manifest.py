@@ -12,7 +12,7 @@ from typing import Any
 from dmx.errors import ConfigError, DataError
 from dmx.schema import from_dict
 from dmx.storage.files import MANIFEST_FILE
-from dmx.tasks import SPLITS, find_task
+from dmx.tasks import SPLITS, Task, find_task
 
 FORMAT = 1
 """Version of the store's layout; a reader refuses any other."""
@@ -65,6 +65,18 @@ class Manifest:
     dmx_version: str = ""
     created: str = ""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def for_task(cls, task: Task, **values: Any) -> Manifest:
+        """A manifest with the task's own numbers, and `values` on top."""
+        own = {
+            "task": task.name,
+            "num_classes": task.num_classes,
+            "max_length": task.max_length,
+            "vocab_size": task.vocab_size,
+            "paired": task.paired,
+        }
+        return cls(**{**own, **values})
 
     @property
     def label(self) -> str:

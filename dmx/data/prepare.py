@@ -1,8 +1,10 @@
-"""Prepare a task's data: choose the reader, download if need be, write and open the store."""
+"""A task's data: prepared from a source, a download or a generator; opened, or a sample instead."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,20 +12,115 @@ from pathlib import Path
 from typing import Any
 
 from dmx.data.download import download
-from dmx.data.locate import default_data_root, is_prepared, prepare_command
 from dmx.data.progress import bytes_text, seconds_text
 from dmx.data.readers.base import Reader, Request, check_options, readers_for
-from dmx.data.source import Source, open_source
+from dmx.data.samples import sample_for
+from dmx.data.sources import Source, open_source
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError, DataError, DmxError
+from dmx.paths import expand, local_path
+from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import Task, task_for, task_names
-from dmx.training.job import num_cores
 
 log = logging.getLogger(__name__)
+ROOT_VARIABLE = "DMX_DATA_ROOT"
 DOWNLOADS_FOLDER = "downloads"
+SAMPLES_FOLDER = "samples"
 
 
-def prepare(
+def default_data_root() -> Path:
+    """$DMX_DATA_ROOT, else ./data."""
+    root = os.environ.get(ROOT_VARIABLE) or "data"
+    return local_path(ROOT_VARIABLE, expand(ROOT_VARIABLE, root)).absolute()
+
+
+def is_prepared(task_name: str, data_root: Path) -> bool:
+    """Whether `data_root` holds a store of the task (its files are checked when it is opened)."""
+    return (data_root / task_name / MANIFEST_FILE).is_file()
+
+
+def prepare_command(task_name: str, data_root: Path) -> str:
+    """The command that prepares `task_name` under `data_root`, to put into messages."""
+    source = "" if task_for(task_name).generated else " --source PATH"
+    return (
+        f"python -m dmx.data {shlex.quote(task_name)}{source} "
+        f"--data-root {shlex.quote(str(data_root))}"
+    )
+
+
+def open_data(
+    task_name: str,
+    data_root: Path | None = None,
+    *,
+    generate: bool = False,
+    allow_sample: bool = False,
+    workers: int | None = None,
+    address: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    temporary: Path | None = None,
+) -> Store:
+    """Open the task's data.
+
+    With `data_root` only that root counts. Without it the default root is looked at; if the task
+    is not prepared there and has a sample, that is prepared (once, in `<default root>/samples/`)
+    and opened, and a banner is logged.
+
+    Args:
+        generate: generate a missing set that dmx can generate. A second process that asks for the
+            same set waits for the first.
+        allow_sample: whether a sample may stand in.
+        workers, address, options: of `prepare_data`, for generating; without options any prepared
+            set of that name will do.
+        temporary: a folder for a sample that is not prepared yet.
+
+    Raises:
+        ConfigError: no such task.
+        DataError: the data are not prepared (the sentence gives the command), damaged, generated
+            with other options, or the sample's package is not installed.
+    """
+    task = task_for(task_name)
+    root = (default_data_root() if data_root is None else Path(data_root)).absolute()
+    prepared = is_prepared(task.name, root)
+    if task.generated and generate and (options or not prepared):
+        if not prepared:
+            log.info("%s is not prepared in %s; generating it", task.name, root)
+        return prepare_data(task.name, root, workers=workers, address=address, options=options)
+    if not prepared:
+        return _stand_in(task, root, allow_sample and data_root is None, temporary)
+    store = open_store(root / task.name)
+    if store.manifest.task != task.name:
+        raise DataError(
+            f"{store.folder} holds {store.manifest.task}, not {task.name}; delete it and run: "
+            f"{prepare_command(task.name, root)}"
+        )
+    log.info("data: %s (%s)", store.manifest.label, store.folder)
+    return store
+
+
+def _stand_in(task: Task, root: Path, allowed: bool, temporary: Path | None) -> Store:
+    """The task's sample, announced as one."""
+    command = prepare_command(task.name, root)
+    missing = f"Task {task.name} has no prepared data in {root / task.name}; run: {command}"
+    sample = sample_for(task.name)
+    if not allowed or sample is None:
+        raise DataError(missing)
+    folder = root / SAMPLES_FOLDER / sample.name
+    if temporary is not None and not (folder / MANIFEST_FILE).is_file():
+        folder = temporary / sample.name
+    try:
+        if not (folder / MANIFEST_FILE).is_file():
+            sample.prepare(folder)
+        store = open_store(folder)
+    except DataError as error:
+        raise DataError(f"{missing} (Its sample cannot stand in: {error})") from error
+    log.warning(
+        "data: %s. %s has no prepared LRA data in %s, so this runs on %s. For LRA: %s",
+        *(store.manifest.label, task.name, root, sample.what, command),
+    )
+    return store
+
+
+def prepare_data(
     task_name: str,
     data_root: Path | None = None,
     *,
@@ -53,10 +150,10 @@ def prepare(
         raise ConfigError(f"--workers {workers} must be at least 1.")
     opened = open_source(source) if isinstance(source, Path) else source
     reader = choose(task, opened)
-    if opened is None and reader.address and is_prepared(task.name, root) and not force:
-        log.info("%s is prepared already", root / task.name)
-        return open_store(root / task.name)
     if opened is None and reader.address:
+        if is_prepared(task.name, root) and not force:
+            log.info("%s is prepared already", root / task.name)
+            return open_store(root / task.name)
         archive = download(reader.address, root / DOWNLOADS_FOLDER, reader.address_checksum)
         opened = open_source(archive)
         if not reader.fits(task, opened):
@@ -65,7 +162,7 @@ def prepare(
         task=task,
         folder=root / task.name,
         source=opened,
-        workers=workers or num_cores(),
+        workers=workers or len(os.sched_getaffinity(0)),
         address=address,
         options=dict(options or {}),
         force=force,
@@ -92,27 +189,17 @@ def choose(task: Task, source: Source | None) -> Reader:
     """
     readers = readers_for(task)
     for reader in readers:
-        if reader.fits(task, source):
+        if reader.fits(task, source) or (source is None and reader.address):
             return reader
     if source is None:
-        for reader in readers:
-            if reader.address:
-                return reader
         raise DataError(f"{task.name} cannot be generated or downloaded; pass --source PATH.")
-    expected = "; or ".join(r.expects for r in readers if not r.fits(task, None))
-    raise DataError(
-        f"{source.path} holds no data for {task.name}. Looked for: {expected}."
-        + _remedy(readers, task, source)
-    )
-
-
-def _remedy(readers: list[Reader], task: Task, source: Source) -> str:
-    """Where a part of the right folder was given: the whole."""
     whole = source.path.parent
-    with suppress(DataError):
+    remedy = ""
+    with suppress(DataError):  # a part of the right folder was given
         if source.path.is_dir() and any(r.fits(task, open_source(whole)) for r in readers):
-            return f" {whole} does hold them; pass that."
-    return ""
+            remedy = f" {whole} does hold them; pass that."
+    expected = "; or ".join(r.expects for r in readers if not r.fits(task, None))
+    raise DataError(f"{source.path} holds no data for {task.name}. Looked for: {expected}.{remedy}")
 
 
 def prepare_all(
@@ -139,39 +226,8 @@ def prepare_all(
     failed: dict[str, str] = {}
     for name in held:
         try:
-            stores.append(prepare(name, data_root, source=opened, force=force))
+            stores.append(prepare_data(name, data_root, source=opened, force=force))
         except DmxError as error:
             log.error("%s: %s", name, error)
             failed[name] = str(error)
     return stores, failed
-
-
-def prepare_missing(
-    task_name: str,
-    data_root: Path | None = None,
-    *,
-    workers: int | None = None,
-    address: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Store:
-    """Open the task's store; a missing set that dmx can generate is generated first.
-
-    An estimate of time and disk is logged before it starts. A second process that asks for the
-    same set waits for the first. Without `options` any prepared set of that name will do.
-
-    Raises:
-        DataError: the set is missing and cannot be generated (the sentence gives the command to
-            prepare it), or it is prepared with other `options`.
-    """
-    task = task_for(task_name)
-    root = (data_root or default_data_root()).absolute()
-    if is_prepared(task.name, root) and not options:
-        return open_store(root / task.name)
-    if not task.generated:
-        raise DataError(
-            f"Task {task.name} has no prepared data in {root / task.name}; run: "
-            f"{prepare_command(task.name, root)}"
-        )
-    if not is_prepared(task.name, root):
-        log.info("%s is not prepared in %s; generating it", task.name, root)
-    return prepare(task.name, root, workers=workers, address=address, options=options)

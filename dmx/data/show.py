@@ -1,9 +1,10 @@
-"""`python -m dmx.data show`: a strip of sample images, or what the texts of a split are like."""
+"""What is prepared, and what it looks like: strips of images, lengths and beginnings of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +13,12 @@ from rich.table import Table
 
 from dmx.data import bytetext, listops
 from dmx.data.manifest import Manifest
-from dmx.data.store import Split, Store
-from dmx.errors import ConfigError
-from dmx.storage.files import explained
-from dmx.tasks import task_for
+from dmx.data.prepare import SAMPLES_FOLDER
+from dmx.data.progress import bytes_text
+from dmx.data.store import Split, Store, open_store
+from dmx.errors import ConfigError, DataError
+from dmx.storage.files import MANIFEST_FILE, explained
+from dmx.tasks import SPLITS, task_for
 
 _LEAST_TILE = 128
 """Small images are enlarged to at least so many pixels, by a whole factor."""
@@ -26,6 +29,54 @@ _LARGE_CAPTION = 22
 _BINS = 16
 _BAR = 40
 _SNIPPET = 160
+_DAMAGED = "DAMAGED"
+
+
+class StoreRow(NamedTuple):
+    """What `python -m dmx.data list` says of one store, in words."""
+
+    data: str
+    train: str = ""
+    dev: str = ""
+    test: str = ""
+    tokens: str = ""
+    size: str = ""
+    checksum: str = ""
+    origin: str = ""
+
+    @property
+    def damaged(self) -> bool:
+        return self.checksum == _DAMAGED
+
+
+def stores(data_root: Path, *, verify: bool = False) -> list[StoreRow]:
+    """What lies under `data_root`: tasks, then samples, then generated sets that are unfinished.
+
+    Args:
+        verify: check every file's whole SHA-256.
+    """
+    rows = []
+    for pattern in (f"*/{MANIFEST_FILE}", f"{SAMPLES_FOLDER}/*/{MANIFEST_FILE}"):
+        for path in sorted(data_root.glob(pattern)):
+            try:
+                manifest = open_store(path.parent, verify=verify).manifest
+            except DataError as error:
+                rows.append(StoreRow(path.parent.name, checksum=_DAMAGED, origin=str(error)))
+                continue
+            train, dev, test = (f"{manifest.splits[split]:,}" for split in SPLITS)
+            if "dev" in manifest.aliases:
+                dev = f"= {manifest.aliases['dev']}"
+            size, checksum = bytes_text(manifest.num_bytes), manifest.checksum[:12]
+            tokens = str(manifest.max_length)
+            rows.append(
+                StoreRow(manifest.label, train, dev, test, tokens, size, checksum, manifest.origin)
+            )
+    for folder in sorted(data_root.glob(".*.shards-*")):
+        task = folder.name[1:].rpartition(".shards-")[0]
+        shards = len(list(folder.glob("[0-9]*.npz")))
+        found = f"{shards} shards; run it again"
+        rows.append(StoreRow(task, checksum="unfinished", origin=found))
+    return rows
 
 
 def strip(store: Store, split_name: str, count: int) -> Image.Image:

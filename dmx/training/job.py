@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,14 +67,6 @@ class Workers:
             "cpus_per_worker": self.cpus,
             "gpus_per_worker": self.gpus,
         }
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Workers:

@@ -26,8 +26,7 @@ import numpy as np
 import yaml
 
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
-from dmx.data.locate import default_data_root
-from dmx.data.prepare import prepare_missing
+from dmx.data.prepare import default_data_root, open_data
 from dmx.overrides import lay
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml
@@ -39,7 +38,7 @@ def tokens_per_image(curriculum: CurriculumConfig, root: Path) -> dict[str, floa
     """Mean number of lit pixels, by stage; prepares what is missing."""
     found = {}
     for stage in curriculum.stages:
-        store = prepare_missing(stage.task, root, options=stage.generate.options())
+        store = open_data(stage.task, root, options=stage.generate.options(), generate=True)
         split = store.split("train")
         ids = split.gather(np.arange(min(_SAMPLE, len(split))), store.manifest.max_length)
         found[stage.name] = float((ids != 0).sum(axis=1).mean())

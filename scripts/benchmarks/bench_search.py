@@ -41,7 +41,7 @@ from bench_cases import write_section
 
 from dmx import cli
 from dmx.cluster import connection
-from dmx.data.locate import locate
+from dmx.data.prepare import open_data
 from dmx.data.store import Store
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.overrides import flatten, parse_assignments
@@ -103,7 +103,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
     out = Path(args.folder).absolute()
-    store = locate(args.task, Path(args.data_root) if args.data_root else None, allow_sample=True)
+    store = open_data(
+        args.task, Path(args.data_root) if args.data_root else None, allow_sample=True
+    )
     budget = args.random_trials * args.max_steps
     curves = []
     with connection.connect(args.address) as resources:

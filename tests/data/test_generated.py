@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dmx.data.pathfinder import Generator
-from dmx.data.prepare import prepare, prepare_missing
+from dmx.data.prepare import open_data, prepare_data
 from dmx.data.readers import pathfinder_generated
 from dmx.data.store import open_store
 from dmx.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_stand_in_the_references_split(tmp_path: Path, small_shards: None) -> None:
-    store = prepare("pathX-cl14_nogap", tmp_path, options={"num_images": 30}, workers=1)
+    store = prepare_data("pathX-cl14_nogap", tmp_path, options={"num_images": 30}, workers=1)
     generator = Generator("pathX-cl14_nogap", 123)
     order = list(range(30))
     random.Random(2222).shuffle(order)
@@ -53,7 +53,7 @@ def test_images_stand_in_the_references_split(tmp_path: Path, small_shards: None
 
 
 def test_golden_images_arrive_in_the_store(tmp_path: Path, small_shards: None) -> None:
-    store = prepare("pathX-cl14_nogap", tmp_path, options={"num_images": 10}, workers=1)
+    store = prepare_data("pathX-cl14_nogap", tmp_path, options={"num_images": 10}, workers=1)
     # SHA-256 of what the original wrote for images 0, 2 and 1 of seed 123 (lra-data.md, 5.8).
     known = {3: "323f1e4ab871cfeb", 4: "286d131057700a8b", 7: "a755b7a783122c86"}
     for place, digest in known.items():  # the order of ten images starts 6 8 9 0 2 5 7 1
@@ -63,8 +63,8 @@ def test_golden_images_arrive_in_the_store(tmp_path: Path, small_shards: None) -
 
 def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, small_shards: None) -> None:
     task, options = "pathfinder16-cl3-d1", {"num_images": 40, "seed": 5}
-    one = prepare(task, tmp_path / "1", options=options, workers=1)
-    three = prepare(task, tmp_path / "3", options=options, workers=3)
+    one = prepare_data(task, tmp_path / "1", options=options, workers=1)
+    three = prepare_data(task, tmp_path / "3", options=options, workers=3)
     assert content(one.folder) == content(three.folder)
     assert one.manifest.label == f"{task} (generated, 40 images, seed 5)"
 
@@ -72,7 +72,7 @@ def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, small_shards: Non
 def test_render_and_seed_change_the_images(tmp_path: Path, small_shards: None) -> None:
     task = "pathfinder32-curv_baseline"
     sums = {
-        prepare(
+        prepare_data(
             task, tmp_path, options={"num_images": 10, **more}, workers=1, force=True
         ).manifest.checksum
         for more in ({}, {"seed": 1}, {"render": "lra"})
@@ -88,11 +88,11 @@ def test_bad_settings_are_refused_before_anything_is_made(tmp_path: Path) -> Non
         ({"num_train": 5}, "--num-train has no effect"),
     ):
         with pytest.raises(ConfigError, match=message):
-            prepare("pathX-cl14_nogap", tmp_path, options=options)
+            prepare_data("pathX-cl14_nogap", tmp_path, options=options)
     with pytest.raises(ConfigError, match="alpha"):
-        prepare("pathX-cl14_alpha9.0", tmp_path)
+        prepare_data("pathX-cl14_alpha9.0", tmp_path)
     with pytest.raises(ConfigError, match="names no Pathfinder set"):
-        prepare("pathfinder33-curv_baseline", tmp_path)
+        prepare_data("pathfinder33-curv_baseline", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,7 +102,7 @@ def test_too_little_disk_is_refused_before_it_starts(
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(pathfinder_generated.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match=r"needs 4\.1 GB in .*, but only 1\.0 MB are free"):
-        prepare("pathX-cl14_nogap", tmp_path)
+        prepare_data("pathX-cl14_nogap", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".pathX-cl14_nogap.lock"]
 
 
@@ -110,17 +110,19 @@ def test_estimate_comes_before_the_work(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, small_shards: None
 ) -> None:
     with caplog.at_level("INFO", logger="dmx"):
-        prepare_missing("pathfinder16-cl3-d1", tmp_path, workers=1, options={"num_images": 20})
+        open_data(
+            "pathfinder16-cl3-d1", tmp_path, workers=1, options={"num_images": 20}, generate=True
+        )
     first = next(m for m in caplog.messages if "generating 20 images" in m)
     assert re.search(r"about \d+ s with 1 worker\(s\) .* 5\.1 kB on disk, .* free", first)
-    assert prepare_missing("pathfinder16-cl3-d1", tmp_path).manifest.num_bytes > 5000
+    assert open_data("pathfinder16-cl3-d1", tmp_path, generate=True).manifest.num_bytes > 5000
     with pytest.raises(DataError, match="num_images=20 instead of num_images=30"):
-        prepare_missing("pathfinder16-cl3-d1", tmp_path, options={"num_images": 30})
+        open_data("pathfinder16-cl3-d1", tmp_path, options={"num_images": 30}, generate=True)
 
 
 def test_missing_set_that_cannot_be_generated_gives_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"python -m dmx\.data image --source PATH"):
-        prepare_missing("image", tmp_path)
+        open_data("image", tmp_path, generate=True)
 
 
 ARGUMENTS = ("listops", "--num-train", "3900", "--num-dev", "50", "--num-test", "50")
@@ -146,7 +148,7 @@ def start_and_wait_for_a_shard(root: Path, workers: int) -> subprocess.Popen[str
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("whole")
     options = {"num_train": 3900, "num_dev": 50, "num_test": 50}
-    return content(prepare("listops", root, options=options, workers=2).folder)
+    return content(prepare_data("listops", root, options=options, workers=2).folder)
 
 
 @pytest.mark.slow

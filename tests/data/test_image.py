@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmx.data.grey import tf_grey
-from dmx.data.prepare import prepare
+from dmx.data.prepare import prepare_data
 from dmx.data.readers import image
 from dmx.errors import DataError
 from tests.data.helpers import write_folder, write_tar
@@ -123,7 +123,7 @@ def test_all_versions_give_the_same_store(
     source = (
         write_tar(tmp_path / "c.tar.gz", raw) if archive else write_folder(tmp_path / "raw", raw)
     )
-    store = prepare("image", tmp_path / "data", source=source)
+    store = prepare_data("image", tmp_path / "data", source=source)
     assert dict(store.manifest.splits) == {"train": 90, "dev": 10, "test": 20}
     order = sorted(range(100), key=lambda k: hashlib.md5(f"train{k}".encode()).digest())
     for split, numbers in (
@@ -144,7 +144,7 @@ def test_all_versions_give_the_same_store(
 @pytest.mark.slow
 def test_full_size_split_is_45000_5000_10000(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "raw", binary(batches(10000)))
-    store = prepare("image", tmp_path / "data", source=source / "cifar-10-batches-bin")
+    store = prepare_data("image", tmp_path / "data", source=source / "cifar-10-batches-bin")
     assert dict(store.manifest.splits) == {"train": 45000, "dev": 5000, "test": 10000}
     assert store.split("train").labels[:4].tolist() == [9, 0, 7, 7]  # 16399, 1680, 47917, 17307
     assert store.split("dev").labels[0] == 1  # 13431
@@ -170,7 +170,7 @@ def test_bad_python_batches_are_refused(
 ) -> None:
     raw = python3(small, 4) | {"cifar-10-batches-py/data_batch_3": content}
     with pytest.raises(DataError, match=message) as caught:
-        prepare("image", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+        prepare_data("image", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
     assert "data_batch_3" in str(caught.value)
     assert not (tmp_path / "data" / "image").exists()
 
@@ -183,7 +183,7 @@ def test_bad_binary_batches_are_refused(
     for content, message in ((raw[name][:-1], "truncated"), (b"\x0a" + raw[name][1:], "label 10")):
         source = write_folder(tmp_path / message.split()[0], raw | {name: content})
         with pytest.raises(DataError, match=message):
-            prepare("image", tmp_path / "data", source=source)
+            prepare_data("image", tmp_path / "data", source=source)
     del raw[name]
     with pytest.raises(DataError, match=r"test_batch\.bin is missing"):
-        prepare("image", tmp_path / "data", source=write_folder(tmp_path / "missing", raw))
+        prepare_data("image", tmp_path / "data", source=write_folder(tmp_path / "missing", raw))

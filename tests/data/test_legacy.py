@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmx.data.prepare import prepare
+from dmx.data.prepare import prepare_data
 from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
 from dmx.tasks import SPLITS
@@ -38,7 +38,7 @@ def test_text_pickles_keep_order_and_lose_padding(tmp_path: Path, protocol: int)
         "test": [text_example([3], 1)],
     }
     source = write(tmp_path / "old", "text", splits, protocol)
-    store = prepare("text", tmp_path / "data", source=source)
+    store = prepare_data("text", tmp_path / "data", source=source)
     train = store.split("train")
     assert [train.tokens(k).tolist() for k in range(2)] == [[5, 6, 7], [256]]
     assert train.lengths.tolist() == [3, 1, 4000]
@@ -61,7 +61,7 @@ def test_lists_scalars_and_prefixed_names_mean_the_same(
         for n, row in enumerate(rows)
     ]
     source = write(tmp_path / "old", f"{prefix}text", dict.fromkeys(SPLITS, examples), 4)
-    store = prepare("text", tmp_path / "data", source=source)
+    store = prepare_data("text", tmp_path / "data", source=source)
     for split in SPLITS:
         found = store.split(split)
         assert [found.tokens(n).tolist() for n in range(2)] == rows
@@ -74,7 +74,7 @@ def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
     example = {"input_ids_0": pixels, "label": np.int64(7)}
     splits = {split: [example] for split in SPLITS} | {"train": [example | {"label": 0}]}
     source = write(tmp_path / "old", "image", splits, 4)
-    store = prepare("image", tmp_path / "data", source=source)
+    store = prepare_data("image", tmp_path / "data", source=source)
     assert store.split("test").tokens(0).tolist() == pixels.tolist()
     assert store.split("test").labels.tolist() == [7]
     assert store.manifest.dtype == "uint8"
@@ -84,7 +84,7 @@ def test_paired_pickles(tmp_path: Path) -> None:
     example = text_example([4], 1) | {"input_ids_1": np.array([8, 9] + [0] * 4094, np.int32)}
     splits = {split: [example] for split in SPLITS} | {"test": [example | {"label": 0}]}
     source = write(tmp_path / "old", "retrieval", splits, 4)
-    split = prepare("retrieval", tmp_path / "data", source=source).split("dev")
+    split = prepare_data("retrieval", tmp_path / "data", source=source).split("dev")
     assert (split.tokens(0).tolist(), split.tokens_1(0).tolist()) == ([4], [8, 9])
 
 
@@ -111,7 +111,7 @@ def test_bad_examples_are_named(tmp_path: Path, example: Any, message: str) -> N
     good = text_example([1], 0)
     splits = {"train": [good, example], "dev": [good], "test": [good]}
     with pytest.raises(DataError, match=message) as caught:
-        prepare("text", tmp_path / "data", source=write(tmp_path / "old", "text", splits, 4))
+        prepare_data("text", tmp_path / "data", source=write(tmp_path / "old", "text", splits, 4))
     assert "example 1" in str(caught.value)
     assert not (tmp_path / "data" / "text").exists()
 

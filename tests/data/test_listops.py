@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dmx.data.listops import VOCABULARY, decode, example, values
-from dmx.data.prepare import prepare
+from dmx.data.prepare import prepare_data
 from dmx.errors import ConfigError, DataError
 from tests.data.helpers import write_folder, write_tar
 from tests.tiny import one_sentence
@@ -41,7 +41,7 @@ def test_release_files_become_ids(tmp_path: Path, archive: bool) -> None:
         source = write_tar(tmp_path / "lra_release.gz", raw)
     else:
         source = write_folder(tmp_path / "raw", raw)
-    store = prepare("listops", tmp_path / "data", source=source)
+    store = prepare_data("listops", tmp_path / "data", source=source)
     train = store.split("train")
     assert len(train) == 2
     assert train.tokens(1).tolist() == IDS
@@ -59,7 +59,7 @@ def test_release_files_become_ids(tmp_path: Path, archive: bool) -> None:
 def test_source_may_be_any_level_of_the_release(tmp_path: Path, inner: str) -> None:
     write_folder(tmp_path / "raw", files(tsv(LINE)))
     assert len(
-        prepare("listops", tmp_path / "data", source=tmp_path / "raw" / inner).split("train")
+        prepare_data("listops", tmp_path / "data", source=tmp_path / "raw" / inner).split("train")
     )
 
 
@@ -83,7 +83,7 @@ def test_source_may_be_any_level_of_the_release(tmp_path: Path, inner: str) -> N
 def test_bad_lines_name_file_and_line(tmp_path: Path, train: bytes, message: str) -> None:
     source = write_folder(tmp_path / "raw", files(train))
     with pytest.raises(DataError, match=message) as caught:
-        prepare("listops", tmp_path / "data", source=source)
+        prepare_data("listops", tmp_path / "data", source=source)
     if "split" not in message:
         assert "basic_train.tsv" in str(caught.value)
     assert not (tmp_path / "data" / "listops").exists()
@@ -190,11 +190,11 @@ def test_targets_are_held_against_the_expressions(tmp_path: Path) -> None:
     wrong = tsv(LINE, b"[MIN 1 2 ]\t2\n", LINE)
     source = write_folder(tmp_path / "raw", files(wrong))
     with pytest.raises(DataError, match=r"train\.tsv, line 3: the target is 2, but the source has"):
-        prepare("listops", tmp_path / "data", source=source)
+        prepare_data("listops", tmp_path / "data", source=source)
     for broken in (b"[MIN 1 2\t1\n", b"1 2\t1\n", b"[MIN ]\t1\n", b"] 1\t1\n"):
         source = write_folder(tmp_path / "raw", files(tsv(LINE, broken)))
         with pytest.raises(DataError, match=r"line 3: the target is 1, .* no whole expression"):
-            prepare("listops", tmp_path / "data", source=source)
+            prepare_data("listops", tmp_path / "data", source=source)
     assert not (tmp_path / "data" / "listops").exists()
 
 
@@ -216,7 +216,7 @@ def test_targets_are_held_against_the_expressions(tmp_path: Path) -> None:
 )
 def test_files_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
     source = write_folder(tmp_path / "raw", files(change(tsv(LINE, LINE))))
-    train = prepare("listops", tmp_path / "data", source=source).split("train")
+    train = prepare_data("listops", tmp_path / "data", source=source).split("train")
     assert [train.tokens(n).tolist() for n in range(len(train))] == [IDS, IDS]
     assert train.labels.tolist() == [4, 4]
 
@@ -226,7 +226,7 @@ def test_s4_layout_and_the_folder_above_it(tmp_path: Path, up: str) -> None:
     raw = files(tsv(LINE))
     write_folder(tmp_path / "h" / "data", {f"listops/{n.split('/')[-1]}": raw[n] for n in raw})
     source = (tmp_path / "h" / "data" / up).resolve()
-    assert len(prepare("listops", tmp_path / "data", source=source).split("train")) == 1
+    assert len(prepare_data("listops", tmp_path / "data", source=source).split("train")) == 1
 
 
 def test_a_folder_inside_the_right_one_is_told_which_is_right(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_folder_inside_the_right_one_is_told_which_is_right(tmp_path: Path) ->
     inside = raw / "lra_release" / "lra_release" / "listops-1000" / "plots"
     inside.mkdir()
     with pytest.raises(DataError, match=r"listops-1000 does hold them; pass that\.") as caught:
-        prepare("listops", tmp_path / "data", source=inside)
+        prepare_data("listops", tmp_path / "data", source=inside)
     one_sentence(caught.value)
 
 
@@ -249,8 +249,8 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_generated_set_is_equal_for_any_number_of_workers(tmp_path: Path) -> None:
     options = sizes(2100, 30, 20, seed=3)
-    one = prepare("listops", tmp_path / "one", options=options, workers=1)
-    two = prepare("listops", tmp_path / "two", options=options, workers=2)
+    one = prepare_data("listops", tmp_path / "one", options=options, workers=1)
+    two = prepare_data("listops", tmp_path / "two", options=options, workers=2)
     assert content(one.folder) == content(two.folder)
     assert one.manifest.checksum == two.manifest.checksum
     assert one.manifest.label == "listops (generated, partial: 2,150 of 100,000 examples)"
@@ -271,7 +271,7 @@ def test_equal_examples_are_drawn_again(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(listops, "example", forgetful)
     monkeypatch.setattr(listops_generated, "example", forgetful)
-    store = prepare("listops", tmp_path, options=sizes(6, 1, 1), workers=1)
+    store = prepare_data("listops", tmp_path, options=sizes(6, 1, 1), workers=1)
     train = store.split("train")
     assert train.tokens(4).tobytes() == example(0, 4, 2)[0]
     assert len({train.tokens(k).tobytes() for k in range(6)}) == 6
@@ -280,22 +280,25 @@ def test_equal_examples_are_drawn_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--num-dev must be at least 1"):
-        prepare("listops", tmp_path, options=sizes(5, 0, 5))
+        prepare_data("listops", tmp_path, options=sizes(5, 0, 5))
     with pytest.raises(ConfigError, match="--render has no effect on listops"):
-        prepare("listops", tmp_path, options={"render": "lra"})
+        prepare_data("listops", tmp_path, options={"render": "lra"})
     with pytest.raises(ConfigError, match="--workers 0"):
-        prepare("listops", tmp_path, workers=0)
+        prepare_data("listops", tmp_path, workers=0)
 
 
 def test_prepared_set_is_kept_and_another_is_refused(tmp_path: Path) -> None:
-    first = prepare("listops", tmp_path, options=sizes(5, 2, 2), workers=1)
+    first = prepare_data("listops", tmp_path, options=sizes(5, 2, 2), workers=1)
     made = first.manifest.created
-    assert prepare("listops", tmp_path, options=sizes(5, 2, 2), workers=1).manifest.created == made
+    assert (
+        prepare_data("listops", tmp_path, options=sizes(5, 2, 2), workers=1).manifest.created
+        == made
+    )
     with pytest.raises(DataError, match=r"with sizes=.* instead of sizes=.*; pass --force"):
-        prepare("listops", tmp_path, options=sizes(6, 2, 2), workers=1)
+        prepare_data("listops", tmp_path, options=sizes(6, 2, 2), workers=1)
     with pytest.raises(DataError, match=r"with seed=0 instead of seed=1; pass --force"):
-        prepare("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1)
-    again = prepare("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1, force=True)
+        prepare_data("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1)
+    again = prepare_data("listops", tmp_path, options=sizes(5, 2, 2, seed=1), workers=1, force=True)
     assert again.manifest.checksum != first.manifest.checksum
 
 

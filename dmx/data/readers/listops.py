@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from dmx.data.build import write_store
 from dmx.data.listops import MAX_TOKENS, VOCABULARY, values
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source, without_bom
+from dmx.data.manifest import Manifest
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source, without_bom
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import Task
@@ -113,8 +114,8 @@ def prepare(request: Request) -> None:
             for ids, label in parse(stream, source.describe(name)):
                 writer.add(split, ids, label)
 
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name="lra-listops",
         origin=f"LRA release, {source.describe(root)}",
         class_names=tuple("0123456789"),

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmx.data.archive import safe_name
 from dmx.data.build import write_store
+from dmx.data.manifest import Manifest
 from dmx.data.pathfinder_split import SPLIT_SEED, SplitPlacer
 from dmx.data.png import grey_pixels
 from dmx.data.progress import progress
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source, safe_name
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import EMPTY_IMAGES, Task
@@ -172,8 +172,8 @@ def prepare(request: Request) -> None:
         return {"skipped_empty_images": skipped}
 
     generated = task.name.startswith("pathX-")
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name="original-pathx" if generated else "lra-pathfinder",
         origin=f"{'generator output' if generated else 'LRA release'}, {source.describe(root)}",
         class_names=("apart", "connected"),

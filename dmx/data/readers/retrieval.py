@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from dmx.data.build import write_store
 from dmx.data.bytetext import encode
+from dmx.data.manifest import Manifest
 from dmx.data.progress import progress
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source, without_bom
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source, without_bom
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import Task
@@ -97,8 +98,8 @@ def prepare(request: Request) -> None:
         if not published:
             writer.remark("decoded texts")  # published are reprs of bytes, b'...'
 
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name="lra-retrieval",
         origin=f"ACL Anthology Network pairs of the LRA release, {source.describe(root)}",
         class_names=("unrelated", "linked"),

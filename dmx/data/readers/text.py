@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from dmx.data.build import write_store
 from dmx.data.bytetext import MAX_TEXT_IDS, encode
-from dmx.data.readers.base import READERS, Reader, Request, manifest_for
-from dmx.data.source import Source
+from dmx.data.manifest import Manifest
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 from dmx.tasks import Task
@@ -79,8 +80,8 @@ def prepare(request: Request) -> None:
                     f"{len(CLASSES) * PER_CLASS:,}; it is incomplete or not IMDB."
                 )
 
-    manifest = manifest_for(
-        request,
+    manifest = Manifest.for_task(
+        request.task,
         data_name="lra-text",
         origin=f"IMDB reviews (aclImdb_v1), {source.describe(root)}",
         class_names=CLASSES,
