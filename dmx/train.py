@@ -54,7 +54,7 @@ from dmx.runs.metrics import (
 from dmx.schema import read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
-from dmx.study import files as study_files
+from dmx.study import folder as study_folder
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.job import Job, Workers
@@ -232,7 +232,7 @@ def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
     attention = args.attention or config.attention.name
     folder = cli.run_folder(args.storage, args.name, f"{attention}-{config.task}")
     if not args.resume:
-        study_files.check_free(folder)
+        study_folder.check_free(folder)
     if args.resume and not folder.exists():
         raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
     place = next(p for p in (folder, *folder.parents) if p.exists())
@@ -277,9 +277,9 @@ def _train(
     check: Callable[[], None],
 ) -> int:
     if not args.resume:
-        study_files.clear(folder)
+        study_folder.clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    study_files.note_settings(folder, record)
+    study_folder.note_settings(folder, record)
     job = Job(
         run_config=to_dict(config),
         data_folder=str(store.folder),

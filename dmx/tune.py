@@ -29,11 +29,10 @@ from dmx.errors import (
 from dmx.log import verbatim
 from dmx.paths import is_url
 from dmx.storage.layout import FolderSync, StorageLayout
-from dmx.study import end as study_end
-from dmx.study import files as study_files
-from dmx.study import identity as study_identity
-from dmx.study.config import StudyConfig
-from dmx.study.live_view import choose_view, write_json
+from dmx.study import folder as study_folder
+from dmx.study import results as study_results
+from dmx.study.study import StudyConfig
+from dmx.study.views import choose_view, write_json
 from dmx.tasks import Task, task_for
 
 logger = logging.getLogger("dmx.tune")
@@ -122,7 +121,7 @@ def _open_data(
 
 def _check_free(folder: Path, *, resume: bool) -> None:
     if not resume:
-        study_files.check_free(folder)
+        study_folder.check_free(folder)
 
 
 def _search(
@@ -137,7 +136,7 @@ def _search(
         config = plan.study(budget, folder.name, sync.layout)
         settings, files = tune_search.check_study(args, config, store, folder)
         if args.resume:
-            study_files.check_unused(folder)
+            study_folder.check_unused(folder)
         logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
         return config, settings, files
 
@@ -156,30 +155,30 @@ def _search(
         slots = min(slots, args.max_concurrent_trials or slots)
         # Not before all that can be refused: a study that never began is in nobody's way.
         options = resuming.options_of(args, None if is_url(args.data_root or "") else store)
-        study_files.open_folder(folder, settings, resume=args.resume, options=options, files=files)
+        study_folder.open_folder(folder, settings, resume=args.resume, options=options, files=files)
         stack.enter_context(sync)
         from dmx.report import write_page  # seconds that a refusal need not wait, as Ray Tune's
-        from dmx.study.study import run_study
+        from dmx.study.study import train_trials
 
-        tensorboard = study_identity.announce(folder, config, store)
+        tensorboard = study_results.announce(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"
         view = choose_view(
             args.output, num_trials=config.num_trials, max_steps=config.max_steps, title=title
         )
-        earlier = study_end.seconds_so_far(folder)
+        earlier = study_results.seconds_so_far(folder)
         with view:
-            result = run_study(config, store, folder, slots=slots, observers=(view, tensorboard))
+            result = train_trials(config, store, folder, slots=slots, observers=(view, tensorboard))
         tensorboard.close()
-        summary = study_end.finish(
+        summary = study_results.finish(
             config, store, result, tensorboard, slots=slots, final_seeds=args.final_seeds
         )
         summary["seconds"] = earlier + time.monotonic() - started
-        study_files.write_study(folder, summary)
+        study_folder.write_study(folder, summary)
         page = write_page(folder) if result.complete else None
     if args.output == "json":
         write_json(event="finished", **summary, report=page)
     else:
-        study_end.show(summary, result, store)
+        study_results.show(summary, result, store)
         if page is not None:
             verbatim(f"report: {page}")
     if not result.complete:

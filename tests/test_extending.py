@@ -153,7 +153,7 @@ def test_the_search_space_and_the_task_are_found(checkout: Path) -> None:
     out = run_in(
         checkout,
         """
-        from dmx.search.space_file import load_space
+        from dmx.search.space import load_space
         from dmx.tasks import task_for
         task = task_for("parity")
         space = load_space("window", "parity", task.family)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dmx.fitting import Col, FittingTable
 from dmx.runs.study import TrialResult
-from dmx.study.view import trials_table
+from dmx.study.views import trials_table
 
 NAMES = (
     *("attention.block_size", "attention.inner", "attention.dropout", "model.dropout"),

@@ -17,11 +17,10 @@ from dmx.costs.measure import check_memory
 from dmx.errors import ConfigError
 from dmx.overrides import flatten, parse_assignments
 from dmx.resources import shipped_names
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.space import SearchSpace, load_space
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.budget import Budget, fit_budget
-from dmx.study.config import StudyConfig
+from dmx.study.study import StudyConfig
 from dmx.tasks import Task, task_for
 from dmx.training.job import check_batch
 

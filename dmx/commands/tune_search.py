@@ -13,14 +13,14 @@ from dmx.errors import ConfigError
 from dmx.resources import code_version
 from dmx.runs.objectives import parse_objectives
 from dmx.search import warm_start
-from dmx.search.population import check_population
 from dmx.search.rungs import LEAST_FACTOR
-from dmx.search.sampling import check_sampler, independent
+from dmx.search.samplers import check_sampler, independent
+from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace
 from dmx.search.study_settings import read_settings
-from dmx.study import files as study_files
-from dmx.study import identity as study_identity
-from dmx.study.config import StudyConfig
+from dmx.study import folder as study_folder
+from dmx.study import results as study_results
+from dmx.study.study import StudyConfig
 
 logger = logging.getLogger("dmx.tune")
 
@@ -84,7 +84,7 @@ def check_study(
     """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)
-    here = warm_start.Here(
+    here = warm_start.TargetStudy(
         task=config.task,
         space=config.space,
         overrides=config.overrides,
@@ -102,9 +102,9 @@ def check_study(
     if alone := independent(config.sampler, config.space):
         names = ", ".join(alone)
         logger.info("sampler %s draws at random, each by itself: %s", args.sampler, names)
-    settings = study_identity.settings(config, store, identity)
+    settings = study_results.settings(config, store, identity)
     if args.resume:
-        study_files.check_same(folder, settings)
+        study_folder.check_same(folder, settings)
         begun, now = args.record.get("environment", {}).get("code"), code_version()
         if begun not in (None, now):
             logger.warning("the study was trained by code %s until now; this is %s", begun, now)

@@ -23,7 +23,7 @@ from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.tasks import NUM_IMAGES, Task
 
 if TYPE_CHECKING:
-    from dmx.study.config import StudyConfig
+    from dmx.study.study import StudyConfig
 
 _MOST_MODELS = 16
 """Models of different size that are counted, of all that a space can propose."""

@@ -26,11 +26,10 @@ from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, read_journal
 from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
-from dmx.study import end as study_end
-from dmx.study import identity as study_identity
-from dmx.study.files import note_settings, write_study
-from dmx.study.study import StudyConfig, run_study
-from dmx.study.view import LogView, TensorBoardView
+from dmx.study import results as study_results
+from dmx.study.folder import note_settings, write_study
+from dmx.study.study import StudyConfig, train_trials
+from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import Measurement, measure
@@ -254,10 +253,10 @@ def _search(
     view = TensorBoardView(path, {"task": study.task}, study.space.names())
     try:
         store = open_store(study.places.data(data_folder))
-        note_settings(path, settings_event("study", study_identity.settings(study, store)))
+        note_settings(path, settings_event("study", study_results.settings(study, store)))
         with sync:
-            result = run_study(study, store, path, slots=slots, observers=(view,))
-        summary = study_end.summarise(study, store, result)
+            result = train_trials(study, store, path, slots=slots, observers=(view,))
+        summary = study_results.summarise(study, store, result)
         del summary["environment"]["argv"]  # a Ray worker's
         write_study(path, summary)
         best = result.best

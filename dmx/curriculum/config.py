@@ -20,10 +20,9 @@ from dmx.paths import expand
 from dmx.registry import choices_message
 from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import from_dict, join, read_yaml, to_dict
-from dmx.search.population import check_population
 from dmx.search.rungs import LEAST_FACTOR
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.schedulers import check_population
+from dmx.search.space import SearchSpace, load_space
 from dmx.tasks import task_for
 from dmx.training.checkpoint import meant_checkpoint
 
@@ -489,7 +488,7 @@ def _space(
     space.check(keys.task, fixed)
     if keys.search.scheduler == "pbt":
         check_population(space, keys.search.num_trials)
-    from dmx.search.sampling import check_sampler  # imports Optuna, which few curricula need
+    from dmx.search.samplers import check_sampler  # imports Optuna, which few curricula need
 
     check_sampler(keys.search.sampler, space)
     return space, fixed

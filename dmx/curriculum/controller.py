@@ -43,7 +43,7 @@ from dmx.training.predictions import Measurement
 from dmx.training.transfer import weights_checksum
 
 if TYPE_CHECKING:
-    from dmx.study.config import StudyConfig
+    from dmx.study.study import StudyConfig
 
 
 class ClusterLost(Exception):

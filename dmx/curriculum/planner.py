@@ -12,7 +12,7 @@ from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import Attempt, History, StageState
 from dmx.runs.curriculum import StageRecord
 from dmx.runs.run import CheckpointRef
-from dmx.study.config import StudyConfig
+from dmx.study.study import StudyConfig
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
 _SEED_STEP = 1009

@@ -37,7 +37,7 @@ from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
 from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
-from dmx.study.files import append_settings
+from dmx.study.folder import append_settings
 from dmx.tensorboard import Column, announce_study
 
 logger = logging.getLogger("dmx.curriculum")

@@ -17,7 +17,7 @@ from dmx.reporting.text import MISSING, duration, percent, scaled, short, with_s
 from dmx.runs import layout
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.objectives import OBJECTIVES
-from dmx.search.population import GENERATION
+from dmx.search.schedulers import GENERATION
 from dmx.search.space import settings_of
 from dmx.storage.journal import read_journal
 from dmx.wording import short_names

@@ -12,11 +12,11 @@ from dmx.runs.run import CheckpointRef
 
 SamplerKind = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 SAMPLERS = get_args(SamplerKind)
-"""How points are proposed; see dmx.search.sampling."""
+"""How points are proposed; see dmx.search.samplers."""
 
 SchedulerKind = Literal["asha", "hyperband", "pbt", "none"]
 SCHEDULERS = get_args(SchedulerKind)
-"""What happens to trials that do worse than others; see dmx.study.scheduler and dmx.study.pbt."""
+"""What happens to trials that do worse than others; see dmx.study.ray_tune and dmx.study.pbt."""
 
 TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 

@@ -21,14 +21,12 @@ from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.objectives import DEFAULT, OBJECTIVES, directions, evaluate, missing
 from dmx.runs.study import TrialResult, TrialStatus
 from dmx.search.optuna_file import open_optuna
-from dmx.search.past import ASKED_AFTER, Past, past_trials
-from dmx.search.proposals import Proposer, Recorded
-from dmx.search.sampling import REMEMBERING
+from dmx.search.samplers import GENERATIONAL_SAMPLERS, FixedPointSampler, Proposer
 from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_record import StudyRecord
 from dmx.search.telling import is_value, name_objectives, report, tell
 from dmx.search.trial_results import trial_result
-from dmx.search.warm_start import read_prior
+from dmx.search.warm_start import ASKED_AFTER, ObservedTrial, past_trials, read_prior
 
 logger = logging.getLogger("dmx.ledger")
 TRIALS_DIR = "trials"
@@ -141,7 +139,7 @@ class Ledger:
             trial = self.study.ask()
             self._next = trial.number + 1
         after = len(self.outcomes)
-        if self._proposer.kind in REMEMBERING:
+        if self._proposer.kind in GENERATIONAL_SAMPLERS:
             after = trial.user_attrs.get(ASKED_AFTER, after)
             if ASKED_AFTER not in trial.user_attrs:
                 trial.set_user_attr(ASKED_AFTER, after)
@@ -149,9 +147,9 @@ class Ledger:
         start = self.space.start[number] if number < len(self.space.start) else {}
         fixed = self._frozen(number).system_attrs.get("fixed_params", {})  # enqueued by hand
         known = {**self.space.for_optuna({**start, **fixed}), **trial.params}
-        earlier = self._past(number) if self._proposer.looks_back else []
+        earlier = self._past(number) if self._proposer.uses_history else []
         point = self._proposer.propose(number, earlier, known, after)
-        self.study.sampler = Recorded(point)
+        self.study.sampler = FixedPointSampler(point)
         written = self.space.suggest(trial)
         assert written == point, (written, point)
         self._live[number] = _Live(trial, point)
@@ -161,7 +159,7 @@ class Ledger:
         """Hand a running trial out once more: its process was lost, not the trial."""
         self._orphans.append(number)
 
-    def _past(self, number: int) -> list[Past]:
+    def _past(self, number: int) -> list[ObservedTrial]:
         """The trials before one, as a sampler may see them."""
         return past_trials(self.study.get_trials(deepcopy=False)[:number], self.outcomes)
 

@@ -11,7 +11,7 @@ from typing import Any
 from dmx.errors import StageError
 from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS
 from dmx.runs.study import TrialStatus
-from dmx.search.population import GENERATION, Exploit
+from dmx.search.schedulers import GENERATION, Exploit
 from dmx.storage.journal import Journal, expect
 
 _NUMBER = (int, float)

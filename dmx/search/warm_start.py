@@ -6,16 +6,18 @@ taken is kept in the study's folder, so that a restart needs no other folder and
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from dmx.errors import ConfigError, StageError
 from dmx.overrides import flatten
@@ -23,14 +25,118 @@ from dmx.paths import local_path
 from dmx.runs import layout
 from dmx.runs.objectives import evaluate, missing
 from dmx.schema import to_dict
-from dmx.search.past import Past
 from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import expect, read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Here:
+class ObservedTrial:
+    """A trial as a sampler sees it.
+
+    Attributes:
+        params, distributions: by dotted path; of a trial that still runs, so far as known.
+        state: as it ended, or RUNNING. values: one per objective of a COMPLETE or PRUNED trial.
+        curve: step -> dev accuracy. asked_after: how many trials had ended when it was proposed.
+        finish_order: its place among the ended ones, or None.
+        group: "" where values compare with this study's; else the other study they belong to.
+    """
+
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    state: TrialState
+    values: tuple[float, ...] | None = None
+    curve: Mapping[int, float] = field(default_factory=dict)
+    asked_after: int = 0
+    finish_order: int | None = None
+    group: str = ""
+
+
+ASKED_AFTER = "asked_after"
+"""A trial's attribute in Optuna: how many had ended when it was proposed; samplers with generations
+need it."""
+
+
+def past_trials(
+    trials: Sequence[FrozenTrial], outcomes: Mapping[int, Mapping[str, Any]]
+) -> list[ObservedTrial]:
+    """A study's own trials, from Optuna's record of their points and the journal's of their ends.
+
+    Args:
+        outcomes: trial -> its ending (see study_record), in the order in which they ended.
+    """
+    places = {n: place for place, n in enumerate(outcomes)}
+    found = []
+    for frozen in trials:
+        outcome = outcomes.get(frozen.number)
+        values = None
+        if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
+            values = tuple(outcome.get("values") or (outcome["value"],))
+        found.append(
+            ObservedTrial(
+                params=frozen.params,
+                distributions=frozen.distributions,
+                state=frozen.state,
+                values=values,
+                curve=frozen.intermediate_values,
+                asked_after=frozen.user_attrs.get(ASKED_AFTER, 0),
+                finish_order=places.get(frozen.number),
+            )
+        )
+    return found
+
+
+def rescaled(prior: Sequence[ObservedTrial], own: Sequence[ObservedTrial]) -> list[ObservedTrial]:
+    """Earlier trials with values that compare with this study's own.
+
+    Another task or budget has another range of accuracies: its best trial may be worse than our
+    worst. So a trial at the q-th quantile of its own study gets the q-th quantile of this study's
+    values (after Salinas et al. 2020, arXiv 1909.13595), as soon as there are three of these.
+    """
+    known = [p.values for p in own if p.values is not None and p.state != TrialState.FAIL]
+    if len(known) < 3:
+        return list(prior)
+    columns = [sorted(column) for column in zip(*known, strict=True)]
+    return [
+        past
+        if not past.group
+        else replace(
+            past, values=tuple(_quantile(c, q) for c, q in zip(columns, share, strict=True))
+        )
+        for past, share in zip(prior, _shares(prior), strict=True)
+    ]
+
+
+def as_quantiles(prior: Sequence[ObservedTrial]) -> list[ObservedTrial]:
+    """Earlier trials with their quantile in their own study as their value."""
+    return [replace(p, values=s) for p, s in zip(prior, _shares(prior), strict=True)]
+
+
+def _shares(prior: Sequence[ObservedTrial]) -> list[tuple[float, ...]]:
+    """For each trial and objective: the share of the other trials of its study that lie below."""
+    groups: dict[str, list[tuple[float, ...]]] = {}
+    for past in prior:
+        groups.setdefault(past.group, []).append(past.values or ())
+    columns = {g: [sorted(c) for c in zip(*v, strict=True)] for g, v in groups.items()}
+    return [
+        tuple(
+            (bisect.bisect_left(c, v) + bisect.bisect_right(c, v) - 1) / 2 / max(len(c) - 1, 1)
+            for c, v in zip(columns[past.group], past.values or (), strict=True)
+        )
+        for past in prior
+    ]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Linear between order statistics; `values` are sorted."""
+    place = share * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetStudy:
     """The study that is to begin: what decides whether earlier points fit and compare."""
 
     task: str
@@ -60,7 +166,7 @@ class WarmStart:
         return {"runs": list(self.names), "sha256": digest}
 
 
-def take(runs: Sequence[Path], here: Here) -> WarmStart:
+def collect(runs: Sequence[Path], here: TargetStudy) -> WarmStart:
     """Read earlier studies, and keep of them the points that the new study could propose.
 
     Raises:
@@ -108,7 +214,7 @@ def take(runs: Sequence[Path], here: Here) -> WarmStart:
 def prepare(
     runs: Sequence[str],
     storage: Path,
-    here: Here,
+    here: TargetStudy,
     folder: Path,
     *,
     known: Mapping[str, Any] | None,
@@ -120,7 +226,7 @@ def prepare(
         runs: as they were given: paths, or names below `storage`.
         known: the identity of the study that is continued.
 
-    Raises: see take and check_kept.
+    Raises: see collect and check_kept.
     """
     names = [local_path("--warm-start", run).name for run in runs]
     if resume:  # the earlier studies may be gone, or have grown
@@ -130,11 +236,11 @@ def prepare(
     if not runs:
         return None, {}, ()
     paths = [Path(run) if Path(run).is_dir() else storage / run for run in runs]
-    taken = take([p.absolute() for p in paths], here)
+    taken = collect([p.absolute() for p in paths], here)
     return taken.identity(), {layout.WARM_START_FILE: taken.text}, taken.notes
 
 
-def _settings(run: Path, here: Here) -> dict[str, Any]:
+def _settings(run: Path, here: TargetStudy) -> dict[str, Any]:
     found = read_settings(run, "leave this --warm-start out")
     if not found:
         raise ConfigError(
@@ -150,7 +256,9 @@ def _settings(run: Path, here: Here) -> dict[str, Any]:
     return found
 
 
-def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[str, Any] | None]:
+def _points(
+    run: Path, fixed: Mapping[str, Any], here: TargetStudy
+) -> Iterator[dict[str, Any] | None]:
     """Each finished trial with its values; None for one that lies outside the new space."""
     reports: dict[int, dict[int, Mapping[str, Any]]] = {}
     path = run / layout.JOURNAL_FILE
@@ -170,7 +278,7 @@ def _points(run: Path, fixed: Mapping[str, Any], here: Here) -> Iterator[dict[st
         steps = reports.get(trial.number, {})
         values = evaluate(here.objectives, [steps[s] for s in sorted(steps)])
         params = settings_of(trial.params)
-        point = _fit(here, {**fixed, **params}, set(params))
+        point = _map_into_space(here, {**fixed, **params}, set(params))
         if point is None or missing(here.objectives, values):
             yield None
         else:
@@ -189,7 +297,9 @@ def _optuna_trials(path: Path) -> list[Any]:
         ) from None
 
 
-def _fit(here: Here, values: Mapping[str, Any], searched: set[str]) -> dict[str, Any] | None:
+def _map_into_space(
+    here: TargetStudy, values: Mapping[str, Any], searched: set[str]
+) -> dict[str, Any] | None:
     """The point of the new space with these values; None where there is none."""
     point = _point(here.space, values)
     if point is None:
@@ -211,7 +321,9 @@ def _point(space: SearchSpace, values: Mapping[str, Any]) -> dict[str, Any] | No
     return point if all(space.holds(k, v) for k, v in point.items()) else None
 
 
-def _note(name: str, settings: Mapping[str, Any], here: Here, kept: int, outside: int) -> str:
+def _note(
+    name: str, settings: Mapping[str, Any], here: TargetStudy, kept: int, outside: int
+) -> str:
     others = []
     if settings.get("task") != here.task:
         others.append(f"another task, {settings.get('task')}")
@@ -240,7 +352,7 @@ def check_kept(folder: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(json.loads(text)["notes"])
 
 
-def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
+def read_prior(folder: Path, space: SearchSpace) -> tuple[ObservedTrial, ...]:
     """The trials that a study took, for its sampler; none where it has no warm start."""
     path = folder / layout.WARM_START_FILE
     if not path.is_file():
@@ -250,12 +362,12 @@ def read_prior(folder: Path, space: SearchSpace) -> tuple[Past, ...]:
         fixed = FixedTrial(space.for_optuna(trial["params"]))
         space.suggest(fixed)
         found.append(
-            Past(
+            ObservedTrial(
                 params=fixed.params,
                 distributions=fixed.distributions,
                 state=TrialState.COMPLETE,
                 values=tuple(trial["values"]),
-                place=place,
+                finish_order=place,
                 group=trial["group"],
             )
         )

@@ -20,7 +20,7 @@ from typing import Any
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.population import Exploit, apply, decide
+from dmx.search.schedulers import Exploit, apply, decide
 from dmx.storage.files import copy_folder, persist, put_back
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.wording import short

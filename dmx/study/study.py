@@ -1,44 +1,94 @@
-"""A study: one Ray Tune run over a search space, continued after any crash, -> StudyResult."""
+"""A study: one Ray Tune run over a search space, continued after any crash."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
-import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dmx.cluster import connection
 from dmx.data.store import Store
-from dmx.errors import DmxError
-from dmx.process import own_signals
 from dmx.runs import layout
-from dmx.runs.objectives import pareto_front
-from dmx.runs.study import StudyResult, TrialResult, best_trial
-from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.population import boundaries
+from dmx.runs.objectives import DEFAULT, pareto_front
+from dmx.runs.study import SamplerKind, SchedulerKind, StudyResult, TrialResult, best_trial
+from dmx.schema import to_dict
 from dmx.search.rungs import Brackets
+from dmx.search.schedulers import boundaries
+from dmx.search.space import SearchSpace
 from dmx.search.study_settings import SETTINGS
-from dmx.study.config import StudyConfig
-from dmx.study.hooks import (
-    LedgerSearcher,
-    OutOfTime,
-    PopulationSearcher,
-    Recorder,
-    StudyObserver,
-)
-from dmx.study.pbt import Population
-from dmx.study.scheduler import RecordingScheduler
-from dmx.study.trainable import TrialRoom, TrialTrainable, give_back_rooms
-from dmx.study.watchdog import Watchdog
+from dmx.storage.files import STORAGE_TIMEOUT
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.study.views import StudyObserver
+from dmx.training.job import Workers, share_out
 
-from ray import tune  # isort: skip
-
-__all__ = ["StudyConfig", "StudyObserver", "run_study"]
+if TYPE_CHECKING:  # both take seconds to import
+    from dmx.search.ledger import Ledger
+    from dmx.study.pbt import Population
+    from dmx.study.ray_tune import RecordingScheduler
 
 
-def run_study(
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What a study searches, and with what means.
+
+    Attributes:
+        name: folder below the run root. task: what is trained.
+        space: what is searched, with overridden values already fixed.
+        overrides: dotted values that hold for every trial.
+        num_trials: trials in all. max_steps: optimizer steps of a full trial.
+        grace_steps: steps before ASHA may stop a trial. reduction_factor: of ASHA.
+        objectives: names, accuracy first (see objectives.OBJECTIVES).
+        cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
+        workers_per_trial: processes that share a trial's work; as many as it has whole GPUs.
+        time_budget_seconds: stop then, continuable; None has no limit.
+        max_failures: restarts of one trial after a dead worker or node, without getting further.
+        trial_timeout_seconds: without a report for so long a trial's process is killed; None:
+            see watchdog.patience.
+        storage_timeout: how long to wait for a storage that is full, read-only or gone.
+        reuse_actors: keep a worker process for the next trial (saves its start of seconds).
+        places: object storage and local copies (see training.job.Job).
+    """
+
+    name: str
+    task: str
+    space: SearchSpace
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    num_trials: int
+    max_steps: int
+    grace_steps: int
+    reduction_factor: float = 3.0
+    scheduler: SchedulerKind = "asha"
+    sampler: SamplerKind = "tpe"
+    objectives: tuple[str, ...] = DEFAULT
+    seed: int = 0
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+    workers_per_trial: int = 1
+    time_budget_seconds: float | None = None
+    max_failures: int = 3
+    trial_timeout_seconds: float | None = None
+    storage_timeout: float = STORAGE_TIMEOUT
+    reuse_actors: bool = True
+    places: StorageLayout = SHARED_FILESYSTEM
+
+    @property
+    def workers(self) -> Workers:
+        """The processes of one trial, and what each of them has."""
+        return share_out(
+            cpus=self.cpus_per_trial, gpus=self.gpus_per_trial, workers=self.workers_per_trial
+        )
+
+    def trial_config(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain RunConfig of the trial at `point`."""
+        plain = to_dict(self.space.run_config(self.task, self.overrides, point))
+        assert isinstance(plain, dict)
+        return plain
+
+
+def train_trials(
     config: StudyConfig,
     store: Store,
     folder: Path,
@@ -56,6 +106,9 @@ def run_study(
         StageError: the study is damaged, or another process works on it.
         StorageError: its storage stayed full, read-only or away; it can be continued.
     """
+    from dmx.search.ledger import Ledger, trial_folder
+    from dmx.study import ray_tune
+
     ledger = Ledger(
         folder,
         name=config.name,
@@ -73,9 +126,12 @@ def run_study(
         if again:
             ledger.record.begin()
         deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
-        give_back_rooms(folder)
+        ray_tune.give_back_rooms(folder)
         while again:
-            _fit(config, store, folder, slots, ledger, scheduler, observers, deadline)
+            population = _population(config, ledger)
+            ray_tune.fit(
+                config, store, folder, slots, ledger, scheduler, observers, deadline, population
+            )
             # Only what Tune gave up too soon is left: it is run in another round.
             again = 0 < ledger.num_interrupted == ledger.remaining()
             again = again and time.monotonic() < deadline
@@ -136,6 +192,8 @@ def _catch_up(
 
 
 def _scheduler(config: StudyConfig, ledger: Ledger) -> RecordingScheduler:
+    from dmx.study.ray_tune import RecordingScheduler
+
     if config.scheduler in ("none", "pbt"):
         return RecordingScheduler(ledger)
     brackets = Brackets(
@@ -157,6 +215,8 @@ def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
         evaluation=run.train.eval_every_steps,
         max_steps=config.max_steps,
     )
+    from dmx.study.pbt import Population
+
     return Population(
         ledger,
         steps=steps,
@@ -164,76 +224,3 @@ def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
         places=config.places,
         storage_timeout=config.storage_timeout,
     )
-
-
-def _measures_process(config: StudyConfig) -> bool:
-    """A process's peak memory never falls: without a GPU, each trial needs one of its own."""
-    return "memory" in config.objectives and not config.gpus_per_trial
-
-
-def _fit(
-    config: StudyConfig,
-    store: Store,
-    folder: Path,
-    slots: int,
-    ledger: Ledger,
-    scheduler: RecordingScheduler,
-    observers: tuple[StudyObserver, ...],
-    deadline: float,
-) -> None:
-    storage = folder.absolute() / "ray"
-    population = _population(config, ledger)
-    parts = (config, ledger, folder.absolute(), store)
-    search = PopulationSearcher(*parts, population) if population else LedgerSearcher(*parts)
-    session = f"session-{uuid.uuid4().hex}"
-    watchdog = Watchdog(config.trial_timeout_seconds)
-    recorder = Recorder(
-        ledger,
-        scheduler,
-        observers,
-        max_failures=config.max_failures,
-        watchdog=watchdog,
-        population=population,
-    )
-    tuner = tune.Tuner(
-        tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), folder)),
-        tune_config=tune.TuneConfig(
-            search_alg=search,
-            scheduler=scheduler,
-            num_samples=-1,  # the searcher says when it is over
-            max_concurrent_trials=slots,
-            reuse_actors=config.reuse_actors and not _measures_process(config),
-        ),
-        run_config=tune.RunConfig(
-            name=session,
-            storage_path=str(storage),
-            stop=OutOfTime(deadline),
-            callbacks=[recorder, watchdog],
-            failure_config=tune.FailureConfig(max_failures=config.max_failures),
-            verbose=0,
-        ),
-    )
-    with connection.terminate_like_interrupt(), own_signals():  # Tune's swallows a later Ctrl-C
-        try:
-            tuner.fit()
-        except Exception as error:
-            raise _own_error(error) from None
-    shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; ours is the journal
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """What a hook of ours raised, from under Tune's wrapping; anything else as it is."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, DmxError):
-        found = found.__cause__ or found.__context__
-    return found or error
-
-
-def _trial_resources(config: StudyConfig) -> dict[str, float]:
-    """Of the trial's actor. Several workers reserve theirs themselves, and the actor only waits.
-
-    A byte of memory stands for nothing, since Tune refuses a trial that asks for nothing.
-    """
-    if config.workers.count > 1:
-        return {"memory": 1}
-    return {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}

@@ -30,9 +30,9 @@ from dmx.cluster.connection import check_request, connect
 from dmx.data.store import open_store
 from dmx.runs.metrics import PROCESS_SECONDS
 from dmx.runs.study import TrialResult
-from dmx.search.space_file import load_space
-from dmx.study.identity import announce
-from dmx.study.study import StudyConfig, run_study
+from dmx.search.space import load_space
+from dmx.study.results import announce
+from dmx.study.study import StudyConfig, train_trials
 
 STEPS = 4
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -106,7 +106,7 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     folder.mkdir()
     view = announce(folder, config, store)
     began = time.perf_counter()
-    result = run_study(config, store, folder, slots=slots, observers=(view, clock))
+    result = train_trials(config, store, folder, slots=slots, observers=(view, clock))
     assert result.complete and clock.first is not None and clock.last is not None
     wall, start = clock.last[0] - clock.first[0], clock.first[0] - began
     done = num_trials - slots  # those at work at the first report are not counted

@@ -29,11 +29,10 @@ from dmx.runs import layout
 from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.rungs import Brackets
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
-from dmx.study.files import write_trials
-from dmx.study.scheduler import RecordingScheduler
-from dmx.study.view import TensorBoardView
+from dmx.search.space import SearchSpace, load_space
+from dmx.study.folder import write_trials
+from dmx.study.ray_tune import RecordingScheduler
+from dmx.study.views import TensorBoardView
 
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
 

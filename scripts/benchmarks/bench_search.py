@@ -8,7 +8,7 @@ Given again, the command continues where it stopped.
 
 Both methods get the same number of optimizer steps: that of --random-trials full trials. Random
 search spends them on so many trials; TPE with ASHA starts trials until they are spent, and its
-curve is cut there. Every study is a real one (dmx.study.run_study) with its own seed, which both
+curve is cut there. Every study is a real one (dmx.study.train_trials) with its own seed, which both
 methods share; both evaluate equally often, so neither has more draws for a lucky best. Written to
 --folder: curves.csv (one row per report), curves.svg (best so far, mean and each seed),
 summary.json. `--out FILE` puts the table between its markers in a markdown file, and the figure
@@ -56,8 +56,8 @@ from dmx.reporting.efficiency import (
     table,
 )
 from dmx.reporting.plain import write_csv
-from dmx.search.space_file import load_space
-from dmx.study.study import StudyConfig, run_study
+from dmx.search.space import load_space
+from dmx.study.study import StudyConfig, train_trials
 from dmx.tasks import task_for
 
 logger = logging.getLogger("dmx.bench_search")
@@ -133,7 +133,7 @@ def spend(config: StudyConfig, store: Store, folder: Path, *, slots: int, budget
     """
     while True:
         logger.info("%s: %d trials", config.name, config.num_trials)
-        result = run_study(config, store, folder, slots=slots)
+        result = train_trials(config, store, folder, slots=slots)
         if not result.complete:
             raise KeyboardInterrupt
         used = sum(trial.steps for trial in result.trials)

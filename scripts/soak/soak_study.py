@@ -23,7 +23,7 @@ from dmx.config import parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store_writer import StoreWriter
 from dmx.schema import to_dict
-from dmx.search.space_file import load_space
+from dmx.search.space import load_space
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import evaluate_checkpoint

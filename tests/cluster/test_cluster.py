@@ -22,7 +22,7 @@ from dmx.cluster import connection, gang, launch
 from dmx.curriculum import backend
 from dmx.errors import ConfigError, RunFailedError
 from dmx.nn.device import pick_device
-from dmx.study.trainable import JOB_KEY, TrialTrainable
+from dmx.study.ray_tune import JOB_KEY, TrialTrainable
 from dmx.training.job import Job
 from dmx.training.predictions import Measurement
 from tests.study.helpers import environment

@@ -277,7 +277,7 @@ def test_description_says_it_in_words() -> None:
 
 def test_run_and_study_of_real_data(tiny_store: Store) -> None:
     from dmx.search.space import Distribution, SearchSpace
-    from dmx.study.config import StudyConfig
+    from dmx.study.study import StudyConfig
 
     run = run_cost(_config("butterfly-16"), tiny_store, threads=1, probe_seconds=0.1)
     assert run.evaluations == 4 and run.steps.expected == 8 and run.wall_seconds > 0

@@ -28,7 +28,7 @@ from dmx.leaderboard import gather, to_markdown
 from dmx.reporting.board import boards, entries
 from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
-from dmx.study.files import open_folder
+from dmx.study.folder import open_folder
 from dmx.training.checkpoint import open_checkpoint
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn

@@ -16,7 +16,7 @@ from dmx.curriculum.config import load_curriculum
 from dmx.overrides import flatten, merge, parse_assignments
 from dmx.resources import find_yaml
 from dmx.schema import read_yaml, to_dict
-from dmx.search.space_file import load_space
+from dmx.search.space import load_space
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed
 from tests.study.helpers import FIXED, SPACE_YAML

@@ -10,7 +10,7 @@ pytest.importorskip("optuna", reason="Optuna is not installed here")
 from dmx.cluster import gpu_packing
 from dmx.runs.metrics import FAILURE
 from dmx.schema import to_dict
-from dmx.study.trainable import TrialTrainable
+from dmx.study.ray_tune import TrialTrainable
 from tests.study.helpers import command, rows, run
 from tests.study.test_reuse import trial
 from tests.tiny import config

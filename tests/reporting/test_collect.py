@@ -16,7 +16,7 @@ from dmx.reporting.html import render
 from dmx.reporting.stopping import filled_rungs
 from dmx.reporting.text import train_command
 from dmx.storage.journal import read_journal
-from dmx.study.end import seconds_so_far
+from dmx.study.results import seconds_so_far
 from tests.reporting.makers import (
     TRIALS,
     config,

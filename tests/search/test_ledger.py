@@ -18,7 +18,7 @@ from dmx.errors import DmxError, StageError
 from dmx.runs.study import best_trial
 from dmx.search import trial_results
 from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.sampling import make_sampler
+from dmx.search.samplers import make_sampler
 from dmx.search.study_record import StudyRecord
 from dmx.storage.journal import Journal, encode
 from tests.study.helpers import space

@@ -15,11 +15,10 @@ from optuna.storages.journal import JournalFileBackend
 
 from dmx.errors import ConfigError
 from dmx.runs.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
-from dmx.search import sampling
+from dmx.search import samplers
 from dmx.search.ledger import Ledger
-from dmx.search.sampling import SAMPLERS, check_sampler, independent, make_sampler
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.samplers import SAMPLERS, check_sampler, independent, make_sampler
+from dmx.search.space import SearchSpace, load_space
 from tests.search.test_space import WAYS
 from tests.study.helpers import space
 from tests.tiny import TASK, one_sentence
@@ -104,7 +103,7 @@ def live_points(kind: str, objectives: tuple[str, ...], folder: Path, count: int
     """The same samplers in one Optuna study that lives on, as Optuna means them to be used."""
     chosen = space(folder)
     study = optuna.create_study(directions=directions(objectives))
-    from dmx.search.proposals import Proposer, _Seeded
+    from dmx.search.samplers import Proposer, _Seeded
 
     proposer = Proposer(kind=kind, space=chosen, seed=3, num_trials=count, objectives=objectives)
     points = []
@@ -229,9 +228,9 @@ def test_what_a_sampler_cannot_do(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="moves numbers") as caught:
         check_sampler("cmaes", bare)
     one_sentence(caught.value)
-    real = sampling.importlib.util.find_spec
+    real = samplers.importlib.util.find_spec
     monkeypatch.setattr(
-        sampling.importlib.util, "find_spec", lambda n: None if n in ("cmaes", "scipy") else real(n)
+        samplers.importlib.util, "find_spec", lambda n: None if n in ("cmaes", "scipy") else real(n)
     )
     for kind, package in (("cmaes", "cmaes"), ("gp", "scipy")):
         with pytest.raises(ConfigError, match=f"needs {package}; run: pip install 'dmx") as caught:

@@ -13,10 +13,17 @@ import pytest
 from dmx.errors import ConfigError, StageError
 from dmx.runs.layout import WARM_START_FILE
 from dmx.search.ledger import Ledger
-from dmx.search.past import Past, comparable, ranked
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
-from dmx.search.warm_start import Here, check_kept, prepare, read_prior, take
+from dmx.search.space import SearchSpace, load_space
+from dmx.search.warm_start import (
+    ObservedTrial,
+    TargetStudy,
+    as_quantiles,
+    check_kept,
+    collect,
+    prepare,
+    read_prior,
+    rescaled,
+)
 from dmx.storage.journal import encode
 from tests.search.test_sampling import finish
 from tests.study.helpers import FIXED, space
@@ -51,8 +58,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return earlier(tmp_path_factory.mktemp("old") / "butterfly-old")
 
 
-def here(chosen: SearchSpace, **changes: object) -> Here:
-    first = Here(
+def here(chosen: SearchSpace, **changes: object) -> TargetStudy:
+    first = TargetStudy(
         task=TASK,
         space=chosen,
         overrides=FIXED,
@@ -72,7 +79,7 @@ def optuna_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 def test_what_is_taken(old, tmp_path):
     """Every trial that ended with a value, with its best one; those that died are left out."""
-    warm = take([old], here(space(tmp_path)))
+    warm = collect([old], here(space(tmp_path)))
     expected = {
         t.number: (t.params, max(t.intermediate_values.values()))
         for t in optuna_trials(old)
@@ -88,7 +95,7 @@ def test_points_outside_are_skipped_and_counted(old, tmp_path):
     """A fixed block size: points with another one lie outside, the others fit without it."""
     narrow = space(tmp_path).without({"attention.block_size": 16})
     overrides = {**FIXED, "attention.block_size": 16}
-    warm = take([old], here(narrow, overrides=overrides))
+    warm = collect([old], here(narrow, overrides=overrides))
     ended = [t for t in optuna_trials(old) if t.state.name in ("COMPLETE", "PRUNED")]
     inside = [t.number for t in ended if t.params["attention.block_size"] == 16]
     assert 0 < len(inside) < len(ended)
@@ -111,7 +118,7 @@ def test_a_value_that_was_fixed_then_and_is_searched_now(tmp_path):
     ledger.close()
     fixed = {**FIXED, "attention.block_size": 16}
     (path / "settings.json").write_text(json.dumps(settings(overrides=fixed)))
-    taken = json.loads(take([path], here(chosen)).text)["trials"]
+    taken = json.loads(collect([path], here(chosen)).text)["trials"]
     assert [t["params"]["attention.block_size"] for t in taken] == [16] * 4
 
 
@@ -140,7 +147,7 @@ def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
     ledger.close()
     (tmp_path / "old" / "settings.json").write_text(json.dumps(settings()))
     new = load_space(str(new_file), TASK, "pathfinder")
-    warm = take([tmp_path / "old"], here(new))
+    warm = collect([tmp_path / "old"], here(new))
     assert json.loads(warm.text)["trials"][0]["params"] == {
         "attention.block_size": 16,
         "model.dropout": 0.05,
@@ -164,27 +171,27 @@ def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
 )
 def test_another_task_or_budget_is_told(tmp_path, changes, words):
     path = earlier(tmp_path / "old", 4, **changes)
-    warm = take([path], here(space(tmp_path)))
+    warm = collect([path], here(space(tmp_path)))
     assert words in warm.notes[0]
     assert {t["group"] for t in json.loads(warm.text)["trials"]} == {"old"}
     with pytest.raises(ConfigError, match="nsga2 compares") as caught:
-        take([path], here(space(tmp_path), sampler="nsga2"))
+        collect([path], here(space(tmp_path), sampler="nsga2"))
     one_sentence(caught.value)
 
 
-def past(value: float, group: str = "") -> Past:
+def past(value: float, group: str = "") -> ObservedTrial:
     complete = optuna.trial.TrialState.COMPLETE
-    return Past(params={}, distributions={}, state=complete, values=(value,), group=group)
+    return ObservedTrial(params={}, distributions={}, state=complete, values=(value,), group=group)
 
 
 def test_values_of_another_study_take_this_ones_quantiles():
     own = [past(v) for v in (0.2, 0.3, 0.4)]
     prior = [past(v, "easy") for v in (0.9, 0.5, 0.7, 0.8, 0.6)] + [past(0.35)]
-    found = [p.values[0] for p in comparable(prior, own) if p.values]
+    found = [p.values[0] for p in rescaled(prior, own) if p.values]
     assert found == pytest.approx([0.4, 0.2, 0.3, 0.35, 0.25, 0.35])
-    assert [p.values for p in comparable(prior, own[:2])] == [p.values for p in prior]
-    assert [p.values[0] for p in ranked(prior) if p.values][:5] == [1.0, 0.0, 0.5, 0.75, 0.25]
-    tied = [p.values[0] for p in ranked([past(v, "g") for v in (1.0, 1.0, 2.0)]) if p.values]
+    assert [p.values for p in rescaled(prior, own[:2])] == [p.values for p in prior]
+    assert [p.values[0] for p in as_quantiles(prior) if p.values][:5] == [1.0, 0.0, 0.5, 0.75, 0.25]
+    tied = [p.values[0] for p in as_quantiles([past(v, "g") for v in (1.0, 1.0, 2.0)]) if p.values]
     assert tied == [0.25, 0.25, 1.0]
 
 
@@ -193,7 +200,7 @@ def test_it_informs_and_is_not_counted(old, tmp_path, monkeypatch, sampler):
     """From its first proposal the study draws near the old one's best; numbers begin at 0."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     chosen = dataclasses.replace(space(tmp_path), start=())
-    warm = take([old], here(chosen, sampler=sampler))
+    warm = collect([old], here(chosen, sampler=sampler))
     count = 5
 
     def points(name: str, *, warmed: bool, restart: bool = False) -> list[dict]:
@@ -270,43 +277,43 @@ def test_foreign_reports_are_one_sentence_and_foreign_fields_no_matter(old, tmp_
     lines = [encode(first), *(copy / "journal.jsonl").read_bytes().splitlines(keepends=True)]
     (copy / "journal.jsonl").write_bytes(b"".join(lines))
     chosen = space(tmp_path)
-    assert json.loads(take([copy], here(chosen)).text)["trials"], "an event of another kind"
+    assert json.loads(collect([copy], here(chosen)).text)["trials"], "an event of another kind"
     (copy / "journal.jsonl").write_bytes(b"".join([encode(first), encode(event), *lines[1:]]))
     with pytest.raises(StageError, match=r"journal\.jsonl line 2 is a report without") as caught:
-        take([copy], here(chosen))
+        collect([copy], here(chosen))
     one_sentence(caught.value)
 
 
 def test_bad_runs(old, tmp_path):
     chosen = space(tmp_path)
     with pytest.raises(ConfigError, match="no study in that folder") as caught:
-        take([tmp_path / "none"], here(chosen))
+        collect([tmp_path / "none"], here(chosen))
     one_sentence(caught.value)
     with pytest.raises(ConfigError, match="no use to --sampler random") as caught:
-        take([old], here(chosen, sampler="random"))
+        collect([old], here(chosen, sampler="random"))
     one_sentence(caught.value)
     copy = tmp_path / "copy"
     shutil.copytree(old, copy)
     (copy / "settings.json").write_text(json.dumps(settings(attention="softmax")))
     with pytest.raises(ConfigError, match="searched 'softmax'") as caught:
-        take([copy], here(chosen))
+        collect([copy], here(chosen))
     one_sentence(caught.value)
     for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
         (copy / "settings.json").write_text(damage)
         with pytest.raises(StageError, match=r"settings\.json is damaged; leave this") as caught:
-            take([copy], here(chosen))
+            collect([copy], here(chosen))
         one_sentence(caught.value)
     (copy / "settings.json").write_text(json.dumps(settings(overrides=[1])))
     with pytest.raises(StageError, match="overrides that are no mapping") as caught:
-        take([copy], here(chosen))
+        collect([copy], here(chosen))
     one_sentence(caught.value)
     (copy / "settings.json").write_text(json.dumps(settings()))
     text = (copy / "optuna.journal").read_text().splitlines(keepends=True)
     (copy / "optuna.journal").write_text(text[0] + "rubbish\n" + "".join(text[1:]))
     with pytest.raises(StageError, match="is damaged") as caught:
-        take([copy], here(chosen))
+        collect([copy], here(chosen))
     one_sentence(caught.value)
     empty = earlier(tmp_path / "empty", 0)
     with pytest.raises(ConfigError, match="no finished trial of empty") as caught:
-        take([empty], here(chosen))
+        collect([empty], here(chosen))
     one_sentence(caught.value)

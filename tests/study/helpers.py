@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.space import SearchSpace, load_space
 from tests.tiny import SETTINGS, TASK
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from dmx.cluster import connection
 from dmx.errors import StorageError
 from dmx.runs.metrics import STEPS
 from dmx.search.ledger import trial_folder
-from dmx.study.study import run_study
+from dmx.study.study import train_trials
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.faults import FOLDER
 from tests.study.helpers import ROOT, journal
@@ -49,7 +49,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_store, tmp_path_factory):
     place = tmp_path_factory.mktemp("undisturbed")
-    return facts(run_study(study_config(place), tiny_store, place / "study", slots=1))
+    return facts(train_trials(study_config(place), tiny_store, place / "study", slots=1))
 
 
 def test_segfaults_hangs_and_nan_cost_one_trial_at_most(tiny_store, tmp_path, faults):
@@ -61,7 +61,7 @@ def test_segfaults_hangs_and_nan_cost_one_trial_at_most(tiny_store, tmp_path, fa
     )
     folder = tmp_path / "study"
     try:
-        result = run_study(config, tiny_store, folder, slots=2)
+        result = train_trials(config, tiny_store, folder, slots=2)
     finally:
         left = sorted(p.name for p in faults.iterdir())
         for file in faults.iterdir():
@@ -88,7 +88,9 @@ def test_a_clock_that_jumps_changes_nothing(tiny_store, tmp_path, monkeypatch, u
             shift[0] = {1: -86400.0, 2: 172800.0}.get(number, shift[0])
 
     config = study_config(tmp_path, time_budget_seconds=3600.0, trial_timeout_seconds=600.0)
-    result = run_study(config, tiny_store, tmp_path / "study", slots=1, observers=(Watcher(act),))
+    result = train_trials(
+        config, tiny_store, tmp_path / "study", slots=1, observers=(Watcher(act),)
+    )
     assert shift[0] != 0.0 and result.complete
     assert facts(result) == undisturbed
     times = [e["time"] for e in journal(tmp_path / "study")]
@@ -106,7 +108,7 @@ def test_storage_that_vanishes_and_returns(tiny_store, tmp_path, undisturbed):
             timers[0].start()
 
     config = study_config(tmp_path, storage_timeout=120.0)
-    result = run_study(config, tiny_store, study, slots=1, observers=(Watcher(act),))
+    result = train_trials(config, tiny_store, study, slots=1, observers=(Watcher(act),))
     assert timers and not away.exists()
     assert result.complete and facts(result) == undisturbed
 
@@ -122,7 +124,7 @@ def test_storage_that_stays_away_is_one_sentence_and_can_be_continued(
 
     config = study_config(tmp_path, storage_timeout=1.0)
     with pytest.raises(StorageError) as caught:
-        run_study(config, tiny_store, study, slots=1, observers=(Watcher(act),))
+        train_trials(config, tiny_store, study, slots=1, observers=(Watcher(act),))
     assert "cannot be written for 1 s (No such file or directory)" in one_sentence(caught.value)
     assert not (study / "trials").exists(), "nothing that would be in the way"
     if study.exists():
@@ -131,5 +133,5 @@ def test_storage_that_stays_away_is_one_sentence_and_can_be_continued(
     away.rename(study)
     for number in (0, 1):
         open_checkpoint(trial_folder(study, number) / "last").training_state()
-    result = run_study(config, tiny_store, study, slots=1)
+    result = train_trials(config, tiny_store, study, slots=1)
     assert result.complete and facts(result) == undisturbed

@@ -29,7 +29,7 @@ from dmx.runs.metrics import (
 from dmx.schema import to_dict
 from dmx.search.ledger import trial_folder
 from dmx.storage.journal import read_claim
-from dmx.study.study import run_study
+from dmx.study.study import train_trials
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -147,8 +147,8 @@ def test_a_study_whose_trials_have_two_workers(two_cpus, tiny_store, tmp_path):
         for name, cpus, count in (("one", 1.0, 1), ("two", 2.0, 2))
     }
     watcher = Watcher()
-    one = run_study(settings["one"], tiny_store, tmp_path / "one", slots=1)
-    two = run_study(settings["two"], tiny_store, tmp_path / "two", slots=1, observers=(watcher,))
+    one = train_trials(settings["one"], tiny_store, tmp_path / "one", slots=1)
+    two = train_trials(settings["two"], tiny_store, tmp_path / "two", slots=1, observers=(watcher,))
     assert [(t.status, t.steps, t.params) for t in two.trials] == [
         (t.status, t.steps, t.params) for t in one.trials
     ]

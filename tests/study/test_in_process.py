@@ -1,4 +1,4 @@
-"""run_study on a real local Ray, in this process: one cluster for all of these tests."""
+"""train_trials on a real local Ray, in this process: one cluster for all of these tests."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult
 from dmx.search.ledger import trial_folder
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import read_claim
 from dmx.storage.layout import SHARED_FILESYSTEM
-from dmx.study import hooks, study
-from dmx.study.finals import evaluate_test
-from dmx.study.study import StudyConfig, run_study
-from dmx.study.trainable import TrialRoom, give_back_rooms
+from dmx.study import ray_tune, study
+from dmx.study.ray_tune import TrialRoom, give_back_rooms
+from dmx.study.results import evaluate_test
+from dmx.study.study import StudyConfig, train_trials
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
 from dmx.training.runner import Runner
@@ -120,7 +119,7 @@ def test_a_reused_process_trains_as_a_fresh_one(tiny_store, tmp_path):
     """Every trial of one reused actor, bit for bit what a new Runner makes of its config."""
     folder, watcher = tmp_path / "study", Watcher()
     config = study_config(tmp_path, scheduler="none")
-    result = run_study(config, tiny_store, folder, slots=1, observers=(watcher,))
+    result = train_trials(config, tiny_store, folder, slots=1, observers=(watcher,))
     assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 4
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(4)}
     assert len(pids) == 1, "one process ran them all"
@@ -150,7 +149,7 @@ def test_a_reused_process_trains_as_a_fresh_one(tiny_store, tmp_path):
 def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkeypatch):
     """Five steps or batches a session, six to an evaluation: it ends as if never stopped."""
     config = study_config(tmp_path, overrides={"train.eval_every_steps": 4}, num_trials=2)
-    undisturbed = run_study(config, tiny_store, tmp_path / "a", slots=1)
+    undisturbed = train_trials(config, tiny_store, tmp_path / "a", slots=1)
     sessions = []
 
     class AfterFive(tune.Stopper):
@@ -165,12 +164,12 @@ def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkey
         def stop_all(self):
             return self.left <= 0
 
-    monkeypatch.setattr(hooks, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(ray_tune, "SLICE_SECONDS", 0.0)
     monkeypatch.setattr(study, "OutOfTime", AfterFive)
     result = None
     while result is None or not result.complete:
         assert len(sessions) < 30, "it gets no further"
-        result = run_study(config, tiny_store, tmp_path / "b", slots=1)
+        result = train_trials(config, tiny_store, tmp_path / "b", slots=1)
     assert len(sessions) > 4
     assert facts(result) == facts(undisturbed)
     kept = ("event", "trial", "step", "status", "value")
@@ -207,7 +206,7 @@ def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monk
 def test_kill_9_of_a_worker_loses_nothing(tiny_store, tmp_path):
     """Killed in the second trial, at its second report; it goes on from its last checkpoint."""
     config = study_config(tmp_path)
-    undisturbed = run_study(config, tiny_store, tmp_path / "a", slots=1)
+    undisturbed = train_trials(config, tiny_store, tmp_path / "a", slots=1)
     killed: list[int] = []
 
     def act(number, metrics):
@@ -216,7 +215,7 @@ def test_kill_9_of_a_worker_loses_nothing(tiny_store, tmp_path):
             os.kill(killed[0], signal.SIGKILL)
 
     watcher = Watcher(act)
-    result = run_study(config, tiny_store, tmp_path / "b", slots=1, observers=(watcher,))
+    result = train_trials(config, tiny_store, tmp_path / "b", slots=1, observers=(watcher,))
     assert killed and read_claim(trial_folder(tmp_path / "b", 1))["pid"] != killed[0]
     assert facts(result) == facts(undisturbed)
     reports = [h for h in watcher.heard if h[0] == "reported"]
@@ -237,7 +236,7 @@ def test_deaths_count_only_where_a_trial_gets_no_further(tiny_store, tmp_path):
             os.kill(killed[-1], signal.SIGKILL)
 
     config = study_config(tmp_path, num_trials=2, max_failures=1, scheduler="none")
-    result = run_study(config, tiny_store, folder, slots=1, observers=(Watcher(act),))
+    result = train_trials(config, tiny_store, folder, slots=1, observers=(Watcher(act),))
     assert len(set(killed)) == 2
     assert [t.status for t in result.trials] == ["COMPLETE", "COMPLETE"] and result.complete
 
@@ -260,7 +259,7 @@ def test_points_that_cannot_be_built_or_trained_fail_alone(tiny_store, tmp_path)
     narrow = load_space(str(tmp_path / "narrow.yaml"), TASK, "pathfinder")
     folder, watcher = tmp_path / "study", Watcher()
     config = study_config(tmp_path, space=narrow)
-    result = run_study(config, tiny_store, folder, slots=2, observers=(watcher,))
+    result = train_trials(config, tiny_store, folder, slots=2, observers=(watcher,))
     assert result.complete
     assert [t.status for t in result.trials] == ["COMPLETE", "FAILED", "FAILED", "COMPLETE"]
     assert "block_size is 17" in result.trials[1].error
@@ -307,7 +306,7 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
         tmp_path, scheduler="none", sampler="nsga2", objectives=objectives, num_trials=5
     )
     folder = tmp_path / "study"
-    result = run_study(config, tiny_store, folder, slots=2)
+    result = train_trials(config, tiny_store, folder, slots=2)
     assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 5
     measured: dict[int, list[float]] = {}
     for n in range(5):
@@ -350,7 +349,7 @@ def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):
         sampler="random",
         scheduler="pbt",
     )
-    result = run_study(config, tiny_store, folder, slots=2, observers=(Watcher(act),))
+    result = train_trials(config, tiny_store, folder, slots=2, observers=(Watcher(act),))
     assert killed and result.complete
     test_pbt.train(tmp_path / "plain", tiny_store)
     assert test_pbt.picture(folder) == test_pbt.picture(tmp_path / "plain")

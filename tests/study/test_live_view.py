@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from dmx.runs.study import StudyResult, TrialResult
-from dmx.study import end as study_end
-from dmx.study.live_view import JsonView, LiveView, PlainView, QuietView, choose_view
+from dmx.study import results as study_results
+from dmx.study.views import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
 
 REPORT = {
@@ -60,7 +60,7 @@ def test_a_study_of_failures_says_what_failed_most(capsys: pytest.CaptureFixture
     )
     found = StudyResult(name="s", folder=Path("s"), trials=trials, best=None, complete=True)
     about = {"name": "s", "attention": "none", "task": "text", "data": "tiny", "best": None}
-    study_end.show(about, found, None)  # type: ignore[arg-type]
+    study_results.show(about, found, None)  # type: ignore[arg-type]
     told = " ".join(capsys.readouterr().out.split())
     assert told.endswith(
         "All trials failed, 2 of them as trial 0: the loss is not finite at step 3; search smaller "
@@ -136,7 +136,7 @@ def test_the_best_so_far_is_the_studys_and_early_stops_say_why(caplog) -> None:
 
 SCRIPT = """
 from dmx import log
-from dmx.study.live_view import choose_view
+from dmx.study.views import choose_view
 from tests.study.test_live_view import speak
 log.setup()
 view = choose_view("auto", num_trials=2, max_steps=8, title="a title")

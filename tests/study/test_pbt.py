@@ -15,7 +15,7 @@ from dmx.errors import ConfigError
 from dmx.nn.optim import build_optimizer
 from dmx.schema import to_dict
 from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.population import (
+from dmx.search.schedulers import (
     FACTORS,
     apply,
     boundaries,
@@ -24,8 +24,7 @@ from dmx.search.population import (
     decide,
     explore,
 )
-from dmx.search.space import SearchSpace
-from dmx.search.space_file import load_space
+from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import Journal
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.pbt import Population, Segment, copied

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dmx.schema import to_dict
-from dmx.study.trainable import JOB_KEY, TrialTrainable
+from dmx.study.ray_tune import JOB_KEY, TrialTrainable
 from dmx.training.job import Job
 from dmx.training.runner import ProcessState, Runner
 from tests.tiny import config

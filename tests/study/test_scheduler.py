@@ -14,7 +14,7 @@ import pytest
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.search.ledger import Ledger
 from dmx.search.rungs import Brackets
-from dmx.study.scheduler import NUMBER_KEY, RecordingScheduler
+from dmx.study.ray_tune import NUMBER_KEY, RecordingScheduler
 from dmx.study.study import _catch_up
 from tests.study.helpers import space
 

@@ -14,7 +14,7 @@ from dmx.resources import code_version
 from dmx.runs import layout
 from dmx.search.study_settings import read_record, read_settings
 from dmx.storage.journal import Journal, read_journal
-from dmx.study.files import open_folder
+from dmx.study.folder import open_folder
 
 SETTINGS = {"task": "text", "seed": 0, "num_trials": 4, "grace_steps": 10}
 

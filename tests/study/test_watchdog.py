@@ -8,7 +8,7 @@ import pytest
 
 from dmx.commands.tune_options import check_limits, parser
 from dmx.errors import ConfigError
-from dmx.study.watchdog import LEAST_SECONDS, START_SECONDS, Watchdog, patience
+from dmx.study.ray_tune import LEAST_SECONDS, START_SECONDS, Watchdog, patience
 from tests.tiny import one_sentence
 
 
