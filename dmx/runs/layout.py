@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 # Files of a checkpoint directory.
@@ -23,6 +24,22 @@ TRIALS_FILE = "trials.csv"
 OPTUNA_FILE = "optuna.journal"
 JOURNAL_FILE = "journal.jsonl"
 LINEAGE_FILE = "lineage.json"
+CURRICULUM_FILE = "curriculum.yaml"
+RESULT_FILE = "result.json"
+"""A single run's test, when it is over."""
+ERROR_FILE = "error.txt"
+TRIALS_DIR = "trials"
+STAGES_DIR = "stages"
 
 Kind = Literal["study", "run", "curriculum"]
 """What a folder holds."""
+
+
+def trial_folder(study: Path, number: int) -> Path:
+    """Where a trial keeps its checkpoints and its TensorBoard events."""
+    return study / TRIALS_DIR / f"{number:04d}"
+
+
+def attempt_folder(curriculum: Path, stage: str, number: int) -> Path:
+    """Where an attempt keeps its checkpoints: `best` and `last`."""
+    return curriculum / STAGES_DIR / stage / f"attempt-{number}"

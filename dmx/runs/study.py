@@ -6,9 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from dmx.runs.run import CheckpointRef
+from dmx.errors import StageError
+from dmx.runs import events, layout
+from dmx.runs.objectives import DEFAULT, OBJECTIVES, evaluate, pareto_front
+from dmx.runs.run import (
+    UNKNOWN,
+    CheckpointRef,
+    FinalSeeds,
+    Run,
+    Trial,
+    TrialStatus,
+    best_of,
+    number,
+)
+
+if TYPE_CHECKING:
+    import pandas
 
 SamplerKind = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 SAMPLERS = get_args(SamplerKind)
@@ -18,7 +33,251 @@ SchedulerKind = Literal["asha", "hyperband", "pbt", "none"]
 SCHEDULERS = get_args(SchedulerKind)
 """What happens to trials that do worse than others; see dmx.study.ray_tune and dmx.study.pbt."""
 
-TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a study searched.
+
+    Attributes:
+        searched: Optuna's name -> (kind, *values), as in the search space.
+        grace_steps, reduction_factor: of ASHA and Hyperband.
+        objectives: names, see dmx.runs.objectives.
+        warm_start: the earlier studies it learnt from.
+    """
+
+    searched: Mapping[str, tuple[Any, ...]]
+    scheduler: str
+    sampler: str
+    seed: int | None
+    max_steps: int
+    num_trials: int
+    grace_steps: int
+    reduction_factor: float
+    objectives: tuple[str, ...] = DEFAULT
+    warm_start: tuple[str, ...] = ()
+
+
+class Report(NamedTuple):
+    """A trial's evaluation, in the order of the journal. `time`: seconds since 1970, or 0."""
+
+    trial: int
+    step: int
+    metrics: Mapping[str, Any]
+    time: float
+
+
+class Study(Run):
+    """A study, finished, interrupted or running; the fold that its driver decides by.
+
+    Attributes:
+        by_number: trial -> Trial. history: every report, in the order it was recorded.
+        outcomes: trial -> its Outcome, in the order in which they ended.
+        compared: steps at which a population was compared.
+    """
+
+    kind = "study"
+    known_events = events.STUDY
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.by_number: dict[int, Trial] = {}
+        self.history: list[Report] = []
+        self.outcomes: dict[int, Mapping[str, Any]] = {}
+        self.compared: set[int] = set()
+        self._final: Mapping[str, Any] | None = None
+
+    def trial(self, number: int) -> Trial:
+        """A trial, known from now on."""
+        if number not in self.by_number:
+            folder = layout.trial_folder(self.folder, number)
+            self.by_number[number] = Trial(number=number, folder=folder)
+        return self.by_number[number]
+
+    def _fold(self, name: str, event: Mapping[str, Any]) -> None:
+        if name == "settings":
+            self._check_settings()
+        elif name == "started":
+            trial = self.trial(event["trial"])
+            trial.drawn, trial.started_after = event["params"], len(self.outcomes)
+        elif name == "report":
+            number, step, metrics = event["trial"], event["step"], event["metrics"]
+            self.history.append(Report(number, step, metrics, event.get("time", 0.0)))
+            trial = self.trial(number)
+            trial.curve[step] = metrics
+            trial.values = self._values(trial)
+        elif name == "outcome":
+            trial = self.trial(event["trial"])
+            trial.status, trial.error = event["status"], event["error"]
+            self.outcomes[trial.number] = event
+            self._final = None  # the best one may be another by now
+        elif name == "compared":
+            for exploit in event["exploits"]:
+                self.trial(exploit["trial"]).changes[event["step"]] = exploit["params"]
+            self.compared.add(event["step"])
+        elif name == "final":
+            self._final = event
+
+    def _values(self, trial: Trial) -> dict[str, float]:
+        found = evaluate(self.objectives, trial.reports)
+        return dict(zip(self.objectives, found, strict=True))
+
+    def _check_settings(self) -> None:
+        """See that the settings are a study's.
+
+        Raises:
+            StageError: they are not.
+        """
+        wrong = events.unsound(self.settings, events.StudySettings)
+        for name, found in self.settings.get("searched", {}).items() if not wrong else ():
+            kind, *values = found or ("",)
+            numbers = kind == "choice" or not any(isinstance(v, str) for v in values)
+            plain = all(isinstance(v, str | int | float) for v in values)
+            if not isinstance(kind, str) or not values or not plain or not numbers:
+                wrong = f"searched.{name}"
+        if wrong or any(o not in OBJECTIVES for o in self.objectives):
+            raise StageError(
+                f"{self.folder / layout.JOURNAL_FILE} is damaged: its settings have no sound "
+                f"{wrong or 'objectives'}; restore it from a backup, or start under a new name."
+            )
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def task(self) -> str:
+        """What its trials train on."""
+        return str(self.settings.get("task", UNKNOWN))
+
+    @property
+    def attention(self) -> str:
+        """As the study is called, with its size where that is not searched: `butterfly-64`."""
+        return str(self._session.get("attention") or self.settings.get("attention", UNKNOWN))
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of what it optimises, accuracy first."""
+        return tuple(self.settings.get("objectives") or DEFAULT)
+
+    @property
+    def several(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The objectives of a search for a Pareto front; () of any other one."""
+        return self.objectives if len(self.objectives) > 1 else ()
+
+    @property
+    def is_population(self) -> bool:  # type: ignore[override]
+        """Whether its trials took over each other's weights (--scheduler pbt)."""
+        return self.settings.get("scheduler") == "pbt"
+
+    @property
+    def search(self) -> Search:  # type: ignore[override]
+        """How it searched."""
+        found = self.settings
+        max_steps = found.get("max_steps", 1)
+        searched = found.get("searched", {})
+        return Search(
+            searched={name: tuple(values) for name, values in searched.items()},
+            scheduler=found.get("scheduler", "none"),
+            sampler=found.get("sampler", UNKNOWN),
+            seed=found.get("seed"),
+            max_steps=max_steps,
+            num_trials=found.get("num_trials", 0),
+            grace_steps=min(max(found.get("grace_steps", 1), 1), max_steps),
+            reduction_factor=found.get("reduction_factor", 3.0),
+            objectives=self.objectives,
+            warm_start=tuple(found.get("warm_start", {}).get("runs", ())),
+        )
+
+    # -- what came of it --------------------------------------------------------------------
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial that was proposed, by number."""
+        return tuple(self.by_number[n] for n in sorted(self.by_number))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its trials have ended."""
+        return bool(self.outcomes) and len(self.outcomes) >= self.settings.get("num_trials", 0)
+
+    @property
+    def best_trials(self) -> tuple[Trial, ...]:
+        """The trials on the Pareto front; with one objective, the best one."""
+        if not self.several:
+            best = best_of(self.trials)
+            return () if best is None else (best,)
+        points = {t.number: [t.values[o] for o in self.several] for t in self.whole if t.curve}
+        return tuple(self.by_number[n] for n in pareto_front(self.several, points))
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """The most accurate trial (the earlier one on a tie); of the front, where there is one."""
+        return best_of(self.best_trials or self.trials)
+
+    @property
+    def best_params(self) -> Mapping[str, Any]:
+        """The searched values of the best trial's best checkpoint; {} where there is none."""
+        best = self.best_trial
+        return {} if best is None else best.params_at(best.best_step)
+
+    @property
+    def best_value(self) -> float:
+        """The best trial's dev accuracy, in 0..1, or NaN."""
+        return math.nan if self.best_trial is None else self.best_trial.best
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best trial's best checkpoint, or None."""
+        return None if self.best_trial is None else self.best_trial.best_step
+
+    @property
+    def _tested(self) -> Mapping[str, Any]:
+        """The test of the best trial, if that is the one that was tested."""
+        return self._final if self._final and self._final["trial"] == self.best else {}
+
+    @property
+    def test_accuracy(self) -> float:
+        """Of the best checkpoint, in 0..1; NaN where it was not tested."""
+        return number(self._tested, "test_accuracy")
+
+    @property
+    def test_loss(self) -> float:
+        """Of the best checkpoint; NaN where it was not tested."""
+        return number(self._tested, "test_loss")
+
+    @property
+    def finals(self) -> FinalSeeds | None:  # type: ignore[override]
+        """What retraining with other seeds gave, or None."""
+        if not self._tested.get("seeds"):
+            return None
+        names = ("seeds", "dev_accuracies", "test_accuracies")
+        return FinalSeeds(**{name: tuple(self._tested[name]) for name in names})
+
+    def trials_dataframe(self) -> pandas.DataFrame:
+        """One row a trial: number, status, its values, searched values and last metrics."""
+        import pandas
+
+        rows = [
+            {
+                "number": t.number,
+                "status": t.status,
+                **{f"value_{name}": value for name, value in t.values.items()},
+                **{f"params_{name}": value for name, value in t.params.items()},
+                **t.last_report,
+                "error": t.error,
+            }
+            for t in self.trials
+        ]
+        return pandas.DataFrame(rows)
+
+    # -- its best checkpoint ----------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        """The copy of the best checkpoint; before there is one, that of the best trial so far."""
+        own, best = self.folder / layout.BEST_DIR, self.best_trial
+        if best is None or (self._final and (own / layout.CONFIG_FILE).is_file()):
+            return own
+        assert best.folder is not None
+        return best.folder / layout.BEST_DIR
 
 
 @dataclass(frozen=True, kw_only=True)
