@@ -1,4 +1,4 @@
-"""What every run has, whatever its kind: settings, trials, its best checkpoint; and a single run."""
+"""What every run has: settings, trials, its best checkpoint. By itself, a single run."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Trial:
         return events.settings_of(self.drawn)
 
     def params_at(self, step: float) -> dict[str, Any]:
-        """The searched values at a step: those it began with, or took over until then."""
+        """The searched values that its weights of a step were trained with."""
         found = self.params
         for changed, values in sorted(self.changes.items()):
-            if changed <= step:
+            if changed < step:
                 found = {**found, **values}
         return found
 

@@ -75,8 +75,8 @@ def test_a_population_changes_its_values(tmp_path):
     )
     trial = study.by_number[1]
     assert study.compared == {2}
-    assert trial.params_at(1) == {"optim.learning_rate": 0.2}
-    assert trial.params_at(2) == {"optim.learning_rate": 0.05}
+    assert trial.params_at(2) == {"optim.learning_rate": 0.2}
+    assert trial.params_at(3) == {"optim.learning_rate": 0.05}
 
 
 def test_a_test_counts_until_another_trial_ends(tmp_path):
