@@ -36,7 +36,7 @@ class Col:
 
 
 SETTINGS = Col("settings", fold=True, width=44)
-"""Where a trial's settings stand in one cell (see wording.settings_text)."""
+"""Where a trial's settings stand in one cell (see format.settings_text)."""
 
 
 class FittingTable:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dmx"
 
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
-    errors terminal log process fitting quiet_threads paths wording format registry schema
+    errors terminal log process fitting quiet_threads paths format registry schema
     overrides resources cli
     storage runs tensorboard
     tasks data nn attention model config training search costs
@@ -26,7 +26,6 @@ LAYERS = """
 
 # Edges that still point up. None may be added.
 UPWARD = {
-    ("costs", "reporting"),
     ("curriculum", "commands"),
 }
 

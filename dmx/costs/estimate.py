@@ -18,7 +18,7 @@ from dmx.costs.measure import Probe, StepCost, count_step, probe_step, sizes, st
 from dmx.data.prepare import default_data_root, is_prepared
 from dmx.data.store import Store
 from dmx.errors import ConfigError
-from dmx.reporting.text import duration, scaled
+from dmx.format import duration, scaled
 from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.tasks import NUM_IMAGES, Task
 

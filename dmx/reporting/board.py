@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmx.format import mean_and_deviation
 from dmx.overrides import flatten
 from dmx.reporting.caveats import budget_differences
 from dmx.reporting.published import column_of
 from dmx.reporting.records import RunReport
-from dmx.reporting.text import mean_and_deviation
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
 from dmx.tasks import find_task
 

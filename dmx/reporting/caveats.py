@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dmx.format import describe_failures, short
 from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN
 from dmx.reporting.records import RunReport
-from dmx.reporting.text import short
 from dmx.tasks import find_task
-from dmx.wording import describe_failures
 
 _BUDGET = {
     "train.num_steps": "optimizer steps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dmx.format import percent, short
 from dmx.reporting.axis import Axis
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.pareto import Costed, against, costed, front, study_front
@@ -12,7 +13,6 @@ from dmx.reporting.records import RunReport, Trial, number
 from dmx.reporting.rungs import best_so_far
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, bars, legend
-from dmx.reporting.text import percent, short
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import OBJECTIVES
 

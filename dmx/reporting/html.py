@@ -6,12 +6,12 @@ import datetime
 import math
 
 from dmx import __version__
+from dmx.format import duration, percent, scaled
 from dmx.reporting import sections, tables
 from dmx.reporting.caveats import caveats
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.records import RunReport
 from dmx.reporting.style import sheet
-from dmx.reporting.text import duration, percent, scaled
 from dmx.runs.metrics import PARAMETERS, TRAIN_SECONDS
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dmx.format import percent
 from dmx.reporting.markup import Markup, el
 from dmx.reporting.records import Stage
-from dmx.reporting.text import percent
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN = 208, 112, 44, 22
 _PER_ROW = 4

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 
+from dmx.format import MISSING
 from dmx.reporting import stopping, tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table
-from dmx.reporting.text import MISSING, train_command
+from dmx.reporting.text import train_command
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 

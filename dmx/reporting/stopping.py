@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dmx.format import MISSING, percent
 from dmx.reporting.axis import Axis
 from dmx.reporting.figures import MANY_TRIALS, accuracy_axis, figure
 from dmx.reporting.markup import Markup
@@ -11,7 +12,6 @@ from dmx.reporting.records import RunReport
 from dmx.reporting.studies import history
 from dmx.reporting.svg import Chart, legend
 from dmx.reporting.tables import Table, make
-from dmx.reporting.text import MISSING, percent
 from dmx.search.rungs import Brackets, Rung
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmx.format import short
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.schedulers import Exploit, apply, decide
 from dmx.storage.files import copy_folder, persist, put_back
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
-from dmx.wording import short
 
 logger = logging.getLogger("dmx.study")
 

@@ -15,6 +15,7 @@ from dmx.cluster import launch
 from dmx.cluster.gang import evaluate
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
+from dmx.format import describe_failures
 from dmx.log import console, verbatim
 from dmx.resources import environment
 from dmx.runs import layout
@@ -39,7 +40,6 @@ from dmx.study.views import TensorBoardView, trials_table
 from dmx.tensorboard import Column, announce_study
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
-from dmx.wording import describe_failures
 
 
 def finish(

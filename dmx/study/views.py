@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dmx import log
 from dmx.fitting import SETTINGS, Col, FittingTable
+from dmx.format import settings_text, short, short_names
 from dmx.overrides import flatten
 from dmx.runs import layout
 from dmx.runs.metrics import (
@@ -36,7 +37,6 @@ from dmx.search.ledger import trial_folder
 from dmx.search.schedulers import apply
 from dmx.tensorboard import RunWriter
 from dmx.training.predictions import write_samples
-from dmx.wording import settings_text, short, short_names
 
 logger = logging.getLogger("dmx.study")
 

@@ -11,19 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from dmx.format import duration, mean_and_deviation, scaled, short, with_spread
 from dmx.reporting import importance
 from dmx.reporting.collect import collect
 from dmx.reporting.importance import importances
 from dmx.reporting.pareto import Costed, front
 from dmx.reporting.published import column_of, load
-from dmx.reporting.text import (
-    duration,
-    mean_and_deviation,
-    scaled,
-    short,
-    train_command,
-    with_spread,
-)
+from dmx.reporting.text import train_command
 from tests.reporting.makers import TRIALS, make_run, make_study
 
 

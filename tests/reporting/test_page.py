@@ -15,6 +15,7 @@ import pytest
 
 from dmx import cli, report
 from dmx.errors import ConfigError
+from dmx.format import describe_failures
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.collect import collect
 from dmx.reporting.html import render
@@ -23,7 +24,6 @@ from dmx.reporting.markdown import escape as markdown_escape
 from dmx.reporting.markdown import render as markdown
 from dmx.reporting.markup import Markup, el, join
 from dmx.reporting.records import RunReport, Trial
-from dmx.wording import describe_failures
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 from tests.tiny import one_sentence
 
@@ -317,13 +317,11 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path, capsys) -> None:
 def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch) -> None:
     page = tmp_path / "r.html"
     page.write_text("old")
-    whole = Path.write_text
 
-    def half(self: Path, text: str, **options) -> None:
-        whole(self, text[: len(text) // 2], **options)
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ConfigError, match="No space left"):
         report.write_whole(page, "new text")
     assert page.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["r.html"]

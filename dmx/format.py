@@ -1,17 +1,82 @@
-"""How values, settings and failures read in a line of text or in a cell of a table."""
+"""Numbers, durations, settings and failures as text, once for the terminal and for reports."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+MISSING = "–"
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """An accuracy in 0..1 as per cent, without the sign."""
+    return f"{100 * value:.{digits}f}" if math.isfinite(value) else MISSING
+
+
+def mean_and_deviation(values: tuple[float, ...]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return math.nan, math.nan
+    mean = math.fsum(finite) / len(finite)
+    if len(finite) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (len(finite) - 1))
+
+
+def with_spread(values: tuple[float, ...]) -> str:
+    """`64.20 ± 0.31`, or the mean alone where there is one value."""
+    mean, deviation = mean_and_deviation(values)
+    return percent(mean) + (f" ± {percent(deviation)}" if math.isfinite(deviation) else "")
+
 
 def short(value: Any) -> str:
-    """A value for a line or a table cell."""
+    """Any value, in few characters."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
+        if not math.isfinite(value):
+            return MISSING
+        if value == 0:
+            return "0"
+        if abs(value) < 1e-3:
+            return f"{value:.2e}".replace("e-0", "e-")
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)
+
+
+def duration(seconds: float) -> str:
+    """`3 h 12 min`, `4 min 5 s`, `41 s`, `210 ms`."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def scaled(value: float, unit: str = "", base: int = 1000) -> str:
+    """`1.23 G` and the like; base 1024 for memory."""
+    if not math.isfinite(value):
+        return MISSING
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    power = 0
+    while abs(value) >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    prefix = prefixes[power]
+    if base == 1024 and prefix:
+        prefix = prefix.upper() + "i"
+    digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{digits} {prefix}{unit}".strip()
 
 
 def short_names(names: Sequence[str]) -> list[str]:
