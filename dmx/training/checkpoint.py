@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +26,7 @@ from dmx.storage.files import fsync_path, is_there, put_back, replace_folder
 from dmx.tasks import find_task
 
 logger = logging.getLogger("dmx.checkpoint")
+_FILES = (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE)
 
 
 def save_checkpoint(
@@ -40,9 +42,36 @@ def save_checkpoint(
     """Write a checkpoint directory; at every moment the old one or the new one is whole on disk.
 
     Args:
-        notes: further text files of it, by name; no reader of a checkpoint needs them.
+        notes: further text files of it, by name; no reader of a checkpoint needs them, so that they
+            are not flushed.
         before_replacing: may raise, which leaves the old one; writing can have taken long.
     """
+    with _replacing(folder, before_replacing) as new:
+        for name, text in (notes or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        write_files(new, model_state, training_state, config, metrics)
+
+
+def repeat_checkpoint(
+    source: Path, folder: Path, *, before_replacing: Callable[[], None] = lambda: None
+) -> None:
+    """Put the checkpoint `source` in the place of `folder` as well, without its notes.
+
+    The files are linked: they are never written again, only replaced, and their bytes are on the
+    disk already, so that nothing but the folder has to be flushed.
+    """
+    with _replacing(folder, before_replacing) as new:
+        for name in _FILES:
+            try:
+                os.link(source / name, new / name)
+            except OSError:  # no hard links here
+                shutil.copyfile(source / name, new / name)
+                fsync_path(new / name)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path, before_replacing: Callable[[], None]) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` once it is filled."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Containers and hosts have process ids of their own: those of two writers may be equal.
     new = folder.parent / f".{folder.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
@@ -50,10 +79,8 @@ def save_checkpoint(
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     try:
-        for name, text in (notes or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
-            fsync_path(new / name)
-        write_files(new, model_state, training_state, config, metrics)
+        yield new
+        fsync_path(new)
         before_replacing()
         replace_folder(new, folder)
     finally:
@@ -73,9 +100,8 @@ def write_files(
     _torch_save(dict(training_state), folder / TRAINING_STATE_FILE)
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
-    for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
+    for name in _FILES:
         fsync_path(folder / name)
-    fsync_path(folder)
 
 
 class _Sink:
@@ -146,7 +172,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: no checkpoint there, or a damaged one; names the file.
     """
     put_back(folder)
-    for name in (MODEL_FILE, TRAINING_STATE_FILE, CONFIG_FILE, METRICS_FILE):
+    for name in _FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is missing.")
     plain: Mapping[str, Any] = {}

@@ -38,7 +38,7 @@ from dmx.runs.metrics import (
 from dmx.storage.files import is_there, persist
 from dmx.storage.journal import Claim
 from dmx.tasks import Task
-from dmx.training.checkpoint import Checkpoint, open_checkpoint
+from dmx.training.checkpoint import Checkpoint, open_checkpoint, repeat_checkpoint
 from dmx.training.job import Job, check_batch
 from dmx.training.predictions import evaluate_checkpoint, predict_samples
 from dmx.training.process_group import SINGLE_PROCESS, PeerLost, ProcessGroup
@@ -210,20 +210,22 @@ class Runner:
         """Write the checkpoints; what a storage that fails makes again is only the writing."""
         best = trainer.best_step == trainer.step
         notes = {layout.SAMPLES_FILE: predict_samples(trainer).to_json()} if best else {}
-
+        best_folder, last_folder = self._folder / layout.BEST_DIR, self._folder / layout.LAST_DIR
         claim = self._claim
         assert claim is not None
 
         def save() -> None:
             claim.check()
             if best:
-                trainer.save(self._folder / layout.BEST_DIR, notes, claim.check)
-            trainer.save(self._folder / layout.LAST_DIR, before_replacing=claim.check)
+                trainer.save(best_folder, notes, claim.check)
+                repeat_checkpoint(best_folder, last_folder, before_replacing=claim.check)
+            else:
+                trainer.save(last_folder, before_replacing=claim.check)
 
         self._persist(save)
         if best:
-            self.job.places.push(self._folder / layout.BEST_DIR, claim)
-        self.job.places.push(self._folder / layout.LAST_DIR, claim)
+            self.job.places.push(best_folder, claim)
+        self.job.places.push(last_folder, claim)
 
     @property
     def failed(self) -> bool:
