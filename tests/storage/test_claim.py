@@ -89,15 +89,15 @@ def test_a_worker_that_was_cut_off_while_it_wrote(
     """In the middle of best/ or of last/: what it was about to replace stays."""
     folder, count, taken = tmp_path / "run", [0], []
     before = Runner(job(tiny_store, folder))
-    write = checkpoint.write_files
+    flush = checkpoint.fsync_path
 
-    def cut_off(*words):
-        write(*words)
-        count[0] += 1
-        if count[0] == written:
+    def cut_off(path):
+        flush(path)
+        count[0] += ".new-" in path.name  # a folder that is filled, and not yet in its place
+        if count[0] == written and not taken:
             taken.append((Claim(folder), files(folder)))
 
-    monkeypatch.setattr(checkpoint, "write_files", cut_off)
+    monkeypatch.setattr(checkpoint, "fsync_path", cut_off)
     assert "taken over" in before.step()[FAILURE]
     left = {k: v for k, v in files(folder).items() if ".new-" not in str(k)}
     expected = {k: v for k, v in taken[0][1].items() if ".new-" not in str(k)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from dmx.errors import CheckpointError
 from dmx.tasks import task_for
 from dmx.training import checkpoint
-from dmx.training.checkpoint import open_checkpoint, save_checkpoint
+from dmx.training.checkpoint import open_checkpoint, repeat_checkpoint, save_checkpoint
 from dmx.training.reference import load_model
 from dmx.training.trainer import build_model
 from dmx.training.transfer import (
@@ -213,6 +214,34 @@ def test_damaged_or_hostile_weights_are_one_sentence(tmp_path, name, kind):
         opened.model_state() if name == "model.safetensors" else opened.training_state()
     assert str(path) in one_sentence(caught.value) and "damaged" in str(caught.value)
     assert not proof.exists(), "code in a checkpoint ran"
+
+
+def test_a_repeated_checkpoint_is_the_same_and_is_flushed_once(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(descriptor))
+    save(tmp_path / "last", 0.0)
+    save(tmp_path / "best", 2.0)
+    assert len(flushed) == 2 * 6  # four files, their folder, and the folder it lies in
+    repeat_checkpoint(tmp_path / "best", tmp_path / "last")
+    assert len(flushed) == 2 * 6 + 2
+    for name in FILES:
+        assert (tmp_path / "last" / name).read_bytes() == (tmp_path / "best" / name).read_bytes()
+    kept = (tmp_path / "last" / FILES[0]).read_bytes()
+    save(tmp_path / "best", 3.0)  # replaces its files, and does not write into those of last/
+    assert (tmp_path / "last" / FILES[0]).read_bytes() == kept
+    assert (tmp_path / "best" / FILES[0]).read_bytes() != kept
+
+
+def test_without_hard_links_it_is_copied(tmp_path, monkeypatch):
+    save(tmp_path / "best", 2.0)
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr("os.link", refused)
+    repeat_checkpoint(tmp_path / "best", tmp_path / "last")
+    for name in FILES:
+        assert (tmp_path / "last" / name).read_bytes() == (tmp_path / "best" / name).read_bytes()
 
 
 def test_a_path_with_nothing_there(tmp_path):
