@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dmx import cli
 from dmx.commands.completion import PARSERS, parser_of
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.resources import page
+from dmx.registry import page
 
 
 def main(argv: Sequence[str]) -> int:

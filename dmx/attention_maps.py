@@ -18,11 +18,11 @@ from dmx.data.prepare import open_data
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.log import verbatim
-from dmx.paths import local_path
 from dmx.runs.metrics import STEPS
+from dmx.schema import local_path
 from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter
+from dmx.terminal import verbatim
 from dmx.training import attention_maps as maps
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.predictions import choose_samples

@@ -16,9 +16,7 @@ from dmx.attention.butterfly import ButterflyConfig
 from dmx.errors import ConfigError
 from dmx.model import ModelConfig
 from dmx.nn.optim import OptimConfig
-from dmx.overrides import flatten, lay, merge
-from dmx.paths import expand
-from dmx.schema import UnknownSettingError, from_dict, to_dict
+from dmx.schema import UnknownSettingError, expand, flatten, from_dict, merge, set_dotted, to_dict
 from dmx.tasks import Task, task_for
 
 
@@ -214,7 +212,7 @@ def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
         layer = {("attention.name" if _names_attention(k, v) else k): v for k, v in layer.items()}
         _drop_replaced_attention(tree, layer)
         for path, value in flatten(layer).items():
-            lay(tree, path, value)
+            set_dotted(tree, path, value)
     if "task" not in tree:
         raise ConfigError("task is required and has no value.")
     if not isinstance(tree["task"], str):

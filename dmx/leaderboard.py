@@ -14,7 +14,6 @@ from dmx import cli
 from dmx.commands import reading_options
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.format import MISSING, duration, percent, scaled
-from dmx.paths import local_path
 from dmx.registry import choices_message
 from dmx.report import printable, write_whole
 from dmx.reporting import markdown
@@ -23,6 +22,7 @@ from dmx.reporting.collect import collect_all, kind_of, runs_below
 from dmx.reporting.plain import write_csv
 from dmx.reporting.records import RunReport
 from dmx.reporting.tables import make
+from dmx.schema import local_path
 
 logger = logging.getLogger("dmx.leaderboard")
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
 from dmx.errors import EXIT_INTERRUPTED
+
+logger = logging.getLogger("dmx")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _began: list[bool] = []
@@ -158,3 +161,76 @@ def num_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
+    """Within the block SIGTERM (a batch system's preemption) and SIGHUP act like Ctrl-C.
+
+    It yields a check that raises KeyboardInterrupt once either has come. A loop around foreign
+    code calls it: an exception that a signal raises in the middle of that may be lost there.
+    """
+    asked = threading.Event()
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        act = signal.getsignal(signal.SIGINT)
+        if not callable(act):  # a shell's job in the background ignores Ctrl-C, but not this
+            raise KeyboardInterrupt
+        act(signal.SIGINT, frame)
+
+    try:
+        before = {s: signal.getsignal(s) for s in SIGNALS}
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if before[number] is not signal.SIG_IGN:  # nohup
+                signal.signal(number, terminate)
+    except ValueError:  # not the main thread: signals are someone else's business
+        yield check
+        return
+    act = before[signal.SIGINT]
+    if callable(act):
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            asked.set()
+            act(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # one that was not set from Python cannot be set again
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Within the block the first signal to stop is only noted; one more acts as it did before.
+
+    It yields what says whether one has come. Work that can be stopped without loss between two of
+    its steps asks there.
+    """
+    asked = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        logger.warning("stopping at the next step; once more stops at once")
+        put_back()
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+    for number in heeded():
+        with contextlib.suppress(ValueError):  # not the main thread
+            before[number] = signal.signal(number, note)
+    try:
+        yield asked.is_set
+    finally:
+        put_back()

@@ -12,11 +12,11 @@ from dmx import cli
 from dmx.commands import reading_options
 from dmx.commands.reading_options import REPORT_FILE
 from dmx.errors import EXIT_OK, ConfigError, DataError, DmxError
-from dmx.paths import local_path
 from dmx.registry import choices_message
 from dmx.reporting import html, markdown, plain
 from dmx.reporting.collect import collect, collect_all, kind_of, runs_below
 from dmx.reporting.records import RunReport
+from dmx.schema import local_path
 from dmx.storage.files import write_atomic
 
 logger = logging.getLogger("dmx.report")

@@ -1,14 +1,18 @@
-"""Strict conversion between plain dicts (YAML) and frozen dataclasses; errors name the path."""
+"""Values that a user gives: strict YAML, frozen dataclasses, dotted overrides, paths.
+
+Errors name the dotted path of what is wrong.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -267,3 +271,115 @@ def finite(value: Any) -> Any:
 def join(path: str, key: str) -> str:
     """The dotted path of `key` below `path`."""
     return f"{path}.{key}" if path else key
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["optim.learning_rate=1e-3"]` -> `{"optim.learning_rate": 0.001}`; values are read as YAML.
+
+    Raises:
+        ConfigError: no `=`, an empty key, a malformed or empty value, or a key given twice.
+    """
+    flat: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key or any(not part for part in key.split(".")):
+            raise ConfigError(f"override {text!r} must look like a.b=value.")
+        if key in flat:
+            raise ConfigError(f"override {key} is given twice.")
+        flat[key] = parse_yaml(value, f"override {key}")
+        if flat[key] == {}:
+            raise ConfigError(f"override {text!r} is an empty mapping, which sets nothing.")
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` -> `{"a": {"b": 1}}`; keys that are not dotted stay."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        set_dotted(tree, key, value)
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; empty mappings vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, path))
+        else:
+            flat[path] = value
+    return flat
+
+
+def set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the dotted `path` in `tree` to `value`, in place, making the mappings on the way.
+
+    A text on the way is a shorthand for a mapping with that `name` (`attention: butterfly`).
+
+    Raises:
+        ConfigError: something else on the way is no mapping.
+    """
+    *parents, last = path.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str):
+            child = {"name": child}
+        elif child is None:
+            child = {}
+        elif not isinstance(child, dict):
+            raise ConfigError(f"{parent} is {child!r}, so {path} cannot be set; it has settings.")
+        node[parent] = child
+        node = child
+    existing = node.get(last)
+    if isinstance(value, Mapping) and isinstance(existing, dict):
+        for key, item in value.items():
+            set_dotted(existing, str(key), item)
+    else:
+        node[last] = dict(value) if isinstance(value, Mapping) else value
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay nested or dotted mappings over each other, later ones winning; inputs are not changed."""
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        for path, value in flatten(layer).items():
+            set_dotted(tree, path, value)
+    return tree
+
+
+def expand(what: str, text: str) -> str:
+    """`text`, a path that a user gave, with `~` and `~user` as a shell would write them out.
+
+    A shell itself leaves `--option=~/x`, quoted texts, variables and YAML as they are.
+
+    Raises:
+        ConfigError: no such user; names `what`.
+    """
+    if not text.startswith("~"):
+        return text
+    found = os.path.expanduser(text)  # noqa: PTH111  pathlib raises, and drops a final slash
+    if not found.startswith("~"):
+        return found
+    user = text[1:].split("/")[0]
+    why = f"this machine has no user {user!r}" if user else "no home folder is known here"
+    raise ConfigError(f"{what} is {text!r}, but {why}; write the path out.")
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` names object storage and not a path."""
+    return "://" in text
+
+
+def local_path(option: str, text: str, remedy: str = "copy it here and name the copy") -> Path:
+    """`text` as a path on this machine.
+
+    Raises:
+        ConfigError: it is a URL, of which pathlib would make a folder `s3:` here; names the option
+            and ends with the remedy.
+    """
+    if is_url(text):
+        raise ConfigError(f"{option} {text} is in object storage; {remedy}.")
+    return Path(text)

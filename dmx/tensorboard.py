@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,6 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import FileWriter
 
-from dmx.quiet_threads import keep_writers_quiet
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     DEV_ACCURACY,
@@ -265,3 +265,24 @@ def _layout() -> Summary:
             for title, charts in _CHARTS.items()
         }
     )
+
+
+_WRITER = "_AsyncWriterThread"
+
+
+def keep_writers_quiet() -> None:
+    """Leave it to the next write to say what failed: the thread keeps its error for that one.
+
+    Any other thread's error, and any other error of a writer, is shown as ever.
+    """
+    before = threading.excepthook
+    if getattr(before, "knows_writers", False):
+        return
+
+    def hook(caught: threading.ExceptHookArgs) -> None:
+        writer = type(caught.thread).__name__ == _WRITER
+        if not (writer and isinstance(caught.exc_value, OSError)):
+            before(caught)
+
+    hook.knows_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = hook

@@ -32,10 +32,7 @@ from dmx.errors import (
     CheckpointError,
     ConfigError,
 )
-from dmx.log import console, verbatim
 from dmx.nn.device import pick_device
-from dmx.overrides import flatten, parse_assignments
-from dmx.paths import local_path
 from dmx.process import num_cores
 from dmx.runs import layout
 from dmx.runs.metrics import (
@@ -51,11 +48,12 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
     UNDER_WAY,
 )
-from dmx.schema import read_yaml, to_dict
+from dmx.schema import flatten, local_path, parse_assignments, read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
 from dmx.study import folder as study_folder
 from dmx.tensorboard import RunWriter
+from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
 from dmx.training.job import Job, Workers
 from dmx.training.predictions import config_on, evaluate_checkpoint, write_samples
@@ -128,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     process.files_decide()
     try:
         with (
-            cli.terminate_like_interrupt() as check,
+            process.terminate_like_interrupt() as check,
             train_workers.connected(workers, args.address),
         ):
             return _train(args, config, store, folder, workers, record, check)
@@ -307,7 +305,7 @@ def _train(
 
         with _opened(job, args.address, show) as runner:
             while True:
-                with cli.stop_between_steps() as stopped:
+                with process.stop_between_steps() as stopped:
                     report = runner.step()
                 if stopped():
                     raise KeyboardInterrupt

@@ -26,14 +26,14 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
-from dmx.log import verbatim
-from dmx.paths import is_url
+from dmx.schema import is_url
 from dmx.storage.layout import FolderSync, StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study import results as study_results
 from dmx.study.study import StudyConfig
 from dmx.study.views import choose_view, write_json
 from dmx.tasks import Task, task_for
+from dmx.terminal import verbatim
 
 logger = logging.getLogger("dmx.tune")
 MODULE = "dmx.tune"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
             _check_budget(plan, stack.enter_context(connection.connect(args.address)))
         store = _open_data(args, task, places)
         try:
-            with cli.terminate_like_interrupt():
+            with process.terminate_like_interrupt():
                 return _search(plan, store, folder, sync, again, started)
         except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
             logger.warning("interrupted. Continue with:\n%s", again)

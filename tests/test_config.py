@@ -11,8 +11,7 @@ from dmx.attention import ATTENTIONS
 from dmx.cluster.connection import Resources
 from dmx.config import parse_run_config
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, parse_assignments
-from dmx.schema import parse_yaml, to_dict
+from dmx.schema import flatten, parse_assignments, parse_yaml, to_dict
 from dmx.study.budget import fit_budget
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence

@@ -15,8 +15,7 @@ PACKAGE = ROOT / "dmx"
 
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
-    errors terminal log process fitting quiet_threads paths format registry schema
-    overrides resources cli
+    errors terminal process format schema registry cli
     storage runs tensorboard
     tasks data nn attention model config training search costs
     cluster study curriculum reporting commands
@@ -32,7 +31,7 @@ UPWARD = {
 # Packages and modules that may import them, at the top of a file or within a function.
 RAY = {"cluster", "study", "curriculum", "data"}
 OPTUNA = {"search", "reporting"}
-TENSORBOARD = {"tensorboard", "reporting"}
+TENSORBOARD = {"tensorboard", "reporting", "runs"}
 
 
 def module_name(path: Path) -> str:

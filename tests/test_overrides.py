@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, lay, merge, nest, parse_assignments
+from dmx.schema import flatten, merge, nest, parse_assignments, set_dotted
 from tests.tiny import one_sentence
 
 
@@ -65,5 +65,5 @@ def test_a_name_may_grow_settings_and_nothing_else_may():
     assert merge({"x": None}, {"x.y": 1}) == {"x": {"y": 1}}
     for value in (5, [1], False, 0):
         with pytest.raises(ConfigError) as caught:
-            lay({"x": value}, "x.y.z", 1)
+            set_dotted({"x": value}, "x.y.z", 1)
         assert one_sentence(caught.value).startswith(f"x is {value!r}, so x.y.z cannot be set")

@@ -13,8 +13,8 @@ from dmx.config import parse_run_config
 from dmx.curriculum.config import load_curriculum
 from dmx.data.prepare import default_data_root
 from dmx.errors import ConfigError
-from dmx.paths import expand
-from dmx.resources import find_yaml
+from dmx.registry import find_yaml
+from dmx.schema import expand
 
 NO_PATHS = {
     *("attention", "task", "name", "set", "settings", "objective", "address", "until"),

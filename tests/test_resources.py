@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmx import __version__
-from dmx.resources import code_version, source_version
+from dmx.registry import code_version, source_version
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 import dmx
 assert Path(dmx.__file__).is_relative_to(sys.argv[1]), dmx.__file__
-from dmx.resources import find_yaml, shipped_names
+from dmx.registry import find_yaml, shipped_names
 from dmx.search.space import load_space
 from dmx.tasks import task_for, task_names
 from dmx.attention import ATTENTIONS

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx.cli import terminate_like_interrupt
 from dmx.cluster import waiting
 from dmx.errors import ConfigError, RunFailedError
-from dmx.process import num_cores, own_signals
-from dmx.resources import page
+from dmx.process import num_cores, own_signals, terminate_like_interrupt
+from dmx.registry import page
 
 import ray  # isort: skip
 from ray._private import ray_constants, services  # isort: skip

@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dmx import log
+from dmx import terminal
 from dmx.cluster import connection, waiting
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
@@ -71,7 +71,7 @@ class GangMember:
     """One process of a gang: a Runner that takes its share of every batch."""
 
     def __init__(self) -> None:
-        log.setup()
+        terminal.setup_logging()
         connection.hide_unreserved_gpus()
         self._store: dist.TCPStore | None = None
         self._job: Job | None = None

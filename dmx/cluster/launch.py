@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from dmx import log
+from dmx import terminal
 from dmx.cluster import connection
 from dmx.cluster.gang import runner_of
 from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, UNDER_WAY
@@ -28,7 +28,7 @@ class _Actor:
     """A Runner in its own process."""
 
     def __init__(self, job: Job) -> None:
-        log.setup()
+        terminal.setup_logging()
         connection.hide_unreserved_gpus()
         self._runner = runner_of(job)
 

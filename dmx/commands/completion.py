@@ -17,7 +17,7 @@ from typing import Any
 
 from dmx.commands.reading_options import LEADERBOARD_FORMATS, REPORT_FORMATS
 from dmx.errors import DmxError
-from dmx.resources import find_yaml, shipped_names
+from dmx.registry import find_yaml, shipped_names
 from dmx.schema import read_yaml
 from dmx.tasks import task_names
 
@@ -88,8 +88,7 @@ def _run_names(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
 def _settings(**_: Any) -> Iterable[str]:
     """Every setting of a run, as `a.b=`."""
     from dmx.config import parse_run_config
-    from dmx.overrides import flatten
-    from dmx.schema import to_dict
+    from dmx.schema import flatten, to_dict
 
     return [f"{key}=" for key in flatten(to_dict(parse_run_config({"task": "listops"})))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dmx import cli
 from dmx.commands import compute_flags, place_flags
 from dmx.commands.setting_hints import as_setting
-from dmx.resources import shipped_names
+from dmx.registry import shipped_names
 
 PROG = "dmx.curriculum"
 

@@ -13,7 +13,7 @@ from dmx.data import prepare
 from dmx.data.prepare import default_data_root
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
-from dmx.paths import is_url
+from dmx.schema import is_url
 from dmx.storage.layout import StorageLayout, copy_store
 from dmx.storage.object_storage import ObjectStorage, join
 

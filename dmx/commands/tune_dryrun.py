@@ -10,8 +10,8 @@ from dmx.commands import tune_search
 from dmx.commands.tune_plan import Plan
 from dmx.costs.estimate import DryData, describe, study_cost
 from dmx.errors import EXIT_OK
-from dmx.log import console, verbatim
 from dmx.search.rungs import describe_rungs
+from dmx.terminal import console, verbatim
 
 
 def _resources(address: str | None) -> contextlib.AbstractContextManager[connection.Resources]:

@@ -15,8 +15,8 @@ from dmx.cluster.connection import Resources
 from dmx.commands import tune_search
 from dmx.costs.measure import check_memory
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, parse_assignments
-from dmx.resources import shipped_names
+from dmx.registry import shipped_names
+from dmx.schema import flatten, parse_assignments
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.budget import Budget, fit_budget

@@ -10,7 +10,7 @@ from typing import Any
 
 from dmx.data.store import Store
 from dmx.errors import ConfigError
-from dmx.resources import code_version
+from dmx.registry import code_version
 from dmx.runs.objectives import parse_objectives
 from dmx.search import warm_start
 from dmx.search.rungs import LEAST_FACTOR

@@ -14,9 +14,8 @@ from dmx.commands.curriculum_options import PROG, parser
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.curriculum.session import Options, dry_run, run_session, show_status
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, parse_assignments
-from dmx.paths import is_url
-from dmx.resources import find_yaml
+from dmx.registry import find_yaml
+from dmx.schema import flatten, is_url, parse_assignments
 
 
 def main(argv: Sequence[str]) -> int:

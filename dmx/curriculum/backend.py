@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import log
+from dmx import terminal
 from dmx.cluster import connection, launch, waiting
 from dmx.curriculum.controller import ClusterLost, Message
 from dmx.curriculum.resources import Key
@@ -152,7 +152,7 @@ class RayBackend:
 
     def _poll(self, timeout_seconds: float) -> list[Message]:
         for key, view in self._views.items():
-            with log.context(key.stage):
+            with terminal.log_context(key.stage):
                 view.show()
         messages = self._poll_tasks(0.0)
         if messages or not self._runs:
@@ -179,7 +179,7 @@ class RayBackend:
         for reference in ready:
             key = self._tasks.pop(reference)
             if (view := self._views.pop(key, None)) is not None:
-                with log.context(key.stage):
+                with terminal.log_context(key.stage):
                     view.show()
             try:
                 value = ray.get(reference)
@@ -229,7 +229,7 @@ def _measure(wanted: Measurement, threads: int) -> float | None:
 
 def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> float:
     """Seconds it took. Runs in a Ray worker."""
-    log.setup()
+    terminal.setup_logging()
     with contextlib.suppress(OSError):
         os.nice(nice)
     started = time.monotonic()
@@ -244,7 +244,7 @@ def _search(
 
     The folder becomes a study's, which `dmx.report` reads as any other.
     """
-    log.setup()
+    terminal.setup_logging()
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     claim = Claim(path)  # a driver that was just killed may still hold the study

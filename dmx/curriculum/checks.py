@@ -14,10 +14,10 @@ from dmx.curriculum.planner import judging_of
 from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
-from dmx.overrides import flatten
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.run import CheckpointRef
+from dmx.schema import flatten
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
 from dmx.training import trainer

@@ -15,11 +15,9 @@ from dmx.config import RunConfig, parse_run_config
 from dmx.curriculum.gates import Gate
 from dmx.curriculum.gates.standard import AlwaysGate
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, merge
-from dmx.paths import expand
 from dmx.registry import choices_message
 from dmx.runs.study import SamplerKind, SchedulerKind
-from dmx.schema import from_dict, join, read_yaml, to_dict
+from dmx.schema import expand, flatten, from_dict, join, merge, read_yaml, to_dict
 from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space

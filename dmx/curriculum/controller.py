@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dmx import log
+from dmx import terminal
 from dmx.config import InitConfig
 from dmx.curriculum.checks import (
     StageData,
@@ -182,7 +182,7 @@ class SideWork:
             training = any(key.kind == "train" for key in self._room.busy)
             workers = max(int(self._room.free()[0]), 1)
             key = Key("data", stage.name, stage.task)
-            with log.context(stage.name):
+            with terminal.log_context(stage.name):
                 logger.info("preparing data: %s (%d workers)", stage.task, workers)
             nice, options = _NICE if training else 0, stage.generate.options()
             self._room.busy[key] = Busy()
@@ -282,7 +282,7 @@ class Controller:
         """Work until nothing is left that could be done; True if every selected stage passed.
 
         Args:
-            check: raises where the session is to end (see cli.terminate_like_interrupt).
+            check: raises where the session is to end (see process.terminate_like_interrupt).
         """
         self._rejudge()
         while True:
@@ -294,7 +294,7 @@ class Controller:
             if not self._room.busy:
                 return all_passed(self.history, self._selected)
             for message in self._backend.poll(_POLL_SECONDS):
-                with log.context(message.key.stage):
+                with terminal.log_context(message.key.stage):
                     self._receive(message)
 
     def _receive(self, message: Message) -> None:
@@ -312,7 +312,7 @@ class Controller:
 
     def _break(self, stage: str, reason: str) -> None:
         """The stage cannot run in this session; others may."""
-        with log.context(stage):
+        with terminal.log_context(stage):
             logger.error("%s", reason)
         self.broken[stage] = reason
 
@@ -329,7 +329,7 @@ class Controller:
     def _start_stages(self) -> None:
         for launch in self._ready():
             if self._room.fits(launch.stage):
-                with log.context(launch.stage.name):
+                with terminal.log_context(launch.stage.name):
                     try:
                         self._launch(launch)
                     except DmxError as error:
@@ -456,7 +456,7 @@ class Controller:
         for stage in to_rejudge(self.curriculum, self.history, self._selected):
             attempt = self.history.stage(stage.name).current
             assert attempt is not None
-            with log.context(stage.name):
+            with terminal.log_context(stage.name):
                 logger.info("gate or on_fail was changed; judging again")
                 decision = attempt.decision or {}
                 self._decide(stage, decision.get("failure"), decision.get("search"))

@@ -12,9 +12,8 @@ from dmx.costs.estimate import Cost, stage_cost
 from dmx.curriculum.checks import StageData, resolve
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.views import seconds_text
-from dmx.fitting import Col, FittingTable
-from dmx.log import console, verbatim
 from dmx.tasks import NUM_IMAGES
+from dmx.terminal import Column, FittingTable, console, verbatim
 from dmx.training.transfer import TransferReport
 
 StageCosts = Mapping[str, tuple[Cost, str]]
@@ -69,8 +68,8 @@ def _chain(
     table = FittingTable(
         "what is trained, and from what",
         (
-            *(Col(n, fold=n in ("stage", "task"), spare=_SPARE.get(n, 0)) for n in names),
-            *(Col(n, fold=True) for n in ("starts from", "gate", "data")),
+            *(Column(n, fold=n in ("stage", "task"), spare=_SPARE.get(n, 0)) for n in names),
+            *(Column(n, fold=True) for n in ("starts from", "gate", "data")),
         ),
     )
     for stage in curriculum.stages:
@@ -118,9 +117,9 @@ def _costs(
     table = FittingTable(
         f"what it costs, measured on this device ({where})",
         (
-            Col("stage", fold=True),
-            *(Col(n, right=True, spare=_SPARE.get(n, 0)) for n in (*names, "stage takes")),
-            Col("measured on", fold=True, spare=3),
+            Column("stage", fold=True),
+            *(Column(n, right=True, spare=_SPARE.get(n, 0)) for n in (*names, "stage takes")),
+            Column("measured on", fold=True, spare=3),
         ),
     )
     total = 0.0

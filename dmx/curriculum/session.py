@@ -29,9 +29,8 @@ from dmx.errors import (
     ConfigError,
     StageError,
 )
-from dmx.log import console, verbatim
 from dmx.process import files_decide
-from dmx.resources import code_version
+from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
@@ -39,6 +38,7 @@ from dmx.storage.journal import Journal, read_journal
 from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
 from dmx.study.folder import append_settings
 from dmx.tensorboard import Column, announce_study
+from dmx.terminal import console, verbatim
 
 logger = logging.getLogger("dmx.curriculum")
 CURRICULUM_FILE = "curriculum.yaml"

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import log
+from dmx import terminal
 from dmx.attention.base import AttentionConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.history import History, StageState, advance, attempt_folder, fold
 from dmx.curriculum.planner import attempt_config
-from dmx.fitting import Col, FittingTable
 from dmx.runs import layout
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -34,6 +33,7 @@ from dmx.runs.metrics import (
 )
 from dmx.storage.files import write_atomic
 from dmx.tensorboard import RunWriter
+from dmx.terminal import Column, FittingTable
 from dmx.training.predictions import write_samples
 
 logger = logging.getLogger("dmx.curriculum")
@@ -58,7 +58,7 @@ class LogView:
             return
         metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
         left = seconds_text(metrics[STEP_SECONDS] * (total - event["step"]))
-        with log.context(event["stage"]):
+        with terminal.log_context(event["stage"]):
             logger.info(
                 "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
                 f"{event['step']:,}",
@@ -198,10 +198,10 @@ def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> 
     table = FittingTable(
         title,
         (
-            Col("stage", fold=True),
-            Col("task", fold=True, spare=4),
-            Col("state"),
-            *(Col(name, right=True, spare=spare.get(name, 0)) for name in names),
+            Column("stage", fold=True),
+            Column("task", fold=True, spare=4),
+            Column("state"),
+            *(Column(name, right=True, spare=spare.get(name, 0)) for name in names),
         ),
     )
     last = curriculum.last.name

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from rich.text import Text
 
-from dmx import cli, log, process
+from dmx import cli, process, terminal
 from dmx.data import show
 from dmx.data.prepare import default_data_root, open_data, prepare_all, prepare_data
 from dmx.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK
-from dmx.fitting import Col, FittingTable
-from dmx.paths import local_path
+from dmx.schema import local_path
 from dmx.tasks import task_for, task_names
+from dmx.terminal import Column, FittingTable
 
 logger = logging.getLogger("dmx.data")
 _OPTIONS = ("num_images", "seed", "render", "num_train", "num_dev", "num_test")
@@ -101,19 +101,19 @@ def list_stores(root: Path, *, verify: bool) -> int:
     """Print the table of what is prepared; the exit code says whether a store is damaged."""
     rows = show.stores(root, verify=verify)
     if not rows:
-        log.verbatim(f"nothing is prepared in {root}")
+        terminal.verbatim(f"nothing is prepared in {root}")
         return EXIT_OK
     folded = ("data", "origin")
     table = FittingTable(
         f"prepared in {root}",
         [
-            Col(name, fold=name in folded, right=name not in (*folded, "checksum"))
+            Column(name, fold=name in folded, right=name not in (*folded, "checksum"))
             for name in show.StoreRow._fields
         ],
     )
     for row in rows:
         table.add_row(*row, style="red" if row.damaged else None)
-    log.console().print(table)
+    terminal.console().print(table)
     return EXIT_BAD_INPUT if any(row.damaged for row in rows) else EXIT_OK
 
 
@@ -124,7 +124,7 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
     image = task_for(args.task).image_side is not None
     texts = [] if image else list(show.snippets(store, args.split, args.num))
     pictured = show.strip(store, args.split, args.num) if image else None
-    out = log.console()
+    out = terminal.console()
     out.print(show.headline(store, args.split), markup=False)
     out.print(show.classes(store, args.split))
     if pictured is not None:
@@ -139,7 +139,7 @@ def run_show(args: argparse.Namespace, root: Path | None) -> int:
         path, picture = args.out, show.length_picture(split, store.manifest)
     if path is not None:
         show.save(picture, path)
-        log.verbatim(f"wrote {path}")
+        terminal.verbatim(f"wrote {path}")
     return EXIT_OK
 
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         return run(args)
     process.files_decide()
     try:
-        with cli.terminate_like_interrupt():
+        with process.terminate_like_interrupt():
             return run(args)
     except KeyboardInterrupt:
         again = cli.command_line("dmx.data", argv)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dmx.data.samples import sample_for
 from dmx.data.store import Store, open_store
 from dmx.errors import DataError
-from dmx.paths import expand, local_path
+from dmx.schema import expand, local_path
 from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import task_for
 

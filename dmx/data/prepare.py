@@ -18,7 +18,7 @@ from dmx.data.samples import sample_for
 from dmx.data.sources import Source, open_source
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError, DataError, DmxError
-from dmx.paths import expand, local_path
+from dmx.schema import expand, local_path
 from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import Task, task_for, task_names
 

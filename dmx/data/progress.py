@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dmx.log import console
+from dmx.terminal import console
 
 log = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 15.0

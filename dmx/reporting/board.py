@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmx.format import mean_and_deviation
-from dmx.overrides import flatten
 from dmx.reporting.caveats import budget_differences
 from dmx.reporting.published import column_of
 from dmx.reporting.records import RunReport
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
+from dmx.schema import flatten
 from dmx.tasks import find_task
 
 _SEEDS = ("train.seed", "data.seed")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmx.format import describe_failures, short
-from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN
 from dmx.reporting.records import RunReport
+from dmx.schema import flatten
 from dmx.tasks import find_task
 
 _BUDGET = {

@@ -13,13 +13,12 @@ from dmx.cli import command_line
 from dmx.curriculum.history import STAGES_DIR, History, StageState, fold
 from dmx.curriculum.history import Attempt as Try
 from dmx.errors import ConfigError, DataError, StageError
-from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, attention_label, base_name
 from dmx.reporting.records import Attempt, RunReport, Stage, StageSearch, Trial
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.study import TrialStatus
-from dmx.schema import read_yaml
+from dmx.schema import flatten, read_yaml
 from dmx.storage.journal import read_journal, wall_seconds
 
 CURRICULUM_FILE = "curriculum.yaml"

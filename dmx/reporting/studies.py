@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from dmx.errors import DataError
-from dmx.overrides import flatten
 from dmx.reporting.labels import UNKNOWN, sized
 from dmx.reporting.reading import Document, read_dev_split, read_document, read_points
 from dmx.reporting.records import FinalSeeds, RunReport, Search, Trial
@@ -16,7 +15,7 @@ from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, TEST_ACCURACY, TEST_LOSS
 from dmx.runs.objectives import DEFAULT, OBJECTIVES
 from dmx.runs.study import TrialStatus
-from dmx.schema import read_yaml
+from dmx.schema import flatten, read_yaml
 from dmx.search.space import settings_of
 from dmx.search.study_settings import read_record
 from dmx.storage.journal import read_journal, wall_seconds

@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dmx.overrides import flatten
 from dmx.reporting.labels import attention_label
 from dmx.reporting.records import RunReport
 from dmx.runs.metrics import NUM_WORKERS
+from dmx.schema import flatten
 
 
 def train_command(run: RunReport) -> str:

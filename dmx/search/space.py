@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import ConfigError
-from dmx.overrides import flatten, lay
-from dmx.resources import find_yaml
-from dmx.schema import read_yaml
+from dmx.registry import find_yaml
+from dmx.schema import flatten, read_yaml, set_dotted
 from dmx.tasks import TASKS, task_for
 
 Scalar = str | int | float | bool
@@ -303,7 +302,7 @@ def nested(point: Mapping[str, Any]) -> dict[str, Any]:
     """A dotted point as a nested mapping, for printing as YAML."""
     tree: dict[str, Any] = {}
     for key, value in point.items():
-        lay(tree, key, value)
+        set_dotted(tree, key, value)
     return tree
 
 

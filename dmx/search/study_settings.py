@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dmx.errors import StageError
-from dmx.overrides import flatten
-from dmx.resources import environment
+from dmx.registry import environment
 from dmx.runs.layout import JOURNAL_FILE, SETTINGS_FILE, Kind
+from dmx.schema import flatten
 from dmx.storage.journal import read_journal
 
 SETTINGS = "settings"

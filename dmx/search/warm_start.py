@@ -20,11 +20,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from dmx.errors import ConfigError, StageError
-from dmx.overrides import flatten
-from dmx.paths import local_path
 from dmx.runs import layout
 from dmx.runs.objectives import evaluate, missing
-from dmx.schema import to_dict
+from dmx.schema import flatten, local_path, to_dict
 from dmx.search.space import SearchSpace, settings_of
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import expect, read_journal

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from dmx.errors import DataError, DmxError, StageError
-from dmx.paths import is_url
+from dmx.schema import is_url
 from dmx.storage.files import (
     MANIFEST_FILE,
     exclusive_lock,

@@ -21,7 +21,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from dmx import log
+from dmx import terminal
 from dmx.cluster import connection
 from dmx.cluster.gang import Gang, runner_of
 from dmx.data.store import Store
@@ -57,7 +57,7 @@ class TrialTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Note the job. It is built in the first step: Tune gives up a trial that dies in here."""
-        log.setup()
+        terminal.setup_logging()
         connection.hide_unreserved_gpus()
         self._state = ProcessState.now()
         self._job = Job(**config[JOB_KEY])

@@ -16,8 +16,7 @@ from dmx.cluster.gang import evaluate
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
 from dmx.format import describe_failures
-from dmx.log import console, verbatim
-from dmx.resources import environment
+from dmx.registry import environment
 from dmx.runs import layout
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -38,6 +37,7 @@ from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
 from dmx.study.views import TensorBoardView, trials_table
 from dmx.tensorboard import Column, announce_study
+from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
 

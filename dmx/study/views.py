@@ -16,10 +16,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from dmx import log
-from dmx.fitting import SETTINGS, Col, FittingTable
+from dmx import terminal
 from dmx.format import settings_text, short, short_names
-from dmx.overrides import flatten
 from dmx.runs import layout
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -32,10 +30,11 @@ from dmx.runs.metrics import (
 )
 from dmx.runs.objectives import ACCURACY, OBJECTIVES
 from dmx.runs.study import TrialResult, best_trial
-from dmx.schema import finite
+from dmx.schema import finite, flatten
 from dmx.search.ledger import trial_folder
 from dmx.search.schedulers import apply
 from dmx.tensorboard import RunWriter
+from dmx.terminal import SETTINGS, Column, FittingTable
 from dmx.training.predictions import write_samples
 
 logger = logging.getLogger("dmx.study")
@@ -204,16 +203,16 @@ def trials_table(
     varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
     costs = [name for name in objectives if name != ACCURACY]
     shared = (
-        Col("trial", right=True),
-        Col("status", fold=True),
-        Col("best dev acc", right=True),
-        Col("steps", right=True, spare=1),
-        Col("train s", right=True, spare=2),
-        *(Col(OBJECTIVES[name].label, right=True) for name in costs),
+        Column("trial", right=True),
+        Column("status", fold=True),
+        Column("best dev acc", right=True),
+        Column("steps", right=True, spare=1),
+        Column("train s", right=True, spare=2),
+        *(Column(OBJECTIVES[name].label, right=True) for name in costs),
     )
     see = f": see {layout.TRIALS_FILE}"
     narrow = FittingTable(title, (*shared, SETTINGS), see=see)
-    own = (Col(name, right=True) for name in short_names(varied))
+    own = (Column(name, right=True) for name in short_names(varied))
     table = FittingTable(title, (*shared, *own), narrow=narrow)
 
     def key(trial: TrialResult) -> tuple[float, int]:
@@ -335,7 +334,10 @@ class LiveView:
         self._before = 0  # of them, in earlier sessions
         self._best: tuple[float, int] = (-math.inf, -1)
         self._live = Live(
-            get_renderable=self.render, console=log.terminal(), refresh_per_second=2, transient=True
+            get_renderable=self.render,
+            console=terminal.shared_console(),
+            refresh_per_second=2,
+            transient=True,
         )
 
     def __enter__(self) -> Self:
@@ -378,7 +380,7 @@ class LiveView:
         """What is on the screen now."""
         spare = {"samples/s": 2, "train loss": 1}
         names = ("trial", "steps", "dev acc", "best", "train loss", "samples/s")
-        columns = [Col(name, right=True, spare=spare.get(name, 0)) for name in names]
+        columns = [Column(name, right=True, spare=spare.get(name, 0)) for name in names]
         table = FittingTable(self._title, (*columns, SETTINGS))
         for number, point in sorted(self._points.items()):
             latest = self._latest.get(number, {})

@@ -30,7 +30,7 @@ from dmx.nn.device import (
     sum_dtype,
 )
 from dmx.nn.optim import build_optimizer
-from dmx.resources import code_version
+from dmx.registry import code_version
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,

@@ -27,9 +27,8 @@ import yaml
 
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.data.prepare import default_data_root, open_data
-from dmx.overrides import lay
-from dmx.resources import find_yaml
-from dmx.schema import read_yaml
+from dmx.registry import find_yaml
+from dmx.schema import read_yaml, set_dotted
 
 _SAMPLE = 2000
 
@@ -81,7 +80,10 @@ def both_arms(raw: dict[str, Any], seeds: list[int], steps: int, rates: list[flo
                 on_fail="stop",
             )
             for key, value in (("train.num_steps", steps), ("optim.learning_rate", rate)):
-                lay(alone, key, value) if key.split(".")[0] in alone else alone.update({key: value})
+                if key.split(".")[0] in alone:
+                    set_dotted(alone, key, value)
+                else:
+                    alone[key] = value
             stages.append(alone)
     last = raw["stages"][-1]["name"]
     # The last stage of the file is the one on whose test split all are measured.

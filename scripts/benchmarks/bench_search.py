@@ -44,7 +44,6 @@ from dmx.cluster import connection
 from dmx.data.prepare import open_data
 from dmx.data.store import Store
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.overrides import flatten, parse_assignments
 from dmx.report import write_whole
 from dmx.reporting.efficiency import (
     METHODS,
@@ -56,6 +55,7 @@ from dmx.reporting.efficiency import (
     table,
 )
 from dmx.reporting.plain import write_csv
+from dmx.schema import flatten, parse_assignments
 from dmx.search.space import load_space
 from dmx.study.study import StudyConfig, train_trials
 from dmx.tasks import task_for

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dmx import log
+from dmx import terminal
 from dmx.curriculum.history import History, fold
 from dmx.storage.journal import read_journal
 
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    log.setup()
+    terminal.setup_logging()
     args.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dmx.curriculum", args.curriculum, "--storage", str(args.out)]
     if args.data_root is not None:

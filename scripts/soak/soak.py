@@ -27,7 +27,7 @@ from soak_cluster import Nodes, children, kill
 from soak_rounds import Round, Study, judge, table
 from soak_study import command, journal, write_data
 
-from dmx import log
+from dmx import terminal
 
 logger = logging.getLogger("dmx.soak")
 KINDS = ["driver", "worker", "node"]
@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
     args = parser.parse_args()
-    log.setup()
+    terminal.setup_logging()
     folder = args.work.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder / "data")

@@ -28,7 +28,7 @@ from bench_cases import write_section
 from soak_cluster import children, kill
 from soak_study import FIXED, TASK, write_data
 
-from dmx import log
+from dmx import terminal
 from dmx.cluster import connection, launch
 from dmx.config import parse_run_config
 from dmx.schema import to_dict
@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
     args = parser.parse_args()
-    log.setup()
+    terminal.setup_logging()
     folder = args.work.absolute()
     write_data(folder / "data")
     draw = random.Random(args.seed)

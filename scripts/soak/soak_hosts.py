@@ -35,7 +35,7 @@ from soak_net import Host, why_not
 from soak_rounds import LIMIT_SECONDS, Round, Study, judge, table
 from soak_study import command, journal, write_data
 
-from dmx import log
+from dmx import terminal
 
 logger = logging.getLogger("dmx.soak")
 KINDS = ["short", "long", "zombie", "host", "head", "head-long", "desk"]
@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Ray gives nodes up within seconds")
     parser.add_argument("--out", type=Path, help="a Markdown file whose section is replaced")
     args = parser.parse_args()
-    log.setup()
+    terminal.setup_logging()
     if reason := why_not():
         sys.stderr.write(f"soak_hosts: no hosts can be made here: {reason}.\n")
         return 2

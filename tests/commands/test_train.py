@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from dmx import log, train
+from dmx import terminal, train
 from dmx.config import InitConfig, parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
@@ -46,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    log.setup()  # on this test's stderr
+    terminal.setup_logging()  # on this test's stderr
     return train.main(argv)
 
 

@@ -10,7 +10,7 @@ import pytest
 from dmx.curriculum.checks import StageData, check_transfers
 from dmx.curriculum.config import CurriculumConfig, load_curriculum, parse_curriculum
 from dmx.errors import ConfigError
-from dmx.resources import find_yaml
+from dmx.registry import find_yaml
 from dmx.schema import to_dict
 from tests.curriculum.fakes import curriculum
 from tests.tiny import SETTINGS, TASK, one_sentence

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from dmx.cli import run_folder
 from dmx.config import parse_run_config
 from dmx.curriculum.config import load_curriculum
-from dmx.overrides import flatten, merge, parse_assignments
-from dmx.resources import find_yaml
-from dmx.schema import read_yaml, to_dict
+from dmx.registry import find_yaml
+from dmx.schema import flatten, merge, parse_assignments, read_yaml, to_dict
 from dmx.search.space import load_space
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed

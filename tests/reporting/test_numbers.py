@@ -161,8 +161,7 @@ def test_published_rows_are_well_formed() -> None:
 def test_command_gives_the_same_run_again(tmp_path) -> None:
     """Read the command back as dmx.train would, and compare every setting."""
     from dmx.config import parse_run_config
-    from dmx.overrides import flatten, parse_assignments
-    from dmx.schema import to_dict
+    from dmx.schema import flatten, parse_assignments, to_dict
 
     values = {
         "attention.inner": {"name": "nystrom", "num_landmarks": 8},

@@ -10,7 +10,7 @@ import pytest
 
 from dmx.attention import ATTENTIONS
 from dmx.errors import ConfigError
-from dmx.resources import find_yaml, shipped_names
+from dmx.registry import find_yaml, shipped_names
 from dmx.search.space import SearchSpace, load_space, nested
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence

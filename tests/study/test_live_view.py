@@ -135,10 +135,10 @@ def test_the_best_so_far_is_the_studys_and_early_stops_say_why(caplog) -> None:
 
 
 SCRIPT = """
-from dmx import log
+from dmx import terminal
 from dmx.study.views import choose_view
 from tests.study.test_live_view import speak
-log.setup()
+terminal.setup_logging()
 view = choose_view("auto", num_trials=2, max_steps=8, title="a title")
 print(type(view).__name__)
 speak(view)

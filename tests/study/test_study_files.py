@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import ConfigError, StageError
-from dmx.resources import code_version
+from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.search.study_settings import read_record, read_settings
 from dmx.storage.journal import Journal, read_journal

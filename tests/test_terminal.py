@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
+from dmx.terminal import Column, FittingTable
 from rich.console import Console
 
-from dmx.fitting import Col, FittingTable
 from dmx.runs.study import TrialResult
 from dmx.study.views import trials_table
 
@@ -60,7 +60,7 @@ def test_settings_whose_names_end_alike_are_told_apart() -> None:
 @pytest.mark.parametrize("text", ["[/b] unknown", "[enforce fail at alloc_cpu.cpp]", "[red]"])
 def test_brackets_are_no_markup(text: str) -> None:
     """Errors of torch and paths hold them."""
-    found = FittingTable(f"in {text}", (Col("error"), Col("text", fold=True)))
+    found = FittingTable(f"in {text}", (Column("error"), Column("text", fold=True)))
     found.add_row(text, text)
     shown = printed(found, 120)
     assert shown.count(text) == 3
@@ -68,10 +68,10 @@ def test_brackets_are_no_markup(text: str) -> None:
 
 def table(**narrow: FittingTable) -> FittingTable:
     columns = (
-        Col("stage", fold=True, width=6),
-        Col("dev acc", right=True),
-        Col("warmup_steps", right=True, spare=1),
-        Col("trained for", right=True, spare=2),
+        Column("stage", fold=True, width=6),
+        Column("dev acc", right=True),
+        Column("warmup_steps", right=True, spare=1),
+        Column("trained for", right=True, spare=2),
     )
     found = FittingTable("a curriculum", columns, **narrow)
     found.add_row("first_one", "0.5000", "100", "1 h 20 min")
@@ -92,7 +92,7 @@ def test_it_gets_tighter_then_loses_columns_then_folds() -> None:
 
 
 def test_the_same_told_otherwise_comes_before_columns_are_lost() -> None:
-    other = FittingTable("a curriculum", (Col("all in one", fold=True),), see=": see it.csv")
+    other = FittingTable("a curriculum", (Column("all in one", fold=True),), see=": see it.csv")
     other.add_row("first_one at 0.5")
     assert "first_one at 0.5" in printed(table(narrow=other), 26)
     assert "first_one at 0.5" not in printed(table(narrow=other), 44)

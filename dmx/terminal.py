@@ -1,23 +1,97 @@
-"""Tables that fit the terminal: tighter where it is narrow, then with fewer columns or folded."""
+"""The terminal: one log handler for the process, and tables that fit its width."""
 
 from __future__ import annotations
 
+import contextvars
+import logging
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+_CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dmx_log_context", default="")
+
+
+class _ContextFilter(logging.Filter):
+    """Puts the current trial or stage in front of each message."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Attach the context; never drops a record."""
+        context = _CONTEXT.get()
+        record.context = f"[{context}] " if context else ""
+        return True
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal to draw tables and progress bars on; wide enough for a table in a log file."""
+    piped = not (sys.stderr if stderr else sys.stdout).isatty()
+    wanted = os.environ.get("COLUMNS", "")
+    width = (int(wanted) if wanted.isdecimal() else 140) if piped else None
+    return Console(stderr=stderr, width=width, soft_wrap=False)
+
+
+def verbatim(text: str) -> None:
+    """Print a line as it is: nothing in it is markup, and a path to be copied is not broken."""
+    console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+_shared: list[Console] = []
+
+
+def shared_console() -> Console:
+    """The one console on standard error that log lines and live displays share."""
+    if not _shared:
+        _shared.append(console(stderr=True))
+    return _shared[0]
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Install dmx's only log handler on the `dmx` logger. Calling it again replaces the handler."""
+    logger = logging.getLogger("dmx")
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=shared_console(), show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(context)s%(message)s", datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(
+            logging.Formatter(
+                "%(asctime)s %(levelname)s %(context)s%(message)s", "%Y-%m-%d %H:%M:%S"
+            )
+        )
+    handler.addFilter(_ContextFilter())
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+@contextmanager
+def log_context(name: str) -> Iterator[None]:
+    """Within the block, log records carry `[name]`: the trial or the stage they speak of."""
+    token = _CONTEXT.set(name)
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
+
 
 _WIDEST = 10_000
 
 
 @dataclass(frozen=True)
-class Col:
+class Column:
     """A column.
 
     Attributes:
@@ -35,7 +109,7 @@ class Col:
     width: int = 24
 
 
-SETTINGS = Col("settings", fold=True, width=44)
+SETTINGS = Column("settings", fold=True, width=44)
 """Where a trial's settings stand in one cell (see format.settings_text)."""
 
 
@@ -45,7 +119,7 @@ class FittingTable:
     Texts are what they are, not markup: errors and paths hold brackets.
 
     Args:
-        title: above the table. columns: see Col.
+        title: above the table. columns: see Column.
         narrow: the same rows told otherwise, which takes this one's place where it does not fit
             with all its columns.
         see: where the columns are that had no room.
@@ -54,7 +128,7 @@ class FittingTable:
     def __init__(
         self,
         title: str,
-        columns: Sequence[Col],
+        columns: Sequence[Column],
         *,
         narrow: FittingTable | None = None,
         see: str = "",
