@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
-from dmx.terminal import Column, FittingTable
 from rich.console import Console
 
 from dmx.runs.study import TrialResult
 from dmx.study.views import trials_table
+from dmx.terminal import Column, FittingTable
 
 NAMES = (
     *("attention.block_size", "attention.inner", "attention.dropout", "model.dropout"),
