@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx import cli, process
-from dmx.cluster import connection, gpu_packing
+from dmx.cluster import capacity, connection, gpu_packing
 from dmx.commands import place_options, resuming, tune_dryrun, tune_search
 from dmx.commands.tune_options import check_limits, parser
 from dmx.commands.tune_plan import Plan, make_plan
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--time-budget is {args.time_budget}; it must be positive.")
     check_limits(args)
     if args.address is None:
-        _check_budget(plan, connection.local_resources())
+        _check_budget(plan, capacity.local_resources())
     sync = FolderSync(places)
     if not args.dry_run:
         sync.restore()
@@ -93,9 +93,9 @@ def main(argv: Sequence[str]) -> int:
             return EXIT_FAILED
 
 
-def _check_budget(plan: Plan, resources: connection.Resources) -> None:
+def _check_budget(plan: Plan, resources: capacity.Resources) -> None:
     budget = plan.budget(resources)
-    connection.check_request(resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers)
+    capacity.check_request(resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers)
     plan.check(budget)
 
 
@@ -130,7 +130,7 @@ def _search(
     """Run the study, and what follows it."""
     args = plan.args
 
-    def checked(resources: connection.Resources) -> tuple[StudyConfig, dict[str, Any], Any]:
+    def checked(resources: capacity.Resources) -> tuple[StudyConfig, dict[str, Any], Any]:
         budget = plan.budget(resources)
         plan.check(budget)
         config = plan.study(budget, folder.name, sync.layout)
@@ -141,7 +141,7 @@ def _search(
         return config, settings, files
 
     # Here all is known before Ray starts; of a cluster nothing before it is connected.
-    here = None if args.address else checked(connection.local_resources())
+    here = None if args.address else checked(capacity.local_resources())
     with contextlib.ExitStack() as stack:
         resources = stack.enter_context(connection.connect(args.address))
         config, settings, files = here or checked(resources)
@@ -151,7 +151,7 @@ def _search(
             config = plan.study(budget, folder.name, sync.layout)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
         workers = config.workers.count
-        slots = connection.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
+        slots = capacity.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
         slots = min(slots, args.max_concurrent_trials or slots)
         # Not before all that can be refused: a study that never began is in nobody's way.
         options = resuming.options_of(args, None if is_url(args.data_root or "") else store)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmx.attention import ATTENTIONS
-from dmx.cluster.connection import Resources
+from dmx.cluster.capacity import Resources
 from dmx.config import parse_run_config
 from dmx.errors import ConfigError
 from dmx.schema import flatten, parse_assignments, parse_yaml, to_dict

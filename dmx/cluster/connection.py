@@ -1,7 +1,8 @@
-"""The connection to Ray: a private local cluster or a running one, and what it can offer."""
+"""The connection to Ray: a private local cluster, or a running one."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -9,22 +10,22 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx.cluster import waiting
+from dmx.cluster import capacity
+from dmx.cluster.capacity import Resources
+from dmx.cluster.gang import Gang
 from dmx.errors import ConfigError, RunFailedError
-from dmx.process import num_cores, own_signals, terminate_like_interrupt
+from dmx.process import own_signals
 from dmx.registry import page
+from dmx.training.job import Job, Workers
 
 import ray  # isort: skip
 from ray._private import ray_constants, services  # isort: skip
 from ray.exceptions import AuthenticationError, RayError  # isort: skip
 
 logger = logging.getLogger("dmx.cluster")
-__all__ = ["Resources", "check_request", "connect", "local_resources", "terminate_like_interrupt"]
 ANSWER_SECONDS = 30.0
 _SOCKET_BYTES = 107
 """Of a unix socket's path, on Linux."""
@@ -35,41 +36,7 @@ _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5)
 _TOKEN = Path(".ray", "auth_token")
 
 
-@dataclass(frozen=True)
-class Resources:
-    """CPU cores and GPUs of the whole cluster, and of each node; () is one machine.
-
-    `grows`: an autoscaler may add nodes.
-    """
-
-    num_cpus: int
-    num_gpus: int
-    nodes: tuple[tuple[float, float], ...] = ()
-    grows: bool = False
-
-    def places(self, *, cpus: float, gpus: float) -> int:
-        """How many processes of this size have room at once, each on one node."""
-        nodes = self.nodes or ((self.num_cpus, self.num_gpus),)
-        return sum(_places(*node, cpus=cpus, gpus=gpus) for node in nodes)
-
-
-def _places(num_cpus: float, num_gpus: float, *, cpus: float, gpus: float) -> int:
-    rooms = [num_cpus / cpus] if cpus else []
-    if gpus >= 1:
-        rooms.append(num_gpus / gpus)
-    elif gpus:  # a share is of one GPU
-        rooms.append(int(num_gpus) * int(1 / gpus + 1e-9))
-    return int(min(rooms, default=10.0**6) + 1e-9)
-
-
-def local_resources() -> Resources:
-    """Cores (of this process's affinity) and GPUs of this machine, without starting Ray."""
-    import torch
-
-    return Resources(num_cores(), torch.cuda.device_count())
-
-
-@contextmanager
+@contextlib.contextmanager
 def connect(address: str | None) -> Iterator[Resources]:
     """Within the block Ray is connected: to a private local cluster, or to `address`.
 
@@ -77,13 +44,13 @@ def connect(address: str | None) -> Iterator[Resources]:
         ConfigError: no cluster answers at the address.
     """
     if ray.is_initialized():  # a caller (tests, a notebook) brought its own cluster
-        with waiting.watched():
-            yield resources()
+        with capacity.watched():
+            yield capacity.resources()
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address is None:
-            here = local_resources()
+            here = capacity.local_resources()
             # "local" and not the default: a stale file of an older cluster must not be joined.
             _start_here(num_cpus=here.num_cpus, **options)
         else:
@@ -100,13 +67,13 @@ def connect(address: str | None) -> Iterator[Resources]:
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(_why_not(address, error)) from None
     try:
-        with waiting.watched():
-            yield resources()
+        with capacity.watched():
+            yield capacity.resources()
     finally:
         ray.shutdown()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ours() -> Iterator[None]:
     """Within the block Ray starts or is joined; signals mean what they meant before, after it.
 
@@ -180,7 +147,7 @@ def _give_token() -> None:
         return
     if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
-    with suppress(OSError, RuntimeError):  # no home at all is the latter
+    with contextlib.suppress(OSError, RuntimeError):  # no home at all is the latter
         path = Path.home() / _TOKEN
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
@@ -231,7 +198,7 @@ def _has_token() -> bool:
     return bool(mode() != known.DISABLED)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """Within the block Ray starts at 127.0.0.1, where no other host reaches it.
 
@@ -295,50 +262,15 @@ def _reach(address: str) -> None:
     raise ConnectionError(f"{address}: {why}")
 
 
-def resources() -> Resources:
-    """What the connected cluster has."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = tuple((has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
-    return Resources(int(sum(n[0] for n in nodes)), int(sum(n[1] for n in nodes)), nodes)
-
-
-def hide_unreserved_gpus() -> None:
-    """Within Ray's work that has no GPU: let the process see none, so that `auto` is the CPU.
-
-    Ray leaves all of a node's GPUs visible to work that asked for none, and others have them.
-    """
-    if not ray.is_initialized():
-        return
-    context = ray.get_runtime_context()
-    if context.get_task_id() is not None and not context.get_accelerator_ids().get("GPU"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def check_request(resources: Resources, *, cpus: float, gpus: float, workers: int = 1) -> int:
-    """How many trials of this size, each by so many workers, run at once.
+@contextlib.contextmanager
+def opened(job: Job, address: str | None) -> Iterator[Gang]:
+    """A gang in a cluster of this machine's own, or in the one at `address`.
 
     Raises:
-        ConfigError: not even one fits, and the cluster will not grow; Ray would wait for ever.
+        ConfigError: no cluster answers, or the run does not fit into it.
     """
-    slots = resources.places(cpus=cpus / workers, gpus=gpus / workers) // workers
-    if slots or resources.grows:
-        return max(slots, 1)
-    if gpus > resources.num_gpus:
-        raise ConfigError(
-            f"a trial asks for {gpus:g} GPUs, but the cluster has {resources.num_gpus}; "
-            "lower --gpus-per-trial or raise --trials-per-gpu."
-        )
-    if cpus > resources.num_cpus:
-        raise ConfigError(
-            f"a trial asks for {cpus:g} CPUs, but the cluster has {resources.num_cpus}; "
-            "lower --cpus-per-trial."
-        )
-    asks = f"{workers} workers of a trial ask" if workers > 1 else "a trial asks"
-    each = " each" if workers > 1 else ""
-    nodes = sorted(set(resources.nodes))
-    raise ConfigError(
-        f"{asks} for {waiting.amount(cpus / workers, gpus / workers)}{each}, each on one node, "
-        "but the cluster's nodes have "
-        f"{', or '.join(waiting.amount(*node) for node in nodes)}; lower --cpus-per-trial or "
-        "--gpus-per-trial."
-    )
+    with connect(address) as resources:
+        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
+        capacity.check_room(each, resources)
+        with contextlib.closing(Gang(job)) as gang:
+            yield gang

@@ -1,5 +1,6 @@
-"""A gang: one run by several processes, plain Ray actors that are started and lost together.
+"""Runs in processes of their own: one Ray actor, or a gang of them that shares a run's work.
 
+The members of a gang are plain actors that are started and lost together.
 There is no placement group: Ray removes one with the job of its creator, not with the actor that
 created it, so that a trial whose process is killed would leave its room reserved. Actors end with
 the process that owns them, however that ends, also where they still wait for room.
@@ -9,24 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dmx import terminal
-from dmx.cluster import connection, waiting
+from dmx.cluster import capacity
 from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.storage.files import copy_folder
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.job import Job, Workers
+from dmx.training.job import Job
 from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.process_group import TorchProcessGroup
 from dmx.training.runner import Runner
@@ -34,9 +36,15 @@ from dmx.training.runner import Runner
 import psutil  # isort: skip  Ray brings its own
 import ray  # isort: skip
 import torch.distributed as dist  # isort: skip
-from ray.exceptions import RayError  # isort: skip
+from ray.exceptions import (  # isort: skip
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
+logger = logging.getLogger("dmx.cluster")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 FORM_SECONDS = 30.0
 """After the first member has room, the others have so long; then the gang is a smaller one."""
@@ -72,7 +80,7 @@ class GangMember:
 
     def __init__(self) -> None:
         terminal.setup_logging()
-        connection.hide_unreserved_gpus()
+        capacity.hide_unreserved_gpus()
         self._store: dist.TCPStore | None = None
         self._job: Job | None = None
         self._runner: Runner | None = None
@@ -246,7 +254,7 @@ class Gang:
         if self._enough is None:
             self._enough = time.monotonic() + self._form_seconds
         while True:
-            fitting = connection.resources().places(
+            fitting = capacity.resources().slots(
                 cpus=self.job.cpus_per_worker, gpus=self.job.gpus_per_worker
             )
             wanted = max(min(fitting, self.job.workers), 1)
@@ -330,33 +338,8 @@ def runner_of(job: Job) -> Runner | Gang:
     return Runner(job) if job.workers == 1 else Gang(job)
 
 
-@contextlib.contextmanager
-def opened(job: Job, address: str | None) -> Iterator[Gang]:
-    """A gang in a cluster of this machine's own, or in the one at `address`.
-
-    Raises:
-        ConfigError: no cluster answers, or the run does not fit into it.
-    """
-    with connection.connect(address) as resources:
-        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
-        check_room(each, resources)
-        with contextlib.closing(Gang(job)) as gang:
-            yield gang
-
-
-def check_room(workers: Workers, resources: connection.Resources) -> None:
-    """Whether a run of these workers fits.
-
-    Raises:
-        ConfigError: it does not; Ray would wait for ever.
-    """
-    count = workers.count
-    cpus, gpus = workers.cpus * count, workers.gpus * count
-    connection.check_request(resources, cpus=cpus, gpus=gpus, workers=count)
-
-
 def _evaluate(*arguments: Any) -> dict[str, float]:
-    connection.hide_unreserved_gpus()
+    capacity.hide_unreserved_gpus()
     return evaluate_checkpoint(*arguments)
 
 
@@ -372,8 +355,127 @@ def evaluate(
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_evaluate)
     threads = max(int(cpus), 1)
-    with waiting.for_task():
+    with capacity.for_task():
         result: dict[str, float] = ray.get(
             remote.remote(checkpoint_folder, data_folder, split, threads, places)
         )
     return result
+
+
+# -- runs that are watched from outside --------------------------------------------------------
+
+_STOP_SECONDS = 20.0
+_SLICE_SECONDS = 2.0
+"""How long a run that is told to stop trains on at most, beside the step that is under way."""
+
+
+class _RunActor:
+    """A Runner in its own process."""
+
+    def __init__(self, job: Job) -> None:
+        terminal.setup_logging()
+        capacity.hide_unreserved_gpus()
+        self._runner = runner_of(job)
+
+    def step(self) -> dict[str, Any]:
+        return self._runner.step()
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+@dataclass
+class Running:
+    """A run under way. `restarts` counts the processes it has lost since it last got further.
+
+    `cpus`, `gpus`: of its process; several workers ask for theirs themselves. `steps`: of its
+    latest report.
+    """
+
+    job: Job
+    cpus: float
+    gpus: float
+    restarts: int = 0
+    steps: int = -1
+    actor: Any = None
+    future: Any = None
+
+
+def start(job: Job, *, cpus: float, gpus: float) -> Running:
+    """Launch a run; it starts as soon as the cluster has room."""
+    running = Running(dataclasses.replace(job, slice_seconds=_SLICE_SECONDS), cpus, gpus)
+    _launch(running)
+    return running
+
+
+def _launch(running: Running) -> None:
+    several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
+    cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RunActor)
+    running.actor = remote.remote(running.job)
+    running.future = running.actor.step.remote()
+
+
+def wait_any(
+    runs: list[Running], *, timeout_seconds: float, max_restarts: int = 5
+) -> list[tuple[Running, dict[str, Any]]]:
+    """Reports that came in; empty after the timeout. A dead process is started again by itself.
+
+    A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
+    without getting any further, its last report carries `failure`, and `lost`: what it has done so
+    far can be continued elsewhere.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        left = max(deadline - time.monotonic(), 0.0)
+        ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=left)
+        if not ready:
+            return []
+        reports = [
+            (running, report)
+            for running in runs
+            if running.future in ready
+            and (report := _next_report(running, max_restarts)) is not None
+        ]
+        if reports:  # else a slice has ended, or a process is started again
+            return reports
+
+
+def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
+    """What a run's process has answered, and its next step begun; None for the end of a slice."""
+    try:
+        report: dict[str, Any] = ray.get(running.future)
+    except (RayActorError, WorkerCrashedError, RayTaskError) as error:
+        running.restarts += 1
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if running.restarts > max_restarts:
+            failure = f"its process died {running.restarts} times, last: {reason}"
+            return {FAILURE: failure, RESUMABLE: True, "done": True}
+        logger.warning(
+            "the worker of %s died (%s); it continues from its last checkpoint.",
+            running.job.folder,
+            reason,
+        )
+        running.job = dataclasses.replace(running.job, takes_over=True)
+        _launch(running)
+        return None
+    if report.get(STEPS, 0) > running.steps:
+        running.steps, running.restarts = report[STEPS], 0
+    if report.get("done"):
+        stop(running)
+    else:
+        running.future = running.actor.step.remote()
+    return None if report.get(UNDER_WAY) else report
+
+
+def stop(*runs: Running) -> None:
+    """End runs' processes, and all that they own; what they have trained is kept, for a while."""
+    closing = []
+    for running in runs:
+        with contextlib.suppress(RayError):
+            closing.append(running.actor.close.remote())
+    with contextlib.suppress(RayError):
+        ray.wait(closing, num_returns=len(closing), timeout=_STOP_SECONDS) if closing else None
+    for running in runs:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(running.actor, no_restart=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dmx.cluster import waiting
+from dmx.cluster import capacity
 from dmx.config import RunConfig, parse_run_config
 from dmx.costs.estimate import largest
 from dmx.data.batches import Batch, make_batch
@@ -65,7 +65,7 @@ def measure(runs: Sequence[RunConfig], store: Store) -> int:
     The largest is the one that keeps most for its backward pass, as costs count it.
     """
     remote = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(peak_usage)
-    with waiting.for_task():
+    with capacity.for_task():
         usage = ray.get(remote.remote(to_dict(largest(runs, store)), str(store.folder)))
     count = trials_that_fit(usage)
     logger.info(

@@ -35,9 +35,9 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Workers:
             "--address is for a run of several workers; add --gpus-per-trial, or leave it out."
         )
     if count > 1 and args.address is None:
-        from dmx.cluster import connection, gang
+        from dmx.cluster import capacity
 
-        gang.check_room(workers, connection.local_resources())
+        capacity.check_room(workers, capacity.local_resources())
     return workers
 
 
@@ -51,15 +51,15 @@ def connected(workers: Workers, address: str | None) -> Iterator[None]:
     if address is None:  # this machine was looked at; its Ray starts with the run
         yield
         return
-    from dmx.cluster import connection, gang
+    from dmx.cluster import capacity, connection
 
     with connection.connect(address) as resources:
-        gang.check_room(workers, resources)
+        capacity.check_room(workers, resources)
         yield
 
 
 def opened(job: Job, address: str | None) -> contextlib.AbstractContextManager[Any]:
     """The runner of a job of several workers, and its cluster; Ray is imported only here."""
-    from dmx.cluster import gang
+    from dmx.cluster import connection
 
-    return gang.opened(job, address)
+    return connection.opened(job, address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from dmx.cluster import connection
+from dmx.cluster import capacity, connection
 from dmx.commands import tune_search
 from dmx.commands.tune_plan import Plan
 from dmx.costs.estimate import DryData, describe, study_cost
@@ -14,10 +14,10 @@ from dmx.search.rungs import describe_rungs
 from dmx.terminal import console, verbatim
 
 
-def _resources(address: str | None) -> contextlib.AbstractContextManager[connection.Resources]:
+def _resources(address: str | None) -> contextlib.AbstractContextManager[capacity.Resources]:
     """Of this machine without starting Ray; only of a cluster must Ray be asked."""
     if address is None:
-        return contextlib.nullcontext(connection.local_resources())
+        return contextlib.nullcontext(capacity.local_resources())
     return connection.connect(address)
 
 
@@ -26,7 +26,7 @@ def show(plan: Plan, data: DryData, folder: Path) -> int:
     args, task, space = plan.args, plan.task, plan.space
     with _resources(args.address) as resources:
         budget = plan.budget(resources)
-        slots = connection.check_request(
+        slots = capacity.check_request(
             resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers
         )
         slots = min(slots, args.max_concurrent_trials or slots)

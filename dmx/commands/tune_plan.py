@@ -11,7 +11,7 @@ import torch
 
 from dmx.attention.base import split_name
 from dmx.cluster import gpu_packing
-from dmx.cluster.connection import Resources
+from dmx.cluster.capacity import Resources
 from dmx.commands import tune_search
 from dmx.costs.measure import check_memory
 from dmx.errors import ConfigError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx import terminal
-from dmx.cluster import connection, launch, waiting
+from dmx.cluster import capacity, gang
 from dmx.curriculum.controller import ClusterLost, Message
 from dmx.curriculum.resources import Key
 from dmx.data.prepare import open_data
@@ -103,7 +103,7 @@ class RayBackend:
 
     def __init__(self, places: StorageLayout = SHARED_FILESYSTEM) -> None:
         self._places = places
-        self._runs: dict[Key, launch.Running] = {}
+        self._runs: dict[Key, gang.Running] = {}
         self._tasks: dict[Any, Key] = {}
         self._searched: dict[Key, Path] = {}
         self._views: dict[Key, SearchView] = {}
@@ -111,7 +111,7 @@ class RayBackend:
     def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
         """A worker process of its own, restarted when it dies."""
         job = dataclasses.replace(job, places=self._places)
-        self._runs[key] = launch.start(job, cpus=cpus, gpus=gpus)
+        self._runs[key] = gang.start(job, cpus=cpus, gpus=gpus)
 
     def search(
         self, key: Key, study: StudyConfig, data_folder: str, folder: Path, slots: int
@@ -144,7 +144,7 @@ class RayBackend:
         """
         tasks = any(key.kind == "test" for key in self._tasks.values())
         try:
-            with waiting.for_task() if tasks else contextlib.nullcontext():
+            with capacity.for_task() if tasks else contextlib.nullcontext():
                 return self._poll(timeout_seconds)
         except (RayError, ConnectionError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -160,7 +160,7 @@ class RayBackend:
         by_folder = {run.job.folder: key for key, run in self._runs.items()}
         # Short when tasks run too, since only one kind of work can be waited for.
         timeout = min(timeout_seconds, 0.2) if self._tasks else timeout_seconds
-        for run, report in launch.wait_any(list(self._runs.values()), timeout_seconds=timeout):
+        for run, report in gang.wait_any(list(self._runs.values()), timeout_seconds=timeout):
             key = by_folder[run.job.folder]
             failure, done = report.get(FAILURE), bool(report.get("done"))
             if done:
@@ -198,7 +198,7 @@ class RayBackend:
 
     def close(self) -> None:
         """Kill workers and cancel tasks."""
-        launch.stop(*self._runs.values())
+        gang.stop(*self._runs.values())
         # As Ctrl-C in the process that drives Tune, whose trials then keep what they have trained.
         searches = [r for r, key in self._tasks.items() if key.kind == "train"]
         with contextlib.suppress(RayError, ValueError, TypeError):
@@ -223,7 +223,7 @@ def _reason(error: RayError) -> str:
 
 
 def _measure(wanted: Measurement, threads: int) -> float | None:
-    connection.hide_unreserved_gpus()
+    capacity.hide_unreserved_gpus()
     return measure(wanted, threads)
 
 

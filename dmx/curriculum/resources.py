@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from dmx.cluster.connection import Resources, check_request, local_resources
+from dmx.cluster.capacity import Resources, check_request, local_resources
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.planner import Launch
 from dmx.errors import ConfigError

@@ -29,7 +29,7 @@ from dmx.errors import (
     ConfigError,
     StageError,
 )
-from dmx.process import files_decide
+from dmx.process import files_decide, terminate_like_interrupt
 from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.search.study_settings import settings_event
@@ -214,7 +214,7 @@ def _connected(
     code = code_version()
     lineage = LineageWriter(curriculum, options.folder, code)
     _announce(curriculum, options.folder)
-    with connection.terminate_like_interrupt() as check:
+    with terminate_like_interrupt() as check:
         try:
             with (
                 connection.connect(options.address) as resources,

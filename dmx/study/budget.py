@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmx.cluster.connection import Resources
+from dmx.cluster.capacity import Resources
 from dmx.config import full_budget, schedule
 from dmx.errors import ConfigError
 from dmx.schema import convert

@@ -22,11 +22,11 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from dmx import terminal
-from dmx.cluster import connection
+from dmx.cluster import capacity
 from dmx.cluster.gang import Gang, runner_of
 from dmx.data.store import Store
 from dmx.errors import ConfigError, DmxError, StorageError
-from dmx.process import own_signals
+from dmx.process import own_signals, terminate_like_interrupt
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS, UNDER_WAY
 from dmx.runs.study import TrialStatus
 from dmx.search.ledger import Ledger, trial_folder
@@ -58,7 +58,7 @@ class TrialTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Note the job. It is built in the first step: Tune gives up a trial that dies in here."""
         terminal.setup_logging()
-        connection.hide_unreserved_gpus()
+        capacity.hide_unreserved_gpus()
         self._state = ProcessState.now()
         self._job = Job(**config[JOB_KEY])
         self._runner: Runner | Gang | None = None
@@ -544,7 +544,7 @@ def fit(
             verbose=0,
         ),
     )
-    with connection.terminate_like_interrupt(), own_signals():  # Tune's swallows a later Ctrl-C
+    with terminate_like_interrupt(), own_signals():  # Tune's swallows a later Ctrl-C
         try:
             tuner.fit()
         except Exception as error:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx.cluster import launch
-from dmx.cluster.gang import evaluate
+from dmx.cluster import gang
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
 from dmx.format import describe_failures
@@ -196,7 +195,7 @@ def evaluate_test(
     best: Path, store: Store, workers: Workers, places: StorageLayout
 ) -> dict[str, float]:
     """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
-    return evaluate(
+    return gang.evaluate(
         str(best),
         str(store.folder),
         "test",
@@ -247,13 +246,13 @@ def retrain(
         num_seeds,
         min(slots, num_seeds),
     )
-    running: list[launch.Running] = []
+    running: list[gang.Running] = []
     dev: dict[str, float] = {}
     try:
         while waiting or running:
             while waiting and len(running) < slots:
-                running.append(launch.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
-            for run, report in launch.wait_any(running, timeout_seconds=60):
+                running.append(gang.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
+            for run, report in gang.wait_any(running, timeout_seconds=60):
                 if report.get(FAILURE):
                     raise RunFailedError(f"{run.job.folder}: {report[FAILURE]}.")
                 dev[run.job.folder] = report[BEST_DEV_ACCURACY]
@@ -268,7 +267,7 @@ def retrain(
                 if report.get("done"):
                     running.remove(run)
     finally:
-        launch.stop(*running)
+        gang.stop(*running)
     tests = [
         evaluate_test(folder / "final" / f"seed-{s}" / layout.BEST_DIR, store, workers, places)[
             "accuracy"

@@ -26,7 +26,8 @@ from bench_cases import write_section
 from soak_cluster import children
 from soak_study import FIXED, SPACE, TASK, write_data
 
-from dmx.cluster.connection import check_request, connect
+from dmx.cluster.capacity import check_request
+from dmx.cluster.connection import connect
 from dmx.data.store import open_store
 from dmx.runs.metrics import PROCESS_SECONDS
 from dmx.runs.study import TrialResult

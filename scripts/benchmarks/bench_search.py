@@ -40,7 +40,7 @@ import torch
 from bench_cases import write_section
 
 from dmx import cli
-from dmx.cluster import connection
+from dmx.cluster import capacity, connection
 from dmx.data.prepare import open_data
 from dmx.data.store import Store
 from dmx.errors import EXIT_OK, ConfigError
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     budget = args.random_trials * args.max_steps
     curves = []
     with connection.connect(args.address) as resources:
-        slots = connection.check_request(
+        slots = capacity.check_request(
             resources, cpus=args.cpus_per_trial, gpus=args.gpus_per_trial
         )
         for seed in range(args.seeds):

@@ -9,7 +9,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from dmx.cluster import connection  # noqa: F401  sets Ray's environment before Ray is imported
+from dmx.cluster import capacity, connection, gang  # noqa: F401  sets Ray's environment before Ray is imported
 
 from ray.cluster_utils import Cluster  # isort: skip
 

@@ -5,7 +5,7 @@
 One private Ray of two CPUs for all stops, so that what one leaves reserved stops the next. When:
 while the workers are started (form), in the middle of a step (step), as a report comes in
 (report), after a kill -9 of a worker, while all are started again (again), and while another
-actor has the room of one worker (crowded). How: as launch.stop does, or kill -9 of the process
+actor has the room of one worker (crowded). How: as gang.stop does, or kill -9 of the process
 that owns the run. Exit code 0 if the room was always back and no placement group was left.
 """
 
@@ -29,7 +29,7 @@ from soak_cluster import children, kill
 from soak_study import FIXED, TASK, write_data
 
 from dmx import terminal
-from dmx.cluster import connection, launch
+from dmx.cluster import connection, gang
 from dmx.config import parse_run_config
 from dmx.schema import to_dict
 from dmx.storage.journal import read_claim
@@ -67,14 +67,14 @@ def processes(title: str) -> list[int]:
     return found
 
 
-def report(run: launch.Running) -> dict[str, Any]:
+def report(run: gang.Running) -> dict[str, Any]:
     """The run's next report."""
-    ready = launch.wait_any([run], timeout_seconds=START_SECONDS)
+    ready = gang.wait_any([run], timeout_seconds=START_SECONDS)
     assert ready, f"no report within {START_SECONDS:.0f} s"
     return ready[0][1]
 
 
-def to_moment(run: launch.Running, kind: str, draw: random.Random) -> float:
+def to_moment(run: gang.Running, kind: str, draw: random.Random) -> float:
     """Wait for the moment; seconds that were drawn."""
     seconds = draw.uniform(0.0, 6.0 if kind in ("form", "again", "crowded") else 1.0)
     if kind in ("step", "report", "again"):
@@ -87,14 +87,14 @@ def to_moment(run: launch.Running, kind: str, draw: random.Random) -> float:
     return 0.0 if kind == "report" else seconds
 
 
-def end(run: launch.Running, how: str) -> None:
+def end(run: gang.Running, how: str) -> None:
     """Stop the run's owner."""
     owners = processes("_Actor")
     if how == "kill -9" and owners:
         for pid in owners:
             os.kill(pid, signal.SIGKILL)
     else:
-        launch.stop(run)
+        gang.stop(run)
 
 
 def stop_once(folder: Path, number: int, draw: random.Random) -> tuple[str, str, float | None]:
@@ -112,7 +112,7 @@ def stop_once(folder: Path, number: int, draw: random.Random) -> tuple[str, str,
     if kind == "crowded":
         holder = ray.remote(num_cpus=1)(Holder).remote()
         ray.get(holder.hold.remote())
-    run = launch.start(job, cpus=1, gpus=0)
+    run = gang.start(job, cpus=1, gpus=0)
     try:
         seconds = to_moment(run, kind, draw)
     finally:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dmx.cluster import connection, gang, launch
+from dmx.cluster import capacity, connection, gang
 from dmx.curriculum import backend
 from dmx.errors import ConfigError, RunFailedError
 from dmx.nn.device import pick_device
@@ -30,7 +30,7 @@ from tests.tiny import one_sentence
 
 LISTENERS = """
 import os
-from dmx.cluster import connection, gang, launch
+from dmx.cluster import capacity, capacity, connection, gang
 from dmx.curriculum import backend
 import ray, psutil
 with connection.connect(None):
@@ -98,6 +98,7 @@ def test_rays_refusals_are_one_sentence(monkeypatch, error, said):
 
     ray = SimpleNamespace(init=init, is_initialized=lambda: False)
     monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setattr(capacity, "ray", ray)
     with (
         listening(GREETING) as address,
         pytest.raises(ConfigError, match=said) as refused,
@@ -123,8 +124,9 @@ def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warne
         _raylet=inner if mode else SimpleNamespace(),
     )
     monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setattr(capacity, "ray", ray)
     with listening(GREETING) as address, connection.connect(address) as resources:
-        assert resources == connection.Resources(2, 0, ((2.0, 0.0),))
+        assert resources == capacity.Resources(2, 0, ((2.0, 0.0),))
     said = [r.getMessage() for r in caplog.records]
     assert [f"the cluster at {address} was started without a token" in m for m in said] == (
         [True] if warned else []
@@ -148,6 +150,7 @@ def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, failures):
         nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}],
     )
     monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setattr(capacity, "ray", ray)
     if failures == 1:
         with connection.connect(None):
             pass
@@ -186,24 +189,24 @@ def test_work_without_a_gpu_sees_none(monkeypatch, connected, task, reserved, vi
         get_task_id=lambda: task, get_accelerator_ids=lambda: {"GPU": reserved, "TPU": []}
     )
     ray = SimpleNamespace(is_initialized=lambda: connected, get_runtime_context=lambda: context)
-    monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setattr(capacity, "ray", ray)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    connection.hide_unreserved_gpus()
+    capacity.hide_unreserved_gpus()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
 def test_whatever_ray_runs_looks_for_its_gpu_first(monkeypatch):
     """Trials, single runs, members of a gang, evaluations, tests of a curriculum."""
     done: list[str] = []
-    monkeypatch.setattr(connection, "hide_unreserved_gpus", lambda: done.append("hidden"))
-    monkeypatch.setattr(launch, "runner_of", lambda job: done.append("used"))
+    monkeypatch.setattr(capacity, "hide_unreserved_gpus", lambda: done.append("hidden"))
+    monkeypatch.setattr(gang, "runner_of", lambda job: done.append("used"))
     monkeypatch.setattr(gang, "evaluate_checkpoint", lambda *_: done.append("used"))
     monkeypatch.setattr(backend, "measure", lambda *_: done.append("used"))
     job = {"run_config": {}, "data_folder": "", "folder": ""}
     TrialTrainable({JOB_KEY: job})
     gang.GangMember()
     assert done == ["hidden"] * 2
-    launch._Actor(Job(**job))
+    gang._RunActor(Job(**job))
     gang._evaluate()
     backend._measure(Measurement(checkpoint="", data_folder=""), 1)
     assert done[2:] == ["hidden", "used"] * 3
@@ -218,7 +221,7 @@ def test_device_auto_is_what_was_reserved(monkeypatch, gpu_ids, expected):
         get_task_id=lambda: "a task", get_accelerator_ids=lambda: {"GPU": gpu_ids}
     )
     ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
-    monkeypatch.setattr(connection, "ray", ray)
+    monkeypatch.setattr(capacity, "ray", ray)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(
         torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""

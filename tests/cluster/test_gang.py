@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dmx.cluster import connection, gang
-from dmx.cluster.connection import Resources
+from dmx.cluster import capacity, gang
+from dmx.cluster.capacity import Resources
 from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.training.job import Job
 
@@ -82,7 +82,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     made = FakeRay()
     monkeypatch.setattr(gang, "ray", made)
     monkeypatch.setattr(gang, "_RemoteMember", made)
-    monkeypatch.setattr(connection, "resources", lambda: Resources(4, 0, ((4.0, 0.0),)))
+    monkeypatch.setattr(capacity, "resources", lambda: Resources(4, 0, ((4.0, 0.0),)))
     return made
 
 
@@ -144,7 +144,7 @@ def test_who_finds_no_room_joins_later(ray):
 
 def test_no_more_are_waited_for_than_the_cluster_can_hold(ray, monkeypatch):
     """Of a node that is gone nobody waits for room; the patience here would be an hour."""
-    monkeypatch.setattr(connection, "resources", lambda: Resources(1, 0, ((1.0, 0.0),)))
+    monkeypatch.setattr(capacity, "resources", lambda: Resources(1, 0, ((1.0, 0.0),)))
     ray.room = 1
     run = members(ray, form_seconds=3600)
     run.step()

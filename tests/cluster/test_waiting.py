@@ -10,27 +10,26 @@ import pytest
 import yaml
 
 from dmx import train, tune
-from dmx.cluster import connection, gang, waiting
-from dmx.cluster.connection import Resources, check_request
-from dmx.cluster.waiting import Piece, RoomWatch, Seen, amount
+from dmx.cluster import capacity, connection, gang
+from dmx.cluster.capacity import Resources, RoomWatch, Snapshot, Work, amount, check_request
 from dmx.curriculum import __main__ as curriculum
 from dmx.data import ray_shards
 from dmx.errors import ConfigError
 from dmx.training.job import Workers
 from tests.tiny import TASK, one_sentence
 
-WANTED = Piece("worker of a run", 1, 0)
-OURS = Piece("trial", 1, 0, "this command")
-OTHER = Piece("run", 3, 1, "job 02000000 (python -m dmx.train, pid 7)")
+WANTED = Work("worker of a run", 1, 0)
+OURS = Work("trial", 1, 0, "this command")
+OTHER = Work("run", 3, 1, "job 02000000 (python -m dmx.train, pid 7)")
 TWO_NODES = Resources(6, 2, ((2.0, 1.0), (4.0, 1.0)))
 
 
-def seen(*waits: str, free: float = 0, largest: float = 0) -> Seen:
+def seen(*waits: str, free: float = 0, largest: float = 0) -> Snapshot:
     pieces = dict.fromkeys(waits, WANTED)
-    return Seen(pieces, (OURS, OURS, OTHER), (free, 0), (5, 1), (largest, 0))
+    return Snapshot(pieces, (OURS, OURS, OTHER), (free, 0), (5, 1), (largest, 0))
 
 
-def said(*moments: tuple[float, Seen]) -> list[str | None]:
+def said(*moments: tuple[float, Snapshot]) -> list[str | None]:
     """What a watch says at these times, with a patience of 3 s, and again after 10."""
     now = [0.0, seen()]
     watch = RoomWatch(lambda: now[1], after=3, again=10, clock=lambda: now[0])
@@ -60,8 +59,8 @@ def test_what_had_room_in_between_waits_anew():
 
 def test_room_that_lies_on_several_nodes():
     """Two CPUs are free in all, and each node has one less than is asked for."""
-    wide = {"a": Piece("trial", 2, 0)}
-    text = waiting.describe(Seen(wide, (OURS,), (2, 0), (4, 0), (1, 0)), 31)
+    wide = {"a": Work("trial", 2, 0)}
+    text = capacity.describe(Snapshot(wide, (OURS,), (2, 0), (4, 0), (1, 0)), 31)
     assert "1 x trial of 2 CPUs. Free: 2 of 4 CPUs (at most 1 CPU on one node)." in text
 
 
@@ -105,7 +104,9 @@ def test_what_no_node_has_is_refused(asked, what):
     if "workers" in asked:
         each = asked["cpus"] / asked["workers"], asked["gpus"] / asked["workers"]
         with pytest.raises(ConfigError):
-            gang.check_room(Workers(count=asked["workers"], cpus=each[0], gpus=each[1]), TWO_NODES)
+            capacity.check_room(
+                Workers(count=asked["workers"], cpus=each[0], gpus=each[1]), TWO_NODES
+            )
 
 
 TUNE = ["--attention", "butterfly", "--task", TASK, "--cpus-per-trial"]
@@ -146,16 +147,27 @@ def test_a_cluster_without_such_a_node_refuses_before_anything_is_written(
 
 def test_a_table_that_is_not_there_ends_no_work(monkeypatch):
     """Ray's tables are not public."""
-    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(capacity, "_LOOK_SECONDS", 0.01)
 
     def broken():
         raise AttributeError("get_actor_table")
 
-    monkeypatch.setattr(waiting, "look", broken)
-    with waiting.watched():
+    monkeypatch.setattr(capacity, "snapshot", broken)
+    with capacity.watched():
         time.sleep(0.05)
-    monkeypatch.setattr(waiting.importlib, "import_module", lambda name: SimpleNamespace())
-    assert waiting.may_grow() is False
+    monkeypatch.setattr(capacity.importlib, "import_module", lambda name: SimpleNamespace())
+    assert capacity._may_grow() is False
+
+
+def test_a_cluster_whose_autoscaler_may_add_nodes_says_so(monkeypatch):
+    """Then what no node has now is not refused."""
+    state = SimpleNamespace(get_max_resources_from_cluster_config=lambda: {"CPU": 64})
+    monkeypatch.setattr(capacity.importlib, "import_module", lambda n: SimpleNamespace(state=state))
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {}}]
+    monkeypatch.setattr(capacity, "ray", SimpleNamespace(nodes=lambda: nodes))
+    found = capacity.resources()
+    assert found == Resources(2, 0, ((2.0, 0.0),), grows=True)
+    assert check_request(found, cpus=8, gpus=1) == 1
 
 
 def test_shards_of_data_that_wait_are_spoken_of(caplog):
@@ -190,11 +202,11 @@ def test_rays_tables_say_it():
                 ray.remote(num_cpus=2)(_evaluate).remote(),
             ]
             deadline = time.monotonic() + 60
-            with waiting.for_task():
-                while len(waiting.look().waiting) < len(kept):
-                    assert time.monotonic() < deadline, f"not all is seen: {waiting.look()}"
+            with capacity.for_task():
+                while len(capacity.snapshot().waiting) < len(kept):
+                    assert time.monotonic() < deadline, f"not all is seen: {capacity.snapshot()}"
                     time.sleep(0.2)
-                found = waiting.look()
+                found = capacity.snapshot()
             assert sorted((p.what, p.cpus) for p in found.waiting.values()) == [
                 *(("evaluation", 2), ("trial", 3), ("worker of a run", 2)),
             ]
@@ -202,6 +214,7 @@ def test_rays_tables_say_it():
                 *(("actor Holder", 1, "this command"), ("trial", 2, "this command")),
             ]
             assert (found.free, found.total, found.largest) == ((0, 0), (3, 0), (0, 0))
+            assert not capacity.resources().grows
     finally:
         ray.shutdown()
 

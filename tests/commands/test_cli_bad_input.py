@@ -17,7 +17,7 @@ import pytest
 from dmx import __main__ as dmx_main
 from dmx import cli, train, tune
 from dmx.cli import run_folder
-from dmx.cluster import connection
+from dmx.cluster import capacity, connection
 from dmx.commands.completion import PARSERS
 from dmx.costs import estimate as costs
 from dmx.errors import ConfigError, DmxError
@@ -343,7 +343,7 @@ def begin_study(words, monkeypatch):
     def stop(*args, **kwargs):
         raise Stop
 
-    resources = contextlib.nullcontext(connection.local_resources())
+    resources = contextlib.nullcontext(capacity.local_resources())
     with monkeypatch.context() as patch:
         patch.setattr("dmx.study.study.train_trials", stop)
         patch.setattr(connection, "connect", lambda address: resources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmx.cluster.connection import Resources, check_request
+from dmx.cluster.capacity import Resources, check_request
 from dmx.errors import ConfigError
 from dmx.study.budget import fit_budget
 from dmx.tasks import Task, task_for

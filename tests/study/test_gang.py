@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from dmx.cluster import connection
-from dmx.cluster.gang import Gang
-from dmx.cluster.launch import start, stop, wait_any
+from dmx.cluster.gang import Gang, start, stop, wait_any
 from dmx.runs.metrics import (
     BEST_STEP,
     DEV_ACCURACY,

@@ -16,8 +16,8 @@ import optuna
 import pytest
 import torch
 
-from dmx.cluster import connection, launch
-from dmx.cluster.launch import start, wait_any
+from dmx.cluster import capacity, connection, gang
+from dmx.cluster.gang import start, wait_any
 from dmx.reporting.collect import collect
 from dmx.reporting.plain import to_csv
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[connection.Resources]:
+def ray_cluster() -> Iterator[capacity.Resources]:
     """Two slots of one CPU each, whatever the machine has."""
     import ray
 
@@ -189,7 +189,7 @@ def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkey
 
 
 def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(gang, "_SLICE_SECONDS", 0.0)
     changes = {"train.num_steps": 500, "train.eval_every_steps": 500}
     plain = study_config(tmp_path, overrides=changes).trial_config({})
     job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / "run"))
@@ -198,7 +198,7 @@ def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monk
     while running.steps < 3:
         assert wait_any([running], timeout_seconds=0.1) == [], "no evaluation yet"
         assert time.monotonic() < deadline, "no step in 120 s"
-    launch.stop(running)
+    gang.stop(running)
     step = open_checkpoint(tmp_path / "run" / "last").training_state()["step"]
     assert 3 <= step < 500 and not (tmp_path / "run" / "best").exists()
 

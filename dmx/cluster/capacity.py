@@ -1,7 +1,7 @@
-"""Says what has been waiting for room in the cluster for long, what is free, and who has the rest.
+"""What a cluster has: room for work, who waits for it, and who holds it.
 
 Ray's public state API needs a dashboard, which a private Ray has not. The tables behind it do not:
-`look` is the only place that reads them.
+`snapshot` and `_may_grow` are the only places that read them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from dmx.errors import ConfigError
+from dmx.process import num_cores
+from dmx.training.job import Workers
 
 import ray  # isort: skip
 
@@ -25,7 +30,7 @@ _LOOK_SECONDS = 5.0
 _THREAD = "dmx-room-watch"
 _WHAT = {
     "GangMember": "worker of a run",
-    "_Actor": "run",
+    "_RunActor": "run",
     "TrialTrainable": "trial",
     "_evaluate": "evaluation",
     "_measure": "test",
@@ -35,8 +40,122 @@ _WHAT = {
 """What users call it: by the name of an actor's class, or of a task's function."""
 
 
+# -- what there is ------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Piece:
+class Resources:
+    """CPU cores and GPUs of the whole cluster, and of each node; () is one machine.
+
+    `grows`: an autoscaler may add nodes.
+    """
+
+    num_cpus: int
+    num_gpus: int
+    nodes: tuple[tuple[float, float], ...] = ()
+    grows: bool = False
+
+    def slots(self, *, cpus: float, gpus: float) -> int:
+        """How many processes of this size have room at once, each on one node."""
+        nodes = self.nodes or ((self.num_cpus, self.num_gpus),)
+        return sum(_slots(*node, cpus=cpus, gpus=gpus) for node in nodes)
+
+
+def _slots(num_cpus: float, num_gpus: float, *, cpus: float, gpus: float) -> int:
+    rooms = [num_cpus / cpus] if cpus else []
+    if gpus >= 1:
+        rooms.append(num_gpus / gpus)
+    elif gpus:  # a share is of one GPU
+        rooms.append(int(num_gpus) * int(1 / gpus + 1e-9))
+    return int(min(rooms, default=10.0**6) + 1e-9)
+
+
+def local_resources() -> Resources:
+    """Cores (of this process's affinity) and GPUs of this machine, without starting Ray."""
+    import torch
+
+    return Resources(num_cores(), torch.cuda.device_count())
+
+
+def resources() -> Resources:
+    """What the connected cluster has."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple((has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
+    return Resources(
+        num_cpus=int(sum(node[0] for node in nodes)),
+        num_gpus=int(sum(node[1] for node in nodes)),
+        nodes=nodes,
+        grows=_may_grow(),
+    )
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler has told the connected cluster that it may add nodes."""
+    try:
+        state: Any = importlib.import_module("ray._private.state").state
+        return state.get_max_resources_from_cluster_config() is not None
+    except Exception:  # another Ray, or none: what there is counts
+        return False
+
+
+def check_request(resources: Resources, *, cpus: float, gpus: float, workers: int = 1) -> int:
+    """How many trials of this size, each by so many workers, run at once.
+
+    Raises:
+        ConfigError: not even one fits, and the cluster will not grow; Ray would wait for ever.
+    """
+    slots = resources.slots(cpus=cpus / workers, gpus=gpus / workers) // workers
+    if slots or resources.grows:
+        return max(slots, 1)
+    if gpus > resources.num_gpus:
+        raise ConfigError(
+            f"a trial asks for {gpus:g} GPUs, but the cluster has {resources.num_gpus}; "
+            "lower --gpus-per-trial or raise --trials-per-gpu."
+        )
+    if cpus > resources.num_cpus:
+        raise ConfigError(
+            f"a trial asks for {cpus:g} CPUs, but the cluster has {resources.num_cpus}; "
+            "lower --cpus-per-trial."
+        )
+    asks = f"{workers} workers of a trial ask" if workers > 1 else "a trial asks"
+    each = " each" if workers > 1 else ""
+    nodes = sorted(set(resources.nodes))
+    raise ConfigError(
+        f"{asks} for {amount(cpus / workers, gpus / workers)}{each}, each on one node, "
+        "but the cluster's nodes have "
+        f"{', or '.join(amount(*node) for node in nodes)}; lower --cpus-per-trial or "
+        "--gpus-per-trial."
+    )
+
+
+def hide_unreserved_gpus() -> None:
+    """Within Ray's work that has no GPU: let the process see none, so that `auto` is the CPU.
+
+    Ray leaves all of a node's GPUs visible to work that asked for none, and others have them.
+    """
+    if not ray.is_initialized():
+        return
+    context = ray.get_runtime_context()
+    if context.get_task_id() is not None and not context.get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def check_room(workers: Workers, resources: Resources) -> None:
+    """Whether a run of these workers fits.
+
+    Raises:
+        ConfigError: it does not; Ray would wait for ever.
+    """
+    count = workers.count
+    cpus, gpus = workers.cpus * count, workers.gpus * count
+    check_request(resources, cpus=cpus, gpus=gpus, workers=count)
+
+
+# -- who waits, and for what -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
     """Work that waits for room, or has it. `job`: Ray's, with what started it."""
 
     what: str
@@ -51,7 +170,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """The cluster at one moment.
 
     Attributes:
@@ -59,8 +178,8 @@ class Seen:
         largest: the most CPUs and the most GPUs that are free on one node.
     """
 
-    waiting: Mapping[str, Piece]
-    holding: tuple[Piece, ...]
+    waiting: Mapping[str, Work]
+    holding: tuple[Work, ...]
     free: tuple[float, float]
     total: tuple[float, float]
     largest: tuple[float, float]
@@ -73,7 +192,7 @@ def amount(cpus: float, gpus: float) -> str:
     return " and ".join(parts)
 
 
-def describe(seen: Seen, seconds: float) -> str:
+def describe(seen: Snapshot, seconds: float) -> str:
     """What is asked, what is free, who holds the rest, and what would help."""
     asked = Counter(f"{p.what} of {p.size}" for p in seen.waiting.values())
     (cpus, gpus), (all_cpus, all_gpus) = seen.free, seen.total
@@ -82,7 +201,7 @@ def describe(seen: Seen, seconds: float) -> str:
     fits = any(p.cpus <= cpus and p.gpus <= gpus for p in seen.waiting.values())
     if fits:  # in all, but on no single node
         free += f" (at most {amount(*seen.largest)} on one node)"
-    held: dict[tuple[str, str], list[Piece]] = {}
+    held: dict[tuple[str, str], list[Work]] = {}
     for piece in seen.holding:
         held.setdefault((piece.job, piece.what), []).append(piece)
     holders = [
@@ -107,7 +226,7 @@ class RoomWatch:
 
     def __init__(
         self,
-        look: Callable[[], Seen],
+        look: Callable[[], Snapshot],
         *,
         after: float = AFTER_SECONDS,
         again: float = AGAIN_SECONDS,
@@ -126,7 +245,7 @@ class RoomWatch:
             return None
         self._spoke = now
         longest = now - min(self._since[key] for key in late)
-        return describe(Seen(late, seen.holding, seen.free, seen.total, seen.largest), longest)
+        return describe(Snapshot(late, seen.holding, seen.free, seen.total, seen.largest), longest)
 
 
 @contextlib.contextmanager
@@ -136,7 +255,7 @@ def watched() -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    watch = RoomWatch(look)
+    watch = RoomWatch(snapshot)
 
     def work() -> None:
         while not ended.wait(_LOOK_SECONDS):
@@ -157,20 +276,20 @@ def watched() -> Iterator[None]:
         thread.join(timeout=_LOOK_SECONDS)  # it must not ask a Ray that is shut down
 
 
-def look() -> Seen:
-    """The connected cluster now; see Seen."""
+def snapshot() -> Snapshot:
+    """The connected cluster now; see Snapshot."""
     # Not public, and not missed by anything else: a Ray without them only says nothing.
     ray_state: Any = importlib.import_module("ray._private.state").state
     gcs: Any = importlib.import_module("ray.core.generated.gcs_pb2")
     common: Any = importlib.import_module("ray.core.generated.common_pb2")
     tables, own = ray_state._connect_and_get_accessor(), ray.get_runtime_context().get_job_id()
     starters = {job["JobID"]: _starter(job, own) for job in ray_state.job_table()}
-    waiting: dict[str, Piece] = {}
-    holding: list[Piece] = []
+    waiting: dict[str, Work] = {}
+    holding: list[Work] = []
 
     def add(key: str, what: str, resources: Mapping[str, float], job: str, placed: bool) -> None:
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        piece = Piece(what, cpus, gpus, starters.get(job, f"job {job}"))
+        piece = Work(what, cpus, gpus, starters.get(job, f"job {job}"))
         if not placed and job == own:
             waiting[key] = piece
         elif placed and (cpus or gpus):
@@ -213,7 +332,7 @@ def look() -> Seen:
     nodes = ray_state.available_resources_per_node().values()
     rooms = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
     all_of = ray.cluster_resources()
-    return Seen(
+    return Snapshot(
         waiting=waiting,
         holding=tuple(holding),
         free=(sum(r[0] for r in rooms), sum(r[1] for r in rooms)),
@@ -241,12 +360,3 @@ def for_task() -> Iterator[None]:
         yield
     finally:
         _tasks.remove(mark)
-
-
-def may_grow() -> bool:
-    """Whether an autoscaler has told the connected cluster that it may add nodes."""
-    try:
-        state: Any = importlib.import_module("ray._private.state").state
-        return state.get_max_resources_from_cluster_config() is not None
-    except Exception:  # another Ray, or none: what there is counts
-        return False
