@@ -169,14 +169,15 @@ def test_the_gate_decides(checkout: Path) -> None:
         checkout,
         """
         from dmx.curriculum.gates import Gate
-        from dmx.runs.curriculum import StageRecord
+        from dmx.runs.curriculum import Attempt
         gate = Gate.parse({"name": "steady", "evaluations": 2, "max_swing": 0.05}, "gate")
         for curve in ((0.5,), (0.1, 0.5, 0.53), (0.5, 0.6)):
-            record = StageRecord(
-                name="s", attempt=0, dev_accuracies=curve, steps=1, seconds=1.0, num_classes=2,
-                checkpoint=None,
+            reports = {step: {"dev_accuracy": value} for step, value in enumerate(curve)}
+            attempt = Attempt(
+                number=0, retry=0, config={}, source={}, spec={}, data={}, started=0,
+                reports=reports,
             )
-            found = gate.decide(record)
+            found = gate.decide(attempt)
             print(found.passed, found.reason)
         """,
     )

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ from dmx import cli
 from dmx.commands import place_options, resuming
 from dmx.commands.curriculum_options import PROG, parser
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
-from dmx.curriculum.session import Options, dry_run, run_session, show_status
-from dmx.errors import ConfigError
-from dmx.registry import find_yaml
+from dmx.curriculum.controller import ClusterLost
+from dmx.curriculum.dryrun import dry_run
+from dmx.curriculum.session import Options, run_curriculum
+from dmx.curriculum.views import log_failures, show_end, show_status
+from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
 from dmx.schema import flatten, is_url, parse_assignments
+
+logger = logging.getLogger("dmx.curriculum")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,12 +29,27 @@ def main(argv: Sequence[str]) -> int:
     p = parser()
     args = resuming.parse(p, _given(p, argv), "curriculum", default_name=_default_name)
     curriculum = _curriculum(vars(args))
-    options = _options(args, curriculum, argv)
+    options = _options(args, curriculum)
     if args.status:
-        return show_status(curriculum, options)
+        show_status(curriculum, options.folder)
+        return EXIT_OK
     if args.dry_run:
-        return dry_run(curriculum, options)
-    return run_session(curriculum, options)
+        dry_run(curriculum, options)
+        return EXIT_OK
+    try:
+        outcome = run_curriculum(curriculum, options)
+    except (KeyboardInterrupt, ClusterLost) as error:
+        logger.warning(
+            "%s; everything up to the last evaluation is kept. Continue with:",
+            str(error) or "interrupted",
+        )
+        sys.stderr.write(continue_command(argv) + "\n")
+        return EXIT_PARTIAL if isinstance(error, ClusterLost) else EXIT_INTERRUPTED
+    show_end(curriculum, options.folder, outcome.history)
+    if outcome.passed:
+        return EXIT_OK
+    log_failures(curriculum, outcome.history, outcome.broken)
+    return EXIT_FAILED
 
 
 def _given(p: cli.Parser, argv: Sequence[str]) -> dict[str, Any]:
@@ -50,15 +71,13 @@ def _curriculum(given: Mapping[str, Any]) -> CurriculumConfig:
     if given.get("curriculum") is None:
         raise ConfigError("give a curriculum, a name or a YAML path, or --resume RUN.")
     return load_curriculum(
-        find_yaml(given["curriculum"], "curricula"),
+        given["curriculum"],
         attention=given.get("attention"),
         overrides=flatten(parse_assignments(given.get("set", []))),
     )
 
 
-def _options(
-    args: argparse.Namespace, curriculum: CurriculumConfig, argv: Sequence[str]
-) -> Options:
+def _options(args: argparse.Namespace, curriculum: CurriculumConfig) -> Options:
     folder, places = place_options.find_places(
         storage=args.storage,
         name=args.name,
@@ -93,7 +112,6 @@ def _options(
         gpus=args.gpus_per_trial,
         workers=args.workers_per_trial,
         address=args.address,
-        again=continue_command(argv),
         given=resuming.options_of(args, None if is_url(args.data_root or "") else root),
         places=places,
     )

@@ -1,4 +1,4 @@
-"""The curriculum's hands: runs, searches, data preparation and tests as Ray actors and tasks."""
+"""The Ray backend of a curriculum: stages, searches, data preparation, tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from dmx import terminal
 from dmx.cluster import capacity, gang
 from dmx.curriculum.controller import ClusterLost, Message
+from dmx.curriculum.planner import Launch
 from dmx.curriculum.resources import Key
 from dmx.data.prepare import open_data
 from dmx.data.store import open_store
@@ -39,13 +40,15 @@ from ray.exceptions import RayError, RayTaskError  # isort: skip
 
 
 _CLOSE_SECONDS = 20.0
+_GRACE_SHARE = 8
+"""ASHA's grace without `grace_steps`: an eighth of the stage's steps."""
 
 
 class SearchView:
     """Log lines of a search's trials, read from its journal: the search runs elsewhere."""
 
     def __init__(self, folder: Path, num_trials: int) -> None:
-        self._path, self._view = folder / layout.JOURNAL_FILE, LogView(num_trials)
+        self.folder, self._view = folder, LogView(num_trials)
         self._trials: dict[int, TrialResult] = {}
         self._read = 0
         for event in self._new_events():  # of an earlier session
@@ -64,7 +67,7 @@ class SearchView:
     def _new_events(self) -> list[dict[str, Any]]:
         """The reports and outcomes of the lines that were added, and are whole."""
         try:
-            with self._path.open("rb") as file:
+            with (self.folder / layout.JOURNAL_FILE).open("rb") as file:
                 file.seek(self._read)
                 lines = file.read().rpartition(b"\n")[0]
         except OSError:  # not begun, or on another node's disk
@@ -105,7 +108,6 @@ class RayBackend:
         self._places = places
         self._runs: dict[Key, gang.Running] = {}
         self._tasks: dict[Any, Key] = {}
-        self._searched: dict[Key, Path] = {}
         self._views: dict[Key, SearchView] = {}
 
     def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
@@ -114,14 +116,13 @@ class RayBackend:
         self._runs[key] = gang.start(job, cpus=cpus, gpus=gpus)
 
     def search(
-        self, key: Key, study: StudyConfig, data_folder: str, folder: Path, slots: int
+        self, key: Key, launch: Launch, job: Job, *, cpus: float, gpus: float, slots: int
     ) -> None:
         """A process without CPUs of its own that drives Tune; the trials have them."""
+        study = dataclasses.replace(stage_study(launch, job, cpus, gpus), places=self._places)
+        self._views[key] = SearchView(Path(job.folder), study.num_trials)
         remote = ray.remote(num_cpus=0, max_retries=3)(_search)
-        study = dataclasses.replace(study, places=self._places)
-        self._searched[key] = folder
-        self._views[key] = SearchView(folder, study.num_trials)
-        self._tasks[remote.remote(study, data_folder, str(folder), slots)] = key
+        self._tasks[remote.remote(study, job.data_folder, job.folder, slots)] = key
 
     def prepare(
         self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
@@ -148,7 +149,7 @@ class RayBackend:
                 return self._poll(timeout_seconds)
         except (RayError, ConnectionError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ClusterLost(reason) from None
+            raise ClusterLost(f"the cluster was lost ({reason})") from None
 
     def _poll(self, timeout_seconds: float) -> list[Message]:
         for key, view in self._views.items():
@@ -178,7 +179,8 @@ class RayBackend:
         messages = []
         for reference in ready:
             key = self._tasks.pop(reference)
-            if (view := self._views.pop(key, None)) is not None:
+            view = self._views.pop(key, None)
+            if view is not None:
                 with terminal.log_context(key.stage):
                     view.show()
             try:
@@ -187,9 +189,9 @@ class RayBackend:
                 lost = not isinstance(error, RayTaskError) or isinstance(error.cause, StorageError)
                 messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
-            if key.kind == "train":
+            if view is not None:
                 reports, failure, found = value
-                self._places.pull(self._searched[key] / layout.BEST_DIR)
+                self._places.pull(view.folder / layout.BEST_DIR)
                 messages += [Message(key=key, report=report) for report in reports]
                 messages.append(Message(key=key, done=True, failure=failure, value=found))
             else:
@@ -237,6 +239,40 @@ def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nic
     return time.monotonic() - started
 
 
+def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConfig:
+    """The study of one attempt; a retry draws other points, a longer one trains them longer.
+
+    Args:
+        job: of one trial, with the weights that each of them starts from. cpus, gpus: of a trial.
+    """
+    stage, config = launch.stage, launch.config
+    assert stage.search is not None and stage.space is not None
+    steps = config.train.num_steps
+    grace = stage.search.grace_steps or max(config.train.eval_every_steps, steps // _GRACE_SHARE)
+    changed = {
+        "train.num_steps": steps,
+        "train.seed": config.train.seed,
+        "data.seed": config.data.seed,
+        **{f"init.{key}": value for key, value in (job.run_config["init"] or {}).items()},
+    }
+    return StudyConfig(
+        name=stage.name,
+        task=stage.task,
+        space=stage.space,
+        overrides={**stage.overrides, **changed},
+        num_trials=stage.search.num_trials,
+        max_steps=steps,
+        grace_steps=min(grace, steps),
+        reduction_factor=stage.search.reduction_factor,
+        scheduler=stage.search.scheduler,
+        sampler=stage.search.sampler,
+        seed=stage.search.seed + launch.retry,
+        cpus_per_trial=cpus,
+        gpus_per_trial=gpus,
+        workers_per_trial=job.workers,
+    )
+
+
 def _search(
     study: StudyConfig, data_folder: str, folder: str, slots: int
 ) -> tuple[list[dict[str, Any]], str | None, dict[str, Any] | None]:
@@ -271,11 +307,13 @@ def _search(
     reports = [
         e["metrics"] for e in events if e.get("event") == "report" and e["trial"] == best.number
     ]
+    config = open_checkpoint(path / layout.BEST_DIR).config
     found = {
         "trial": best.number,
         "num_trials": len(result.trials),
         "params": summary["best"]["params"],
-        "config": to_dict(open_checkpoint(path / layout.BEST_DIR).config),
+        "config": to_dict(config),
+        "attention": config.attention.label,
         STEPS: sum(t.steps for t in result.trials),
         TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
     }

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.curriculum.history import History, StageState, attempt_folder
-from dmx.curriculum.planner import judging_of
 from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
 from dmx.runs import layout
+from dmx.runs.curriculum import History, StageState, attempt_folder
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
-from dmx.runs.run import CheckpointRef
 from dmx.schema import flatten
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
@@ -34,20 +31,8 @@ from dmx.training.transfer import (
 _MAX_VARIANTS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageData:
-    """A stage's data: the opened store, or None while it is still to be generated."""
-
-    store: Store | None
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes of the prepared data."""
-        return None if self.store is None else self.store.manifest.num_classes
-
-
-def find_data(stage: StageConfig, root: Path) -> StageData:
-    """The stage's prepared data, or the knowledge that they can be generated.
+def find_data(stage: StageConfig, root: Path) -> Store | None:
+    """The stage's prepared data, or None while they are still to be generated.
 
     Raises:
         DataError: they are neither there nor can dmx generate them; or what is there was generated
@@ -56,14 +41,14 @@ def find_data(stage: StageConfig, root: Path) -> StageData:
     task = stage.config.task_info
     if not is_prepared(task.name, root):
         if task.generated:
-            return StageData(store=None)
+            return None
         raise DataError(
             f"stage {stage.name}: task {task.name} has no prepared data in {root / task.name}; "
             f"run: {prepare_command(task.name, root)}"
         )
     store = open_store(root / task.name)
     check_settings(stage, store)
-    return StageData(store=store)
+    return store
 
 
 def check_settings(stage: StageConfig, store: Store) -> None:
@@ -82,37 +67,37 @@ def check_settings(stage: StageConfig, store: Store) -> None:
             )
 
 
-def resolve(config: RunConfig, data: StageData) -> RunConfig:
+def resolve(config: RunConfig, store: Store | None) -> RunConfig:
     """The config with the model's open sizes from the data, or from the task without data."""
-    if data.store is not None:
-        return trainer.resolve(config, data.store.manifest)
+    if store is not None:
+        return trainer.resolve(config, store.manifest)
     task = config.task_info
     return config.resolved(vocab_size=task.vocab_size, num_classes=task.num_classes)
 
 
-def variants(stage: StageConfig, data: StageData) -> Iterator[Shapes]:
+def _variants(stage: StageConfig, store: Store | None) -> Iterator[Shapes]:
     """The shapes that the stage may have: one, or as many as its search can choose."""
     if stage.space is None:
-        yield shapes_of(resolve(stage.config, data))
+        yield shapes_of(resolve(stage.config, store))
         return
     seen: list[Shapes] = []
     for corner in stage.space.corners(_MAX_VARIANTS):
         config = stage.space.run_config(stage.task, stage.overrides, corner)
-        shapes = shapes_of(resolve(config, data))
+        shapes = shapes_of(resolve(config, store))
         if shapes not in seen:
             seen.append(shapes)
             yield shapes
 
 
 def check_transfers(
-    curriculum: CurriculumConfig, data: Mapping[str, StageData]
+    curriculum: CurriculumConfig, data: Mapping[str, Store | None]
 ) -> dict[str, TransferReport]:
     """What every stage takes over from where it starts, by stage; stages from nothing are left out.
 
     Raises:
         CheckpointError: shapes that cannot transfer, or a damaged file to start from.
     """
-    known = {s.name: list(variants(s, data[s.name])) for s in curriculum.stages}
+    known = {s.name: list(_variants(s, data[s.name])) for s in curriculum.stages}
     reports = {}
     tasks: tuple[Task | None, Task]
     for stage in curriculum.stages:
@@ -207,37 +192,11 @@ def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
             raise ConfigError(f"stage {stage.name}: {error}") from None
 
 
-class Stores:
-    """Prepared data sets below one root, opened once."""
+def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, dict[str, Any]]:
+    """The best checkpoint of each attempt that has one, as the journal names it.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._open: dict[str, Store] = {}
-
-    def is_prepared(self, stage: StageConfig) -> bool:
-        """Whether the stage's data are there."""
-        return stage.task in self._open or is_prepared(stage.task, self.root)
-
-    def open(self, stage: StageConfig) -> bool:
-        """Open the stage's data; False while they are not there.
-
-        Raises:
-            DataError: they are damaged, or were generated with other settings.
-        """
-        if not self.is_prepared(stage):
-            return False
-        if stage.task not in self._open:
-            self._open[stage.task] = open_store(self.root / stage.task)
-        check_settings(stage, self._open[stage.task])
-        return True
-
-    def __getitem__(self, task: str) -> Store:
-        """An open store."""
-        return self._open[task]
-
-
-def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, CheckpointRef]:
-    """The best checkpoint of each attempt that has one. `folder`: the run's."""
+    Its path is relative to the run's folder, which may move.
+    """
     found = {}
     for attempt in state.attempts:
         path = attempt_folder(folder, stage, attempt.number) / layout.BEST_DIR
@@ -245,28 +204,20 @@ def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, C
             metrics = open_checkpoint(path).metrics
         except CheckpointError:
             continue
-        found[attempt.number] = CheckpointRef(
-            path=path,
-            step=int(metrics.get(STEPS, 0)),
-            dev_accuracy=metrics.get(DEV_ACCURACY),
-        )
+        found[attempt.number] = {
+            "stage": stage,
+            "attempt": attempt.number,
+            "path": str(path.relative_to(folder)),
+            "step": int(metrics.get(STEPS, 0)),
+            DEV_ACCURACY: metrics.get(DEV_ACCURACY),
+        }
     return found
 
 
-def checkpoint_facts(
-    folder: Path, stage: str, attempt: int, reference: CheckpointRef | None
-) -> dict[str, Any] | None:
-    """A checkpoint as the journal names it; its path is relative to the run, which may move."""
-    if reference is None:
-        return None
-    return {
-        "stage": stage,
-        "attempt": attempt,
-        "path": str(reference.path.relative_to(folder)),
-        "step": reference.step,
-        DEV_ACCURACY: reference.dev_accuracy,
-        "sha256": sha256_file(reference.path / layout.MODEL_FILE),
-    }
+def with_checksum(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the checksum of its weights."""
+    model = folder / checkpoint["path"] / layout.MODEL_FILE
+    return {**checkpoint, "sha256": sha256_file(model)}
 
 
 def data_facts(store: Store) -> dict[str, Any]:
@@ -302,7 +253,7 @@ def check_unchanged(curriculum: CurriculumConfig, history: History) -> None:
         stage = curriculum.stage(name)
         changed = _differences(state.attempts[0].spec, stage.training(), _NOT_TRAINING)
         if state.status == "passed":
-            changed += _differences(judging_of(state.attempts[-1]), stage.judging(), ())
+            changed += _differences(state.attempts[-1].judging, stage.judging(), ())
         if changed:
             done = "finished" if state.status == "passed" else "begun"
             raise StageError(

@@ -16,6 +16,7 @@ from dmx.curriculum.gates import Gate
 from dmx.curriculum.gates.standard import AlwaysGate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message
+from dmx.resources import find_yaml
 from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import expand, flatten, from_dict, join, merge, read_yaml, to_dict
 from dmx.search.rungs import LEAST_FACTOR
@@ -100,36 +101,59 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage, with every value decided.
+class StageSettings:
+    """What a stage may say beside RunConfig values; `defaults` may say it for all stages.
 
     Attributes:
-        parent: the stage whose best checkpoint starts this one, or None.
-        init_path: weights on disk that start it (checkpoint folder or .model file), or None.
-        space: of a stage that is a search, with what the curriculum fixed already fixed.
+        size: of the attention: its `size_field`. init_from: where its weights come from.
+        reinit: parameters that may start afresh where shapes differ.
         cpus, gpus: of the stage's run; None lets the command line or the cluster decide.
         workers: processes that share the run's work; None is one for each of its GPUs.
     """
 
     name: str
+    task: str
+    size: int | None = None
+    seed_data: int | None = None
+    seed_model: int | None = None
+    init_from: str | None = "previous"
+    reinit: tuple[str, ...] = ()
+    gate: Gate = field(default_factory=AlwaysGate)
+    on_fail: OnFail = field(default_factory=OnFail)
+    search: SearchConfig | None = None
+    generate: Generate = field(default_factory=Generate)
+    cpus: float | None = None
+    gpus: float | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value:g}; it must not be negative.")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; it must be at least 1.")
+        if not self.name or any(c in self.name for c in "/\\ \t\n") or self.name.startswith("."):
+            raise ConfigError(f"name is {self.name!r}; it must be usable as a folder's name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(StageSettings):
+    """One stage, with every value decided.
+
+    Attributes:
+        config: what it trains, its size and seeds included.
+        parent: the stage whose best checkpoint starts this one, or None.
+        init_path: weights on disk that start it (checkpoint folder or .model file), or None.
+        space: of a stage that is a search, with what the curriculum fixed already fixed.
+        overrides: the values of `config` that its search leaves as they are.
+    """
+
     config: RunConfig
     parent: str | None
     init_path: str | None
-    reinit: tuple[str, ...]
-    gate: Gate
-    on_fail: OnFail
-    search: SearchConfig | None
     space: SearchSpace | None
     overrides: Mapping[str, Any]
-    generate: Generate
-    cpus: float | None
-    gpus: float | None
-    workers: int | None = None
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return self.config.task
 
     def training(self) -> dict[str, Any]:
         """Plain values of all that decides what is trained; the same values, the same result."""
@@ -211,37 +235,7 @@ class CurriculumConfig:
         return tuple(s.name for s in self.stages if s.name not in parents)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageKeys:
-    """What a stage may say beside RunConfig values; `defaults` may say it for all stages."""
-
-    name: str
-    task: str
-    size: int | None = None
-    seed_data: int | None = None
-    seed_model: int | None = None
-    init_from: str | None = "previous"
-    reinit: tuple[str, ...] = ()
-    gate: Gate = field(default_factory=AlwaysGate)
-    on_fail: OnFail = field(default_factory=OnFail)
-    search: SearchConfig | None = None
-    generate: Generate = field(default_factory=Generate)
-    cpus: float | None = None
-    gpus: float | None = None
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("cpus", "gpus"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value:g}; it must not be negative.")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; it must be at least 1.")
-        if not self.name or any(c in self.name for c in "/\\ \t\n") or self.name.startswith("."):
-            raise ConfigError(f"name is {self.name!r}; it must be usable as a folder's name.")
-
-
-def parents(stages: list[StageKeys]) -> list[tuple[str | None, str | None]]:
+def _parents(stages: list[StageSettings]) -> list[tuple[str | None, str | None]]:
     """(parent stage, path on disk) of each stage."""
     names = [s.name for s in stages]
     found: list[tuple[str | None, str | None]] = []
@@ -280,7 +274,7 @@ def parents(stages: list[StageKeys]) -> list[tuple[str | None, str | None]]:
     return found
 
 
-def parents_first(stages: list[StageConfig]) -> list[StageConfig]:
+def _parents_first(stages: list[StageConfig]) -> list[StageConfig]:
     """The file's order, but a stage that starts from a later one comes after it."""
     done: list[StageConfig] = []
     while len(done) < len(stages):
@@ -291,7 +285,7 @@ def parents_first(stages: list[StageConfig]) -> list[StageConfig]:
     return done
 
 
-def sizes(stages: list[StageKeys], attention: str | None) -> list[int | None]:
+def _sizes(stages: list[StageSettings], attention: str | None) -> list[int | None]:
     """The attention's size in each stage."""
     given = [s.size for s in stages]
     if attention is None:
@@ -318,12 +312,15 @@ SECTIONS = ("attention", "model", "optim", "data", "train")
 
 
 def load_curriculum(
-    path: Path, *, attention: str | None = None, overrides: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    *,
+    attention: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> CurriculumConfig:
     """Read and check a curriculum.
 
     Args:
-        path: the YAML file.
+        source: a YAML path, the name of a shipped curriculum, or what such a file holds.
         attention: `nystrom`: every stage runs this attention, its size taking the place of the
             file's. `performer-64`: the first stage has size 64, and the others grow as the file's.
         overrides: dotted RunConfig values that win in every stage (`--set`).
@@ -334,20 +331,22 @@ def load_curriculum(
     if attention is not None:  # before the file, which would be blamed for it
         split_name(attention)
         AttentionConfig.parse(attention, "attention")
+    if isinstance(source, Mapping):
+        return _parse(source, "curriculum", attention, overrides or {})
+    path = find_yaml(str(source), "curricula")
     try:
-        return parse_curriculum(read_yaml(path), path.stem, attention, overrides or {})
+        return _parse(read_yaml(path), path.stem, attention, overrides or {})
     except ConfigError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise ConfigError(f"{where}{error}") from None
 
 
-def parse_curriculum(
+def _parse(
     raw: Mapping[str, Any],
     default_name: str,
-    attention: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    attention: str | None,
+    overrides: Mapping[str, Any],
 ) -> CurriculumConfig:
-    """The curriculum in a plain mapping; see load_curriculum."""
     for key in raw:
         if key not in ("name", "defaults", "stages"):
             raise ConfigError(f"{key} is not a setting; allowed: name, defaults, stages.")
@@ -363,7 +362,7 @@ def parse_curriculum(
     for key in ("name", "search"):
         if key in common:
             raise ConfigError(f"defaults.{key} is not allowed; it belongs to a stage.")
-    read: list[tuple[StageKeys, dict[str, Any]]] = []
+    read: list[tuple[StageSettings, dict[str, Any]]] = []
     for number, stage in enumerate(stages):
         where = f"stages[{number}]"
         if not isinstance(stage, Mapping):
@@ -372,22 +371,22 @@ def parse_curriculum(
             where = f"stages.{stage['name']}"
         own, own_run = _split(stage, where)
         own.setdefault("name", own.get("task", common.get("task")))
-        keys = from_dict(StageKeys, {**common, **own}, where)
+        keys = from_dict(StageSettings, {**common, **own}, where)
         read.append((keys, merge(common_run, own_run)))
-    starts = parents([keys for keys, _ in read])
-    grown = sizes([keys for keys, _ in read], attention)
+    starts = _parents([keys for keys, _ in read])
+    grown = _sizes([keys for keys, _ in read], attention)
     built = [
-        _build(keys, run, starts[i], grown[i], attention, overrides or {})
+        _build(keys, run, starts[i], grown[i], attention, overrides)
         for i, (keys, run) in enumerate(read)
     ]
-    return CurriculumConfig(name=name, stages=tuple(parents_first(built)))
+    return CurriculumConfig(name=name, stages=tuple(_parents_first(built)))
 
 
 def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stage's own keys, and the RunConfig values."""
     own: dict[str, Any] = {}
     run: dict[str, Any] = {}
-    known = {f.name for f in dataclasses.fields(StageKeys)}
+    known = {f.name for f in dataclasses.fields(StageSettings)}
     for key, value in raw.items():
         if str(key).split(".")[0] in SECTIONS:
             run[key] = value
@@ -402,7 +401,7 @@ def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str
 
 
 def _build(
-    keys: StageKeys,
+    keys: StageSettings,
     run: Mapping[str, Any],
     parent: tuple[str | None, str | None],
     size: int | None,
@@ -418,25 +417,17 @@ def _build(
     if keys.generate.options() and not task_for(keys.task).generated:
         raise ConfigError(f"{where}.generate: task {keys.task} cannot be generated.")
     return StageConfig(
-        name=keys.name,
+        **vars(keys),
         config=config,
         parent=parent[0],
         init_path=parent[1],
-        reinit=keys.reinit,
-        gate=keys.gate,
-        on_fail=keys.on_fail,
-        search=keys.search,
         space=space,
         overrides=fixed,
-        generate=keys.generate,
-        cpus=keys.cpus,
-        gpus=keys.gpus,
-        workers=keys.workers,
     )
 
 
 def _run_config(
-    keys: StageKeys,
+    keys: StageSettings,
     run: Mapping[str, Any],
     size: int | None,
     attention: str | None,
@@ -469,7 +460,7 @@ def _size_field(layers: list[Mapping[str, Any]]) -> str | None:
 
 
 def _space(
-    keys: StageKeys, config: RunConfig, overrides: Mapping[str, Any]
+    keys: StageSettings, config: RunConfig, overrides: Mapping[str, Any]
 ) -> tuple[SearchSpace | None, dict[str, Any]]:
     """The space of a search stage without what `--set` fixed, and the values it does not search."""
     if keys.search is None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from dmx import terminal
+from dmx.cluster.capacity import local_resources
 from dmx.costs.estimate import Cost, stage_cost
-from dmx.curriculum.checks import StageData, resolve
+from dmx.curriculum import checks
 from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.resources import plan_resources
+from dmx.curriculum.session import Options
 from dmx.curriculum.views import seconds_text
+from dmx.data.store import Store
+from dmx.runs import layout
+from dmx.runs.curriculum import fold
+from dmx.storage.journal import read_journal
 from dmx.tasks import NUM_IMAGES
-from dmx.terminal import Column, FittingTable, console, verbatim
+from dmx.terminal import Column, FittingTable
 from dmx.training.transfer import TransferReport
 
 StageCosts = Mapping[str, tuple[Cost, str]]
@@ -21,37 +28,39 @@ StageCosts = Mapping[str, tuple[Cost, str]]
 _DEV_SHARE = 0.1
 
 
-def show(
-    curriculum: CurriculumConfig,
-    data: Mapping[str, StageData],
-    transfers: Mapping[str, TransferReport],
-    *,
-    data_root: Path,
-    threads: Mapping[str, int],
-) -> None:
-    """Print what every stage trains, takes over, needs and costs.
+def dry_run(curriculum: CurriculumConfig, options: Options) -> None:
+    """Check all that a session would, and print what every stage takes over, needs and costs.
 
-    Args:
-        threads: CPU threads of a worker, by stage.
+    Raises:
+        DmxError: what a session would be refused for.
     """
-    out = console()
-    verbatim(f"curriculum {curriculum.name}: {len(curriculum.stages)} stages; data in {data_root}")
+    local = options.address is None
+    checks.check_device(curriculum, local=local)
+    data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
+    transfers = checks.check_transfers(curriculum, data)
+    history = fold(read_journal(options.folder / layout.JOURNAL_FILE)[0])
+    if history.stages and options.from_stage is None:
+        checks.check_unchanged(curriculum, history)
+    plan = plan_resources(curriculum, local_resources(), **options.request, check=local)
+    threads = {s.name: max(int(plan.request_for(s)[0]), 1) for s in curriculum.stages}
+    count = len(curriculum.stages)
+    terminal.verbatim(f"curriculum {curriculum.name}: {count} stages; data in {options.data_root}")
+    out = terminal.console()
     out.print(_chain(curriculum, data, transfers))
     costs = {}
     for stage in curriculum.stages:
-        store = data[stage.name].store
-        config = resolve(stage.config, data[stage.name])
-        dev = _dev_examples(stage, data[stage.name])
+        store = data[stage.name]
+        config, dev = checks.resolve(stage.config, store), _dev_examples(stage, store)
         costs[stage.name] = stage_cost(config, store, dev, threads=threads[stage.name])
-    out.print(_costs(curriculum, costs, threads))
+    out.print(_costs(curriculum, costs, max(threads.values())))
     for line in _remarks(curriculum, data, costs):
         out.print(line, highlight=False)
     out.print("All checks passed. Nothing was started (--dry-run).")
 
 
-def _dev_examples(stage: StageConfig, data: StageData) -> int:
-    if data.store is not None:
-        return int(data.store.manifest.splits["dev"])
+def _dev_examples(stage: StageConfig, store: Store | None) -> int:
+    if store is not None:
+        return int(store.manifest.splits["dev"])
     return round(_DEV_SHARE * (stage.generate.num_images or NUM_IMAGES))
 
 
@@ -61,7 +70,7 @@ _SPARE = {"seeds": 1, "warmup": 2, "dev pass": 1, "GFLOPs a step": 2}
 
 def _chain(
     curriculum: CurriculumConfig,
-    data: Mapping[str, StageData],
+    data: Mapping[str, Store | None],
     transfers: Mapping[str, TransferReport],
 ) -> FittingTable:
     names = ("stage", "task", "attention", "batch", "steps", "warmup", "seeds")
@@ -76,7 +85,7 @@ def _chain(
         config = stage.config
         size = "" if config.attention.size is None else f"-{config.attention.size}"
         micro = config.train.micro_batch_size or config.train.batch_size
-        store = data[stage.name].store
+        store = data[stage.name]
         images = stage.generate.num_images or NUM_IMAGES
         table.add_row(
             stage.name,
@@ -105,14 +114,12 @@ def _source(stage: StageConfig, transfers: Mapping[str, TransferReport]) -> str:
     return f"{stage.parent or stage.init_path} ({', '.join(parts)})"
 
 
-def _costs(
-    curriculum: CurriculumConfig, costs: StageCosts, threads: Mapping[str, int]
-) -> FittingTable:
+def _costs(curriculum: CurriculumConfig, costs: StageCosts, most_threads: int) -> FittingTable:
     device = next(iter(costs.values()))[0].probes[0].device
-    most = max(threads.values())
     if device == "cuda":
         device = torch.cuda.get_device_name()
-    where = f"{device}, {most} thread{'s' * (most > 1)}" if device == "cpu" else device
+    threads = f"{most_threads} thread{'s' * (most_threads > 1)}"
+    where = f"{device}, {threads}" if device == "cpu" else device
     names = ("parameters", "real tokens", "GFLOPs a step", "memory", "step", "dev pass")
     table = FittingTable(
         f"what it costs, measured on this device ({where})",
@@ -145,9 +152,7 @@ def _costs(
 
 
 def _remarks(
-    curriculum: CurriculumConfig,
-    data: Mapping[str, StageData],
-    costs: StageCosts,
+    curriculum: CurriculumConfig, data: Mapping[str, Store | None], costs: StageCosts
 ) -> list[str]:
     lines = []
     if next(iter(costs.values()))[0].probes[0].device == "cpu":
@@ -155,7 +160,7 @@ def _remarks(
             "memory: weights, AdamW and the tensors that one micro batch saves for the backward "
             "pass, in float32; the process itself needs about 400 MiB more."
         )
-    missing = {s.task: s for s in curriculum.stages if data[s.name].store is None}
+    missing = {s.task: s for s in curriculum.stages if data[s.name] is None}
     for task, stage in missing.items():
         images = stage.generate.num_images or NUM_IMAGES
         rate = _images_per_second(task)

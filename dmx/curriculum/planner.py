@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.curriculum.history import Attempt, History, StageState
-from dmx.runs.curriculum import StageRecord
-from dmx.runs.run import CheckpointRef
-from dmx.study.study import StudyConfig
+from dmx.runs.curriculum import History, StageState
+from dmx.runs.metrics import DEV_ACCURACY
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
 _SEED_STEP = 1009
@@ -135,24 +133,34 @@ class Verdict:
     next: NextStep
     attempt: int | None = None
 
+    @property
+    def outcome(self) -> str:
+        """What follows, in words."""
+        if self.next == "promote":
+            return "promoted" if self.passed else "promoted all the same (on_fail: continue)"
+        return {
+            "retry": "not passed; trying again with new seeds (on_fail: retry)",
+            "longer": "not passed; training longer (on_fail: longer)",
+            "stop": "not passed; this branch ends here (on_fail: stop)",
+        }[self.next]
+
 
 def judge(
     stage: StageConfig,
     state: StageState,
-    record: StageRecord,
-    checkpoints: Mapping[int, CheckpointRef],
+    checkpoints: Mapping[int, Mapping[str, Any]],
     failure: str | None,
 ) -> Verdict:
     """Decide about the stage's latest attempt.
 
     Args:
-        record: of that attempt. checkpoints: the best one of each attempt, where one exists.
+        checkpoints: the best one of each attempt, where one exists; see StageState.promoted.
         failure: why the attempt broke, if it did; then it never passes.
     """
     current = state.current
     assert current is not None
-    if failure is None and record.checkpoint is not None:
-        decision = stage.gate.decide(record)
+    if failure is None and current.number in checkpoints:
+        decision = stage.gate.decide(current)
         passed, reason = decision.passed, decision.reason
     else:
         passed, reason = False, f"failed: {failure or 'it left no checkpoint'}"
@@ -169,8 +177,9 @@ def judge(
     return Verdict(passed=False, reason=reason, next="stop")
 
 
-def _accuracy(checkpoint: CheckpointRef) -> float:
-    return -1.0 if checkpoint.dev_accuracy is None else checkpoint.dev_accuracy
+def _accuracy(checkpoint: Mapping[str, Any]) -> float:
+    accuracy = checkpoint[DEV_ACCURACY]
+    return -1.0 if accuracy is None else float(accuracy)
 
 
 def wanted_tests(
@@ -187,15 +196,6 @@ def wanted_tests(
     return found
 
 
-def judging_of(attempt: Attempt) -> Mapping[str, Any]:
-    """Gate and on_fail by which the attempt was judged, or would be when it was launched."""
-    if attempt.decision is not None:
-        judging = attempt.decision["judging"]
-        assert isinstance(judging, Mapping)
-        return judging
-    return {key: attempt.spec[key] for key in ("gate", "on_fail")}
-
-
 def to_rejudge(
     curriculum: CurriculumConfig, history: History, selected: Collection[str]
 ) -> list[StageConfig]:
@@ -205,7 +205,7 @@ def to_rejudge(
         state = history.stage(stage.name)
         if stage.name not in selected or state.status != "failed" or state.current is None:
             continue
-        if judging_of(state.current) != stage.judging():
+        if state.current.judging != stage.judging():
             found.append(stage)
     return found
 
@@ -221,44 +221,4 @@ def has_work(curriculum: CurriculumConfig, history: History, selected: Collectio
         next_launches(curriculum, history, selected, ())
         or wanted_tests(curriculum, history)
         or to_rejudge(curriculum, history, selected)
-    )
-
-
-_GRACE_SHARE = 8
-
-
-def stage_study(
-    launch: Launch, *, cpus: float, gpus: float, workers: int, init: Mapping[str, Any] | None
-) -> StudyConfig:
-    """The study of one attempt; a retry draws other points, a longer one trains them longer.
-
-    Args:
-        init: the weights that every trial starts from (InitConfig as a plain dict).
-    """
-    stage, config = launch.stage, launch.config
-    assert stage.search is not None and stage.space is not None
-    steps = config.train.num_steps
-    evaluation = config.train.eval_every_steps
-    grace = stage.search.grace_steps or max(evaluation, steps // _GRACE_SHARE)
-    changed = {
-        "train.num_steps": steps,
-        "train.seed": config.train.seed,
-        "data.seed": config.data.seed,
-        **({f"init.{key}": value for key, value in init.items()} if init else {}),
-    }
-    return StudyConfig(
-        name=stage.name,
-        task=stage.task,
-        space=stage.space,
-        overrides={**stage.overrides, **changed},
-        num_trials=stage.search.num_trials,
-        max_steps=steps,
-        grace_steps=min(grace, steps),
-        reduction_factor=stage.search.reduction_factor,
-        scheduler=stage.search.scheduler,
-        sampler=stage.search.sampler,
-        seed=stage.search.seed + launch.retry,
-        cpus_per_trial=cpus,
-        gpus_per_trial=gpus,
-        workers_per_trial=workers,
     )

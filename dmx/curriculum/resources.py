@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from dmx.cluster.capacity import Resources, check_request, local_resources
+from dmx.cluster.capacity import Resources, check_request
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.planner import Launch
 from dmx.errors import ConfigError
@@ -14,7 +14,7 @@ from dmx.training.job import Workers, check_batch, check_device, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
+class ResourcePlan:
     """CPU cores and GPUs: of the whole cluster, and of one run, with its workers."""
 
     num_cpus: float
@@ -23,52 +23,35 @@ class Means:
     gpus: float
     workers: int | None = None
 
-    def of(self, stage: StageConfig) -> tuple[float, float]:
+    def request_for(self, stage: StageConfig) -> tuple[float, float]:
         """(CPUs, GPUs) of one of the stage's runs."""
         cpus = self.cpus if stage.cpus is None else stage.cpus
         return cpus, self.gpus if stage.gpus is None else stage.gpus
 
-    def shared_out(self, stage: StageConfig) -> Workers:
+    def workers_for(self, stage: StageConfig) -> Workers:
         """The processes that share the work of one of the stage's runs, and what each has.
 
         Raises:
             ConfigError: the numbers do not go together.
         """
-        cpus, gpus = self.of(stage)
+        cpus, gpus = self.request_for(stage)
         workers = self.workers if stage.workers is None and not stage.gpus else stage.workers
         return share_out(cpus=cpus, gpus=gpus, workers=workers)
 
 
-def local_means(
-    curriculum: CurriculumConfig,
-    cpus: float | None,
-    gpus: float | None,
-    workers: int | None = None,
-    *,
-    check: bool = True,
-) -> Means:
-    """The means of this machine, without starting Ray.
-
-    Raises:
-        ConfigError: a stage asks for more than there is.
-    """
-    return means_of(curriculum, local_resources(), cpus, gpus, workers, check=check)
-
-
-def means_of(
+def plan_resources(
     curriculum: CurriculumConfig,
     resources: Resources,
+    *,
     cpus: float | None,
     gpus: float | None,
-    workers: int | None = None,
-    *,
+    workers: int | None,
     check: bool = True,
-) -> Means:
+) -> ResourcePlan:
     """Choose what the command line left open.
 
-    With GPUs a worker has one of them and its share of the cores; without, the cores are shared
-    by as many stages as could ever run at once. No
-    worker exceeds the cluster's largest node.
+    With GPUs a run has one of them and its share of the cores; without, the cores are shared by as
+    many stages as could ever run at once. No run exceeds the cluster's largest node.
 
     Raises:
         ConfigError: a stage asks for more than there is; Ray would wait for ever.
@@ -79,7 +62,7 @@ def means_of(
         runs = int(resources.num_gpus / gpus) if gpus else len(curriculum.leaves)
         largest = max((int(node[0]) for node in resources.nodes), default=resources.num_cpus)
         cpus = float(max(min(resources.num_cpus, largest) // max(runs, 1), 1))
-    means = Means(
+    plan = ResourcePlan(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         cpus=cpus,
@@ -87,16 +70,15 @@ def means_of(
         workers=workers,
     )
     for stage in curriculum.stages if check else ():
-        wanted_cpus, wanted_gpus = means.of(stage)
+        wanted_cpus, wanted_gpus = plan.request_for(stage)
         try:
-            shared = means.shared_out(stage)
-            count = shared.count
-            check_request(resources, cpus=wanted_cpus, gpus=wanted_gpus, workers=count)
+            shared = plan.workers_for(stage)
+            check_request(resources, cpus=wanted_cpus, gpus=wanted_gpus, workers=shared.count)
             check_batch(stage.config.train.batch_size, shared.count)
             check_device(stage.config.train.device, shared)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
-    return means
+    return plan
 
 
 class Key(NamedTuple):
@@ -108,8 +90,8 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Busy:
-    """Work under way, and what it occupies. `launch`: of a stage. `begun`: when."""
+class Allocation:
+    """Work under way, and what it occupies. `launch`: of a stage."""
 
     cpus: float = 0.0
     gpus: float = 0.0
@@ -117,26 +99,29 @@ class Busy:
     begun: float = field(default_factory=time.monotonic)
 
 
-class Room:
+class ResourcePool:
     """The cluster's CPUs and GPUs, less what is under way."""
 
-    def __init__(self, means: Means) -> None:
-        self.means = means
-        self.busy: dict[Key, Busy] = {}
+    def __init__(self, plan: ResourcePlan) -> None:
+        self.plan = plan
+        self.allocated: dict[Key, Allocation] = {}
+
+    def under_way(self, kind: str) -> list[Key]:
+        return [key for key in self.allocated if key.kind == kind]
 
     def free(self) -> tuple[float, float]:
         """(CPUs, GPUs) that nothing occupies."""
-        cpus = self.means.num_cpus - sum(b.cpus for b in self.busy.values())
-        return cpus, self.means.num_gpus - sum(b.gpus for b in self.busy.values())
+        cpus = self.plan.num_cpus - sum(a.cpus for a in self.allocated.values())
+        return cpus, self.plan.num_gpus - sum(a.gpus for a in self.allocated.values())
 
     def fits(self, stage: StageConfig) -> bool:
-        """Whether one worker of the stage could start now."""
-        cpus, gpus = self.means.of(stage)
+        """Whether one run of the stage could start now."""
+        cpus, gpus = self.plan.request_for(stage)
         free_cpus, free_gpus = self.free()
         return cpus <= free_cpus + 1e-9 and gpus <= free_gpus + 1e-9
 
     def slots(self, cpus: float, gpus: float) -> int:
-        """How many workers of this size fit, at least one."""
+        """How many runs of this size fit, at least one."""
         free_cpus, free_gpus = self.free()
         rooms = [free_cpus / cpus] if cpus else []
         rooms += [free_gpus / gpus] if gpus else []

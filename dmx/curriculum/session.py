@@ -1,4 +1,4 @@
-"""One session of a curriculum: check everything, take the run's lock, connect, run, report."""
+"""One session of a curriculum: check everything, take the run's lock, connect, run."""
 
 from __future__ import annotations
 
@@ -16,29 +16,21 @@ from typing import Any
 
 import yaml
 
-from dmx.curriculum import checks, dryrun, planner
+from dmx.cluster.capacity import local_resources
+from dmx.curriculum import checks, planner
 from dmx.curriculum.config import CurriculumConfig
-from dmx.curriculum.history import History, fold
-from dmx.curriculum.resources import local_means, means_of
-from dmx.curriculum.views import LineageWriter, LogView, TensorBoardView, since, stages_table
-from dmx.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_PARTIAL,
-    ConfigError,
-    StageError,
-)
+from dmx.curriculum.resources import plan_resources
+from dmx.curriculum.views import LineageWriter, TensorBoardView, log_report, since
+from dmx.errors import ConfigError
 from dmx.process import files_decide, terminate_like_interrupt
 from dmx.registry import code_version
 from dmx.runs import layout
+from dmx.runs.curriculum import History, fold
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
 from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
 from dmx.study.folder import append_settings
-from dmx.tensorboard import Column, announce_study
-from dmx.terminal import console, verbatim
 
 logger = logging.getLogger("dmx.curriculum")
 CURRICULUM_FILE = "curriculum.yaml"
@@ -46,11 +38,15 @@ CURRICULUM_FILE = "curriculum.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says.
+    """How a curriculum is run; nothing here changes what its stages learn.
 
     Attributes:
-        folder: the run's. again: the command that continues it. given: its options, for the record.
-        places: object storage and local copies. Others: see --help.
+        folder: the run's. data_root: of prepared data.
+        until: the last stage of this session. from_stage: train it and its descendants again.
+        fresh: move an existing run aside.
+        cpus, gpus, workers: of a run; None lets the cluster decide. address: of Ray.
+        given: the options of the command, for the record.
+        places: object storage and local copies.
     """
 
     folder: Path
@@ -62,74 +58,48 @@ class Options:
     gpus: float | None = None
     workers: int | None = None
     address: str | None = None
-    again: str = ""
     given: Mapping[str, Any] = field(default_factory=dict)
     places: StorageLayout = SHARED_FILESYSTEM
 
-
-def dry_run(curriculum: CurriculumConfig, options: Options) -> int:
-    """Check and measure; the exit code."""
-    checks.check_device(curriculum, local=options.address is None)
-    data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
-    transfers = checks.check_transfers(curriculum, data)
-    history = fold(read_journal(options.folder / layout.JOURNAL_FILE)[0])
-    if history.stages and options.from_stage is None:
-        checks.check_unchanged(curriculum, history)
-    local = options.address is None
-    means = local_means(curriculum, options.cpus, options.gpus, options.workers, check=local)
-    threads = {s.name: max(int(means.of(s)[0]), 1) for s in curriculum.stages}
-    dryrun.show(curriculum, data, transfers, data_root=options.data_root, threads=threads)
-    return EXIT_OK
+    @property
+    def request(self) -> dict[str, Any]:
+        """What plan_resources is told of a run."""
+        return {"cpus": self.cpus, "gpus": self.gpus, "workers": self.workers}
 
 
-def show_status(curriculum: CurriculumConfig, options: Options) -> int:
-    """Print where the run stands; reads the journal only, so it disturbs nobody."""
-    events, _ = read_journal(options.folder / layout.JOURNAL_FILE)
-    if not events:
-        raise StageError(f"there is no run in {options.folder}; start it without --status.")
-    history = fold(events)
-    out = console()
-    title = f"{options.folder.name}: begun {since(history.created)} ago, {_liveness(events)}"
-    out.print(stages_table(curriculum, history, title))
-    return EXIT_OK
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a session ended.
+
+    Attributes:
+        passed: every selected stage was promoted.
+        broken: why a stage could not run: its data, or the checkpoint it starts from.
+    """
+
+    history: History
+    passed: bool
+    broken: Mapping[str, str]
 
 
-def _liveness(events: list[dict[str, Any]]) -> str:
-    """Whether a controller is at work, as far as this machine can tell."""
-    session: dict[str, Any] = {}
-    for event in events:
-        if event["event"] == "session":
-            session = event
-        elif event["event"] in ("closed", "interrupted"):
-            session = {}
-    seen = f"last event {since(events[-1]['time'])} ago"
-    if not session:
-        return f"not running, {seen}"
-    if session["host"] != socket.gethostname():
-        return f"running on {session['host']}, {seen}"
-    try:
-        os.kill(session["pid"], 0)
-    except ProcessLookupError:
-        return f"stopped without a word (killed?), {seen}; the same command continues it"
-    except PermissionError:
-        pass
-    return f"running (process {session['pid']}), {seen}"
+def run_curriculum(curriculum: CurriculumConfig, options: Options) -> Outcome:
+    """Run or continue a curriculum until nothing is left that could be done.
 
-
-def run_session(curriculum: CurriculumConfig, options: Options) -> int:
-    """Run or continue the curriculum; the exit code."""
+    Raises:
+        DmxError: something is wrong with the curriculum, its data or its record; nothing was begun.
+        ClusterLost, KeyboardInterrupt: the session was cut off; the same call continues it.
+    """
     checks.check_device(curriculum, local=options.address is None)
     if options.address is None:
-        local_means(curriculum, options.cpus, options.gpus, options.workers)
+        plan_resources(curriculum, local_resources(), **options.request)
         return _session(curriculum, options)
     from dmx.cluster import connection
 
     with connection.connect(options.address) as resources:  # refused before anything is written
-        means_of(curriculum, resources, options.cpus, options.gpus, options.workers)
+        plan_resources(curriculum, resources, **options.request)
         return _session(curriculum, options)
 
 
-def _session(curriculum: CurriculumConfig, options: Options) -> int:
+def _session(curriculum: CurriculumConfig, options: Options) -> Outcome:
     sync = FolderSync(options.places)
     sync.restore(checkpoints=True)
     data = {s.name: checks.find_data(s, options.data_root) for s in curriculum.stages}
@@ -141,17 +111,20 @@ def _session(curriculum: CurriculumConfig, options: Options) -> int:
         _move_aside(options.folder)
     files_decide()
     with _open(options.folder) as journal:
-        _prepare_journal(curriculum, options, journal, selected)
+        _begin(curriculum, options, journal, selected)
         history = fold(journal.events)
+        lineage = LineageWriter(curriculum, options.folder, code_version())
+        lineage.write(history)
         if not planner.has_work(curriculum, history, selected):
             logger.info("nothing is left to do")
-            return _finish(curriculum, options, history, {}, planner.all_passed(history, selected))
+            passed = planner.all_passed(history, selected)
+            return Outcome(history=history, passed=passed, broken={})
         for stage in curriculum.stages:
             if stage.name in transfers and history.stage(stage.name).status == "waiting":
                 source = stage.parent or stage.init_path
                 logger.info("%s starts from %s: %s", stage.name, source, transfers[stage.name])
         with sync:
-            return _connected(curriculum, options, journal, selected)
+            return _connected(curriculum, options, journal, selected, lineage)
 
 
 def _open(folder: Path) -> Journal:
@@ -164,7 +137,7 @@ def _open(folder: Path) -> Journal:
         ) from None
 
 
-def _prepare_journal(
+def _begin(
     curriculum: CurriculumConfig, options: Options, journal: Journal, selected: list[str]
 ) -> None:
     """Check the history, apply --from-stage, and write down that a session begins."""
@@ -205,15 +178,16 @@ def _prepare_journal(
 
 
 def _connected(
-    curriculum: CurriculumConfig, options: Options, journal: Journal, selected: list[str]
-) -> int:
+    curriculum: CurriculumConfig,
+    options: Options,
+    journal: Journal,
+    selected: list[str],
+    lineage: LineageWriter,
+) -> Outcome:
     from dmx.cluster import connection
     from dmx.curriculum.backend import RayBackend
     from dmx.curriculum.controller import ClusterLost, Controller
 
-    code = code_version()
-    lineage = LineageWriter(curriculum, options.folder, code)
-    _announce(curriculum, options.folder)
     with terminate_like_interrupt() as check:
         try:
             with (
@@ -223,79 +197,28 @@ def _connected(
                 ) as tensorboard,
                 contextlib.closing(RayBackend(options.places)) as backend,
             ):
-                lineage.write(fold(journal.events))
+                plan = plan_resources(curriculum, resources, **options.request)
                 controller = Controller(
                     curriculum,
                     options.folder,
                     journal,
                     backend,
-                    means=means_of(
-                        curriculum, resources, options.cpus, options.gpus, options.workers
-                    ),
+                    plan=plan,
                     data_root=options.data_root,
                     selected=selected,
-                    code=code,
-                    observers=(LogView(), tensorboard, lineage),
+                    code=lineage.code,
+                    observers=(log_report, tensorboard.event, lineage.event),
                 )
                 passed = controller.run(check)
-        except KeyboardInterrupt:
-            return _interrupted(options, journal, "interrupted", EXIT_INTERRUPTED)
-        except ClusterLost as error:
-            return _interrupted(options, journal, f"the cluster was lost ({error})", EXIT_PARTIAL)
-    if controller.lost:
-        what = f"the workers of {', '.join(sorted(controller.lost))} died again and again"
-        return _interrupted(options, journal, what, EXIT_PARTIAL)
+            if controller.lost:
+                names = ", ".join(sorted(controller.lost))
+                raise ClusterLost(f"the workers of {names} died again and again")
+        except (KeyboardInterrupt, ClusterLost) as error:
+            reason = str(error) or "interrupted"
+            journal.append(event="interrupted", reason=reason, time=time.time())
+            raise
     journal.append(event="closed", passed=passed, time=time.time())
-    return _finish(curriculum, options, controller.history, controller.broken, passed)
-
-
-def _announce(curriculum: CurriculumConfig, folder: Path) -> None:
-    """The columns of TensorBoard's HParams: what tells the stages apart."""
-    announce_study(
-        folder,
-        {
-            "stage": Column(tuple(s.name for s in curriculum.stages)),
-            "task": Column(tuple(sorted({s.task for s in curriculum.stages}))),
-            "attention": Column(
-                tuple(sorted({s.config.attention.name for s in curriculum.stages}))
-            ),
-        },
-    )
-
-
-def _interrupted(options: Options, journal: Journal, what: str, code: int) -> int:
-    journal.append(event="interrupted", reason=what, time=time.time())
-    logger.warning("%s; everything up to the last evaluation is kept. Continue with:", what)
-    sys.stderr.write(options.again + "\n")
-    return code
-
-
-def _finish(
-    curriculum: CurriculumConfig,
-    options: Options,
-    history: History,
-    broken: Mapping[str, str],
-    passed: bool,
-) -> int:
-    out = console()
-    out.print(stages_table(curriculum, history, f"{options.folder.name}: {curriculum.name}"))
-    verbatim(f"files: {options.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)")
-    verbatim(f"curves: tensorboard --logdir {options.folder}")
-    if passed:
-        return EXIT_OK
-    for name, reason in broken.items():
-        logger.error("stage %s could not run: %s", name, reason)
-    for stage in curriculum.stages:
-        state = history.stage(stage.name)
-        if state.status == "failed" and state.current is not None and state.current.decision:
-            logger.error(
-                "stage %s was not promoted: %s. Edit its gate or on_fail and run the same command, "
-                "or train it again with --from-stage %s.",
-                stage.name,
-                state.current.decision["reason"],
-                stage.name,
-            )
-    return EXIT_FAILED
+    return Outcome(history=controller.history, passed=passed, broken=controller.broken)
 
 
 def _unfinished(folder: Path, option: str, value: object) -> bool:

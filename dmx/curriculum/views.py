@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import terminal
+from dmx import tensorboard, terminal
 from dmx.attention.base import AttentionConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.curriculum.history import History, StageState, advance, attempt_folder, fold
 from dmx.curriculum.planner import attempt_config
+from dmx.errors import StageError
 from dmx.runs import layout
+from dmx.runs.curriculum import History, StageState, advance, attempt_folder, fold
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -32,7 +35,8 @@ from dmx.runs.metrics import (
     TRAIN_SECONDS,
 )
 from dmx.storage.files import write_atomic
-from dmx.tensorboard import RunWriter
+from dmx.storage.journal import read_journal
+from dmx.tensorboard import RunWriter, announce_study
 from dmx.terminal import Column, FittingTable
 from dmx.training.predictions import write_samples
 
@@ -46,28 +50,23 @@ _CURVE_KEYS = (
 )
 
 
-class LogView:
+def log_report(history: History, event: Mapping[str, Any]) -> None:
     """One log line per evaluation, with the time that is left for the stage."""
-
-    def event(self, history: History, event: Mapping[str, Any]) -> None:
-        """Speak of reports only; the controller says the rest."""
-        if event["event"] != "report":
-            return
-        attempt = history.stage(event["stage"]).current
-        if attempt is None:
-            return
-        metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
-        left = seconds_text(metrics[STEP_SECONDS] * (total - event["step"]))
-        with terminal.log_context(event["stage"]):
-            logger.info(
-                "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
-                f"{event['step']:,}",
-                f"{total:,}",
-                metrics[TRAIN_LOSS],
-                metrics[DEV_ACCURACY],
-                metrics[BEST_DEV_ACCURACY],
-                left,
-            )
+    attempt = history.stage(event.get("stage", "")).current
+    if event["event"] != "report" or attempt is None:
+        return
+    metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
+    left = seconds_text(metrics[STEP_SECONDS] * (total - event["step"]))
+    with terminal.log_context(event["stage"]):
+        logger.info(
+            "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
+            f"{event['step']:,}",
+            f"{total:,}",
+            metrics[TRAIN_LOSS],
+            metrics[DEV_ACCURACY],
+            metrics[BEST_DEV_ACCURACY],
+            left,
+        )
 
 
 class TensorBoardView:
@@ -86,6 +85,15 @@ class TensorBoardView:
         self._writers: dict[str, RunWriter] = {}
         for old in self._folder.rglob("events.*") if self._folder.exists() else ():
             old.unlink(missing_ok=True)
+        names = sorted({s.config.attention.name for s in curriculum.stages})
+        announce_study(
+            folder,
+            {
+                "stage": tensorboard.Column(tuple(s.name for s in curriculum.stages)),
+                "task": tensorboard.Column(tuple(sorted({s.task for s in curriculum.stages}))),
+                "attention": tensorboard.Column(tuple(names)),
+            },
+        )
         events = list(events)
         final, history = fold(events), History()
         for event in events:
@@ -241,6 +249,66 @@ def _accuracy(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def show_status(curriculum: CurriculumConfig, folder: Path) -> None:
+    """Print where a run stands; reads the journal only, so that it disturbs no session.
+
+    Raises:
+        StageError: there is no run, or its journal is damaged.
+    """
+    events, _ = read_journal(folder / layout.JOURNAL_FILE)
+    if not events:
+        raise StageError(f"there is no run in {folder}; start it without --status.")
+    history = fold(events)
+    title = f"{folder.name}: begun {since(history.created)} ago, {_liveness(events)}"
+    terminal.console().print(stages_table(curriculum, history, title))
+
+
+def _liveness(events: list[dict[str, Any]]) -> str:
+    """Whether a controller is at work, as far as this machine can tell."""
+    session: dict[str, Any] = {}
+    for event in events:
+        if event["event"] == "session":
+            session = event
+        elif event["event"] in ("closed", "interrupted"):
+            session = {}
+    seen = f"last event {since(events[-1]['time'])} ago"
+    if not session:
+        return f"not running, {seen}"
+    if session["host"] != socket.gethostname():
+        return f"running on {session['host']}, {seen}"
+    try:
+        os.kill(session["pid"], 0)
+    except ProcessLookupError:
+        return f"stopped without a word (killed?), {seen}; the same command continues it"
+    except PermissionError:
+        pass
+    return f"running (process {session['pid']}), {seen}"
+
+
+def show_end(curriculum: CurriculumConfig, folder: Path, history: History) -> None:
+    """Print where a session has left the stages, and where everything lies."""
+    title = f"{folder.name}: {curriculum.name}"
+    terminal.console().print(stages_table(curriculum, history, title))
+    terminal.verbatim(f"files: {folder}  (lineage.json, lineage.md, journal.jsonl, stages/)")
+    terminal.verbatim(f"curves: tensorboard --logdir {folder}")
+
+
+def log_failures(curriculum: CurriculumConfig, history: History, broken: Mapping[str, str]) -> None:
+    """Say of each stage that did not pass why. `broken`: see session.Outcome."""
+    for name, reason in broken.items():
+        logger.error("stage %s could not run: %s", name, reason)
+    for stage in curriculum.stages:
+        state = history.stage(stage.name)
+        if state.status == "failed" and state.current is not None and state.current.decision:
+            logger.error(
+                "stage %s was not promoted: %s. Edit its gate or on_fail and run the same command, "
+                "or train it again with --from-stage %s.",
+                stage.name,
+                state.current.decision["reason"],
+                stage.name,
+            )
+
+
 def seconds_text(seconds: float) -> str:
     """A duration in words, to two significant units."""
     seconds = round(seconds)
@@ -266,7 +334,7 @@ class LineageWriter:
     """Keeps lineage.json and lineage.md up to date. `code`: the version that runs now."""
 
     def __init__(self, curriculum: CurriculumConfig, folder: Path, code: str) -> None:
-        self._curriculum, self._folder, self._code = curriculum, folder, code
+        self._curriculum, self._folder, self.code = curriculum, folder, code
 
     def event(self, history: History, event: Mapping[str, Any]) -> None:
         """Write after whatever changes the picture."""
@@ -275,7 +343,7 @@ class LineageWriter:
 
     def write(self, history: History) -> None:
         """Write both files, each at once."""
-        lineage = describe(self._curriculum, history, self._folder, self._code)
+        lineage = describe(self._curriculum, history, self._folder, self.code)
         text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
         write_atomic(self._folder / layout.LINEAGE_FILE, text)
         write_atomic(self._folder / PICTURE_FILE, picture(lineage))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dmx.cli import command_line
-from dmx.curriculum.history import STAGES_DIR, History, StageState, fold
-from dmx.curriculum.history import Attempt as Try
 from dmx.errors import ConfigError, DataError, StageError
 from dmx.reporting.labels import UNKNOWN, attention_label, base_name
 from dmx.reporting.records import Attempt, RunReport, Stage, StageSearch, Trial
 from dmx.runs import layout
+from dmx.runs.curriculum import STAGES_DIR, History, StageState, fold
+from dmx.runs.curriculum import Attempt as Try
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.study import TrialStatus
 from dmx.schema import flatten, read_yaml

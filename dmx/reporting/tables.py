@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmx.curriculum.history import STAGES_DIR
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
 from dmx.reporting.labels import base_name
 from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.reporting.records import Attempt, RunReport, Stage, Trial
 from dmx.runs import layout
+from dmx.runs.curriculum import STAGES_DIR
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.objectives import OBJECTIVES
 from dmx.schema import flatten

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from dmx.config import parse_run_config
-from dmx.curriculum.config import CurriculumConfig, parse_curriculum
+from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.curriculum.controller import Controller, Key, Message
-from dmx.curriculum.history import History
-from dmx.curriculum.resources import Means
+from dmx.curriculum.resources import ResourcePlan
 from dmx.runs import layout
+from dmx.runs.curriculum import History
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -37,7 +37,7 @@ LATE_TASK = "pathfinder16-cl4-d0"
 def curriculum(*stages: Mapping[str, Any], **defaults: Any) -> CurriculumConfig:
     """Stages on the tiny task; each mapping lies over the tiny settings."""
     shared = {"task": TASK, "cpus": 1, **SETTINGS, **defaults}
-    return parse_curriculum({"defaults": shared, "stages": list(stages)}, "test")
+    return load_curriculum({"name": "test", "defaults": shared, "stages": list(stages)})
 
 
 def chain(**changes: Mapping[str, Any]) -> CurriculumConfig:
@@ -191,7 +191,7 @@ def run(
             folder,
             journal,
             backend,
-            means=Means(num_cpus=cpus, num_gpus=0, cpus=1, gpus=0),
+            plan=ResourcePlan(num_cpus=cpus, num_gpus=0, cpus=1, gpus=0),
             data_root=backend.root,
             selected=[s.name for s in config.stages] if selected is None else list(selected),
             observers=observers,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from dmx.curriculum.checks import check_unchanged
-from dmx.curriculum.history import History, fold
 from dmx.curriculum.views import describe
 from dmx.errors import StageError
 from dmx.runs import layout
+from dmx.runs.curriculum import History, fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.checkpoint import open_checkpoint
@@ -62,7 +62,7 @@ def test_each_stage_starts_from_the_best_of_the_one_before(tmp_path: Path, root:
     assert promoted is not None
     assert (promoted["step"], promoted["dev_accuracy"]) == (6, 0.8)
     assert history.stage("b").current is not None
-    assert history.stage("b").current.curve() == (0.5, 0.7, 0.8, 0.75)  # type: ignore[union-attr]
+    assert history.stage("b").current.dev_accuracies == (0.5, 0.7, 0.8, 0.75)  # type: ignore[union-attr]
     assert sorted(backend.tested) == [("a", "a"), ("a", "c"), ("b", "b"), ("b", "c"), ("c", "c")]
 
 
@@ -159,7 +159,7 @@ def test_a_lost_machine_decides_nothing(tmp_path: Path, root: Path) -> None:
     assert passed and second.trained[0] == ("a", 0)
     assert second.steps_trained["a"] == 4  # the last two of four evaluations
     assert history.stage("a").current is not None
-    assert history.stage("a").current.curve() == tuple(GOOD)  # type: ignore[union-attr]
+    assert history.stage("a").current.dev_accuracies == tuple(GOOD)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("cpus", "at_once"), [(1, 1), (2, 2)])
@@ -224,7 +224,7 @@ def outcome(history: History, folder: Path) -> dict[str, Any]:
         found[name] = {
             "status": state.status,
             "promoted": promoted,
-            "curves": [a.curve() for a in state.attempts],
+            "curves": [a.dev_accuracies for a in state.attempts],
             "configs": [dict(a.config) for a in state.attempts],
             "tests": dict(state.tests),
             "bytes": sha256_file(folder / promoted["path"] / layout.MODEL_FILE) if promoted else "",

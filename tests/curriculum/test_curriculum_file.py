@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dmx.curriculum.checks import StageData, check_transfers
-from dmx.curriculum.config import CurriculumConfig, load_curriculum, parse_curriculum
+from dmx.curriculum.checks import check_transfers
+from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.errors import ConfigError
-from dmx.registry import find_yaml
 from dmx.schema import to_dict
 from tests.curriculum.fakes import curriculum
 from tests.tiny import SETTINGS, TASK, one_sentence
@@ -28,7 +27,7 @@ RECIPE = [
 
 
 def pathx(**options: Any) -> CurriculumConfig:
-    return load_curriculum(find_yaml("pathx", "curricula"), **options)
+    return load_curriculum("pathx", **options)
 
 
 def test_pathx_is_the_published_recipe() -> None:
@@ -97,7 +96,7 @@ def test_set_wins_in_every_stage() -> None:
 
 @pytest.mark.parametrize("name", ["pathx", "pathx-mini", "smoke"])
 def test_shipped_files_load(name: str) -> None:
-    loaded = load_curriculum(find_yaml(name, "curricula"))
+    loaded = load_curriculum(name)
     assert loaded.name == name and len(loaded.stages) > 1
 
 
@@ -163,7 +162,7 @@ def stage(**changes: Any) -> dict[str, Any]:
 def test_mistakes_are_one_sentence_with_the_path(stages: list[Any], words: tuple[str, ...]) -> None:
     shared = {"task": TASK, **SETTINGS}
     with pytest.raises(ConfigError) as error:
-        parse_curriculum({"defaults": shared, "stages": stages}, "test")
+        load_curriculum({"defaults": shared, "stages": stages})
     text = one_sentence(error.value)
     assert all(word in text for word in words), text
 
@@ -181,12 +180,12 @@ def test_searched_values_win_over_the_file_and_set_over_both() -> None:
         "stages": [{"name": "x", "search": {"space": "butterfly", "num_trials": 2}}],
     }
     # The butterfly space searches blocks up to 256, the whole length here.
-    free = parse_curriculum(raw, "t").stages[0]
+    free = load_curriculum(raw).stages[0]
     assert free.space is not None
     assert "optim.learning_rate" in free.space.distributions()
     assert "optim.learning_rate" not in free.overrides
     assert free.overrides["train.num_steps"] == 8
-    fixed = parse_curriculum(raw, "t", overrides={"optim.learning_rate": 0.5}).stages[0]
+    fixed = load_curriculum(raw, overrides={"optim.learning_rate": 0.5}).stages[0]
     assert fixed.space is not None
     assert "optim.learning_rate" not in fixed.space.distributions()
     assert fixed.overrides["optim.learning_rate"] == 0.5
@@ -204,7 +203,7 @@ def test_another_condition_of_a_searched_stage_is_another_training(tmp_path: Pat
         )
         search = {"space": str(file), "num_trials": 2}
         raw = {"defaults": {"task": TASK, **SETTINGS}, "stages": [{"name": "x", "search": search}]}
-        return parse_curriculum(raw, "t").stages[0].training()
+        return load_curriculum(raw).stages[0].training()
 
     first = training("{uniform: [0.0, 0.1]}")
     assert first == training("{uniform: [0.0, 0.1]}")
@@ -217,7 +216,7 @@ def test_another_condition_of_a_searched_stage_is_another_training(tmp_path: Pat
 def test_what_each_stage_of_pathx_takes_over() -> None:
     """32 -> 64 -> 128, then the same size; the dry run and the start of a run tell it."""
     curriculum = pathx()
-    data = {s.name: StageData(store=None) for s in curriculum.stages}
+    data = dict.fromkeys(s.name for s in curriculum.stages)
     told = {name: str(r) for name, r in check_transfers(curriculum, data).items()}
     first, second, *rest = (s.name for s in curriculum.stages[1:])
     assert told.pop(first).endswith("tensors, positions 32 x 32 to 64 x 64")

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from dmx.curriculum.history import fold
 from dmx.reporting.collect import collect
 from dmx.runs import layout
+from dmx.runs.curriculum import fold
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal

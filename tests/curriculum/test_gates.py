@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dmx.curriculum.gates import GATES, Gate
 from dmx.errors import ConfigError
-from dmx.runs.curriculum import StageRecord
-from dmx.runs.run import CheckpointRef
-
-HERE = CheckpointRef(path=Path("x"), step=1, dev_accuracy=0.6)
+from dmx.runs.curriculum import Attempt
 
 
-def record(*accuracies: float, **changes: Any) -> StageRecord:
-    values: dict[str, Any] = {
-        "name": "s",
-        "attempt": 0,
-        "dev_accuracies": accuracies,
-        "steps": 100,
-        "seconds": 10.0,
-        "num_classes": 2,
-        "checkpoint": HERE,
-        "metrics": {"best_dev_accuracy": max(accuracies, default=math.nan), "train_loss": 0.3},
-    }
-    return StageRecord(**{**values, **changes})
+def attempt(*accuracies: float, num_classes: int = 2) -> Attempt:
+    """100 steps in 10 seconds, with these dev accuracies on the way."""
+    last = {"best_dev_accuracy": max(accuracies, default=math.nan), "train_loss": 0.3}
+    steps = [100 - len(accuracies) + 1 + i for i in range(len(accuracies))]
+    reports = {s: {"dev_accuracy": a} for s, a in zip(steps, accuracies, strict=True)}
+    reports[100].update(last, train_seconds=10.0)
+    return Attempt(
+        number=0,
+        retry=0,
+        config={"model": {"num_classes": num_classes}},
+        source={},
+        spec={},
+        data={},
+        started=0.0,
+        reports=reports,
+    )
 
 
 def gate(**settings: Any) -> Gate:
@@ -55,19 +55,15 @@ def gate(**settings: Any) -> Gate:
     ],
 )
 def test_decisions(settings: dict[str, Any], accuracies: tuple[float, ...], passes: bool) -> None:
-    decision = gate(**settings).decide(record(*accuracies))
+    decision = gate(**settings).decide(attempt(*accuracies))
     assert decision.passed is passes
     assert decision.reason.startswith(settings["name"])
 
 
 def test_chance_is_one_over_the_classes() -> None:
     ten = gate(name="above_chance", margin=0.05)
-    assert ten.decide(record(0.16, num_classes=10)).passed
-    assert not ten.decide(record(0.16, num_classes=8)).passed  # 0.125 + 0.05
-
-
-def test_without_a_checkpoint_nothing_can_be_promoted() -> None:
-    assert not gate(name="always").decide(record(0.9, checkpoint=None)).passed
+    assert ten.decide(attempt(0.16, num_classes=10)).passed
+    assert not ten.decide(attempt(0.16, num_classes=8)).passed  # 0.125 + 0.05
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, False)])
@@ -76,7 +72,7 @@ def test_combinations(first: bool, second: bool) -> None:
         {"name": "threshold", "at_least": 0.5 if first else 0.9},
         {"name": "budget", "max_steps": 1000 if second else 1},
     ]
-    seen = record(0.6)
+    seen = attempt(0.6)
     assert gate(name="all", gates=parts).decide(seen).passed is (first and second)
     assert gate(name="any", gates=parts).decide(seen).passed is (first or second)
     refused = gate(name="all", gates=parts).decide(seen).reason

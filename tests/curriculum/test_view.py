@@ -10,7 +10,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx.curriculum.config import CurriculumConfig
-from dmx.curriculum.history import fold
 from dmx.curriculum.views import (
     STAGE_NUMBER,
     TENSORBOARD_DIR,
@@ -19,6 +18,7 @@ from dmx.curriculum.views import (
     seconds_text,
 )
 from dmx.runs import layout
+from dmx.runs.curriculum import fold
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.storage.journal import Journal, read_journal
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
@@ -40,7 +40,13 @@ def points(folder: Path, name: str, tag: str) -> list[tuple[int, float]]:
 def session(config: CurriculumConfig, folder: Path, backend: FakeBackend, **more: Any) -> None:
     events = read_journal(folder / layout.JOURNAL_FILE)[0]
     view = TensorBoardView(config, folder, events)
-    run(config, folder, backend, observers=(view, LineageWriter(config, folder, "v1")), **more)
+    run(
+        config,
+        folder,
+        backend,
+        observers=(view.event, LineageWriter(config, folder, "v1").event),
+        **more,
+    )
     view.close()
 
 

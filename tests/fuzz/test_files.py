@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmx.curriculum.history import fold
 from dmx.data.manifest import _digest
 from dmx.data.sources import open_source
 from dmx.data.store import open_store
@@ -26,6 +25,7 @@ from dmx.data.unpickle import load_pickle
 from dmx.errors import DmxError, StageError
 from dmx.leaderboard import gather, to_markdown
 from dmx.reporting.board import boards, entries
+from dmx.runs.curriculum import fold
 from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dmx.errors import ConfigError
 from dmx.registry import Registry
-from dmx.runs.curriculum import StageRecord
+from dmx.runs.curriculum import Attempt
 from dmx.schema import from_dict, to_dict
 
 GATES: Registry[type[Gate]] = Registry("gate", "dmx.curriculum.gates")
@@ -24,12 +24,15 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """Base of every gate: a frozen config whose `decide` depends on the record alone."""
+    """Base of every gate: a frozen config whose `decide` depends on the attempt's record alone."""
 
     name: ClassVar[str] = ""
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Whether the stage passes. A metric that is missing or NaN never passes."""
+    def decide(self, attempt: Attempt) -> Decision:
+        """Whether the attempt passes; it left a checkpoint, else no gate is asked.
+
+        A metric that is missing or NaN never passes.
+        """
         raise NotImplementedError
 
     @classmethod

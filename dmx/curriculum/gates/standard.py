@@ -9,7 +9,7 @@ from typing import ClassVar
 from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message
-from dmx.runs.curriculum import StageRecord
+from dmx.runs.curriculum import Attempt
 from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
 
 
@@ -20,11 +20,8 @@ class AlwaysGate(Gate):
 
     name: ClassVar[str] = "always"
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Pass if there is something to promote."""
-        if record.checkpoint is None:
-            return Decision(passed=False, reason="always: there is no checkpoint to promote")
-        return Decision(passed=True, reason=f"always: best dev accuracy {_best(record):.4f}")
+    def decide(self, attempt: Attempt) -> Decision:
+        return Decision(passed=True, reason=f"always: best dev accuracy {_best(attempt):.4f}")
 
 
 @GATES.register("threshold")
@@ -49,9 +46,8 @@ class ThresholdGate(Gate):
         if self.at_least is None and self.at_most is None:
             raise ConfigError("at_least is required (or at_most) and has no value.")
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Compare the last report's metric with the bounds."""
-        value = record.metrics.get(self.metric, math.nan)
+    def decide(self, attempt: Attempt) -> Decision:
+        value = attempt.metric(self.metric)
         if not math.isfinite(value):
             return Decision(passed=False, reason=f"threshold: {self.metric} was not reported")
         if self.at_least is not None and value < self.at_least:
@@ -76,9 +72,8 @@ class AboveChanceGate(Gate):
         if not 0.0 < self.margin < 1.0:
             raise ConfigError(f"margin is {self.margin}; it must lie between 0 and 1.")
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Compare the distance from chance with the margin."""
-        chance, best = 1.0 / record.num_classes, _best(record)
+    def decide(self, attempt: Attempt) -> Decision:
+        chance, best = 1.0 / attempt.num_classes, _best(attempt)
         text = f"above_chance: {best:.4f} against chance {chance:.4f} + {self.margin:g}"
         return Decision(passed=best >= chance + self.margin, reason=text)
 
@@ -107,9 +102,8 @@ class PlateauGate(Gate):
         if not self.min_gain >= 0.0:
             raise ConfigError(f"min_gain is {self.min_gain}; it must not be negative.")
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Compare the best of the last evaluations with the best before them."""
-        curve = record.dev_accuracies
+    def decide(self, attempt: Attempt) -> Decision:
+        curve = attempt.dev_accuracies
         if len(curve) <= self.evaluations:
             return _no(
                 f"plateau: {len(curve)} evaluations, more than {self.evaluations} are needed"
@@ -137,13 +131,12 @@ class BudgetGate(Gate):
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("max_steps is required (or max_seconds) and has no value.")
 
-    def decide(self, record: StageRecord) -> Decision:
-        """Compare steps and time with the limits."""
-        if self.max_steps is not None and record.steps > self.max_steps:
-            return _no(f"budget: {record.steps} steps, more than {self.max_steps}")
-        if self.max_seconds is not None and record.seconds > self.max_seconds:
-            return _no(f"budget: {record.seconds:.0f} s, more than {self.max_seconds:g}")
-        text = f"budget: {record.steps} steps and {record.seconds:.0f} s are within limits"
+    def decide(self, attempt: Attempt) -> Decision:
+        if self.max_steps is not None and attempt.steps > self.max_steps:
+            return _no(f"budget: {attempt.steps} steps, more than {self.max_steps}")
+        if self.max_seconds is not None and attempt.seconds > self.max_seconds:
+            return _no(f"budget: {attempt.seconds:.0f} s, more than {self.max_seconds:g}")
+        text = f"budget: {attempt.steps} steps and {attempt.seconds:.0f} s are within limits"
         return Decision(passed=True, reason=text)
 
 
@@ -163,9 +156,8 @@ class AllGate(_Combination):
 
     name: ClassVar[str] = "all"
 
-    def decide(self, record: StageRecord) -> Decision:
-        """The first refusal, or all reasons."""
-        decisions = [gate.decide(record) for gate in self.gates]
+    def decide(self, attempt: Attempt) -> Decision:
+        decisions = [gate.decide(attempt) for gate in self.gates]
         refused = [d for d in decisions if not d.passed]
         return Decision(passed=not refused, reason=_reasons(refused or decisions))
 
@@ -177,15 +169,14 @@ class AnyGate(_Combination):
 
     name: ClassVar[str] = "any"
 
-    def decide(self, record: StageRecord) -> Decision:
-        """The reasons of those that passed, or all reasons."""
-        decisions = [gate.decide(record) for gate in self.gates]
+    def decide(self, attempt: Attempt) -> Decision:
+        decisions = [gate.decide(attempt) for gate in self.gates]
         passed = [d for d in decisions if d.passed]
         return Decision(passed=bool(passed), reason=_reasons(passed or decisions))
 
 
-def _best(record: StageRecord) -> float:
-    return max((a for a in record.dev_accuracies if math.isfinite(a)), default=-math.inf)
+def _best(attempt: Attempt) -> float:
+    return max((a for a in attempt.dev_accuracies if math.isfinite(a)), default=-math.inf)
 
 
 def _no(reason: str) -> Decision:
