@@ -15,8 +15,7 @@ from dmx.config import RunConfig, parse_run_config
 from dmx.curriculum.gates import Gate
 from dmx.curriculum.gates.standard import AlwaysGate
 from dmx.errors import ConfigError
-from dmx.registry import choices_message
-from dmx.resources import find_yaml
+from dmx.registry import choices_message, find_yaml
 from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.schema import expand, flatten, from_dict, join, merge, read_yaml, to_dict
 from dmx.search.rungs import LEAST_FACTOR
