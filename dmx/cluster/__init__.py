@@ -1,6 +1,6 @@
-"""Ray: the connection, single runs as actors, one run by several workers, shared GPUs.
+"""Ray: the connection, what a cluster has, runs as actors, shared GPUs.
 
-Whoever imports Ray imports this package before it: it sets what Ray reads from the environment.
+This package is imported before Ray: it sets what Ray reads from the environment.
 """
 
 import logging

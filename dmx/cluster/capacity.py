@@ -1,4 +1,4 @@
-"""What a cluster has: room for work, who waits for it, and who holds it.
+"""What a cluster has: room for work, what waits for it, and what holds it.
 
 Ray's public state API needs a dashboard, which a private Ray has not. The tables behind it do not:
 `snapshot` and `_may_grow` are the only places that read them.
@@ -151,7 +151,7 @@ def check_room(workers: Workers, resources: Resources) -> None:
     check_request(resources, cpus=cpus, gpus=gpus, workers=count)
 
 
-# -- who waits, and for what -------------------------------------------------------------------
+# -- what waits --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def amount(cpus: float, gpus: float) -> str:
 
 
 def describe(seen: Snapshot, seconds: float) -> str:
-    """What is asked, what is free, who holds the rest, and what would help."""
+    """What is asked for, what is free, what holds the rest, and what would help."""
     asked = Counter(f"{p.what} of {p.size}" for p in seen.waiting.values())
     (cpus, gpus), (all_cpus, all_gpus) = seen.free, seen.total
     free = f"{cpus:g} of {all_cpus:g} CPUs"

@@ -241,7 +241,7 @@ def _resolved(address: str) -> str:
 def _reach(address: str) -> None:
     """Look whether a Ray answers at HOST:PORT; Ray itself would try for many minutes.
 
-    Its protocol rests on HTTP/2, whose servers greet whoever connects.
+    Its protocol rests on HTTP/2, whose servers greet every client.
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdecimal():

@@ -24,7 +24,7 @@ import ray  # isort: skip
 logger = logging.getLogger("dmx.tune")
 AUTO = "auto"
 _HEADROOM = 0.1
-"""Share of a GPU that stays free: for longer batches, fragments, and whoever else looks in."""
+"""Share of a GPU that stays free: for longer batches, fragments, and other processes."""
 _MOST = 16
 """More processes than this only take turns on a GPU's cores."""
 _STEPS = 3

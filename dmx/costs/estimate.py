@@ -39,8 +39,7 @@ class Cost:
     """An estimate, of a study or of a single run.
 
     Attributes:
-        models: counted, by rising FLOPs; weights: how many corners of the space each stands for.
-        num_models: models of different size that the space can propose.
+        models: counted, by rising FLOPs. num_models: of different size that the space proposes.
         probes: measured on the cheapest and the dearest model; empty where this machine cannot
             stand for the one that will train (`note` says why).
         steps: optimizer steps in all. evaluations: of the dev split, in all.
@@ -50,7 +49,6 @@ class Cost:
 
     what: str
     models: tuple[StepCost, ...]
-    weights: tuple[int, ...] = (1,)
     num_models: int = 1
     probes: tuple[Probe, ...]
     steps: ExpectedSteps
@@ -84,8 +82,8 @@ class Cost:
             return math.nan
         low, high = self.models[0].flops, self.models[-1].flops
         slope = (measured[-1] - measured[0]) / (high - low) if high > low else 0.0
-        seconds = [measured[0] + max(slope, 0.0) * (m.flops - low) for m in self.models]
-        return sum(s * w for s, w in zip(seconds, self.weights, strict=True)) / sum(self.weights)
+        mean = math.fsum(m.flops for m in self.models) / len(self.models)
+        return measured[0] + max(slope, 0.0) * (mean - low)
 
     @property
     def trial_seconds(self) -> float:
@@ -132,10 +130,10 @@ def study_cost(
     """
     runs = corner_runs(config)
     every = runs[0].train.eval_every_steps
-    models = _distinct(runs)
-    counted = _counted(list(models.values()), store)
+    distinct = _distinct(runs)
+    counted = _counted(distinct, store)
     probes, note = _measured(
-        [run for _, run, _ in counted],
+        [run for _, run in counted],
         store,
         cpus=config.cpus_per_trial,
         gpus=config.gpus_per_trial,
@@ -145,9 +143,8 @@ def study_cost(
     steps = _steps(config, every, slots)
     return Cost(
         what=f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",
-        models=tuple(step for step, _, _ in counted),
-        weights=tuple(weight for _, _, weight in counted),
-        num_models=len(models),
+        models=tuple(step for step, _ in counted),
+        num_models=len(distinct),
         probes=probes,
         note=note,
         steps=steps,
@@ -219,31 +216,27 @@ def corner_runs(config: StudyConfig) -> list[RunConfig]:
 
 def largest(runs: Iterable[RunConfig], store: Store) -> RunConfig:
     """The run that keeps most memory while it trains, as far as that can be counted."""
-    counted = _counted(list(_distinct(runs).values()), store)
-    return max(counted, key=lambda found: found[0].memory_bytes)[1]
+    return max(_counted(_distinct(runs), store), key=lambda found: found[0].memory_bytes)[1]
 
 
-def _distinct(runs: Iterable[RunConfig]) -> dict[str, tuple[RunConfig, int]]:
-    """Runs of different cost, and how many of the given ones each stands for."""
-    found: dict[str, tuple[RunConfig, int]] = {}
+def _distinct(runs: Iterable[RunConfig]) -> list[RunConfig]:
+    """The first run of each cost."""
+    found: dict[str, RunConfig] = {}
     for run in runs:
-        first, count = found.get(sizes(run), (run, 0))
-        found[sizes(run)] = (first, count + 1)
-    return found
+        found.setdefault(sizes(run), run)
+    return list(found.values())
 
 
-def _counted(
-    models: list[tuple[RunConfig, int]], store: Store
-) -> list[tuple[StepCost, RunConfig, int]]:
+def _counted(runs: list[RunConfig], store: Store) -> list[tuple[StepCost, RunConfig]]:
     """Counted models by rising FLOPs; no more than fit into a moment, spread over all."""
-    every = max(math.ceil(len(models) / _MOST_MODELS), 1)
-    last = [models[-1]] if (len(models) - 1) % every else []
+    every = max(math.ceil(len(runs) / _MOST_MODELS), 1)
+    last = [runs[-1]] if (len(runs) - 1) % every else []
     started = time.perf_counter()
-    found: list[tuple[StepCost, RunConfig, int]] = []
-    for run, weight in [*models[::every], *last]:
+    found: list[tuple[StepCost, RunConfig]] = []
+    for run in [*runs[::every], *last]:
         if len(found) >= 2 and time.perf_counter() - started > _COUNT_SECONDS:
             break
-        found.append((count_step(run, store), run, weight))
+        found.append((count_step(run, store), run))
     return sorted(found, key=lambda item: (item[0].flops, item[0].parameters))
 
 

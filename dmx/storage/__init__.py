@@ -1,1 +1,1 @@
-"""What outlives a process: claims, journals, storage that fails for a while, object storage."""
+"""Files, journals and claims that outlive a process, and object storage."""

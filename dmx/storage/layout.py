@@ -60,7 +60,7 @@ class StorageLayout:
     # -- checkpoints ------------------------------------------------------------------------
 
     def claim(self, folder: Path, claim: Claim) -> None:
-        """Say in object storage as well who writes a folder from now on."""
+        """Write the claim of a folder to object storage as well."""
         name = self._name(folder)
         if name is not None:
             self._storage().write(f"{name}/{CLAIM_FILE}", json.dumps(claim.holder).encode())

@@ -239,7 +239,6 @@ def _cost(**changes: object) -> Cost:
     values: dict[str, object] = {
         "what": "study",
         "models": (step, middle, dear),
-        "weights": (1, 2, 1),
         "num_models": 3,
         "probes": (cheap_probe, dear_probe),
         "steps": ExpectedSteps(full=1000, expected=400.0),
@@ -304,7 +303,7 @@ def test_run_and_study_of_real_data(tiny_store: Store) -> None:
     assert many.full == 8 * 10**9 and many.saved == pytest.approx(few.saved)
     study = study_cost(config, tiny_store, slots=2, probe_seconds=0.1)
     assert study.num_models == 2, "learning rates cost nothing"
-    assert study.weights == (2, 2) and len(study.probes) == 2
+    assert len(study.models) == len(study.probes) == 2
     assert study.steps.full == 48 and 12 <= study.steps.expected < 48
     assert "(no GPU)" in describe(study, 1.0)[-1]
 
