@@ -26,8 +26,9 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
+from dmx.runs.folder_sync import FolderSync
 from dmx.schema import is_url
-from dmx.storage.layout import FolderSync, StorageLayout
+from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study import results as study_results
 from dmx.study.study import StudyConfig

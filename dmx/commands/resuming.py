@@ -11,10 +11,10 @@ from dmx import cli
 from dmx.commands import place_options
 from dmx.data.store import Store
 from dmx.errors import ConfigError
+from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
 from dmx.schema import is_url
 from dmx.search.study_settings import read_record
-from dmx.storage.layout import FolderSync
 
 COMMANDS: dict[Kind, str] = {
     "study": "dmx.tune",

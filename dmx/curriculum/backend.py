@@ -21,12 +21,13 @@ from dmx.data.prepare import open_data
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.runs import layout
+from dmx.runs.folder_sync import FolderSync
 from dmx.runs.metrics import BEST_DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
 from dmx.runs.study import TrialResult
 from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, read_journal
-from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import results as study_results
 from dmx.study.folder import note_settings, write_study
 from dmx.study.study import StudyConfig, train_trials

@@ -26,10 +26,11 @@ from dmx.process import files_decide, terminate_like_interrupt
 from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.runs.curriculum import History, fold
+from dmx.runs.folder_sync import FolderSync
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
-from dmx.storage.layout import SHARED_FILESYSTEM, FolderSync, StorageLayout
+from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.folder import append_settings
 
 logger = logging.getLogger("dmx.curriculum")

@@ -59,7 +59,8 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
     import pytest
 
     from dmx.errors import StageError
-    from dmx.storage.layout import FolderSync, StorageLayout
+    from dmx.runs.folder_sync import FolderSync
+    from dmx.storage.layout import StorageLayout
 
     def places(node: str) -> StorageLayout:
         return StorageLayout(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")
