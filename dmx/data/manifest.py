@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dmx.errors import ConfigError, DataError
 from dmx.schema import from_dict
 from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import SPLITS, Task, find_task
 
-FORMAT = 1
+DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
+"""Token types of a store by their name in the manifest."""
+FORMAT = 2
 """Version of the store's layout; a reader refuses any other."""
 
 
@@ -34,7 +38,6 @@ class Manifest:
         dtype: "uint8" or "uint16", the stored token type (little endian).
         paired: each example has a second sequence.
         splits: examples per split, for train, dev and test.
-        aliases: split -> the split whose files it shares (text: dev -> test).
         parameters: what the preparation was told (seed, limits, skipped examples, ...).
         note: a short remark for the label, e.g. "generated"; empty for the usual data.
         partial: what sets the data apart from the task's published set, e.g. "20 of 200,000
@@ -57,7 +60,6 @@ class Manifest:
     dtype: str
     paired: bool = False
     splits: Mapping[str, int] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     partial: str = ""
@@ -86,11 +88,6 @@ class Manifest:
         remarks = [self.note] if self.note else []
         remarks += [f"partial: {self.partial}"] if self.partial else []
         return f"{self.task} ({', '.join(remarks)})" if remarks else self.task
-
-    @property
-    def stored_splits(self) -> tuple[str, ...]:
-        """The splits that have files of their own."""
-        return tuple(split for split in SPLITS if split not in self.aliases)
 
     @property
     def num_bytes(self) -> int:
@@ -150,22 +147,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is not a manifest (no JSON object); {again}.")
     version = body.get("format")
     if version != FORMAT:
+        how = "" if body.get("is_sample") else f" (python -m dmx.data {folder.name})"
         raise DataError(
-            f"{path} has store format {version!r}, but this dmx reads format {FORMAT}; {again}."
+            f"{path} has store format {version!r}, but this dmx reads format {FORMAT}; "
+            f"{again}{how}."
         )
     if body.pop("manifest_sha256", None) != _digest(body):
         raise DataError(f"{path} was edited after it was written; {again}.")
     body.pop("format")
     try:
         manifest = from_dict(Manifest, body)
-        if "partial" not in body:  # written before stores were held against what was published
-            manifest = replace(manifest, partial=lacking(manifest))
         for name, entry in manifest.files.items():
             if "/" in name or name in ("", "..", ".") or not name.isprintable():
                 raise ConfigError(f"files: {name!r} is no name of a file beside it.")
             from_dict(_Entry, entry, f"files: {name}")
-        if not set(manifest.aliases) | set(manifest.aliases.values()) <= set(SPLITS):
-            raise ConfigError(f"aliases: allowed are {', '.join(SPLITS)}.")
+        if set(manifest.splits) != set(SPLITS):
+            raise ConfigError(f"splits: they are {', '.join(SPLITS)}.")
+        if manifest.dtype not in DTYPES:
+            raise ConfigError(f"dtype: allowed are {', '.join(DTYPES)}.")
     except ConfigError as error:
         raise DataError(f"{path} is wrong ({str(error).rstrip('.')}); {again}.") from error
     return manifest

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from dmx.data.download import download
-from dmx.data.progress import bytes_text, seconds_text
-from dmx.data.readers.base import Reader, Request, check_options, readers_for
+from dmx.data.manifest import Manifest
+from dmx.data.readers.base import Reader, Request, readers_for
 from dmx.data.samples import sample_for
 from dmx.data.sources import Source, open_source
 from dmx.data.store import Store, open_store
+from dmx.data.store_writer import write_store
 from dmx.errors import ConfigError, DataError, DmxError
+from dmx.format import duration, scaled
+from dmx.process import num_cores
 from dmx.schema import expand, local_path
 from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import Task, task_for, task_names
@@ -162,21 +165,27 @@ def prepare_data(
         task=task,
         folder=root / task.name,
         source=opened,
-        workers=workers or len(os.sched_getaffinity(0)),
+        root=reader.find(task, opened) or "" if reader.find and opened else "",
+        workers=workers or num_cores(),
         address=address,
         options=dict(options or {}),
-        force=force,
     )
-    check_options(request, reader)
-    reader.prepare(request)
+    reader.check(request)
+    fields = {"data_name": reader.name, **reader.describe(request)}
+    manifest = Manifest.for_task(task, **fields)
+    write_store(
+        *(request.folder, manifest),
+        lambda writer: reader.fill(request, writer),
+        replace_existing=force,
+    )
     store = open_store(request.folder)
     log.info(
         "%s is ready in %s: %s, %s (%s)",
         store.manifest.label,
         store.folder,
         ", ".join(f"{split} {count:,}" for split, count in store.manifest.splits.items()),
-        bytes_text(store.manifest.num_bytes),
-        seconds_text(time.monotonic() - start),
+        scaled(store.manifest.num_bytes, "B"),
+        duration(time.monotonic() - start),
     )
     return store
 
@@ -198,7 +207,7 @@ def choose(task: Task, source: Source | None) -> Reader:
     with suppress(DataError):  # a part of the right folder was given
         if source.path.is_dir() and any(r.fits(task, open_source(whole)) for r in readers):
             remedy = f" {whole} does hold them; pass that."
-    expected = "; or ".join(r.expects for r in readers if not r.fits(task, None))
+    expected = "; or ".join(r.expects for r in readers if r.expects)
     raise DataError(f"{source.path} holds no data for {task.name}. Looked for: {expected}.{remedy}")
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dmx.format import duration
 from dmx.terminal import console
 
 log = logging.getLogger(__name__)
@@ -57,27 +58,9 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Callab
         last = now
         rate = made / (now - start)
         if total:
-            left = seconds_text((total - done - made) / rate)
+            left = duration((total - done - made) / rate)
             log.info("%s: %d of %d %s, %.3g/s, %s left", what, done + made, total, unit, rate, left)
         else:
             log.info("%s: %d %s, %.3g/s", what, made, unit, rate)
 
     yield advance
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration as people say it: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def bytes_text(count: float) -> str:
-    """A size as people say it: "512 B", "3.3 GB" (powers of 1,000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.build import write_store
-from dmx.data.bytetext import MAX_TEXT_IDS, encode
 from dmx.data.manifest import Manifest
-from dmx.data.store_writer import StoreWriter
+from dmx.data.readers.text import MAX_TEXT_IDS, encode
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import DataError
 from dmx.tasks import task_for
 

@@ -12,10 +12,17 @@ import importlib
 import io
 import json
 import logging
-import shutil
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dmx.data.progress import progress
-from dmx.errors import DataError
+from dmx.errors import ConfigError, DataError, DmxError
 from dmx.storage.files import explained, write_atomic
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, npt.NDArray[Any]]
+_POLL_SECONDS = 0.1
+_FAILED = 3
+"""Exit code of a worker that says why."""
+_TASKS_PER_CPU = 2
+_CONNECT_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
+_AGAIN_SECONDS = 180.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,34 +105,216 @@ def make_shards(plan: ShardPlan, *, workers: int, address: str | None = None) ->
     if done:
         log.info("continuing %s: %d of %d %s exist", plan.store.name, done, plan.total, plan.unit)
     if address is not None:
-        from dmx.data.ray_shards import ray_shards
-
-        finished = ray_shards(plan, missing, address)
+        finished = _on_cluster(plan, missing, address)
     elif workers > 1 and len(missing) > 1:
-        from dmx.data.shard_pool import pooled_shards
-
-        finished = pooled_shards(plan, missing, min(workers, len(missing)))
+        finished = _in_processes(plan, missing, min(workers, len(missing)))
     else:
-        finished = ((shard, run_maker(plan, shard)) for shard in missing)
+        finished = (_make_here(plan, shard) for shard in missing)
     with progress(plan.store.name, plan.total, plan.unit, done) as advance:
-        for shard, content in finished:
-            with explained(plan.path(shard), "write"):
-                write_atomic(plan.path(shard), content)
+        for shard in finished:
             start, stop = plan.bounds(shard)
             advance(stop - start)
 
 
-def run_maker(plan: ShardPlan, shard: int) -> bytes:
-    """The content of one shard, made in this process."""
-    start, stop = plan.bounds(shard)
-    return pack(load_maker(plan.maker)(start, stop, **plan.arguments))
+def _make_here(plan: ShardPlan, shard: int) -> int:
+    """Make the shard and put it into its place; its number."""
+    content = _make(plan.maker, *plan.bounds(shard), dict(plan.arguments))
+    with explained(plan.path(shard), "write"):
+        write_atomic(plan.path(shard), content)
+    return shard
 
 
-def load_maker(name: str) -> Callable[..., Arrays]:
-    """The function called "module:function"."""
-    module, _, function = name.partition(":")
-    maker: Callable[..., Arrays] = getattr(importlib.import_module(module), function)
-    return maker
+def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes:
+    module, _, function = maker.partition(":")
+    return pack(getattr(importlib.import_module(module), function)(start, stop, **arguments))
+
+
+# -- worker processes ---------------------------------------------------------------------------
+# Plain subprocesses, each with its part of the shards, which it puts into their places itself. Not
+# multiprocessing nor concurrent.futures: their spawned workers run a caller's script once more,
+# which then has to have a `__main__` guard; their forked ones inherit the locks of torch's and
+# Ray's threads; and both outlive a parent that is killed with -9.
+
+
+def _in_processes(plan: ShardPlan, shards: list[int], count: int) -> Iterator[int]:
+    """Shards as `count` processes finish them, in any order.
+
+    Raises:
+        DataError: a worker died (killed for memory, say), or the maker raised it.
+    """
+    workers = [_Worker(plan, shards[number::count]) for number in range(count)]
+    left = set(shards)
+    try:
+        while left:
+            ended = [worker for worker in workers if worker.process.poll() is not None]
+            done = {shard for shard in left if plan.path(shard).exists()}
+            yield from sorted(done)
+            left -= done
+            for worker in ended:
+                worker.check(plan)
+            if left:
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.communicate()
+
+
+class _Worker:
+    """`python -m dmx.data.shards`, its job on standard input, whose end is its own."""
+
+    def __init__(self, plan: ShardPlan, shards: list[int]) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # One process per core: threads inside a worker would only compete.
+            "OMP_NUM_THREADS": "1",
+            "NUMBA_NUM_THREADS": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dmx.data.shards"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C goes to the parent alone
+        )
+        job = {**asdict(plan), "store": str(plan.store), "arguments": dict(plan.arguments)}
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead, which `check` says
+            self.process.stdin.write(json.dumps([job, shards]).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def check(self, plan: ShardPlan) -> None:
+        """Raise what ended the worker, if it is not that its part is done."""
+        code = self.process.returncode
+        if not code:
+            return
+        assert self.process.stdout is not None
+        answer = self.process.stdout.read()
+        if code == _FAILED and answer:
+            kind, message = json.loads(answer)
+            raise {"ConfigError": ConfigError, "DataError": DataError}.get(kind, RuntimeError)(
+                message
+            )
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise DataError(
+            f"A worker process died ({how}) while making {plan.store.name}, perhaps for lack of "
+            "memory; what is done is kept, so run the same command again, with fewer --workers."
+        )
+
+
+def _work() -> None:
+    """A worker's life."""
+    # The answer has the real stdout for itself; whatever a library writes goes to stderr.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    job, shards = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    plan = ShardPlan(**{**job, "store": Path(job["store"])})
+    try:
+        for shard in shards:
+            _make_here(plan, shard)
+    except Exception as error:
+        ours = isinstance(error, DmxError)
+        told = [type(error).__name__, str(error)] if ours else ["", traceback.format_exc()]
+        answer.write(json.dumps(told))
+        answer.flush()
+        os._exit(_FAILED)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # to its end, which is the parent's
+    os._exit(_FAILED)
+
+
+# -- a Ray cluster ------------------------------------------------------------------------------
+
+
+def _on_cluster(plan: ShardPlan, shards: list[int], address: str) -> Iterator[int]:
+    """Shards as the cluster at `address` finishes them; their bytes come back and are written here,
+    so that nodes need no shared file system.
+
+    Raises:
+        DataError: Ray is not installed, the cluster does not answer, or a task failed.
+    """
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise DataError("--address needs Ray; run: pip install dmx-lra") from error
+    started = not ray.is_initialized()
+    if started:
+        _check_reachable(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"No Ray cluster answers at {address!r}: {reason}") from error
+    try:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if not cpus:
+            raise DataError(
+                f"the Ray cluster at {address!r} has no CPU, and each shard is made by one; start "
+                "a node with CPUs, or leave --address out."
+            )
+        log.info("making %s on %d CPUs of the Ray cluster", plan.store.name, cpus)
+        # A node that dies takes its tasks along; Ray runs them again elsewhere.
+        make = ray.remote(num_cpus=1, max_retries=3)(_make)
+        todo = list(reversed(shards))
+        running: dict[Any, int] = {}
+        while todo or running:
+            while todo and len(running) < cpus * _TASKS_PER_CPU:
+                shard = todo.pop()
+                task = make.remote(plan.maker, *plan.bounds(shard), dict(plan.arguments))
+                running[task] = shard
+            ready = _first(ray, list(running), cpus, _PATIENCE_SECONDS)
+            shard = running.pop(ready)
+            try:
+                content = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise DataError(
+                    f"A Ray task failed while making {plan.store.name}: {reason} What is done is "
+                    "kept; run the same command again."
+                ) from error
+            with explained(plan.path(shard), "write"):
+                write_atomic(plan.path(shard), content)
+            yield shard
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _first(ray: Any, running: list[Any], cpus: int, seconds: float) -> Any:
+    """The first that is done; says what is free where none is after so long, and again later."""
+    waited = 0.0
+    while True:
+        done, _ = ray.wait(running, num_returns=1, timeout=seconds)
+        if done:
+            return done[0]
+        waited, seconds = waited + seconds, max(seconds, _AGAIN_SECONDS)
+        free = ray.available_resources().get("CPU", 0.0)
+        log.warning(
+            "no shard of data came back for %.0f s: each asks for 1 CPU, and %g of the cluster's "
+            "%d are free; they wait for room where other work holds the rest.",
+            waited,
+            free,
+            cpus,
+        )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise DataError at once when nothing listens at host:port; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise DataError(f"No Ray cluster answers at {address!r}: {error}") from error
+
+
+# -- files --------------------------------------------------------------------------------------
 
 
 def pack(arrays: Arrays) -> bytes:
@@ -152,6 +348,5 @@ def read_shards(plan: ShardPlan) -> Iterator[tuple[int, Arrays]]:
         yield plan.bounds(shard)[0], arrays
 
 
-def remove_shards(plan: ShardPlan) -> None:
-    """Delete the shards, once the store holds their content."""
-    shutil.rmtree(plan.folder, ignore_errors=True)
+if __name__ == "__main__":
+    _work()

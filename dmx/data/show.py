@@ -11,12 +11,13 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from dmx.data import bytetext, listops
 from dmx.data.manifest import Manifest
 from dmx.data.prepare import SAMPLES_FOLDER
-from dmx.data.progress import bytes_text
+from dmx.data.readers.listops import decode as decode_listops
+from dmx.data.readers.text import decode as decode_text
 from dmx.data.store import Split, Store, open_store
 from dmx.errors import ConfigError, DataError
+from dmx.format import scaled
 from dmx.storage.files import MANIFEST_FILE, explained
 from dmx.tasks import SPLITS, task_for
 
@@ -64,9 +65,10 @@ def stores(data_root: Path, *, verify: bool = False) -> list[StoreRow]:
                 rows.append(StoreRow(path.parent.name, checksum=_DAMAGED, origin=str(error)))
                 continue
             train, dev, test = (f"{manifest.splits[split]:,}" for split in SPLITS)
-            if "dev" in manifest.aliases:
-                dev = f"= {manifest.aliases['dev']}"
-            size, checksum = bytes_text(manifest.num_bytes), manifest.checksum[:12]
+            index = [manifest.files[f"{split}.index.npy"]["sha256"] for split in SPLITS]
+            if index[1] == index[2]:
+                dev = "= test"
+            size, checksum = scaled(manifest.num_bytes, "B"), manifest.checksum[:12]
             tokens = str(manifest.max_length)
             rows.append(
                 StoreRow(manifest.label, train, dev, test, tokens, size, checksum, manifest.origin)
@@ -169,7 +171,7 @@ def snippets(store: Store, split_name: str, count: int) -> Iterator[str]:
 
 def snippet(manifest: Manifest, split: Split, number: int) -> str:
     """The beginning of a text, decoded, in one line; of both texts of a pair."""
-    decode = listops.decode if manifest.task == "listops" else bytetext.decode
+    decode = decode_listops if manifest.task == "listops" else decode_text
     texts = [split.tokens(number)] + ([split.tokens_1(number)] if manifest.paired else [])
     return " || ".join(decode(ids)[:_SNIPPET].replace("\n", " ") for ids in texts)
 

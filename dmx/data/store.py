@@ -1,28 +1,52 @@
-"""Read a store: memory-mapped tokens, offsets and labels, checked against the manifest at open."""
+"""Read a store: memory-mapped tokens, labels and splits, checked against the manifest at open.
+
+Files: `tokens.bin` (and `tokens_1.bin` of a paired task), the ids of all examples one after another
+in the order of the source; `offsets.npy` [N + 1], where each begins and ends; `labels.npy` [N];
+`<split>.index.npy`, the numbers of the split's examples in the split's order; `manifest.json`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.build import write_store
-from dmx.data.manifest import Manifest, read_manifest
-from dmx.data.store_writer import StoreWriter
-from dmx.data.token_file import DTYPES
+from dmx.data.manifest import DTYPES, Manifest, read_manifest
 from dmx.errors import DataError
 from dmx.storage.files import SMALL_BYTES, quick_checksum, sha256_file, write_atomic
-
-__all__ = ["Manifest", "Split", "Store", "StoreWriter", "open_store", "write_store"]
 
 log = logging.getLogger(__name__)
 VERIFIED_FILE = "verified.json"
 """Modification times under which a copied store passed a full check, so that it runs only once."""
+
+
+class _Side:
+    """The sequences of all examples, or the second ones of pairs."""
+
+    def __init__(self, folder: Path, suffix: str, dtype: np.dtype[Any], count: int) -> None:
+        self.offsets = _load(folder / f"offsets{suffix}.npy")
+        path = folder / f"tokens{suffix}.bin"
+        self.tokens: npt.NDArray[Any] = np.zeros(0, dtype)
+        if path.stat().st_size:  # an empty file cannot be mapped
+            # A plain view: the pages stay mapped, without memmap's cost per slice.
+            self.tokens = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        steps = np.diff(self.offsets)
+        consistent = (
+            len(self.offsets) == count + 1
+            and self.offsets[0] == 0
+            and self.offsets[-1] == len(self.tokens)
+            and (not steps.size or steps.min() >= 0)
+        )
+        if not consistent:
+            raise DataError(f"{path} does not match its offsets; {_again(folder)}.")
+        self.fixed = int(steps[0]) if steps.size and (steps == steps[0]).all() else None
+        """The length of all sequences, where they have one."""
 
 
 class Split:
@@ -31,49 +55,34 @@ class Split:
     Attributes:
         name: train, dev or test.
         paired: each example has a second sequence.
-        labels: int64 [N], memory-mapped.
-        lengths: int64 [N], stored tokens per example (of the first sequence).
+        labels: int64 [N].
+        lengths, lengths_1: int64 [N], stored tokens of the first and the second sequence.
     """
 
-    def __init__(self, folder: Path, name: str, stored: str, manifest: Manifest) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.name = name
-        self.paired = manifest.paired
-        self._folder = folder
-        self._dtype = DTYPES[manifest.dtype]
-        self.labels = _load(folder / f"{stored}.labels.npy")
-        self._sides = [self._open(stored, "")]
-        if manifest.paired:
-            self._sides.append(self._open(stored, "_1"))
-        self.lengths: npt.NDArray[np.int64] = np.diff(self._sides[0][1])
-        self._fixed = [self._fixed_length(side) for side in self._sides]
-
-    def _open(self, stored: str, suffix: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        offsets = _load(self._folder / f"{stored}.offsets{suffix}.npy")
-        path = self._folder / f"{stored}.tokens{suffix}.bin"
-        tokens: npt.NDArray[Any] = np.zeros(0, self._dtype)
-        if path.stat().st_size:  # an empty file cannot be mapped
-            # A plain view: the pages stay mapped, without memmap's cost per slice.
-            tokens = np.memmap(path, dtype=self._dtype, mode="r").view(np.ndarray)
-        steps = np.diff(offsets)
-        consistent = (
-            len(offsets) == len(self.labels) + 1
-            and offsets[0] == 0
-            and offsets[-1] == len(tokens)
-            and (not steps.size or steps.min() >= 0)
-        )
-        if not consistent:
+        self.paired = store.manifest.paired
+        self._folder = store.folder
+        self._sides = store.sides
+        path = store.folder / f"{name}.index.npy"
+        self._index = np.asarray(_load(path))
+        count = len(store.labels)
+        if self._index.size and not 0 <= self._index.min() <= self._index.max() < count:
+            raise DataError(f"{path} names examples that are not there; {_again(store.folder)}.")
+        if len(self._index) != store.manifest.splits[name]:
             raise DataError(
-                f"{path} does not match its offsets; delete {self._folder} and prepare it again."
+                f"Split {name} of {store.folder} has {len(self._index)} examples, not "
+                f"{store.manifest.splits[name]}; {_again(store.folder)}."
             )
-        return tokens, offsets
-
-    @staticmethod
-    def _fixed_length(side: tuple[npt.NDArray[Any], npt.NDArray[np.int64]]) -> int | None:
-        steps = np.diff(side[1])
-        return int(steps[0]) if steps.size and (steps == steps[0]).all() else None
+        self.labels: npt.NDArray[np.int64] = store.labels[self._index]
+        self.lengths = self._lengths(0)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._index)
+
+    @property
+    def lengths_1(self) -> npt.NDArray[np.int64]:
+        return self._lengths(1)
 
     def tokens(self, index: int) -> npt.NDArray[Any]:
         """The ids [L] of one example, unpadded: a view of the file, no copy."""
@@ -95,22 +104,19 @@ class Split:
         """The same for the second sequence of a paired task."""
         return self._gather(1, indices, length)
 
-    @property
-    def lengths_1(self) -> npt.NDArray[np.int64]:
-        """int64 [N], stored tokens of the second sequence of a paired task."""
-        return np.diff(self._sides[1][1])
+    def _lengths(self, side: int) -> npt.NDArray[np.int64]:
+        offsets = self._sides[side].offsets
+        return np.asarray(offsets[self._index + 1] - offsets[self._index])
 
     def _slice(self, side: int, index: int) -> npt.NDArray[Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        tokens, offsets = self._sides[side]
-        index %= len(self)
-        return tokens[offsets[index] : offsets[index + 1]]
+        row = self._index[index]
+        tokens, offsets = self._sides[side].tokens, self._sides[side].offsets
+        return tokens[offsets[row] : offsets[row + 1]]
 
     def _gather(self, side: int, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-        rows = np.asarray(indices, dtype=np.int64)
-        tokens, offsets = self._sides[side]
-        fixed = self._fixed[side]
+        rows = self._index[np.asarray(indices, dtype=np.int64)]
+        tokens, offsets = self._sides[side].tokens, self._sides[side].offsets
+        fixed = self._sides[side].fixed
         longest = int((offsets[rows + 1] - offsets[rows]).max(initial=0))
         if longest > length:
             raise DataError(
@@ -119,7 +125,7 @@ class Split:
             )
         if fixed == length:
             return np.asarray(tokens.reshape(-1, length)[rows])
-        out = np.zeros((len(rows), length), self._dtype)
+        out = np.zeros((len(rows), length), tokens.dtype)
         if fixed is not None:
             out[:, :fixed] = tokens.reshape(-1, fixed)[rows]
             return out
@@ -142,6 +148,18 @@ class Store:
         self.manifest = manifest
         self._splits: dict[str, Split] = {}
 
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 [N], of all examples in the order of the source."""
+        return _load(self.folder / "labels.npy")
+
+    @cached_property
+    def sides(self) -> list[_Side]:
+        """The sequences of all examples; of pairs the first ones, then the second."""
+        suffixes = ["", "_1"] if self.manifest.paired else [""]
+        dtype = DTYPES[self.manifest.dtype]
+        return [_Side(self.folder, suffix, dtype, len(self.labels)) for suffix in suffixes]
+
     def split(self, name: str) -> Split:
         """The split "train", "dev" or "test".
 
@@ -153,14 +171,7 @@ class Store:
                 f"{self.folder} has no split {name!r}; it has {', '.join(self.manifest.splits)}."
             )
         if name not in self._splits:
-            stored = self.manifest.aliases.get(name, name)
-            split = Split(self.folder, name, stored, self.manifest)
-            if len(split) != self.manifest.splits[name]:
-                raise DataError(
-                    f"Split {name} of {self.folder} has {len(split)} examples, not "
-                    f"{self.manifest.splits[name]}; delete the folder and prepare it again."
-                )
-            self._splits[name] = split
+            self._splits[name] = Split(self, name)
         return self._splits[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -203,15 +214,17 @@ def open_store(folder: Path, *, verify: bool = False) -> Store:
     if checked and not verify:
         _remember(folder, {**trusted, **checked})
     store = Store(folder, manifest)
-    for split in manifest.stored_splits:
+    for split in manifest.splits:
         store.split(split)
     return store
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(
-        f"{path} {what}; it is damaged or was edited: delete {path.parent} and prepare it again."
-    )
+    return DataError(f"{path} {what}; it is damaged or was edited: {_again(path.parent)}.")
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and prepare it again"
 
 
 def _trusted_times(folder: Path) -> Mapping[str, int]:
@@ -233,13 +246,10 @@ def _load(path: Path) -> npt.NDArray[np.int64]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a readable array ({error}); delete {path.parent} and prepare it again."
-        ) from error
+        again = _again(path.parent)
+        raise DataError(f"{path} is not a readable array ({error}); {again}.") from error
     if array.dtype != np.int64 or array.ndim != 1:
-        raise DataError(
-            f"{path} is not a list of int64; delete {path.parent} and prepare it again."
-        )
+        raise DataError(f"{path} is not a list of int64; {_again(path.parent)}.")
     return array.view(np.ndarray)
 
 

@@ -13,7 +13,7 @@ from dmx import train, tune
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.capacity import Resources, RoomWatch, Snapshot, Work, amount, check_request
 from dmx.curriculum import __main__ as curriculum
-from dmx.data import ray_shards
+from dmx.data import shards
 from dmx.errors import ConfigError
 from dmx.training.job import Workers
 from tests.tiny import TASK, one_sentence
@@ -176,7 +176,7 @@ def test_shards_of_data_that_wait_are_spoken_of(caplog):
         wait=lambda running, num_returns, timeout: (next(answers), []),
         available_resources=lambda: {},
     )
-    assert ray_shards._first(ray, ["shard"], 4, 30) == "shard"
+    assert shards._first(ray, ["shard"], 4, 30) == "shard"
     first, second = (record.getMessage() for record in caplog.records)
     assert "for 30 s: each asks for 1 CPU, and 0 of the cluster's 4 are free" in first
     assert "for 210 s" in second

@@ -162,8 +162,8 @@ TUNE_BAD = {
         "python -m dmx.data listops",
     ),
     "data-empty": ([*TUNE[:5], "EMPTY", "--no-prepare"], "manifest.json is not readable JSON"),
-    "data-torn": ([*TUNE[:5], "TORN", "--no-prepare"], "train.tokens.bin has"),
-    "data-edited": ([*TUNE[:5], "EDITED", "--no-prepare"], "train.labels.npy has another content"),
+    "data-torn": ([*TUNE[:5], "TORN", "--no-prepare"], "tokens.bin has"),
+    "data-edited": ([*TUNE[:5], "EDITED", "--no-prepare"], "labels.npy has another content"),
     "warm-start-url": ([*TUNE, "--warm-start", "s3://b/x"], "--warm-start s3://b/x is in object"),
     "address": ([*TUNE, "--address", "127.0.0.1:1"], "no Ray cluster answers at --address"),
 }
@@ -206,7 +206,7 @@ TRAIN_BAD = {
         ["--attention", "softmax", "--task", "listops", "--data-root", "x", "--no-prepare"],
         "python -m dmx.data listops",
     ),
-    "data-torn": ([*TRAIN[:5], "TORN", *TRAIN[6:]], "train.tokens.bin has"),
+    "data-torn": ([*TRAIN[:5], "TORN", *TRAIN[6:]], "tokens.bin has"),
     "classes": ([*TRAIN, "model.vocab_size=9"], "model.vocab_size is 9; task "),
     "evaluate": (["--evaluate", "nowhere"], "nowhere is not a whole checkpoint"),
 }
@@ -223,10 +223,10 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         if name == "EMPTY":
             (store.folder / "manifest.json").write_bytes(b"")
         elif name == "TORN":
-            tokens = store.folder / "train.tokens.bin"
+            tokens = store.folder / "tokens.bin"
             os.truncate(tokens, tokens.stat().st_size // 2)
         elif name == "EDITED":
-            labels = store.folder / "train.labels.npy"
+            labels = store.folder / "labels.npy"
             content = bytearray(labels.read_bytes())
             content[-1] ^= 1
             labels.write_bytes(bytes(content))

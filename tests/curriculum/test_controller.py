@@ -210,7 +210,7 @@ def test_data_that_break_stop_their_stage_only(tmp_path: Path, root: Path) -> No
     store = root / LATE_TASK
     manifest = json.loads((store / "manifest.json").read_text())
     assert manifest["data_name"] == "tiny"
-    (store / "test.labels.npy").write_bytes(b"x")
+    (store / "labels.npy").write_bytes(b"x")
     passed, history = run(config, tmp_path / "run", backend)
     assert not passed
     assert [history.stage(n).status for n in "abc"] == ["passed", "passed", "waiting"]

@@ -72,7 +72,7 @@ def test_strip_shows_the_first_images_of_the_split(
     out = capsys.readouterr().out
     assert "black pixels" in out
     assert "wrote strip.png" in out
-    from dmx.data.pathfinder_split import pathfinder_split
+    from dmx.data.readers.pathfinder import pathfinder_split
 
     first = int(pathfinder_split(18)["train"][0])
     number = (0, 2, 10)[first // 6] * 100 + first % 6
@@ -100,7 +100,7 @@ def test_list_names_damaged_and_unfinished_sets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["listops", "--num-train", "8", "--num-dev", "3", "--num-test", "2", "--workers", "1"])
-    path = tmp_path / "data" / "listops" / "train.tokens.bin"
+    path = tmp_path / "data" / "listops" / "tokens.bin"
     path.write_bytes(path.read_bytes()[:-5])
     shards = tmp_path / "data" / ".pathX-cl14_nogap.shards-0123456789ab"
     shards.mkdir()
@@ -108,7 +108,7 @@ def test_list_names_damaged_and_unfinished_sets(
     assert main(["list"]) == 2
     out = capsys.readouterr().out
     assert "DAMAGED" in out
-    assert "train.tokens.bin" in out
+    assert "tokens.bin" in out
     assert "1 shards; run it again" in out
 
 

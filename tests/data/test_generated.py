@@ -15,7 +15,7 @@ import pytest
 
 from dmx.data.pathfinder import Generator
 from dmx.data.prepare import open_data, prepare_data
-from dmx.data.readers import pathfinder_generated
+from dmx.data.readers import pathfinder
 from dmx.data.store import open_store
 from dmx.errors import ConfigError, DataError
 from tests.data.helpers import cli_command, cli_environment
@@ -27,8 +27,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pathfinder_generated, "SHARD_SIZE", 7)
-    monkeypatch.setattr(pathfinder_generated, "_PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(pathfinder, "SHARD_SIZE", 7)
+    monkeypatch.setattr(pathfinder, "_PROBE_SECONDS", 0.0)
 
 
 def test_images_stand_in_the_references_split(tmp_path: Path, small_shards: None) -> None:
@@ -100,8 +100,8 @@ def test_too_little_disk_is_refused_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(pathfinder_generated.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"needs 4\.1 GB in .*, but only 1\.0 MB are free"):
+    monkeypatch.setattr(pathfinder.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=r"needs 4\.1 GB in .*, but only 1 MB are free"):
         prepare_data("pathX-cl14_nogap", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".pathX-cl14_nogap.lock"]
 
@@ -114,7 +114,7 @@ def test_estimate_comes_before_the_work(
             "pathfinder16-cl3-d1", tmp_path, workers=1, options={"num_images": 20}, generate=True
         )
     first = next(m for m in caplog.messages if "generating 20 images" in m)
-    assert re.search(r"about \d+ s with 1 worker\(s\) .* 5\.1 kB on disk, .* free", first)
+    assert re.search(r"about [\d.]+ m?s with 1 worker\(s\) .* 5\.12 kB on disk, .* free", first)
     assert open_data("pathfinder16-cl3-d1", tmp_path, generate=True).manifest.num_bytes > 5000
     with pytest.raises(DataError, match="num_images=20 instead of num_images=30"):
         open_data("pathfinder16-cl3-d1", tmp_path, options={"num_images": 30}, generate=True)
@@ -210,7 +210,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     workers = [int(p.stem) for p in tmp_path.glob("*.pid")]
     while any(
         Path(f"/proc/{pid}/cmdline").exists()
-        and b"shard_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and b"dmx.data.shards" in Path(f"/proc/{pid}/cmdline").read_bytes()
         for pid in workers
     ):
         assert time.monotonic() < deadline, "a worker outlives its parent"

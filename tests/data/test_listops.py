@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmx.data.listops import VOCABULARY, decode, example, values
 from dmx.data.prepare import prepare_data
+from dmx.data.readers.listops import VOCABULARY, decode, example, values
 from dmx.errors import ConfigError, DataError
 from tests.data.helpers import write_folder, write_tar
 from tests.tiny import one_sentence
@@ -261,16 +261,14 @@ def test_generated_set_is_equal_for_any_number_of_workers(tmp_path: Path) -> Non
 
 
 def test_equal_examples_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmx.data import listops
-    from dmx.data.readers import listops_generated
+    from dmx.data.readers import listops as reader
 
     def forgetful(seed: int, index: int, attempt: int = 0) -> tuple[bytes, int]:
         if index == 4 and attempt < 2:  # looks like example 1, twice
             index, attempt = 1, 0
         return example(seed, index, attempt)
 
-    monkeypatch.setattr(listops, "example", forgetful)
-    monkeypatch.setattr(listops_generated, "example", forgetful)
+    monkeypatch.setattr(reader, "example", forgetful)
     store = prepare_data("listops", tmp_path, options=sizes(6, 1, 1), workers=1)
     train = store.split("train")
     assert train.tokens(4).tobytes() == example(0, 4, 2)[0]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmx.data import prepare as locating
-from dmx.data.bytetext import decode
 from dmx.data.prepare import default_data_root, open_data
+from dmx.data.readers.text import decode
 from dmx.errors import ConfigError, DataError
 
 

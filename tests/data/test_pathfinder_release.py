@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmx.data.pathfinder_split import pathfinder_split
 from dmx.data.prepare import prepare_data
+from dmx.data.readers.pathfinder import pathfinder_split
 from dmx.errors import DataError
 from tests.data.helpers import png, write_folder, write_tar, write_zip
 from tests.tiny import one_sentence

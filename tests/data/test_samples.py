@@ -139,14 +139,14 @@ def test_stratified_keeps_proportions_and_loses_nothing() -> None:
 def test_prepared_lra_data_win_over_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmx.data.build import write_store
+    from dmx.data.store_writer import write_store
     from tests.data.test_store import fill, manifest
 
     monkeypatch.setenv("DMX_DATA_ROOT", str(tmp_path))
-    write_store(tmp_path / "text", manifest(aliases={"dev": "test"}), fill)
+    write_store(tmp_path / "text", manifest(), fill)
     store = open_data("text", None, allow_sample=True)
     assert store.manifest.data_name == "lra-text" and not store.manifest.is_sample
     assert open_data("text", tmp_path).folder == store.folder
-    (tmp_path / "text" / "train.labels.npy").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train\.labels\.npy"):  # damaged data: no silent switch
+    (tmp_path / "text" / "labels.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"labels\.npy"):  # damaged data: no silent switch
         open_data("text", None, allow_sample=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 
 from dmx.data import store_writer
-from dmx.data.manifest import Manifest, read_manifest
-from dmx.data.store import StoreWriter, open_store, write_store
+from dmx.data.manifest import Manifest
+from dmx.data.store import open_store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import DataError
 from tests.tiny import one_sentence
 
@@ -36,14 +36,15 @@ def manifest(**changes: object) -> Manifest:
 
 
 def fill(writer: StoreWriter) -> None:
-    for split in writer.manifest.stored_splits:
+    for split in ("train", "test"):
         for k, ids in enumerate(TEXTS):
             writer.add(split, np.array(ids, np.uint16), k % 2)
+    writer.place("dev", range(4, 8))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_store(tmp_path / "text", manifest(aliases={"dev": "test"}), fill)
+    write_store(tmp_path / "text", manifest(), fill)
     return tmp_path / "text"
 
 
@@ -79,16 +80,33 @@ def test_fixed_lengths_come_back_exact_or_padded_and_are_never_cut(tmp_path: Pat
     with pytest.raises(DataError, match="an example of 4 tokens in split dev, more than the 2"):
         split.gather([1], 2)
     assert split.gather([1], 4).dtype == np.uint8
-    assert (tmp_path / "image" / "train.tokens.bin").read_bytes() == images.tobytes()
+    assert (tmp_path / "image" / "tokens.bin").read_bytes() == images.tobytes() * 3
 
 
 def test_dev_is_test_without_a_second_copy(folder: Path) -> None:
     store = open_store(folder)
     assert dict(store.manifest.splits) == {"train": 4, "dev": 4, "test": 4}
     assert store.split("dev").tokens(1).tolist() == TEXTS[1]
-    assert not list(folder.glob("dev*"))
+    assert (folder / "tokens.bin").stat().st_size == 2 * 2 * sum(map(len, TEXTS))
     with pytest.raises(DataError, match="no split 'valid'"):
         store.split("valid")
+
+
+def test_splits_are_lists_of_examples_in_any_order(tmp_path: Path) -> None:
+    def placed(writer: StoreWriter) -> None:
+        writer.add_rows(None, np.arange(12, dtype=np.uint8).reshape(6, 2), [0, 1, 0, 1, 0, 1])
+        writer.place("train", [4, 1])
+        writer.place("train", [3])
+        writer.place("dev", [0])
+        writer.place("test", [5, 2])
+
+    write_store(tmp_path / "text", manifest(), placed)
+    store = open_store(tmp_path / "text")
+    train = store.split("train")
+    assert train.labels.tolist() == [0, 1, 1]
+    assert train.gather([0, 1, 2], 2).tolist() == [[8, 9], [2, 3], [6, 7]]
+    assert store.split("test").tokens(0).tolist() == [10, 11]
+    assert (tmp_path / "text" / "tokens.bin").read_bytes() == np.arange(12, dtype="<u2").tobytes()
 
 
 def test_pairs_keep_both_sides(tmp_path: Path) -> None:
@@ -116,13 +134,6 @@ def test_label_names_the_data() -> None:
 def test_a_part_of_the_published_set_is_partial(folder: Path) -> None:
     found = open_store(folder).manifest
     assert found.partial == "12 of 75,000 examples" and found.label != "text"
-    # A store of an earlier version says nothing of it, so that its splits have to.
-    path = folder / "manifest.json"
-    body = json.loads(path.read_bytes())
-    del body["partial"], body["manifest_sha256"]
-    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
-    path.write_text(json.dumps(body | {"manifest_sha256": hashlib.sha256(canonical).hexdigest()}))
-    assert read_manifest(folder).partial == "12 of 75,000 examples"
 
 
 def test_samples_and_unpublished_tasks_are_not_partial(tmp_path: Path) -> None:
@@ -152,7 +163,7 @@ def test_pickled_store_and_split_are_small_and_reopen(folder: Path) -> None:
 
 
 def test_equal_data_have_equal_checksums(folder: Path, tmp_path: Path) -> None:
-    write_store(tmp_path / "again" / "text", manifest(aliases={"dev": "test"}), fill)
+    write_store(tmp_path / "again" / "text", manifest(), fill)
     again = open_store(tmp_path / "again" / "text").manifest
     assert again.checksum == open_store(folder).manifest.checksum
     assert again.num_bytes == sum(
@@ -180,7 +191,7 @@ def removed(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [torn, emptied, one_bit, removed])
 @pytest.mark.parametrize(
-    "name", ["train.tokens.bin", "train.offsets.npy", "test.labels.npy", "manifest.json"]
+    "name", ["tokens.bin", "offsets.npy", "labels.npy", "test.index.npy", "manifest.json"]
 )
 def test_damage_is_detected_at_open(folder: Path, name: str, damage: object) -> None:
     damage(folder / name)  # type: ignore[operator]
@@ -190,8 +201,8 @@ def test_damage_is_detected_at_open(folder: Path, name: str, damage: object) -> 
 
 
 def test_torn_file_says_how_many_bytes_there_are(folder: Path) -> None:
-    torn(folder / "train.tokens.bin")
-    with pytest.raises(DataError, match="has 19 bytes instead of 20"):
+    torn(folder / "tokens.bin")
+    with pytest.raises(DataError, match="has 39 bytes instead of 40"):
         open_store(folder)
 
 
@@ -210,7 +221,7 @@ def test_edit_of_one_byte_of_a_large_file_is_detected_whenever_its_time_moved(
 
     folder = tmp_path / "image"
     write_store(folder, manifest(dtype="uint8", max_length=1024), fill_large)
-    path = folder / "train.tokens.bin"
+    path = folder / "tokens.bin"
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(6000)  # between the sampled blocks, which start at 0 and at about 98,000
@@ -218,11 +229,11 @@ def test_edit_of_one_byte_of_a_large_file_is_detected_whenever_its_time_moved(
         file.seek(6000)
         file.write(bytes([byte ^ 1]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(DataError, match=r"train\.tokens\.bin has another content"):
+    with pytest.raises(DataError, match=r"tokens\.bin has another content"):
         open_store(folder)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a forger who resets the time
     open_store(folder)
-    with pytest.raises(DataError, match=r"train\.tokens\.bin has another content"):
+    with pytest.raises(DataError, match=r"tokens\.bin has another content"):
         open_store(folder, verify=True)
 
 
@@ -232,15 +243,17 @@ def test_a_copy_with_new_times_is_checked_once_and_accepted(folder: Path, tmp_pa
         os.utime(path, ns=(1, 1))
     assert open_store(tmp_path / "copy").split("train").tokens(3).tolist() == [7]
     noted = json.loads((tmp_path / "copy" / "verified.json").read_bytes())
-    assert noted["train.tokens.bin"] == 1
+    assert noted["tokens.bin"] == 1
     (tmp_path / "copy" / "verified.json").write_text("[torn")
     open_store(tmp_path / "copy")
 
 
 def test_other_format_versions_are_refused(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(DataError, match="format 99"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(
+        DataError, match=r"format 1, but .*prepare the data again \(python -m dmx\.data text\)"
+    ):
         open_store(folder)
 
 
@@ -333,7 +346,7 @@ def test_replace_swaps_the_old_store(folder: Path) -> None:
 
 def test_debris_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".text.partial-1").mkdir()
-    (tmp_path / ".text.partial-1" / "train.tokens.bin").write_bytes(b"half")
+    (tmp_path / ".text.partial-1" / "tokens.bin").write_bytes(b"half")
     write_store(tmp_path / "text", manifest(), fill)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".text.lock", "text"]
 

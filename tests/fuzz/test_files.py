@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from dmx.data.manifest import _digest
 from dmx.data.sources import open_source
 from dmx.data.store import open_store
-from dmx.data.unpickle import load_pickle
 from dmx.errors import DmxError, StageError
 from dmx.leaderboard import gather, to_markdown
 from dmx.reporting.board import boards, entries
@@ -30,6 +29,7 @@ from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder
 from dmx.training.checkpoint import open_checkpoint
+from scripts.convert_pickles import load_pickle
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn
 from tests.reporting.makers import make_curriculum, make_run, make_study

@@ -1,26 +1,21 @@
-"""Image from CIFAR-10, python or binary version, folder or archive: grey pixels, TFDS's order."""
+"""Image from CIFAR-10's binary version, folder or archive: grey pixels, TFDS's order."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import posixpath
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.build import write_store
-from dmx.data.grey import tf_grey
-from dmx.data.manifest import Manifest
 from dmx.data.readers.base import READERS, Reader, Request
 from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
-from dmx.data.unpickle import PickledArray, load_pickle
 from dmx.errors import DataError
 from dmx.tasks import Task
 
-FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "")
 BATCHES = (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")
 PER_BATCH = 10000
 PIXELS = 1024
@@ -28,7 +23,10 @@ NUM_TRAIN = 45000
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-Batch = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+_FOLDERS = ("cifar-10-batches-bin", "")
+_PICKLED_FOLDERS = ("cifar-10-batches-py", "")
+_WEIGHTS = (np.float32(0.2989), np.float32(0.5870), np.float32(0.1140))
+"""tf.image.rgb_to_grayscale; ITU-R BT.601 luma, with its first weight cut to four digits."""
 
 
 @cache
@@ -38,105 +36,87 @@ def tfds_order(count: int) -> npt.NDArray[np.int64]:
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
-def python_batch(content: bytes, where: str) -> Batch:
-    """(RGB [10000, 3072], labels [10000]) of a batch of the python version.
+def tf_grey(
+    red: npt.NDArray[np.uint8], green: npt.NDArray[np.uint8], blue: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.uint8]:
+    """Grey values of the same shape: trunc(255.5 * (0.2989 R + 0.5870 G + 0.1140 B)) in float32.
+
+    PIL's convert("L") rounds instead, which makes a quarter of the pixels one larger.
+    """
+    scale = np.float32(1 / 255)
+    parts = [
+        c.astype(np.float32) * scale * w for c, w in zip((red, green, blue), _WEIGHTS, strict=True)
+    ]
+    return np.asarray(((parts[0] + parts[1]) + parts[2]) * np.float32(255.5)).astype(np.uint8)
+
+
+def _batch(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """(grey pixels [10000, 1024], labels [10000]) of a batch.
 
     Raises:
-        DataError: it is no such pickle.
+        DataError: it has another size or a label above 9.
     """
-    value = load_pickle(io.BytesIO(content), where)
-    rgb = value.get(b"data") if isinstance(value, dict) else None
-    labels = value.get(b"labels") if isinstance(value, dict) else None
-    if not isinstance(rgb, PickledArray) or not isinstance(labels, list):
-        raise DataError(f"{where} is no CIFAR-10 batch: it has no data and labels.")
-    if rgb.value.shape != (PER_BATCH, 3 * PIXELS) or rgb.value.dtype != np.uint8:
-        raise DataError(f"{where}: data are {rgb.value.shape} {rgb.value.dtype}, not CIFAR-10.")
-    if len(labels) != PER_BATCH or not all(isinstance(x, int) and 0 <= x < 10 for x in labels):
-        raise DataError(f"{where}: the labels are not {PER_BATCH} numbers 0..9.")
-    return rgb.value, np.array(labels, np.uint8)
-
-
-def binary_batch(content: bytes, where: str) -> Batch:
-    """(RGB [10000, 3072], labels [10000]) of a batch of the binary version.
-
-    Raises:
-        DataError: the size or a label is not CIFAR-10's.
-    """
-    record = 1 + 3 * PIXELS
-    if len(content) != PER_BATCH * record:
+    row = 1 + 3 * PIXELS
+    if len(content) != PER_BATCH * row:
         raise DataError(
-            f"{where} has {len(content)} bytes instead of {PER_BATCH * record}; it is truncated or "
-            "no CIFAR-10 batch."
+            f"{where} has {len(content):,} bytes, not {PER_BATCH * row:,}; it is truncated or no "
+            "CIFAR-10 batch."
         )
-    rows = np.frombuffer(content, np.uint8).reshape(PER_BATCH, record)
+    rows = np.frombuffer(content, np.uint8).reshape(PER_BATCH, row)
     if rows[:, 0].max() > 9:
-        raise DataError(f"{where} has label {rows[:, 0].max()}, so it is no CIFAR-10 batch.")
-    return rows[:, 1:], rows[:, 0]
+        raise DataError(f"{where}: label {rows[:, 0].max()} is no CIFAR-10 class.")
+    planes = rows[:, 1:].reshape(-1, 3, PIXELS)
+    return tf_grey(planes[:, 0], planes[:, 1], planes[:, 2]), rows[:, 0]
 
 
-def grey(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Pixels [N, 1024] of planes [N, 3072] (all red, all green, all blue; rows of 32)."""
-    planes = rgb.reshape(-1, 3, PIXELS)
-    return tf_grey(planes[:, 0], planes[:, 1], planes[:, 2])
+def _find(_: Task, source: Source) -> str | None:
+    root = source.locate(_FOLDERS, f"{BATCHES[0]}.bin")
+    return source.locate(_PICKLED_FOLDERS, BATCHES[0]) if root is None else root
 
 
-def _find(source: Source) -> tuple[str, str] | None:
-    for suffix in ("", ".bin"):
-        root = source.locate(FOLDERS, f"{BATCHES[0]}{suffix}")
-        if root is not None:
-            return root, suffix
-    return None
+def _describe(request: Request) -> dict[str, Any]:
+    source, root = request.found
+    if not source.has(posixpath.join(root, f"{BATCHES[0]}.bin")):
+        raise DataError(
+            f"{source.describe(root)} is CIFAR-10's python version, whose files are pickles, which "
+            "dmx does not read; give its binary version (cifar-10-binary.tar.gz), or convert it: "
+            f"python scripts/convert_pickles.py {source.path} OUT"
+        )
+    return {
+        "origin": f"CIFAR-10 (binary version), {source.describe(root)}",
+        "class_names": CLASSES,
+        "dtype": "uint8",
+        "parameters": {"grey": "tensorflow", "order": "TFDS"},
+        "licence": "no licence stated; cite Krizhevsky 2009",
+    }
 
 
-def fits(task: Task, source: Source | None) -> bool:
-    """Whether the source has data_batch_1 of either version."""
-    return source is not None and _find(source) is not None
-
-
-def prepare(request: Request) -> None:
-    """Write the store: 45,000 / 5,000 / 10,000 images.
+def _fill(request: Request, writer: StoreWriter) -> None:
+    """45,000 / 5,000 / 10,000 images.
 
     The reference's train file has 45,002 examples, about 95 of them twice and 93 missing, because
     its loop over a shuffled, repeated stream ends late; this is the split that it meant.
     """
-    source = request.source
-    assert source is not None
-    found = _find(source)
-    assert found is not None
-    root, suffix = found
-    read = binary_batch if suffix else python_batch
-
-    def fill(writer: StoreWriter) -> None:
-        names = [posixpath.join(root, f"{batch}{suffix}") for batch in BATCHES]
-        batches = {n: read(c, source.describe(n)) for n, c in source.read_small(names)}
-        pixels = np.concatenate([grey(batches[name][0]) for name in names])
-        labels = np.concatenate([batches[name][1] for name in names])
-        order = tfds_order(5 * PER_BATCH)
-        test = np.arange(len(order), len(pixels))
-        parts = {"train": order[:NUM_TRAIN], "dev": order[NUM_TRAIN:], "test": test}
-        for split, rows in parts.items():
-            writer.add_rows(split, pixels[rows], labels[rows])
-
-    manifest = Manifest.for_task(
-        request.task,
-        data_name="lra-image",
-        origin=f"CIFAR-10 ({'binary' if suffix else 'python'} version), {source.describe(root)}",
-        class_names=CLASSES,
-        dtype="uint8",
-        parameters={"grey": "tensorflow", "order": "TFDS"},
-        licence="no licence stated; cite Krizhevsky 2009",
-    )
-    write_store(request.folder, manifest, fill, replace_existing=request.force)
+    source, root = request.found
+    names = [posixpath.join(root, f"{batch}.bin") for batch in BATCHES]
+    batches = {name: _batch(c, source.describe(name)) for name, c in source.read_small(names)}
+    for name in names:
+        writer.add_rows(None, *batches[name])
+    order = tfds_order(5 * PER_BATCH)
+    writer.place("train", order[:NUM_TRAIN])
+    writer.place("dev", order[NUM_TRAIN:])
+    writer.place("test", np.arange(len(order), len(order) + PER_BATCH))
 
 
 READERS.register("lra-image")(
     Reader(
         name="lra-image",
         families=("image",),
-        fits=fits,
-        expects="cifar-10-batches-py/data_batch_1 or cifar-10-batches-bin/data_batch_1.bin",
-        prepare=prepare,
-        address="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        address_checksum="md5:c58f30108f718f92721af3b95e74349a",
+        find=_find,
+        expects="cifar-10-batches-bin/data_batch_1.bin",
+        describe=_describe,
+        fill=_fill,
+        address="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        address_checksum="md5:c32a1d4ab5d03f1284b67883e8d87530",
     )
 )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.build import write_store
-from dmx.data.bytetext import encode
-from dmx.data.manifest import Manifest
 from dmx.data.progress import progress
 from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.readers.text import encode
 from dmx.data.sources import Source, without_bom
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
@@ -24,8 +22,8 @@ FILES = {
     "new_aan_pairs.eval.tsv": "dev",
     "new_aan_pairs.test.tsv": "test",
 }
-FOLDERS = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", "")
 NUM_COLUMNS = 5
+_FOLDERS = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", "")
 _MAX_LINE_BYTES = 64 << 20
 _LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 _REPR = (b"b'", b'b"')
@@ -73,49 +71,42 @@ def _is_repr(ids: npt.NDArray[np.uint16]) -> bool:
     return (ids[:2] - 1).astype(np.uint8).tobytes() in _REPR
 
 
-def fits(task: Task, source: Source | None) -> bool:
-    """Whether the source has the three files."""
-    return source is not None and source.locate(FOLDERS, next(iter(FILES))) is not None
+def _find(_: Task, source: Source) -> str | None:
+    return source.locate(_FOLDERS, next(iter(FILES)))
 
 
-def prepare(request: Request) -> None:
-    """Write the store from the tsv files, in their order."""
-    source = request.source
-    assert source is not None
-    root = source.locate(FOLDERS, next(iter(FILES)))
-    assert root is not None
+def _describe(request: Request) -> dict[str, Any]:
+    source, root = request.found
+    return {
+        "origin": f"ACL Anthology Network pairs of the LRA release, {source.describe(root)}",
+        "class_names": ("unrelated", "linked"),
+        "dtype": "uint16",
+        "licence": "ACL Anthology Network, research use; LRA release Apache 2.0",
+    }
 
-    def fill(writer: StoreWriter) -> None:
-        names = [posixpath.join(root, name) for name in FILES]
-        published = True
-        with progress("retrieval", 0, "pairs") as advance:
-            for name, stream in source.open(names):
-                split = FILES[posixpath.basename(name)]
-                for first, second, label in parse(stream, source.describe(name)):
-                    writer.add(split, first, label, second)
-                    published = published and _is_repr(first) and _is_repr(second)
-                    advance(1)
-        if not published:
-            writer.remark("decoded texts")  # published are reprs of bytes, b'...'
 
-    manifest = Manifest.for_task(
-        request.task,
-        data_name="lra-retrieval",
-        origin=f"ACL Anthology Network pairs of the LRA release, {source.describe(root)}",
-        class_names=("unrelated", "linked"),
-        dtype="uint16",
-        licence="ACL Anthology Network, research use; LRA release Apache 2.0",
-    )
-    write_store(request.folder, manifest, fill, replace_existing=request.force)
+def _fill(request: Request, writer: StoreWriter) -> None:
+    source, root = request.found
+    published = True
+    with progress("retrieval", 0, "pairs") as advance:
+        for name, stream in source.open([posixpath.join(root, name) for name in FILES]):
+            split = FILES[posixpath.basename(name)]
+            for first, second, label in parse(stream, source.describe(name)):
+                writer.add(split, first, label, second)
+                published = published and _is_repr(first) and _is_repr(second)
+                advance(1)
+    if not published:
+        writer.remark("decoded texts")  # published are reprs of bytes, b'...'
 
 
 READERS.register("lra-retrieval")(
     Reader(
         name="lra-retrieval",
         families=("retrieval",),
-        fits=fits,
+        find=_find,
         expects="tsv_data/new_aan_pairs.{train,eval,test}.tsv",
-        prepare=prepare,
+        describe=_describe,
+        fill=_fill,
         address="https://storage.googleapis.com/long-range-arena/lra_release.gz",
     )
 )

@@ -1,4 +1,4 @@
-"""The reference's pickles keep their splits; a pickle that wants to run something is refused."""
+"""Arrays of ids are read as they are; pickles are converted without running anything in them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from dmx.data.prepare import prepare_data
-from dmx.data.unpickle import PickledArray, load_pickle
+from dmx.data.store import Store
 from dmx.errors import DataError
 from dmx.tasks import SPLITS
+from scripts.convert_pickles import PickledArray, load_pickle
+from scripts.convert_pickles import main as convert
+from tests.data.helpers import write_tar
 
 
 def write(folder: Path, task: str, splits: dict[str, list[dict[str, Any]]], protocol: int) -> Path:
@@ -23,6 +26,12 @@ def write(folder: Path, task: str, splits: dict[str, list[dict[str, Any]]], prot
         content = pickle.dumps(examples, protocol=protocol)
         (folder / f"{task}.{split}.pickle").write_bytes(content)
     return folder
+
+
+def read(task: str, pickles: Path, root: Path) -> Store:
+    """The store of a folder of pickles, by way of the script."""
+    assert convert([str(pickles), str(root / "converted")]) == 0
+    return prepare_data(task, root / "data", source=root / "converted")
 
 
 def text_example(ids: list[int], label: int, length: int = 4096) -> dict[str, Any]:
@@ -38,7 +47,7 @@ def test_text_pickles_keep_order_and_lose_padding(tmp_path: Path, protocol: int)
         "test": [text_example([3], 1)],
     }
     source = write(tmp_path / "old", "text", splits, protocol)
-    store = prepare_data("text", tmp_path / "data", source=source)
+    store = read("text", source, tmp_path)
     train = store.split("train")
     assert [train.tokens(k).tolist() for k in range(2)] == [[5, 6, 7], [256]]
     assert train.lengths.tolist() == [3, 1, 4000]
@@ -61,7 +70,7 @@ def test_lists_scalars_and_prefixed_names_mean_the_same(
         for n, row in enumerate(rows)
     ]
     source = write(tmp_path / "old", f"{prefix}text", dict.fromkeys(SPLITS, examples), 4)
-    store = prepare_data("text", tmp_path / "data", source=source)
+    store = read("text", source, tmp_path)
     for split in SPLITS:
         found = store.split(split)
         assert [found.tokens(n).tolist() for n in range(2)] == rows
@@ -74,7 +83,7 @@ def test_image_pickles_keep_black_pixels(tmp_path: Path) -> None:
     example = {"input_ids_0": pixels, "label": np.int64(7)}
     splits = {split: [example] for split in SPLITS} | {"train": [example | {"label": 0}]}
     source = write(tmp_path / "old", "image", splits, 4)
-    store = prepare_data("image", tmp_path / "data", source=source)
+    store = read("image", source, tmp_path)
     assert store.split("test").tokens(0).tolist() == pixels.tolist()
     assert store.split("test").labels.tolist() == [7]
     assert store.manifest.dtype == "uint8"
@@ -84,36 +93,87 @@ def test_paired_pickles(tmp_path: Path) -> None:
     example = text_example([4], 1) | {"input_ids_1": np.array([8, 9] + [0] * 4094, np.int32)}
     splits = {split: [example] for split in SPLITS} | {"test": [example | {"label": 0}]}
     source = write(tmp_path / "old", "retrieval", splits, 4)
-    split = prepare_data("retrieval", tmp_path / "data", source=source).split("dev")
+    split = read("retrieval", source, tmp_path).split("dev")
     assert (split.tokens(0).tolist(), split.tokens_1(0).tolist()) == ([4], [8, 9])
 
 
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"input_ids_0": np.zeros(4095, np.int32), "label": 1}, "4095 values of int32"),
+        ({"input_ids_0": np.zeros(4095, np.int32), "label": 1}, "has 4095 values, and others 4096"),
         ({"input_ids_0": np.zeros(4096, np.float32), "label": 1}, "float32"),
-        ({"input_ids_0": [1, 2], "label": 1}, "2 values of int64 instead of 4096"),
         ({"input_ids_0": [1, 0.5], "label": 1}, "no list of numbers"),
         ({"input_ids_0": [1, 1 << 70], "label": 1}, "no list of numbers"),
-        ({"input_ids_0": np.zeros(4096, np.int32), "label": 1}, "nothing but padding"),
-        ({"input_ids_0": [0] * 4096, "label": 1}, "nothing but padding"),
+        ({"input_ids_0": np.full(4096, -1, np.int32), "label": 1}, "no token ids"),
         ({"input_ids_0": np.ones(4096, np.int32), "label": np.array([1])}, "whole number"),
         ({"input_ids_0": np.ones(4096, np.int32), "label": np.array(0.5)}, "whole number"),
         ({"label": 1}, "no list of numbers"),
         ({"input_ids_0": np.ones(4096, np.int32), "label": 0.5}, "whole number"),
-        ({"input_ids_0": np.ones(4096, np.int32), "label": 2}, "label 2"),
-        ({"input_ids_0": np.full(4096, 600, np.int32), "label": 0}, "600"),
         (3, "no list of numbers"),
     ],
 )
-def test_bad_examples_are_named(tmp_path: Path, example: Any, message: str) -> None:
+def test_bad_examples_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], example: Any, message: str
+) -> None:
     good = text_example([1], 0)
     splits = {"train": [good, example], "dev": [good], "test": [good]}
-    with pytest.raises(DataError, match=message) as caught:
-        prepare_data("text", tmp_path / "data", source=write(tmp_path / "old", "text", splits, 4))
-    assert "example 1" in str(caught.value)
+    source = write(tmp_path / "old", "text", splits, 4)
+    assert convert([str(source), str(tmp_path / "new")]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "example 1" in told and len(told.splitlines()) == 1
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    ids = np.ones((3, 4096), np.uint16)
+    arrays = {"input_ids_0": ids, "label": np.array([0, 1, 0])}
+    for split in SPLITS:
+        np.savez(folder / f"text.{split}.npz", **(arrays | (changes if split == "dev" else {})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids_0": np.ones((3, 4000), np.int32)}, "4000.* instead of .*4096"),
+        ({"input_ids_0": np.ones((2, 4096), np.int32)}, "instead of .*3, 4096"),
+        ({"input_ids_0": np.ones((3, 4096), np.float32)}, "float32"),
+        ({"input_ids_0": np.array([{}], object)}, "no readable npz"),
+        (
+            {"input_ids_0": np.eye(3, 4096, dtype=int)[::-1] * [[1], [0], [1]]},
+            "example 1, .*padding",
+        ),
+        ({"input_ids_0": np.full((3, 4096), 600)}, "600"),
+        ({"label": np.array([0, 1])}, "instead of .*2, 4096"),
+        ({"label": np.array([0, 1, 2])}, "label 2"),
+        ({"label": np.array([0, 1, 0.5])}, "whole numbers"),
+    ],
+)
+def test_bad_arrays_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare_data("text", tmp_path / "data", source=save(tmp_path / "raw", **changes))
     assert not (tmp_path / "data" / "text").exists()
+
+
+def test_arrays_come_from_an_archive_and_torn_ones_are_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "raw")
+    raw = {path.name: path.read_bytes() for path in folder.iterdir()}
+    store = prepare_data("text", tmp_path / "a", source=write_tar(tmp_path / "a.tgz", raw))
+    assert store.split("dev").labels.tolist() == [0, 1, 0]
+    raw["text.dev.npz"] = raw["text.dev.npz"][:-30]
+    with pytest.raises(DataError, match=r"text\.dev\.npz is no readable npz"):
+        prepare_data("text", tmp_path / "b", source=write_tar(tmp_path / "b.tgz", raw))
+    with pytest.raises(DataError, match=r"text\.test\.npz is missing"):
+        (folder / "text.test.npz").unlink()
+        prepare_data("text", tmp_path / "b", source=folder)
+
+
+def test_a_pickle_is_refused_with_the_script_that_converts_it(tmp_path: Path) -> None:
+    good = text_example([1], 0)
+    source = write(tmp_path / "old", "text", {split: [good] for split in SPLITS}, 4)
+    with pytest.raises(DataError, match=r"is a pickle, .*scripts/convert_pickles\.py .*old OUT"):
+        prepare_data("text", tmp_path / "data", source=source)
+    assert not (tmp_path / "data").exists()
 
 
 class Evil:

@@ -1,0 +1,370 @@
+"""Pathfinder: the image folders of lra_release and of the original generator, or generated.
+
+Generated sets are made in shards, bit for bit as the original makes them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import posixpath
+import random
+import shutil
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dmx.data.pathfinder import Generator, parameters_for
+from dmx.data.progress import progress
+from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.shards import ShardPlan, make_shards, read_shards
+from dmx.data.sources import Source, safe_name
+from dmx.data.store_writer import StoreWriter
+from dmx.errors import ConfigError, DataError
+from dmx.format import duration, scaled
+from dmx.storage.files import explained
+from dmx.tasks import EMPTY_IMAGES, NUM_IMAGES, Task
+
+log = logging.getLogger(__name__)
+CLASSES = ("apart", "connected")
+SPLIT_SEED = 2222
+LEAST_IMAGES = 10
+SEED = 123
+"""Of all published sets."""
+SHARD_SIZE = 250
+NUM_FIELDS = 11
+"""subpath, file, number, label, continuity, contour length, distractor length, paddle length,
+thickness, margin, number of contrasts. Some versions of the generator write more."""
+_LABEL_FIELD = 3
+_LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+_NPY_MAGIC = b"\x93NUMPY"
+_PROBE_SECONDS = 2.0
+_PROBE_IMAGES = 40
+_SHARD_SHARE = 0.25
+"""Compressed shards need at most about this share of the images' bytes."""
+
+
+def pathfinder_split(count: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Split -> the images in it, in order.
+
+    The reference seeds Python's generator once and shuffles one set after another, so all but the
+    first of its splits depend on which sets it made before; here every set has a fresh generator.
+
+    Raises:
+        DataError: fewer than 10 images leave dev or test empty.
+    """
+    if count < LEAST_IMAGES:
+        raise DataError(f"{count} images are too few to split; at least {LEAST_IMAGES} are needed.")
+    order = list(range(count))
+    random.Random(SPLIT_SEED).shuffle(order)
+    first, second = int(count * 0.8), int(count * 0.9)
+    parts = {"train": order[:first], "dev": order[first:second], "test": order[second:]}
+    return {split: np.array(part, np.int64) for split, part in parts.items()}
+
+
+def grey_pixels(content: bytes, side: int, where: str) -> npt.NDArray[np.uint8]:
+    """Pixels [side * side], rows from the top, of an 8-bit one-channel PNG.
+
+    Raises:
+        DataError: it is no PNG, truncated, of another size, or has colours.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()  # checksums up to the end mark; decoding alone overlooks a torn tail
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if image.size != (side, side) or image.mode != "L":
+                width, height = image.size
+                raise DataError(
+                    f"{where} is {width} x {height} in mode {image.mode}, not {side} x {side} grey."
+                )
+            return np.asarray(image, np.uint8).reshape(-1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where} is no readable PNG: {error}.") from error
+
+
+class ImageEntry(NamedTuple):
+    """Where an image lies below the set's folder, and its label."""
+
+    path: str
+    label: int
+
+
+def _find(task: Task, source: Source) -> str | None:
+    """The set's folder in the source, or None.
+
+    The source may be the release, the folder of one resolution, or the set's folder itself.
+    """
+    if task.name.startswith("pathX-"):
+        inner = task.name.removeprefix("pathX-")  # as the original generator names its folder
+        tails = [f"generation/{inner}", inner]
+    else:
+        inner = task.name.replace("-", "/", 1)
+        tails = [f"lra_release/lra_release/{inner}", f"lra_release/{inner}", inner]
+    root = source.locate(tails, "metadata")
+    parts = inner.split("/")
+    for depth in range(1, len(parts) + 1):
+        below = "/".join(parts[depth:])
+        if root is None and source.path.parts[-depth:] == tuple(parts[:depth]):
+            root = below if source.has(posixpath.join(below, "metadata")) else None
+    return root
+
+
+def parse_metadata(content: bytes, where: str) -> list[ImageEntry]:
+    """The images of a metadata file: text lines (released) or a real npy of bytes (generator).
+
+    Raises:
+        DataError: a line has other columns, an unsafe path or no label, or is not UTF-8.
+    """
+    try:
+        if content.startswith(_NPY_MAGIC):
+            table = np.load(io.BytesIO(content), allow_pickle=False)
+            if table.ndim != 2 or table.dtype.kind not in "SU":
+                raise DataError(f"{where} holds no table of strings.")
+            cells = table.astype("S").tolist()
+            rows = [[cell.decode("utf-8") for cell in row] for row in cells]
+        else:
+            rows = [line.split() for line in content.decode("utf-8-sig").splitlines()]
+            while rows and not rows[-1]:
+                rows.pop()
+    except (ValueError, EOFError) as error:  # a UnicodeDecodeError is a ValueError
+        raise DataError(f"{where} is no readable metadata file ({error}).") from error
+    entries = []
+    for number, row in enumerate(rows, 1):
+        at = f"{where}, line {number}"
+        if len(row) < NUM_FIELDS:
+            raise DataError(f"{at}: {len(row)} fields instead of {NUM_FIELDS}.")
+        label = _LABELS.get(row[_LABEL_FIELD])
+        if label is None:
+            raise DataError(f"{at}: label {row[_LABEL_FIELD][:20]!r} is neither 0 nor 1.")
+        entries.append(ImageEntry(safe_name(f"{row[0]}/{row[1]}", where), label))
+    return entries
+
+
+def entries(source: Source, root: str, empty: int) -> tuple[list[ImageEntry], int]:
+    """All images in the order of their metadata files, and how many empty files were left out.
+
+    Args:
+        empty: image files that are empty in the published set.
+
+    Raises:
+        DataError: no metadata, or an image is missing, empty or listed twice.
+    """
+    folder = posixpath.join(root, "metadata")
+    names = [n for n in source.files(folder) if n.endswith(".npy") and "bkp" not in n]
+    if not names:
+        raise DataError(f"{source.describe(folder)} has no metadata files.")
+    # The reference takes the file system's order, which differs between machines.
+    names.sort(key=lambda name: (*_number(name), name))
+    found: dict[str, list[ImageEntry]] = {}
+    for name, content in source.read_small(posixpath.join(folder, name) for name in names):
+        found[name] = parse_metadata(content, source.describe(name))
+    listed = [entry for name in names for entry in found[posixpath.join(folder, name)]]
+    full = [e for e in listed if source.size(posixpath.join(root, e.path)) > 0]
+    if len({entry.path for entry in full}) < len(full):
+        raise DataError(f"{source.describe(folder)} lists an image twice.")
+    if len(listed) - len(full) > empty:
+        first = next(e for e in listed if source.size(posixpath.join(root, e.path)) == 0)
+        raise DataError(
+            f"{source.describe(root)}: {len(listed) - len(full):,} of {len(listed):,} image files "
+            f"are empty, {first.path} the first, and {empty or 'none'} in the published set; the "
+            "copy is broken, copy the images again."
+        )
+    listing = {posixpath.dirname(entry.path) for entry in listed}
+    images = [posixpath.join("imgs", n) for n in source.folders(posixpath.join(root, "imgs"))]
+    if lost := [name for name in images if name not in listing]:
+        log.warning(
+            "%s: no metadata file lists the images in %s%s; they are left out",
+            *(source.describe(root), ", ".join(lost[:3])),
+            f" and {len(lost) - 3} more folders" if len(lost) > 3 else "",
+        )
+    return full, len(listed) - len(full)
+
+
+def _number(name: str) -> tuple[int, int]:
+    stem = PurePosixPath(name).stem
+    return (0, int(stem)) if stem.isdecimal() else (1, 0)
+
+
+def _describe(request: Request) -> dict[str, Any]:
+    source, root = request.found
+    generated = request.task.name.startswith("pathX-")
+    return {
+        "data_name": "original-pathx" if generated else "lra-pathfinder",
+        "origin": f"{'generator output' if generated else 'LRA release'}, {source.describe(root)}",
+        "class_names": CLASSES,
+        "dtype": "uint8",
+        "parameters": {"split_seed": SPLIT_SEED, "order": "metadata files by number"},
+        "licence": "made by its generator" if generated else "Apache 2.0 (Long Range Arena)",
+    }
+
+
+def _fill(request: Request, writer: StoreWriter) -> dict[str, int]:
+    """The images as they come from the source, split as the reference splits the metadata."""
+    (source, root), task = request.found, request.task
+    assert task.image_side is not None
+    images, skipped = entries(source, root, EMPTY_IMAGES.get(task.name, 0))
+    if skipped:
+        log.warning("%s: %d empty image file(s) left out, as in the reference", root, skipped)
+    splits = pathfinder_split(len(images))
+    numbers = {posixpath.join(root, entry.path): n for n, entry in enumerate(images)}
+    stored = np.zeros(len(images), np.int64)
+    with progress(task.name, len(images), "images") as advance:
+        for place, (name, content) in enumerate(source.read_small(numbers)):
+            pixels = grey_pixels(content, task.image_side, source.describe(name))
+            writer.add(None, pixels, images[numbers[name]].label)
+            stored[numbers[name]] = place
+            advance(1)
+    for split, members in splits.items():
+        writer.place(split, stored[members])
+    return {"skipped_empty_images": skipped}
+
+
+@lru_cache(maxsize=4)
+def _generator(dataset: str, seed: int, render: str) -> Generator:
+    return Generator(dataset, seed, render=render)  # type: ignore[arg-type]
+
+
+def make_shard(
+    start: int, stop: int, *, dataset: str, seed: int, render: str
+) -> dict[str, npt.NDArray[Any]]:
+    """Images start..stop-1: "images" uint8 [N, H * W], "labels" uint8 [N]."""
+    generator = _generator(dataset, seed, render)
+    made = [generator.image(index) for index in range(start, stop)]
+    return {
+        "images": np.stack([image.reshape(-1) for image, _ in made]),
+        "labels": np.array([label for _, label in made], np.uint8),
+    }
+
+
+def estimate(plan: ShardPlan, pixels: int, workers: int, address: str | None) -> None:
+    """Log how long generating takes and what disk it needs.
+
+    Raises:
+        DataError: the disk has too little room.
+    """
+    missing = [shard for shard in range(len(plan)) if not plan.path(shard).exists()]
+    todo = sum(stop - start for start, stop in map(plan.bounds, missing))
+    size = plan.total * pixels
+    need = size + int(_SHARD_SHARE * pixels * todo)
+    with explained(plan.store.parent, "read"):
+        free = shutil.disk_usage(plan.store.parent).free
+    if need > free:
+        raise DataError(
+            f"{plan.store.name} needs {scaled(need, 'B')} in {plan.store.parent}, but only "
+            f"{scaled(free, 'B')} are free; choose another --data-root or fewer --num-images."
+        )
+    rate = _images_per_second(plan) if todo else math.inf
+    if address is None:
+        how = f"about {duration(todo / rate / workers)} with {workers} worker(s)"
+    else:
+        how = f"on the Ray cluster at {address}"
+    log.info(
+        "%s: generating %s images, %s (%.3g images/s a core); %s on disk, %s free",
+        plan.store.name,
+        f"{todo:,}",
+        how,
+        rate,
+        scaled(size, "B"),
+        scaled(free, "B"),
+    )
+
+
+def _images_per_second(plan: ShardPlan) -> float:
+    make_shard(0, 1, **plan.arguments)  # compiles what has to be compiled
+    start, count = time.monotonic(), 0
+    while True:
+        make_shard(count, count + 1, **plan.arguments)
+        count += 1
+        seconds = time.monotonic() - start
+        if count >= _PROBE_IMAGES or seconds > _PROBE_SECONDS:
+            return count / seconds
+
+
+def _plan(request: Request) -> ShardPlan:
+    options = request.options
+    count = int(options.get("num_images", NUM_IMAGES))
+    if count < LEAST_IMAGES:
+        raise ConfigError(f"--num-images {count} is too small; the least is {LEAST_IMAGES}.")
+    arguments = {
+        "dataset": request.task.name,
+        "seed": int(options.get("seed", SEED)),
+        "render": str(options.get("render", "original")),
+    }
+    _generator(**arguments)  # refuses bad settings
+    return ShardPlan(
+        store=request.folder,
+        maker=f"{__name__}:make_shard",
+        arguments=arguments,
+        total=count,
+        size=SHARD_SIZE,
+        unit="images",
+    )
+
+
+def _describe_generated(request: Request) -> dict[str, Any]:
+    plan = _plan(request)
+    seed, render = plan.arguments["seed"], plan.arguments["render"]
+    return {
+        "origin": "generated by dmx, bit for bit as bhattarailab/pathfinder-generator",
+        "class_names": CLASSES,
+        "dtype": "uint8",
+        "parameters": {
+            "seed": seed,
+            "render": render,
+            "num_images": plan.total,
+            "split_seed": SPLIT_SEED,
+            "generator": asdict(parameters_for(request.task.name)),
+        },
+        "note": _note(request.task, plan.total, seed, render),
+        "licence": "none needed (generated)",
+    }
+
+
+def _generate(request: Request, writer: StoreWriter) -> None:
+    """Make what is missing; split as the reference splits."""
+    plan = _plan(request)
+    estimate(plan, request.task.max_length, request.workers, request.address)
+    make_shards(plan, workers=request.workers, address=request.address)
+    for _, arrays in read_shards(plan):
+        writer.add_rows(None, arrays["images"], arrays["labels"])
+    for split, numbers in pathfinder_split(plan.total).items():
+        writer.place(split, numbers)
+
+
+def _note(task: Task, count: int, seed: int, render: str) -> str:
+    """What sets the data apart from the published set of that name; pathX sets are generated."""
+    parts = [] if task.name.startswith("pathX-") else ["generated"]
+    if task.published is None and count != NUM_IMAGES:  # else their number shows what is partial
+        parts.append(f"{count:,} images")
+    parts += [f"seed {seed}"] if seed != SEED else []
+    parts += [f"render {render}"] if render != "original" else []
+    return ", ".join(parts)
+
+
+READERS.register("lra-pathfinder")(
+    Reader(
+        name="lra-pathfinder",
+        families=("pathfinder",),
+        find=_find,
+        expects="pathfinder<N>/curv_<level>/{imgs,metadata} or cl14_<set>/{imgs,metadata}",
+        describe=_describe,
+        fill=_fill,
+    )
+)
+READERS.register("generated-pathfinder")(
+    Reader(
+        name="generated-pathfinder",
+        families=("pathfinder",),
+        describe=_describe_generated,
+        fill=_generate,
+        options=("num_images", "seed", "render"),
+        rank=20,
+    )
+)
