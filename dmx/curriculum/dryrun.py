@@ -14,8 +14,8 @@ from dmx.curriculum import checks
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.resources import plan_resources
 from dmx.curriculum.session import Options
-from dmx.curriculum.views import seconds_text
 from dmx.data.store import Store
+from dmx.format import duration
 from dmx.runs import layout
 from dmx.runs.curriculum import fold
 from dmx.storage.journal import read_journal
@@ -142,12 +142,12 @@ def _costs(curriculum: CurriculumConfig, costs: StageCosts, most_threads: int) -
             f"{cost.models[0].flops / 1e9:,.1f}",
             f"{cost.memory_bytes / 2**20:,.0f} MiB",
             f"{cost.step_seconds:.3g} s",
-            seconds_text(cost.eval_seconds),
-            seconds_text(cost.wall_seconds * trials),
+            duration(cost.eval_seconds),
+            duration(cost.wall_seconds * trials),
             measured_on,
         )
     table.add_section()
-    table.add_row("all", *[""] * 6, seconds_text(total), "")
+    table.add_row("all", *[""] * 6, duration(total), "")
     return table
 
 
@@ -166,7 +166,7 @@ def _remarks(
         rate = _images_per_second(task)
         lines.append(
             f"data: {task} will be generated beside the training before it: {images:,} images, "
-            f"{seconds_text(images / rate)} of one core ({rate:,.0f} images/s)."
+            f"{duration(images / rate)} of one core ({rate:,.0f} images/s)."
         )
     return lines
 

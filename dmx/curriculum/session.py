@@ -20,8 +20,9 @@ from dmx.cluster.capacity import local_resources
 from dmx.curriculum import checks, planner
 from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.resources import plan_resources
-from dmx.curriculum.views import LineageWriter, TensorBoardView, log_report, since
+from dmx.curriculum.views import LineageWriter, TensorBoardView, log_report
 from dmx.errors import ConfigError
+from dmx.format import duration
 from dmx.process import files_decide, terminate_like_interrupt
 from dmx.registry import code_version
 from dmx.runs import layout
@@ -144,7 +145,9 @@ def _begin(
     """Check the history, apply --from-stage, and write down that a session begins."""
     history = fold(journal.events)
     if history.stages:
-        logger.info("continuing %s, begun %s ago", options.folder, since(history.created))
+        logger.info(
+            "continuing %s, begun %s ago", options.folder, duration(time.time() - history.created)
+        )
     again: tuple[str, ...] = ()
     if options.from_stage is not None:
         if _unfinished(options.folder, "from_stage", options.from_stage):

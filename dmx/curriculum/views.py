@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dmx.attention.base import AttentionConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
+from dmx.format import duration
 from dmx.runs import layout
 from dmx.runs.curriculum import History, StageState, advance, attempt_folder, fold
 from dmx.runs.metrics import (
@@ -44,6 +45,7 @@ logger = logging.getLogger("dmx.curriculum")
 TENSORBOARD_DIR = "tensorboard"
 STAGE_NUMBER = "stage_number"
 _STAGES = "stages/"
+_TEST_ON_LAST = "test_accuracy_on_last_stage"
 _CURVE_KEYS = (
     *(DEV_ACCURACY, DEV_LOSS, TRAIN_LOSS, TRAIN_ACCURACY),
     *(LEARNING_RATE, SAMPLES_PER_SECOND),
@@ -56,7 +58,7 @@ def log_report(history: History, event: Mapping[str, Any]) -> None:
     if event["event"] != "report" or attempt is None:
         return
     metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
-    left = seconds_text(metrics[STEP_SECONDS] * (total - event["step"]))
+    left = duration(metrics[STEP_SECONDS] * (total - event["step"]))
     with terminal.log_context(event["stage"]):
         logger.info(
             "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
@@ -120,68 +122,56 @@ class TensorBoardView:
                 writer.end("COMPLETE" if event["failure"] is None else "FAILED")
 
     def _started(self, history: History, event: Mapping[str, Any]) -> None:
-        config = event["config"]
+        config, stage = event["config"], event["stage"]
         shown = {"task": config["task"], "attention": config["attention"]["name"]}
         if isinstance(label := event["data"].get("label"), str):
             shown["data"] = label
-        name = self._run_name(event["stage"], event["attempt"])
+        name = self._run_name(stage, event["attempt"])
         row = f"{self._folder.parent.name}/{name.removeprefix(_STAGES)}"
-        self._writer(name).start({**shown, "stage": event["stage"]}, row)
-        for curve, chain in self._chains(event["stage"]):
-            number = 1 + [s.name for s in chain].index(event["stage"])
-            step = self._offset(history, chain, event["stage"])
-            again = f", attempt {event['attempt']}" if event["attempt"] else ""
-            title = f"**stage {number}: {event['stage']}**{again}, task {event['config']['task']}"
-            self._writer(curve).text("stage", f"{title}, from global step {step}", step)
+        self._writer(name).start({**shown, "stage": stage}, row)
+        again = f", attempt {event['attempt']}" if event["attempt"] else ""
+        for writer, number, step in self._curves(history, stage):
+            title = f"**stage {number}: {stage}**{again}, task {config['task']}"
+            writer.text("stage", f"{title}, from global step {step}", step)
             if number > 1 or step:
-                self._writer(curve).scalars({STAGE_NUMBER: number}, step)
+                writer.scalars({STAGE_NUMBER: number}, step)
 
     def _reported(self, history: History, event: Mapping[str, Any]) -> None:
         metrics, step = event["metrics"], event["step"]
-        writer = self._writer(self._run_name(event["stage"], event["attempt"]))
-        writer.scalars(metrics, step)
+        own = self._writer(self._run_name(event["stage"], event["attempt"]))
+        own.scalars(metrics, step)
         if metrics.get(BEST_STEP) == step:  # of older ones only the last is still on disk
             attempt = attempt_folder(self._folder.parent, event["stage"], event["attempt"])
-            write_samples(writer, attempt / layout.BEST_DIR, step)
-        for curve, chain in self._chains(event["stage"]):
-            number = 1 + [s.name for s in chain].index(event["stage"])
-            shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}
-            place = self._offset(history, chain, event["stage"]) + step
-            self._writer(curve).scalars({**shown, STAGE_NUMBER: number}, place)
+            write_samples(own, attempt / layout.BEST_DIR, step)
+        shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}
+        for writer, number, before in self._curves(history, event["stage"]):
+            writer.scalars({**shown, STAGE_NUMBER: number}, before + step)
 
     def _tested(self, history: History, event: Mapping[str, Any]) -> None:
-        state = history.stage(event["stage"])
-        if state.current is None or event["accuracy"] is None:
+        stage, accuracy = event["stage"], event["accuracy"]
+        attempt = history.stage(stage).current
+        if attempt is None or accuracy is None:
             return
-        own = event["on"] == event["stage"]
-        tag = TEST_ACCURACY if own else "test_accuracy_on_last_stage"
-        for curve, chain in self._chains(event["stage"]):
-            place = self._offset(history, chain, event["stage"]) + state.current.steps
-            shown = {tag: event["accuracy"]}
-            if event["stage"] == self._curriculum.last.name:
-                shown["test_accuracy_on_last_stage"] = event["accuracy"]
-            self._writer(curve).scalars(shown, place)
+        shown = {TEST_ACCURACY if event["on"] == stage else _TEST_ON_LAST: accuracy}
+        if stage == self._curriculum.last.name:
+            shown[_TEST_ON_LAST] = accuracy
+        for writer, _, before in self._curves(history, stage):
+            writer.scalars(shown, before + attempt.steps)
 
-    def _chains(self, stage: str) -> list[tuple[str, tuple[StageConfig, ...]]]:
-        """(run name, chain) of every curve that the stage is part of."""
+    def _curves(self, history: History, stage: str) -> Iterator[tuple[RunWriter, int, int]]:
+        """Of every curve that the stage is part of: its file, and where on it the stage lies.
+
+        That is the stage's number, from 1, and the steps before its latest attempt.
+        """
         last = self._curriculum.last.name
-        found = []
         for leaf in sorted(self._curriculum.leaves):
-            chain = self._curriculum.chain(leaf)
-            if stage in [s.name for s in chain]:
-                found.append(("curriculum" if leaf == last else f"curriculum-{leaf}", chain))
-        return found
-
-    @staticmethod
-    def _offset(history: History, chain: tuple[StageConfig, ...], stage: str) -> int:
-        """Steps along the chain before the stage's latest attempt."""
-        total = 0
-        for link in chain:
-            attempts = history.stage(link.name).attempts
-            if link.name == stage:
-                return total + sum(a.steps for a in attempts[:-1])
-            total += sum(a.steps for a in attempts)
-        return total
+            names = [s.name for s in self._curriculum.chain(leaf)]
+            if stage in names:
+                number = names.index(stage)
+                before = [a for n in names[:number] for a in history.stage(n).attempts]
+                before += history.stage(stage).attempts[:-1]
+                curve = "curriculum" if leaf == last else f"curriculum-{leaf}"
+                yield self._writer(curve), number + 1, sum(a.steps for a in before)
 
     @staticmethod
     def _run_name(stage: str, attempt: int) -> str:
@@ -240,8 +230,8 @@ def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
         str(attempt.retry + 1),
         f"{attempt.steps:,}/{total:,}",
         *(_accuracy(v) for v in (best, state.tests.get(stage.name), state.tests.get(last))),
-        seconds_text(sum(a.all_seconds for a in state.attempts)),
-        seconds_text(left) if state.status == "running" and attempt.reports else "",
+        duration(sum(a.all_seconds for a in state.attempts)),
+        duration(left) if state.status == "running" and attempt.reports else "",
     ]
 
 
@@ -259,7 +249,9 @@ def show_status(curriculum: CurriculumConfig, folder: Path) -> None:
     if not events:
         raise StageError(f"there is no run in {folder}; start it without --status.")
     history = fold(events)
-    title = f"{folder.name}: begun {since(history.created)} ago, {_liveness(events)}"
+    title = (
+        f"{folder.name}: begun {duration(time.time() - history.created)} ago, {_liveness(events)}"
+    )
     terminal.console().print(stages_table(curriculum, history, title))
 
 
@@ -271,7 +263,7 @@ def _liveness(events: list[dict[str, Any]]) -> str:
             session = event
         elif event["event"] in ("closed", "interrupted"):
             session = {}
-    seen = f"last event {since(events[-1]['time'])} ago"
+    seen = f"last event {duration(time.time() - events[-1]['time'])} ago"
     if not session:
         return f"not running, {seen}"
     if session["host"] != socket.gethostname():
@@ -309,23 +301,6 @@ def log_failures(curriculum: CurriculumConfig, history: History, broken: Mapping
             )
 
 
-def seconds_text(seconds: float) -> str:
-    """A duration in words, to two significant units."""
-    seconds = round(seconds)
-    if seconds < 120:
-        return f"{seconds} s"
-    if seconds < 7200:
-        return f"{seconds // 60} min"
-    if seconds < 172_800:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds / 86400:.1f} days"
-
-
-def since(moment: float) -> str:
-    """How long ago a moment was."""
-    return seconds_text(max(time.time() - moment, 0.0))
-
-
 PICTURE_FILE = "lineage.md"
 _COLOURS = {"passed": "#d5f5d5", "running": "#fff3c4", "failed": "#f8d0d0", "waiting": "#eeeeee"}
 
@@ -360,18 +335,15 @@ def describe(
         "last_stage": last,
         "code": code,
         "stages": [
-            _stage(stage, history.stage(stage.name), history, folder, last)
-            for stage in curriculum.stages
+            _stage(stage, history.stage(stage.name), folder, last) for stage in curriculum.stages
         ],
     }
 
 
-def _stage(
-    stage: StageConfig, state: StageState, history: History, folder: Path, last: str
-) -> dict[str, Any]:
-    promoted, attempt = state.promoted, state.shown
-    decision = {} if state.current is None else (state.current.decision or {})
-    checkpoint = None if promoted is None else folder / promoted["path"]
+def _stage(stage: StageConfig, state: StageState, folder: Path, last: str) -> dict[str, Any]:
+    promoted, attempt = state.promoted or {}, state.shown
+    decision = (state.current.decision if state.current is not None else None) or {}
+    checkpoint = folder / promoted["path"] if promoted else None
     shown: dict[str, Any] = {
         "name": stage.name,
         "task": stage.task,
@@ -379,13 +351,13 @@ def _stage(
         "status": state.status,
         "parent": stage.parent,
         "init_from": None,
-        DEV_ACCURACY: None if promoted is None else promoted[DEV_ACCURACY],
+        DEV_ACCURACY: promoted.get(DEV_ACCURACY),
         TEST_ACCURACY: state.tests.get(stage.name),
-        "test_accuracy_on_last_stage": state.tests.get(last),
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "sha256": None if promoted is None else promoted["sha256"],
-        "config": None if checkpoint is None else str(checkpoint / layout.CONFIG_FILE),
-        "step": None if promoted is None else promoted["step"],
+        _TEST_ON_LAST: state.tests.get(last),
+        "checkpoint": checkpoint and str(checkpoint),
+        "sha256": promoted.get("sha256"),
+        "config": checkpoint and str(checkpoint / layout.CONFIG_FILE),
+        "step": promoted.get("step"),
         "attempts": len(state.attempts),
         "gate": {"passed": decision.get("passed"), "reason": decision.get("reason")},
     }
@@ -423,9 +395,8 @@ def picture(lineage: Mapping[str, Any]) -> str:
         node = names[stage["name"]]
         text = (
             f"<b>{stage['name']}</b><br/>{stage['task']}<br/>{_attention(stage)}"
-            f"<br/>dev {_percent(stage['dev_accuracy'])}"
+            f"<br/>dev {_percent(stage['dev_accuracy'])}, test {_percent(stage['test_accuracy'])}"
         )
-        text += f", test {_percent(stage['test_accuracy'])}"
         lines.append(f'  {node}["{text}"]')
         lines.append(f"  style {node} fill:{_COLOURS[stage['status']]}")
         source = stage["init_from"] or {}
@@ -433,11 +404,12 @@ def picture(lineage: Mapping[str, Any]) -> str:
             lines.append(f"  {names[stage['parent']]} --> {node}")
         elif "path" in source:
             lines.append(f'  {node}_init(["{source["path"]}"]) --> {node}')
-    lines += ["```", ""]
-    lines.append(f"Code: {lineage['code']}.")
     last = lineage["last_stage"]
-    lines += ["", f"| stage | status | from | attention | data | step | dev | test | on {last} |"]
-    lines.append("|---|---|---|---|---|---:|---:|---:|---:|")
+    lines += [
+        *("```", "", f"Code: {lineage['code']}.", ""),
+        f"| stage | status | from | attention | data | step | dev | test | on {last} |",
+        "|---|---|---|---|---|---:|---:|---:|---:|",
+    ]
     for stage in lineage["stages"]:
         data = stage.get("data") or {}
         source = stage["init_from"] or {}
@@ -449,7 +421,7 @@ def picture(lineage: Mapping[str, Any]) -> str:
             f"{data['label']} `{data['checksum'][:12]}`" if data else "-",
             str(stage.get("step") or "-"),
             *(_percent(stage[k]) for k in ("dev_accuracy", "test_accuracy")),
-            _percent(stage["test_accuracy_on_last_stage"]),
+            _percent(stage[_TEST_ON_LAST]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from dmx.reporting.collect import collect
 from dmx.runs import layout
@@ -109,13 +110,11 @@ def plain_run(root: Path, folder: Path) -> None:
 
 def content(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint except the time it took."""
-    parts = {
-        name: torch.load(folder / name, weights_only=True)
-        for name in (layout.MODEL_FILE, layout.TRAINING_STATE_FILE)
+    state = torch.load(folder / layout.TRAINING_STATE_FILE, weights_only=True)
+    return {
+        "weights": load_file(folder / layout.MODEL_FILE),
+        "state": {k: state[k] for k in state if not k.endswith("_seconds")},
     }
-    state = parts[layout.TRAINING_STATE_FILE]
-    parts[layout.TRAINING_STATE_FILE] = {k: state[k] for k in state if not k.endswith("_seconds")}
-    return parts
 
 
 def same(a: Any, b: Any) -> bool:
@@ -215,6 +214,56 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     study = collect(command.folder / "stages" / "a" / "attempt-0")
     assert (study.task, study.attention, study.best) == (TASK, "butterfly-16", best)
     assert study.complete and study.search is not None and study.search.num_trials == 2
+
+
+@pytest.mark.slow
+def test_a_search_that_is_interrupted_ends_as_the_undisturbed_one(
+    tmp_path: Path, root: Path
+) -> None:
+    """Ctrl-C while its trials train; the same command trains none of their steps again."""
+    rates = [1.0e-9, 1.0e-3, 1.0e-2]
+    space = tmp_path / "space.yaml"
+    points = [{"optim.learning_rate": rate} for rate in rates]
+    searched = {"optim.learning_rate": {"choice": rates}}
+    written = {"attention": "butterfly", "space": searched, "start": points}
+    space.write_text(yaml.safe_dump(written))
+    search = {"space": str(space), "num_trials": 3, "scheduler": "none"}
+    shared = {"task": TASK, "cpus": 1, **SETTINGS, **CHANGED}
+    stages = [{"name": "a", "search": search}, {"name": "b", "train.num_steps": 8}]
+    commands = []
+    for name in ("cut", "whole"):
+        (tmp_path / name).mkdir()
+        commands.append(Command(tmp_path / name, root, {"defaults": shared, "stages": stages}))
+    cut, whole = commands
+    journal = cut.folder / "stages" / "a" / "attempt-0" / layout.JOURNAL_FILE
+
+    def reports() -> list[tuple[int, int]]:
+        found = [e for e in read_journal(journal)[0] if e["event"] == "report"]
+        return [(e["trial"], e["step"]) for e in found]
+
+    process = cut.start()
+    cut.wait_for(process, lambda: len(reports()) >= 4)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    before = reports()
+    assert 4 <= len(before) < 45, "in the middle: 3 trials of 15 evaluations"
+    assert not cut.events("decided")
+    cut.finish()
+    whole.finish()
+    assert len(reports()) == len(set(reports())) == 45
+    assert reports()[: len(before)] == before
+    ended = []
+    for command in commands:
+        history = fold(read_journal(command.folder / layout.JOURNAL_FILE)[0])
+        a, b = history.stage("a"), history.stage("b")
+        assert a.current is not None and a.current.search is not None
+        found = {k: a.current.search[k] for k in ("trial", "num_trials", "params", "steps")}
+        ended.append((found, a.current.dev_accuracies, a.tests, b.tests, a.promoted, b.promoted))
+    assert ended[0] == ended[1]
+    for stage in "ab":
+        promoted = [c.folder / "stages" / stage / "attempt-0" / layout.BEST_DIR for c in commands]
+        assert same(*map(content, promoted)), stage
 
 
 def _reports_by_trial(folder: Path) -> list[list[dict[str, Any]]]:

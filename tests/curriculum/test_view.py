@@ -15,7 +15,6 @@ from dmx.curriculum.views import (
     TENSORBOARD_DIR,
     LineageWriter,
     TensorBoardView,
-    seconds_text,
 )
 from dmx.runs import layout
 from dmx.runs.curriculum import fold
@@ -112,11 +111,6 @@ def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
     assert "| b | failed | a |" in text and "| c | waiting |" in text
     history = fold(read_journal(folder / layout.JOURNAL_FILE)[0])
     assert history.stage("b").status == "failed"
-
-
-def test_durations_in_words() -> None:
-    cases = {0: "0 s", 119: "119 s", 121: "2 min", 7300: "2 h 1 min", 180000: "2.1 days"}
-    assert {seconds: seconds_text(seconds) for seconds in cases} == cases
 
 
 def branched(*more: dict[str, Any]) -> CurriculumConfig:
