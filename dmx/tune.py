@@ -158,7 +158,9 @@ def _search(
         options = resuming.options_of(args, None if is_url(args.data_root or "") else store)
         study_folder.open_folder(folder, settings, resume=args.resume, options=options, files=files)
         stack.enter_context(sync)
-        from dmx.report import write_page  # seconds that a refusal need not wait, as Ray Tune's
+        from dmx.reporting.page import (
+            write_page,  # seconds that a refusal need not wait, as Ray Tune's
+        )
         from dmx.study.study import train_trials
 
         tensorboard = study_results.announce(folder, config, store)

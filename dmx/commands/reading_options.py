@@ -6,7 +6,7 @@ from dmx import cli
 
 REPORT_FILE = "report.html"
 REPORT_FORMATS = ("html", "md", "json", "csv")
-LEADERBOARD_FORMATS = ("md", "latex", "csv")
+LEADERBOARD_FORMATS = ("md", "latex", "csv", "html", "json")
 MAPPED_EXAMPLES = 2
 """Examples whose attention is drawn when none are named."""
 
@@ -66,7 +66,7 @@ def leaderboard() -> cli.Parser:
     p.add_argument(
         "runs", nargs="*", metavar="RUN", help="runs, or folders of runs (default: runs)"
     )
-    p.add_argument("--format", default="md", help="md, latex or csv (default: md)")
+    p.add_argument("--format", default="md", help="md, latex, csv, html or json (default: md)")
     p.add_argument("--out", metavar="FILE", help="where to (default: -, the terminal)")
     return p
 

@@ -1,22 +1,25 @@
-"""The tables of a report, as plain texts that every format can lay out."""
+"""What a report works out of a run, and its tables, as texts that every format can lay out."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
 from dmx.reporting.labels import base_name
-from dmx.reporting.pareto import study_front
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.reporting.records import Attempt, RunReport, Stage, Trial
+from dmx.reporting.studies import history
 from dmx.runs import layout
 from dmx.runs.curriculum import STAGES_DIR
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
-from dmx.runs.objectives import OBJECTIVES
+from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
 from dmx.schema import flatten
+from dmx.search.rungs import Brackets, Rung
 from dmx.search.schedulers import GENERATION
 from dmx.search.space import settings_of
 from dmx.storage.journal import read_journal
@@ -35,6 +38,36 @@ class Table:
     numeric: frozenset[int]
     rows: tuple[tuple[str, ...], ...]
     styles: tuple[str, ...]
+
+    @property
+    def styled(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(row, its style) of each."""
+        return zip(self.rows, self.styles, strict=True)
+
+    def part(self, first: int, end: int | None = None) -> Table:
+        """Some of the rows."""
+        rows = slice(first, end)
+        return dataclasses.replace(self, rows=self.rows[rows], styles=self.styles[rows])
+
+    def markdown(self) -> str:
+        """As markdown; what would be markup in a cell is escaped."""
+        rules = ("---:" if i in self.numeric else "---" for i in range(len(self.columns)))
+        lines = [_line(map(escape, self.columns)), "|" + "|".join(rules) + "|"]
+        for row, style in self.styled:
+            cells = [escape(c) for c in row]
+            if style in ("best", "ours", "group"):
+                cells = [f"**{cells[0]}**", *cells[1:]]
+            lines.append(_line([*cells, *[""] * (len(self.columns) - len(cells))]))
+        return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def escape(text: str) -> str:
+    """A text that markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
 
 
 def make(
@@ -98,8 +131,7 @@ def front_table(run: RunReport) -> Table:
         params = (short(trials[number].params.get(n, MISSING)) for n in names)
         rows.append((str(number), *values, *params))
     labels = ["dev accuracy, %" if o == "accuracy" else OBJECTIVES[o].label for o in run.several]
-    titles = "|>".join(["trial", *labels, *short_names(names)])
-    return make(titles, rows)
+    return make("|>".join(["trial", *labels, *short_names(names)]), rows)
 
 
 def population_table(run: RunReport) -> Table:
@@ -257,3 +289,124 @@ def provenance(run: RunReport) -> Table:
 def config_table(config: Mapping[str, Any]) -> Table:
     """Every setting of the best configuration."""
     return make("setting|value", [(k, short(v)) for k, v in flatten(config).items()])
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A trial's number, its cost (less is better) and its accuracy (more is better)."""
+
+    trial: int
+    cost: float
+    accuracy: float
+
+
+def costed(run: RunReport, key: str) -> list[Costed]:
+    """Whole trials with a finite accuracy and cost: the median step time, or the highest memory.
+
+    A trial that was stopped early has another accuracy than it would have reached.
+    """
+    found = []
+    for trial in run.whole:
+        cost = trial.highest(key) if key == PEAK_MEMORY_MB else trial.median(key)
+        if math.isfinite(cost) and math.isfinite(trial.best):
+            found.append(Costed(trial.number, cost, trial.best))
+    return found
+
+
+def front(points: Sequence[Costed]) -> list[Costed]:
+    """The points that no other point beats, cheapest first.
+
+    A point is beaten by one that is no dearer and no less accurate, and better in one of the two;
+    of equal points the earlier trial stays.
+    """
+    kept: list[Costed] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.accuracy, p.trial)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept
+
+
+def against(run: RunReport, objective: str) -> list[Costed]:
+    """Whole trials with their accuracy and another objective of the study."""
+    found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in run.whole]
+    return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
+
+
+def study_front(run: RunReport) -> dict[int, dict[str, float]]:
+    """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
+    if not run.several:
+        return {}
+    values = {t.number: evaluate(run.several, t.reports) for t in run.whole}
+    on = pareto_front(run.several, values)
+    return {number: dict(zip(run.several, values[number], strict=True)) for number in on}
+
+
+def filled_rungs(run: RunReport) -> list[Rung]:
+    """The rungs of a study, from its journal; none where it did not stop trials early.
+
+    Hyperband has rungs in each of its brackets, bracket 0 first.
+    """
+    search = run.search
+    if search is None or search.scheduler not in ("asha", "hyperband"):
+        return []
+    brackets = Brackets(
+        search.scheduler,
+        grace_steps=search.grace_steps,
+        max_steps=search.max_steps,
+        reduction_factor=search.reduction_factor,
+    )
+    brackets.fill(reports_of(run))
+    return brackets.rungs
+
+
+def rungs_table(run: RunReport, rungs: Sequence[Rung]) -> Table:
+    """One row a rung."""
+    factor = run.search.reduction_factor if run.search is not None else 1.0
+    several = any(rung.bracket for rung in rungs)
+    rows = []
+    for rung in rungs:
+        went_on = [str(e.trial) for e in rung.entries if e.promoted]
+        stopped = [str(e.trial) for e in rung.entries if not e.promoted]
+        cutoff = rung.cutoff(factor)
+        bracket = (str(rung.bracket),) if several else ()
+        rows.append(
+            (
+                *bracket,
+                f"{rung.steps:,.0f}",
+                str(len(rung.entries)),
+                ", ".join(went_on) or MISSING,
+                ", ".join(stopped) or MISSING,
+                MISSING if cutoff is None else percent(cutoff),
+            )
+        )
+    titles = ">steps|>reached by|went on (trials)|stopped (trials)|>next must reach, %"
+    return make((">bracket|" if several else "") + titles, rows)
+
+
+def rungs_title(run: RunReport) -> str:
+    """Whose rungs they are."""
+    hyperband = run.search is not None and run.search.scheduler == "hyperband"
+    return "Hyperband's rungs" if hyperband else "ASHA's rungs"
+
+
+def reports_of(run: RunReport) -> list[tuple[int, float, float]]:
+    """(trial, step, dev accuracy) of each report of a study, in the order of recording."""
+    return [(n, s, a) for n, s, a, _ in history(run.folder)]
+
+
+def best_so_far(history: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:
+    """(optimizer steps of all trials together, best accuracy so far) after each report.
+
+    Args:
+        history: (trial, step, accuracy) in the order of recording; steps count within a trial.
+    """
+    reached: dict[int, float] = {}
+    points: list[tuple[float, float]] = []
+    best, total = -math.inf, 0.0
+    for trial, step, accuracy in history:
+        total += max(step - reached.get(trial, 0.0), 0.0)
+        reached[trial] = max(step, reached.get(trial, 0.0))
+        best = max(best, accuracy) if math.isfinite(accuracy) else best
+        if math.isfinite(best):
+            points.append((total, best))
+    return points

@@ -38,14 +38,7 @@ from typing import Any
 
 import torch
 from bench_cases import write_section
-
-from dmx import cli
-from dmx.cluster import capacity, connection
-from dmx.data.prepare import open_data
-from dmx.data.store import Store
-from dmx.errors import EXIT_OK, ConfigError
-from dmx.report import write_whole
-from dmx.reporting.efficiency import (
+from search_curves import (
     METHODS,
     Curve,
     describe,
@@ -54,7 +47,13 @@ from dmx.reporting.efficiency import (
     summarise,
     table,
 )
-from dmx.reporting.plain import write_csv
+
+from dmx import cli
+from dmx.cluster import capacity, connection
+from dmx.data.prepare import open_data
+from dmx.data.store import Store
+from dmx.errors import EXIT_OK, ConfigError
+from dmx.reporting.export import csv, write_file
 from dmx.schema import flatten, parse_assignments
 from dmx.search.space import load_space
 from dmx.study.study import StudyConfig, train_trials
@@ -187,8 +186,8 @@ def write_results(
         for c in curves
         for s, a in c.points
     ]
-    write_whole(out / "curves.csv", write_csv(rows))
-    write_whole(out / "curves.svg", plot(curves, budget, store.manifest.label))
+    write_file(out / "curves.csv", csv(rows))
+    write_file(out / "curves.svg", plot(curves, budget, store.manifest.label))
     task = task_for(args.task)
     summary = summarise(curves, budget)
     summary |= {
@@ -196,14 +195,14 @@ def write_results(
         "attention": load_space(args.space, task.name, task.family).attention,
         "data": store.manifest.label,
     }
-    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     text = "\n".join((*describe(summary), "", *table(summary, curves)))
     sys.stdout.write(f"{text}\n\nfiles: {out}\n")
     if args.out:
         page = Path(args.out)
         figure = page.parent / "img" / "bench_search.svg"
         figure.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(figure, plot(curves, budget, store.manifest.label))
+        write_file(figure, plot(curves, budget, store.manifest.label))
         command = f"`python scripts/benchmarks/bench_search.py {shlex.join(sys.argv[1:])}`"
         machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}"
         content = (

@@ -25,8 +25,8 @@ from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import CheckpointError, ConfigError, DataError
 from dmx.reporting.collect import collect
+from dmx.reporting.command import train_command
 from dmx.reporting.tables import provenance
-from dmx.reporting.text import train_command
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer, resolve

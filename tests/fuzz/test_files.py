@@ -22,8 +22,7 @@ from dmx.data.manifest import _digest
 from dmx.data.sources import open_source
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StageError
-from dmx.leaderboard import gather, to_markdown
-from dmx.reporting.board import boards, entries
+from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
 from dmx.runs.curriculum import fold
 from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
@@ -178,7 +177,7 @@ def test_a_bad_run_folder_hides_no_other(runs, room, data):
             target.symlink_to(room / "nowhere")
     found = gather([root], unread := [])
     assert "good" in [run.name for run in found] and len(found) + len(unread) in (1, 2)
-    assert "good" in to_markdown(boards(entries(found)))
+    assert "good" in to_markdown(leaderboards(leaderboard_rows(found)))
 
 
 SETTINGS = {"task": TASK, "seed": 0, "overrides": {"model.num_layers": 1}}

@@ -12,9 +12,9 @@ import pytest
 from dmx.errors import ConfigError, DmxError
 from dmx.reporting.caveats import caveats
 from dmx.reporting.collect import collect, kind_of, runs_below
-from dmx.reporting.html import render
-from dmx.reporting.stopping import filled_rungs
-from dmx.reporting.text import train_command
+from dmx.reporting.command import train_command
+from dmx.reporting.page import render_page as render
+from dmx.reporting.tables import filled_rungs
 from dmx.storage.journal import read_journal
 from dmx.study.results import seconds_so_far
 from tests.reporting.makers import (

@@ -15,9 +15,16 @@ import yaml
 
 from dmx import cli, leaderboard, report
 from dmx.errors import ConfigError
-from dmx.leaderboard import cell_text, gather, latex_escape
-from dmx.reporting.board import boards, entries
 from dmx.reporting.caveats import caveats, comparable
+from dmx.reporting.leaderboard import (
+    cell_text,
+    gather,
+    latex_escape,
+    leaderboard_rows,
+    leaderboards,
+    to_latex,
+    to_markdown,
+)
 from tests.reporting.makers import (
     config,
     curriculum_events,
@@ -39,7 +46,7 @@ def _root(tmp_path: Path) -> Path:
 
 
 def test_runs_that_differ_in_seeds_share_an_entry(tmp_path: Path) -> None:
-    found = entries(gather([_root(tmp_path)]))
+    found = leaderboard_rows(gather([_root(tmp_path)]))
     (full,) = [e for e in found if len(e.runs) == 3]
     values = [0.60, 0.62, 0.67]
     assert full.mean == pytest.approx(statistics.fmean(values))
@@ -55,10 +62,10 @@ def test_the_same_seed_twice_is_one_seed(tmp_path: Path) -> None:
     """Two runs with 0.60 and 0.64 of seed 1 count as 0.62, beside 0.70 of seed 2."""
     for name, seed, test in (("a", 1, 0.60), ("again", 1, 0.64), ("b", 2, 0.70)):
         make_run(tmp_path / "r" / name, test, seed=seed, dev=test - 0.1)
-    (entry,) = entries(gather([tmp_path / "r"]))
+    (entry,) = leaderboard_rows(gather([tmp_path / "r"]))
     assert entry.test == pytest.approx((0.62, 0.70)) and entry.dev == pytest.approx((0.52, 0.60))
     assert cell_text(entry).startswith("66.00 ± 5.66 (2)")
-    (alone,) = entries(gather([tmp_path / "r" / "a", tmp_path / "r" / "again"]))
+    (alone,) = leaderboard_rows(gather([tmp_path / "r" / "a", tmp_path / "r" / "again"]))
     assert cell_text(alone) == "62.00"
 
 
@@ -69,16 +76,16 @@ def test_runs_from_other_weights_are_another_entry(tmp_path: Path) -> None:
     for seed, (name, start) in enumerate(made.items(), start=1):
         init = {} if start is None else {"init": {"path": start[0], "sha256": start[1]}}
         make_run(tmp_path / "r" / name, 0.5 + seed / 100, seed=seed, dev=seed / 10, **init)
-    found = entries(gather([tmp_path / "r"]))
+    found = leaderboard_rows(gather([tmp_path / "r"]))
     assert sorted(e.runs for e in found) == [("fresh",), ("moved", "x"), ("y",)]
     assert {e.runs: e.init for e in found}["moved", "x"] == "A/best"
-    (board,) = boards(found)
+    (board,) = leaderboards(found)
     assert board.cell("butterfly-64", "text").runs == ("fresh",)
-    text = leaderboard.to_markdown([board])
+    text = to_markdown([board])
     assert "fixed, from A/best" in text and "53.50 ± 0.71" not in text.split("| task")[0]
-    only = leaderboard.to_markdown(boards([e for e in found if e.init == "C/best"]))
+    only = to_markdown(leaderboards([e for e in found if e.init == "C/best"]))
     assert "54.00§" in only and "§ started from the weights of another run." in only
-    assert r"$^\S$" in leaderboard.to_latex(boards([e for e in found if e.init == "C/best"]))
+    assert r"$^\S$" in to_latex(leaderboards([e for e in found if e.init == "C/best"]))
 
 
 def test_what_else_decides_a_result_parts_entries(tmp_path: Path) -> None:
@@ -92,18 +99,18 @@ def test_what_else_decides_a_result_parts_entries(tmp_path: Path) -> None:
         environment = {"precision": precision, "code": code}
         more = {"data_checksum": data, "environment": environment}
         path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
-    found = {e.runs: e for e in entries(gather([tmp_path / "r"]))}
+    found = {e.runs: e for e in leaderboard_rows(gather([tmp_path / "r"]))}
     assert sorted(found) == [("a", "b"), ("c",), ("d",)]
     assert found["a", "b"].code == ("1a", "2b") and "¶" in cell_text(found["a", "b"])
     assert "¶" not in cell_text(found["c",]) and "¶" in cell_text(found["d",])
 
 
 def test_samples_never_share_a_table_with_lra(tmp_path: Path) -> None:
-    found = boards(entries(gather([_root(tmp_path)])))
+    found = leaderboards(leaderboard_rows(gather([_root(tmp_path)])))
     assert [b.is_sample for b in found] == [False, True]
     assert "not LRA" in found[1].title
-    assert all(e.data == "text" for e in found[0].entries)
-    text = leaderboard.to_markdown(found)
+    assert all(e.data == "text" for e in found[0].rows)
+    text = to_markdown(found)
     lra, sample = text.split("## Sample data")
     assert "47.00" in sample and "47.00" not in lra and "63.00" not in sample
     assert "**Not LRA" in sample and "Not LRA" not in lra
@@ -112,7 +119,7 @@ def test_samples_never_share_a_table_with_lra(tmp_path: Path) -> None:
 def test_part_of_the_data_is_another_table(tmp_path: Path) -> None:
     make_run(tmp_path / "r" / "a", 0.9)
     make_run(tmp_path / "r" / "b", 0.8, data="text (1,000 texts)")
-    found = boards(entries(gather([tmp_path / "r"])))
+    found = leaderboards(leaderboard_rows(gather([tmp_path / "r"])))
     assert [b.title for b in found] == ["LRA data", "generated or partial data"]
     assert found[1].columns == ("text (1,000 texts)",)
 
@@ -124,18 +131,23 @@ def test_a_task_of_ones_own_is_no_lra_data(tmp_path: Path) -> None:
     (folder / "best" / "config.yaml").write_text(yaml.safe_dump(own))
     make_run(tmp_path / "r" / "lra", 0.8)
     found = gather([tmp_path / "r"])
-    assert [b.title for b in boards(entries(found))] == ["LRA data", "tasks that are not published"]
+    assert [b.title for b in leaderboards(leaderboard_rows(found))] == [
+        "LRA data",
+        "tasks that are not published",
+    ]
     assert {run.name: comparable(run) for run in found} == {"lra": True, "own": False}
     (run,) = [run for run in found if run.name == "own"]
     assert f"{task} is no published task" in caveats(run)[0].text
     # A task of a plug-in that is not loaded here is nobody's published set either.
     unknown = dataclasses.replace(run, task="parity", data="parity")
     assert not comparable(unknown) and caveats(unknown)[0].text.startswith("parity is no published")
-    assert [b.title for b in boards(entries([unknown]))] == ["tasks that are not published"]
+    assert [b.title for b in leaderboards(leaderboard_rows([unknown]))] == [
+        "tasks that are not published"
+    ]
 
 
 def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> None:
-    (board, _) = boards(entries(gather([_root(tmp_path)])))
+    (board, _) = leaderboards(leaderboard_rows(gather([_root(tmp_path)])))
     shown = board.cell("butterfly-64", "text")
     assert shown is not None and len(shown.runs) == 3
     assert cell_text(shown) == "63.00 ± 3.61 (3)"
@@ -145,11 +157,11 @@ def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> N
 def test_final_seeds_of_a_search_count_as_its_seeds(tmp_path: Path) -> None:
     seeds = {"seeds": [1, 2], "dev_accuracies": [0.5, 0.6], "test_accuracies": [0.4, 0.5]}
     make_study(tmp_path / "s", final_seeds=seeds)
-    (entry,) = entries(gather([tmp_path / "s"]))
+    (entry,) = leaderboard_rows(gather([tmp_path / "s"]))
     assert entry.test == (0.4, 0.5) and entry.how == "search"
     assert cell_text(entry) == "45.00 ± 7.07 (2)†"
     make_study(tmp_path / "t")
-    (single,) = entries(gather([tmp_path / "t"]))
+    (single,) = leaderboard_rows(gather([tmp_path / "t"]))
     assert cell_text(single) == "47.00†*", "one seed, chosen by the search itself"
 
 
@@ -165,7 +177,7 @@ def test_order_of_tasks_and_sizes(tmp_path: Path) -> None:
         from tests.reporting.makers import config
 
         (folder / "best" / "config.yaml").write_text(yaml.safe_dump(config(attention, task)))
-    (board,) = boards(entries(gather([tmp_path])))
+    (board,) = leaderboards(leaderboard_rows(gather([tmp_path])))
     assert board.columns == ("listops", "text")
     assert board.attentions == ("butterfly-64", "butterfly-256", "softmax")
 
@@ -197,7 +209,7 @@ def test_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_curriculum_is_an_entry(tmp_path: Path) -> None:
-    (entry,) = entries(gather([make_curriculum(tmp_path / "c")]))
+    (entry,) = leaderboard_rows(gather([make_curriculum(tmp_path / "c")]))
     assert entry.how == "curriculum" and entry.incomplete and entry.attention == "butterfly-32"
     assert cell_text(entry) == "–‡", "its last stage is not tested yet"
 
@@ -215,7 +227,9 @@ def test_curricula_that_differ_in_seeds_alone_share_an_entry(tmp_path: Path) -> 
     _curriculum(tmp_path / "one", 1, 0.70)
     _curriculum(tmp_path / "two", 2, 0.74)
     _curriculum(tmp_path / "other", 3, 0.90, gate={"name": "budget"})
-    both, other = sorted(entries(gather([tmp_path])), key=lambda e: len(e.runs), reverse=True)
+    both, other = sorted(
+        leaderboard_rows(gather([tmp_path])), key=lambda e: len(e.runs), reverse=True
+    )
     assert both.runs == ("one", "two") and both.mean == pytest.approx(0.72)
     assert cell_text(both).startswith("72.00 ± 2.83 (2)")
     assert other.runs == ("other",) and other.mean == 0.90

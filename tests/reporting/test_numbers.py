@@ -14,10 +14,10 @@ import pytest
 from dmx.format import duration, mean_and_deviation, scaled, short, with_spread
 from dmx.reporting import importance
 from dmx.reporting.collect import collect
+from dmx.reporting.command import train_command
 from dmx.reporting.importance import importances
-from dmx.reporting.pareto import Costed, front
 from dmx.reporting.published import column_of, load
-from dmx.reporting.text import train_command
+from dmx.reporting.tables import Costed, front
 from tests.reporting.makers import TRIALS, make_run, make_study
 
 

@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import DataError
-from dmx.leaderboard import gather, to_markdown
-from dmx.report import FORMATS
-from dmx.reporting.board import boards, entries
 from dmx.reporting.collect import collect
-from dmx.reporting.pareto import costed
-from dmx.reporting.sections import all_sections
-from dmx.reporting.stopping import filled_rungs
+from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
+from dmx.reporting.page import FORMATS, render_page
+from dmx.reporting.tables import costed, filled_rungs
 from dmx.storage.journal import encode
 from tests.reporting.makers import make_study
 from tests.tiny import one_sentence
@@ -75,7 +72,7 @@ def test_what_was_stopped_early_is_on_no_front(tmp_path):
     assert run.trials[1].highest("peak_memory_mb") < run.trials[0].highest("peak_memory_mb")
     for key in ("step_seconds", "peak_memory_mb"):
         assert [c.trial for c in costed(run, key)] == [0]
-    text = "".join(content for *_, content in all_sections(run))
+    text = render_page(run)
     assert "On the front, beaten by no other: trial 0. Stopped early and left out: 1." in text
 
 
@@ -86,7 +83,7 @@ def test_one_objective_has_no_front(tmp_path):
 
 
 def test_the_leaderboard_reads_them(study):
-    assert "47.00" in to_markdown(boards(entries(gather([study]))))
+    assert "47.00" in to_markdown(leaderboards(leaderboard_rows(gather([study]))))
 
 
 def test_unknown_objectives_are_damage(study):

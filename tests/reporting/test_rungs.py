@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from dmx.reporting.collect import collect
-from dmx.reporting.rungs import best_so_far
-from dmx.reporting.stopping import rung_plot
+from dmx.reporting.figures import rung_plot
+from dmx.reporting.tables import best_so_far
 from dmx.search.rungs import Rung, RungEntry
 from tests.reporting.makers import make_study
 
@@ -18,8 +18,10 @@ def test_no_trials_number_covers_another(tmp_path: Path) -> None:
     close = [RungEntry(n, 0.5 + n / 10_000, n % 3 == 0) for n in range(20)]
     apart = [RungEntry(n, n / 4, True) for n in range(4)]
     run = collect(make_study(tmp_path / "s"))
-    drawn = str(rung_plot(run, [Rung(2, close), Rung(6, apart)]))
-    number = r'<text x="([\d.]+)" y="([\d.]+)"[^>]*class="label note"[^>]*>#(\d+)<'
+    figure = rung_plot(run, [Rung(2, close), Rung(6, apart)])
+    assert figure is not None
+    drawn = str(figure.svg)
+    number = r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>#(\d+)<'
     found = [(float(x), float(y), int(n)) for x, y, n in re.findall(number, drawn)]
     assert drawn.count("<title>trial ") == 24
     assert 2 <= len(found) - 4 < 20 and {n for _, _, n in found[-4:]} == {0, 1, 2, 3}

@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from search_curves import Curve, describe, plot, read_curve, summarise, table
 
 from dmx.commands.train_options import parser as train_parser
-from dmx.reporting.efficiency import Curve, describe, plot, read_curve, summarise, table
 from tests.reporting.makers import make_study
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "lra_all.sh"
@@ -141,5 +141,7 @@ def test_plot_stands_alone() -> None:
 
     svg = ElementTree.fromstring(plot(_curves(), 100, "a <b> & c"))
     assert svg.tag == "{http://www.w3.org/2000/svg}svg"
-    lines = [e for e in svg.iter() if e.tag.endswith("polyline")]
+    colours = [e.get("style", "") for e in svg.iter() if e.tag.endswith("path")]
+    lines = [c for c in colours if "var(--best" in c or "var(--pruned" in c]
     assert len(lines) == 4 + 2
+    assert svg.findtext("{*}title") == "Search efficiency (data: a <b> & c)"

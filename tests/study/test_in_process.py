@@ -19,7 +19,7 @@ import torch
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
 from dmx.reporting.collect import collect
-from dmx.reporting.plain import to_csv
+from dmx.reporting.export import to_csv
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx.reporting.axis import Axis
-from dmx.reporting.markup import el
-from dmx.reporting.rungs import best_so_far
-from dmx.reporting.studies import history
-from dmx.reporting.style import sheet
-from dmx.reporting.svg import Chart
+from dmx.reporting.collect import collect
+from dmx.reporting.figures import COLOURS, Chart, drawing
+from dmx.reporting.tables import best_so_far, reports_of
 
 METHODS = ("random", "tpe+asha")
 
@@ -40,7 +37,7 @@ class Curve:
 
 def read_curve(folder: Path, method: str, seed: int, budget: float) -> Curve:
     """A study's best-so-far, up to the budget."""
-    points = best_so_far([(n, s, a) for n, s, a, _ in history(folder)])
+    points = best_so_far(reports_of(collect(folder)))
     return Curve(method=method, seed=seed, points=tuple((s, a) for s, a in points if s <= budget))
 
 
@@ -149,30 +146,25 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}" if math.isfinite(value) else "–"
 
 
+@drawing
 def plot(curves: Sequence[Curve], budget: float, label: str) -> str:
     """Mean of the best so far over the seeds, each seed faint, as an SVG that stands alone."""
-    values = [100 * a for c in curves for _, a in c.points]
-    x = Axis(label="optimizer steps, all trials together", low=0, high=budget, whole=True)
-    y = Axis.around("best dev accuracy so far, %", values)
-    chart = Chart(f"Search efficiency (data: {label})", x, y, width=720, height=400)
+    title = f"Search efficiency (data: {label})"
+    across = "optimizer steps, all trials together"
+    chart = Chart(title, across, "best dev accuracy so far, %", width=720, height=400)
+    chart.whole_x(0, budget)
     styles = {"random": "pruned", "tpe+asha": "best"}
+    names = {"random": "random, full length (dashed)", "tpe+asha": "TPE with ASHA"}
     for curve in curves:
         points = [(s, 100 * a) for s, a in curve.points]
-        chart.line([*points, (budget, points[-1][1])], "faint " + styles[curve.method], steps=True)
+        points.append((budget, points[-1][1]))
+        chart.line(points, styles[curve.method], steps=True, alpha=0.45, linewidth=1.3)
     for i, method in enumerate(METHODS):
         mine = [c for c in curves if c.method == method]
         grid = sorted({s for c in mine for s, _ in c.points} | {budget})
         means = [(s, [c.at(s) for c in mine]) for s in grid]
         known = [(s, 100 * statistics.fmean(v)) for s, v in means if all(map(math.isfinite, v))]
-        chart.line(known, styles[method] + " mean", f"{method}, mean", steps=True)
-        text = {"random": "random, full length (dashed)", "tpe+asha": "TPE with ASHA"}[method]
-        chart.text(chart.left + 10, chart.top + 16 + 18 * i, text, style=styles[method])
-    svg = chart.render()
-    style = el("style", sheet(), _ALONE)
-    head, _, rest = svg.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
-
-
-_ALONE = (
-    "svg.chart{background:var(--card)}.label.best{fill:var(--best)}.line.mean{stroke-width:3.2}"
-)
+        chart.line(known, styles[method], f"{method}, mean", steps=True, linewidth=3)
+        place = {"transform": chart.axes.transAxes, "color": COLOURS[styles[method]]}
+        chart.axes.text(0.02, 0.95 - 0.055 * i, names[method], **place)
+    return chart.standalone()

@@ -1,4 +1,4 @@
-"""Numbers and commands as texts, the same in every format."""
+"""The command that trains the best configuration of a run again."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def train_command(run: RunReport) -> str:
     start = run.init.get("path") if stage is None else stage.start
     words += ["--data-root", str(root)] if root else []
     words += ["--init-from", str(start)] if start else []
-    words += _means(run)
+    words += _resources(run)
     if reinit := run.init.get("reinit"):
         words.append(f"init.reinit=[{', '.join(map(str, reinit))}]")
     words += [f"{key}={_plain(value)}" for key, value in _differences(config, label).items()]
     return " ".join(shlex.quote(word) for word in words)
 
 
-def _means(run: RunReport) -> list[str]:
+def _resources(run: RunReport) -> list[str]:
     """Options for what the bits of a result depend on beside its settings."""
     env = run.environment
     threads, device = env.get("threads"), env.get("device")
