@@ -1,15 +1,15 @@
-"""Download an official archive: progress, resume after an interruption, checksum."""
+"""Download an official archive: pooch tries again and compares the checksum, this resumes."""
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
 import logging
-import urllib.error
-import urllib.parse
-import urllib.request
+import shutil
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pooch
+import requests
 
 from dmx.data.progress import progress
 from dmx.errors import DataError
@@ -18,7 +18,7 @@ from dmx.storage.files import exclusive_lock, explained, fsync_path, write_atomi
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 30.0
 TRIES = 3
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 16
 
 
 def download(address: str, folder: Path, checksum: str = "") -> Path:
@@ -34,101 +34,80 @@ def download(address: str, folder: Path, checksum: str = "") -> Path:
         DataError: the server does not answer or the checksum differs; it names the address and
             `--source`.
     """
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+    if urlsplit(address).scheme not in ("http", "https"):
         raise DataError(f"{address} is no http address.")
-    path = folder / urllib.parse.urlsplit(address).path.rsplit("/", 1)[-1]
-    with exclusive_lock(folder / f".{path.name}.lock", path.name):
-        if not path.exists():
-            part = path.with_name(f"{path.name}.part")
-            _fetch_patiently(address, part)
-            _verify(part, checksum, address)
-            with explained(path, "write"):
-                fsync_path(part)
-                part.replace(path)
-                fsync_path(path.parent)
-                _tag_file(part).unlink(missing_ok=True)
+    name = urlsplit(address).path.rsplit("/", 1)[-1]
+    path, part = folder / name, folder / f"{name}.part"
+    pooch.get_logger().setLevel(logging.WARNING)
+    archive = pooch.create(
+        folder,
+        base_url="",
+        registry={name: checksum or None},
+        urls={name: address},
+        retry_if_failed=TRIES - 1,
+    )
+    with exclusive_lock(folder / f".{name}.lock", name):
+        if path.exists():
+            return path
+        if not checksum:
+            log.info("no checksum is published for %s", address)
+        elsewhere = "Download it elsewhere and pass --source FILE_OR_FOLDER."
+        try:
+            archive.fetch(name, downloader=lambda url, out, _: _fetch(url, part, Path(out)))
+        except ValueError as error:  # the checksum
+            raise DataError(
+                f"{address} gave a file with another checksum instead of {checksum}; it was "
+                f"deleted. {elsewhere}"
+            ) from error
+        except requests.RequestException as error:
+            kept = f" {part} is kept and will be continued." if part.exists() else ""
+            raise DataError(
+                f"Cannot download {address}: {_reason(error)}.{kept} {elsewhere}"
+            ) from error
     return path
 
 
-def _fetch_patiently(address: str, part: Path) -> None:
-    for attempt in range(1, TRIES + 1):
-        try:
-            if _fetch(address, part):
-                return
-            reason = "the connection broke off"
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code < 500:
-                break
-        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, TLS, resets
-            reason = str(getattr(error, "reason", "") or error) or type(error).__name__
-        log.info("%s: %s (try %d of %d)", address, reason, attempt, TRIES)
-    kept = f" {part} is kept and will be continued." if part.exists() else ""
-    raise DataError(
-        f"Cannot download {address}: {reason}.{kept} Download it elsewhere and pass "
-        "--source FILE_OR_FOLDER."
-    )
-
-
-def _fetch(address: str, part: Path) -> bool:
-    """Fetch what is missing of `part`; False when the server stopped before the end."""
-    tag_file = _tag_file(part)
+def _fetch(address: str, part: Path, out: Path) -> None:
+    """Fetch what is missing of `part`, then move it to `out`."""
+    tag_file = part.with_name(f"{part.name}.tag")
     have = part.stat().st_size if part.exists() else 0
-    tag = _tag(tag_file) if have else ""
+    tag = tag_file.read_text() if have and tag_file.exists() else ""
     headers = {"User-Agent": "dmx", "Accept-Encoding": "identity"}
-    if tag:  # without a validator a continued file might be a mixture of two versions
+    # Without a validator a continued file might be a mixture of two versions, and a weak one may
+    # not be used with If-Range (RFC 9110, 13.1.5).
+    if tag and not tag.startswith("W/"):
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
-    request = urllib.request.Request(address, headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and tag:  # nothing is missing
-            return True
-        raise
-    with response:
-        resumed = response.status == 206
-        if not resumed:
-            have = 0
-        total = have + int(response.headers.get("Content-Length") or 0)
-        new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        with explained(part, "write"):
-            write_atomic(tag_file, json.dumps(new_tag).encode())
-            file = part.open("ab" if resumed else "wb")
-        with file, progress(part.stem, total >> 20, "MiB", have >> 20) as advance:
-            shown = have >> 20
-            while block := response.read(_BLOCK_BYTES):
-                with explained(part, "write"):
-                    file.write(block)
-                have += len(block)
-                advance((have >> 20) - shown)
-                shown = have >> 20
-    return total == 0 or have >= total
+    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        if 400 <= response.status_code < 500 and response.status_code != 416:
+            raise DataError(
+                f"Cannot download {address}: HTTP {response.status_code} {response.reason}. "
+                "Download it elsewhere and pass --source FILE_OR_FOLDER."
+            )
+        if response.status_code != 416:  # nothing is missing
+            response.raise_for_status()
+            resumed = response.status_code == 206
+            have = have if resumed else 0
+            total = have + int(response.headers.get("Content-Length") or 0)
+            with explained(part, "write"):
+                tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+                write_atomic(tag_file, tag)
+                file = part.open("ab" if resumed else "wb")
+            with file, progress(out.name, total >> 20, "MiB", have >> 20) as advance:
+                for block in response.iter_content(_BLOCK_BYTES):
+                    with explained(part, "write"):
+                        file.write(block)
+                    advance((have + len(block) >> 20) - (have >> 20))
+                    have += len(block)
+    with explained(part, "write"):
+        fsync_path(part)
+        shutil.move(part, out)
+        tag_file.unlink(missing_ok=True)
 
 
-def _verify(part: Path, checksum: str, address: str) -> None:
-    if not checksum:
-        log.info("no checksum is published for %s", address)
-        return
-    kind, _, wanted = checksum.partition(":")
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
-    if found != wanted:
-        part.unlink()
-        _tag_file(part).unlink(missing_ok=True)
-        raise DataError(
-            f"{address} gave a file with {kind} {found} instead of {wanted}; it was deleted. Try "
-            "again, or download it elsewhere and pass --source FILE_OR_FOLDER."
-        )
-
-
-def _tag_file(part: Path) -> Path:
-    return part.with_name(f"{part.name}.tag")
-
-
-def _tag(path: Path) -> str:
-    try:
-        tag = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return ""
-    # A weak tag may not be used with If-Range (RFC 9110, 13.1.5).
-    return tag if isinstance(tag, str) and not tag.startswith("W/") else ""
+def _reason(error: requests.RequestException) -> str:
+    if error.response is not None:
+        return f"HTTP {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    cause: Any = error.args[0] if error.args else error
+    return str(getattr(cause, "reason", cause))

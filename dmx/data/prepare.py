@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dmx.data.download import download
 from dmx.data.manifest import Manifest
 from dmx.data.readers.base import Reader, Request, readers_for
 from dmx.data.samples import sample_for
@@ -157,6 +156,8 @@ def prepare_data(
         if is_prepared(task.name, root) and not force:
             log.info("%s is prepared already", root / task.name)
             return open_store(root / task.name)
+        from dmx.data.download import download  # requests takes a moment to import
+
         archive = download(reader.address, root / DOWNLOADS_FOLDER, reader.address_checksum)
         opened = open_source(archive)
         if not reader.fits(task, opened):

@@ -89,7 +89,10 @@ def test_broken_connection_is_continued(server: Server, tmp_path: Path) -> None:
     server.break_after = [2_000_000, 1_000_000]
     path = download(server.address, tmp_path, checksum(server.content))
     assert path.read_bytes() == server.content
-    assert server.asked == ["", "bytes=2000000-", "bytes=3000000-"]
+    first, second, third = server.asked
+    assert first == ""
+    for asked, sent in ((second, 2_000_000), (third, 3_000_000)):
+        assert sent - 200_000 < int(asked.removeprefix("bytes=").removesuffix("-")) <= sent
 
 
 def test_later_run_continues_what_an_earlier_one_left(server: Server, tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_later_run_continues_what_an_earlier_one_left(server: Server, tmp_path: 
         download(server.address, tmp_path)
     assert not (tmp_path / "set.tar.gz").exists()
     assert download(server.address, tmp_path).read_bytes() == server.content
-    assert server.asked[-1] == "bytes=3000000-"
+    assert server.asked[-1].startswith("bytes=2")
 
 
 def test_changed_file_is_not_mixed_with_the_old_one(server: Server, tmp_path: Path) -> None:
@@ -117,13 +120,13 @@ def test_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> No
 
 def test_part_that_was_complete_is_accepted(server: Server, tmp_path: Path) -> None:
     (tmp_path / "set.tar.gz.part").write_bytes(server.content)
-    (tmp_path / "set.tar.gz.part.tag").write_text('"\\"one\\""')
+    (tmp_path / "set.tar.gz.part.tag").write_text('"one"')
     path = download(server.address, tmp_path, checksum(server.content))
     assert path.read_bytes() == server.content
 
 
 def test_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"instead of 00.*--source"):
+    with pytest.raises(DataError, match=r"instead of md5:00.*--source"):
         download(server.address, tmp_path, "md5:00")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("set")]
 
