@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dmx.data.prepare import prepare_data
-from dmx.data.readers.listops import VOCABULARY, decode, example, values
+from dmx.data.readers.listops import VOCABULARY, decode, example, value_of
 from dmx.errors import ConfigError, DataError
 from tests.data.helpers import write_folder, write_tar
 from tests.tiny import one_sentence
@@ -145,8 +145,8 @@ def test_generated_examples_obey_the_grammar_and_match_lras_figures() -> None:
         depth, widths = depth_and_widths(text)
         assert depth <= 10
         assert 2 <= min(widths) <= max(widths) <= 10
-    found = values([np.frombuffer(ids, np.uint8) for ids, _ in made])
-    assert found.tolist() == [label for _, label in made]
+    found = [value_of(ids) for ids, _ in made]
+    assert found == [label for _, label in made]
     widths = [w for text in texts[:100] for w in depth_and_widths(text)[1]]
     assert {*widths} == set(range(2, 11))
     shares = {value: count / len(made) for value, count in Counter(v for _, v in made).items()}
@@ -164,8 +164,8 @@ def test_examples_are_a_function_of_seed_index_and_attempt() -> None:
 
 @pytest.mark.parametrize("ids", [[], [11], [12, 11], [1, 1], [12, 1], [16], [0]])
 def test_what_is_no_expression_has_no_value(ids: list[int]) -> None:
-    two = np.array([14, 3, 4, 11], np.uint8)  # [MIN 2 3 ]
-    assert values([two, np.array(ids, np.uint8), two]).tolist() == [2, -1, 2]
+    assert value_of([14, 3, 4, 11]) == 2  # [MIN 2 3 ]
+    assert value_of(ids) is None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_what_is_no_expression_has_no_value(ids: list[int]) -> None:
 def test_values_of_written_expressions(text: str, value: int) -> None:
     numbers = {token: n for n, token in enumerate(VOCABULARY, 1)} | {"]": 11}
     ids = np.array([numbers[token] for token in text.split()], np.uint8)
-    assert values([ids]).tolist() == [value] == [independent_value(text)]
+    assert value_of(ids) == value == independent_value(text)
 
 
 def test_targets_are_held_against_the_expressions(tmp_path: Path) -> None:

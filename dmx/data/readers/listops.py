@@ -14,13 +14,13 @@ import hashlib
 import io
 import posixpath
 import random
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dmx.data.progress import progress
 from dmx.data.readers.base import READERS, Reader, Request
 from dmx.data.shards import ShardPlan, make_shards, read_shards
 from dmx.data.sources import Source, without_bom
@@ -48,7 +48,6 @@ HEADER = ["Source", "Target"]
 SHARD_SIZE = 1000
 DEFAULT_SEED = 0
 _FOLDERS = ("lra_release/lra_release/listops-1000", "lra_release/listops-1000", "listops-1000", "")
-_BATCH = 1000
 _OPERATORS: tuple[Callable[[list[int]], int], ...] = (
     max,
     lambda values: _median(values),
@@ -65,82 +64,27 @@ def _median(values: list[int]) -> int:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2
 
 
-def values(expressions: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int64]:
-    """int64 [N], the value 0..9 of each expression, given as ids [L]; -1 for what is none."""
-    lengths = np.array([len(ids) for ids in expressions], np.int64)
-    found = np.full(len(lengths), -1, np.int64)
-    if lengths.sum():
-        counts = np.zeros((int(lengths.max()), 10), np.int64)
-        operators = np.zeros(len(counts), np.int64)
-        _compiled()(np.concatenate(expressions), lengths, counts, operators, found)
-    return found
-
-
-@cache
-def _compiled() -> Callable[..., None]:
-    """98,000 expressions take a second so, and half a minute in Python."""
-    from dmx.data.pathfinder.core import entry
-
-    return entry(_evaluate)
-
-
-def _evaluate(
-    tokens: npt.NDArray[np.uint8],
-    lengths: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    operators: npt.NDArray[np.int64],
-    found: npt.NDArray[np.int64],
-) -> None:
-    """A stack of open operators: `counts[depth, v]` arguments so far are v."""
-    start = 0
-    for number in range(len(lengths)):
-        depth, result, stop = 0, -1, start + lengths[number]
-        for place in range(start, stop):
-            token = int(tokens[place])
-            if result >= 0 or not 1 <= token <= _LAST:
-                depth = 1
-                break
-            if token >= _FIRST_OPERATOR:
-                counts[depth, :] = 0
-                operators[depth] = token
-                depth += 1
-                continue
-            value = token - 1
-            if token == _CLOSE:
-                depth -= 1
-                total = int(counts[depth].sum()) if depth >= 0 else 0
-                if total == 0:
-                    depth = 1
-                    break
-                low, high = 0, 0  # what stands left and right of the middle of the sorted arguments
-                least, most, amount, before = -1, 0, 0, 0
-                for v in range(10):
-                    count = int(counts[depth, v])
-                    if count:
-                        least = v if least < 0 else least
-                        most = v
-                        amount += v * count
-                        if before <= (total - 1) // 2 < before + count:
-                            low = v
-                        if before <= total // 2 < before + count:
-                            high = v
-                        before += count
-                operator = operators[depth]
-                if operator == _FIRST_OPERATOR:
-                    value = most
-                elif operator == _FIRST_OPERATOR + 1:
-                    value = (low + high) // 2
-                elif operator == _FIRST_OPERATOR + 2:
-                    value = least
-                else:
-                    value = amount % 10
-            if depth:
-                counts[depth - 1, value] += 1
-            else:
-                result = value
-        if depth == 0:
-            found[number] = result
-        start = stop
+def value_of(ids: Iterable[int]) -> int | None:
+    """The value 0..9 of an expression, given as ids; None for what is none."""
+    open_ones: list[tuple[Callable[[list[int]], int], list[int]]] = []
+    result = None
+    for token in ids:
+        if result is not None or not 1 <= token <= _LAST:
+            return None
+        if token >= _FIRST_OPERATOR:
+            open_ones.append((_OPERATORS[token - _FIRST_OPERATOR], []))
+            continue
+        value = token - 1
+        if token == _CLOSE:
+            if not open_ones or not open_ones[-1][1]:
+                return None
+            operator, arguments = open_ones.pop()
+            value = operator(arguments)
+        if open_ones:
+            open_ones[-1][1].append(value)
+        else:
+            result = value
+    return None if open_ones else result
 
 
 def decode(ids: npt.NDArray[Any]) -> str:
@@ -213,29 +157,6 @@ def parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8]
         DataError: a line lacks a column, has an unknown token or a target that is not the
             expression's value, or is not UTF-8.
     """
-    lines: list[int] = []
-    batch: list[tuple[npt.NDArray[np.uint8], int]] = []
-    for line, ids, label in _rows(stream, where):
-        lines.append(line)
-        batch.append((ids, label))
-        if len(batch) == _BATCH:
-            _check(batch, lines, where)
-            yield from batch
-            lines, batch = [], []
-    _check(batch, lines, where)
-    yield from batch
-
-
-def _check(batch: list[tuple[npt.NDArray[np.uint8], int]], lines: list[int], where: str) -> None:
-    found = values([ids for ids, _ in batch])
-    for line, value, (_, label) in zip(lines, found.tolist(), batch, strict=True):
-        if value != label:
-            what = "is no whole expression" if value < 0 else f"has the value {value}"
-            raise DataError(f"{where}, line {line}: the target is {label}, but the source {what}.")
-
-
-def _rows(stream: IO[bytes], where: str) -> Iterator[tuple[int, npt.NDArray[np.uint8], int]]:
-    """(line, ids [L], label), not yet held against each other."""
     text = io.TextIOWrapper(without_bom(stream, where), encoding="utf-8", newline="")
     rows = csv.reader(text, delimiter="\t")
     try:
@@ -262,7 +183,11 @@ def _rows(stream: IO[bytes], where: str) -> Iterator[tuple[int, npt.NDArray[np.u
                 raise DataError(f"{at}: the source is empty.")
             if len(ids) > MAX_TOKENS:
                 raise DataError(f"{at}: {len(ids):,} tokens are more than {MAX_TOKENS:,}.")
-            yield rows.line_num, np.array(ids, np.uint8), int(target)
+            value = value_of(ids)
+            if value != int(target):
+                what = "is no whole expression" if value is None else f"has the value {value}"
+                raise DataError(f"{at}: the target is {target}, but the source {what}.")
+            yield np.array(ids, np.uint8), value
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}, after line {rows.line_num}: not UTF-8 ({error.reason})."
@@ -290,9 +215,11 @@ def _describe(request: Request) -> dict[str, Any]:
 
 def _fill(request: Request, writer: StoreWriter) -> None:
     source, root = request.found
-    for name, stream in source.open([posixpath.join(root, name) for name in FILES]):
-        for ids, label in parse(stream, source.describe(name)):
-            writer.add(FILES[posixpath.basename(name)], ids, label)
+    with progress("listops", 0, "expressions") as advance:
+        for name, stream in source.open([posixpath.join(root, name) for name in FILES]):
+            for ids, label in parse(stream, source.describe(name)):
+                writer.add(FILES[posixpath.basename(name)], ids, label)
+                advance(1)
 
 
 def _plan(request: Request) -> tuple[ShardPlan, dict[str, int], int]:
