@@ -421,12 +421,18 @@ def wait_any(
 ) -> list[tuple[Running, dict[str, Any]]]:
     """Reports that came in; empty after the timeout. A dead process is started again by itself.
 
+    A run trains on at the next call: what it reported is written down before it gets ahead of
+    that, since after a crash only its last report is repeated.
+
     A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
     without getting any further, its last report carries `failure`, and `lost`: what it has done so
     far can be continued elsewhere.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
+        for running in runs:
+            if running.future is None:
+                running.future = running.actor.step.remote()
         left = max(deadline - time.monotonic(), 0.0)
         ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=left)
         if not ready:
@@ -442,7 +448,7 @@ def wait_any(
 
 
 def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
-    """What a run's process has answered, and its next step begun; None for the end of a slice."""
+    """What a run's process has answered; None for the end of a slice."""
     try:
         report: dict[str, Any] = ray.get(running.future)
     except (RayActorError, WorkerCrashedError, RayTaskError) as error:
@@ -464,7 +470,7 @@ def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
     if report.get("done"):
         stop(running)
     else:
-        running.future = running.actor.step.remote()
+        running.future = None
     return None if report.get(UNDER_WAY) else report
 
 

@@ -375,8 +375,8 @@ def _parse(
     starts = _parents([keys for keys, _ in read])
     grown = _sizes([keys for keys, _ in read], attention)
     built = [
-        _build(keys, run, starts[i], grown[i], attention, overrides)
-        for i, (keys, run) in enumerate(read)
+        _build(dataclasses.replace(keys, size=size), run, start, attention, overrides)
+        for (keys, run), start, size in zip(read, starts, grown, strict=True)
     ]
     return CurriculumConfig(name=name, stages=tuple(_parents_first(built)))
 
@@ -402,14 +402,13 @@ def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str
 def _build(
     keys: StageSettings,
     run: Mapping[str, Any],
-    parent: tuple[str | None, str | None],
-    size: int | None,
+    start: tuple[str | None, str | None],
     attention: str | None,
     overrides: Mapping[str, Any],
 ) -> StageConfig:
     where = f"stages.{keys.name}"
     try:
-        config = _run_config(keys, run, size, attention, overrides)
+        config = _run_config(keys, run, attention, overrides)
         space, fixed = _space(keys, config, overrides)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
@@ -418,8 +417,8 @@ def _build(
     return StageConfig(
         **vars(keys),
         config=config,
-        parent=parent[0],
-        init_path=parent[1],
+        parent=start[0],
+        init_path=start[1],
         space=space,
         overrides=fixed,
     )
@@ -428,7 +427,6 @@ def _build(
 def _run_config(
     keys: StageSettings,
     run: Mapping[str, Any],
-    size: int | None,
     attention: str | None,
     overrides: Mapping[str, Any],
 ) -> RunConfig:
@@ -441,21 +439,15 @@ def _run_config(
     chosen = overrides.get("attention", overrides.get("attention.name"))
     if isinstance(chosen, str):
         layers.append({"attention.name": chosen})
-    if size is not None:
-        field_name = _size_field(layers)
-        if field_name is not None:
-            layers.append({f"attention.{field_name}": size})
+    if keys.size is not None:
+        named = merge({"attention.name": "butterfly"}, *layers)["attention"]["name"]
+        size_field = AttentionConfig.parse({"name": named}, "attention").size_field
+        if size_field is not None:
+            layers.append({f"attention.{size_field}": keys.size})
     config = parse_run_config(*layers, overrides)
     if config.data.root is not None:
         raise ConfigError("data.root is not allowed in a curriculum; pass --data-root.")
     return config
-
-
-def _size_field(layers: list[Mapping[str, Any]]) -> str | None:
-    """The size field of the attention that the layers name; None for one without a size."""
-    merged = merge({"attention.name": "butterfly"}, *layers).get("attention")
-    config = AttentionConfig.parse({"name": merged["name"]} if merged else "butterfly", "attention")
-    return config.size_field
 
 
 def _space(
