@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from dmx.reporting.reading import read_scalars
+from dmx.runs.run import read_scalars
 from dmx.tensorboard import Column, RunWriter, announce_study
 from tests.study.events import layout_of
 

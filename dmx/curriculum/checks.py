@@ -12,7 +12,8 @@ from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
 from dmx.runs import layout
-from dmx.runs.curriculum import History, StageState, attempt_folder
+from dmx.runs.curriculum import History, Stage
+from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.schema import flatten
 from dmx.storage.files import is_there, sha256_file
@@ -192,7 +193,7 @@ def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
             raise ConfigError(f"stage {stage.name}: {error}") from None
 
 
-def best_checkpoints(folder: Path, stage: str, state: StageState) -> dict[int, dict[str, Any]]:
+def best_checkpoints(folder: Path, stage: str, state: Stage) -> dict[int, dict[str, Any]]:
     """The best checkpoint of each attempt that has one, as the journal names it.
 
     Its path is relative to the run's folder, which may move.

@@ -23,7 +23,8 @@ from dmx.curriculum.resources import Allocation, Key, ResourcePlan, ResourcePool
 from dmx.data.prepare import is_prepared
 from dmx.data.store import Store
 from dmx.errors import DmxError, RunFailedError
-from dmx.runs.curriculum import History, advance, attempt_folder, fold
+from dmx.runs.curriculum import History, advance, fold
+from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import REPORT_KEYS, STEPS
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal, read_claim
@@ -243,7 +244,7 @@ class Controller:
         launch, report = self._pool.allocated[message.key].launch, message.report
         attempt = self.history.stage(message.key.stage).current
         assert launch is not None and attempt is not None
-        if report and int(report[STEPS]) not in attempt.reports:
+        if report and int(report[STEPS]) not in attempt.curve:
             self._record(
                 "report",
                 stage=message.key.stage,

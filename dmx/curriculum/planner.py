@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.runs.curriculum import History, StageState
+from dmx.runs.curriculum import History, Stage
 from dmx.runs.metrics import DEV_ACCURACY
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
@@ -65,7 +65,7 @@ def next_launches(
     return found
 
 
-def _launch(stage: StageConfig, state: StageState, history: History) -> Launch:
+def _launch(stage: StageConfig, state: Stage, history: History) -> Launch:
     current = state.current
     if current is not None and current.decision is None:
         retry, number = current.retry, current.number
@@ -82,9 +82,7 @@ def _launch(stage: StageConfig, state: StageState, history: History) -> Launch:
     )
 
 
-def _source(
-    stage: StageConfig, state: StageState, history: History, retry: int
-) -> Mapping[str, Any]:
+def _source(stage: StageConfig, state: Stage, history: History, retry: int) -> Mapping[str, Any]:
     on_fail = stage.on_fail
     if retry and on_fail.action == "longer" and not on_fail.afresh and stage.search is None:
         decision = state.attempts[retry - 1].decision
@@ -147,14 +145,14 @@ class Verdict:
 
 def judge(
     stage: StageConfig,
-    state: StageState,
+    state: Stage,
     checkpoints: Mapping[int, Mapping[str, Any]],
     failure: str | None,
 ) -> Verdict:
     """Decide about the stage's latest attempt.
 
     Args:
-        checkpoints: the best one of each attempt, where one exists; see StageState.promoted.
+        checkpoints: the best one of each attempt, where one exists; see Stage.promoted.
         failure: why the attempt broke, if it did; then it never passes.
     """
     current = state.current

@@ -19,7 +19,8 @@ from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
 from dmx.format import duration
 from dmx.runs import layout
-from dmx.runs.curriculum import History, StageState, advance, attempt_folder, fold
+from dmx.runs.curriculum import History, Stage, advance, fold
+from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -213,7 +214,7 @@ def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> 
     return table
 
 
-def _cells(stage: StageConfig, state: StageState, last: str) -> list[str]:
+def _cells(stage: StageConfig, state: Stage, last: str) -> list[str]:
     attempt = state.current
     if attempt is None:
         return [state.status, "", f"0/{stage.config.train.num_steps:,}", *("" for _ in range(5))]
@@ -340,7 +341,7 @@ def describe(
     }
 
 
-def _stage(stage: StageConfig, state: StageState, folder: Path, last: str) -> dict[str, Any]:
+def _stage(stage: StageConfig, state: Stage, folder: Path, last: str) -> dict[str, Any]:
     promoted, attempt = state.promoted or {}, state.shown
     decision = (state.current.decision if state.current is not None else None) or {}
     checkpoint = folder / promoted["path"] if promoted else None

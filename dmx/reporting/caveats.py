@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmx.format import describe_failures, short
-from dmx.reporting.labels import UNKNOWN
-from dmx.reporting.records import RunReport
+from dmx.runs.run import UNKNOWN, Run
 from dmx.schema import flatten
 from dmx.tasks import find_task
 
@@ -62,12 +61,12 @@ def budget_sentence(differences: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(parts)
 
 
-def comparable(run: RunReport) -> bool:
+def comparable(run: Run) -> bool:
     """Whether a run's accuracy may stand beside published numbers: LRA data, preset budget."""
     return not any(c.level == "severe" for c in caveats(run))
 
 
-def caveats(run: RunReport) -> tuple[Caveat, ...]:
+def caveats(run: Run) -> tuple[Caveat, ...]:
     """All of them, the severe ones first."""
     severe, notes = [], []
     task = find_task(run.task)
@@ -125,7 +124,7 @@ def caveats(run: RunReport) -> tuple[Caveat, ...]:
     return (*(Caveat("severe", t) for t in severe), *(Caveat("note", t) for t in notes))
 
 
-def _noise(run: RunReport) -> list[str]:
+def _noise(run: Run) -> list[str]:
     """How well the dev split tells trials apart."""
     best = run.best_trial
     if best is None or run.stages or not math.isfinite(error := run.dev_error(best.best)):
@@ -147,7 +146,7 @@ def _noise(run: RunReport) -> list[str]:
     return [text]
 
 
-def _edges(run: RunReport) -> list[str]:
+def _edges(run: Run) -> list[str]:
     """Values of the best trial that lie at the end of what was searched."""
     best, found = run.best_trial, []
     if best is None or run.search is None or run.at_chance or len(run.trials) < _LEAST_FOR_EDGES:
@@ -178,7 +177,7 @@ def _edges(run: RunReport) -> list[str]:
     return found
 
 
-def _incomplete(run: RunReport) -> str:
+def _incomplete(run: Run) -> str:
     if run.kind == "study" and run.search is not None:
         ended = sum(t.status != "RUNNING" for t in run.trials)
         total = run.search.num_trials

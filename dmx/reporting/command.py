@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dmx.reporting.labels import attention_label
-from dmx.reporting.records import RunReport
+from dmx.attention.labels import attention_label
 from dmx.runs.metrics import NUM_WORKERS
+from dmx.runs.run import Run
 from dmx.schema import flatten
 
 
-def train_command(run: RunReport) -> str:
+def train_command(run: Run) -> str:
     """The command that trains the best configuration again, with all that is not a default.
 
     It names only what differs from the task's preset and the defaults, so that it stays readable.
@@ -36,7 +36,7 @@ def train_command(run: RunReport) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def _resources(run: RunReport) -> list[str]:
+def _resources(run: Run) -> list[str]:
     """Options for what the bits of a result depend on beside its settings."""
     env = run.environment
     threads, device = env.get("threads"), env.get("device")

@@ -15,8 +15,7 @@ from dmx.reporting import tables
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.command import train_command
 from dmx.reporting.importance import importances
-from dmx.reporting.published import column_of, load
-from dmx.reporting.records import RunReport
+from dmx.reporting.published import column_of, load_published
 from dmx.reporting.tables import escape
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -27,6 +26,7 @@ from dmx.runs.metrics import (
     TEST_ACCURACY,
 )
 from dmx.runs.objectives import evaluate
+from dmx.runs.run import Run
 from dmx.schema import finite
 from dmx.storage.files import write_atomic
 
@@ -72,7 +72,7 @@ def _cell(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def to_csv(run: RunReport) -> str:
+def to_csv(run: Run) -> str:
     """Trials of a study, stages of a curriculum, evaluations of a single run."""
     common = {"run": run.name, "attention": run.attention, "task": run.task, "data": run.data}
     if run.kind == "run":
@@ -85,7 +85,7 @@ def to_csv(run: RunReport) -> str:
                     "stage": s.name,
                     "task": s.task,
                     "data": s.data,
-                    "status": s.status,
+                    "status": s.progress,
                     "parent": s.parent,
                     "attempts": len(s.attempts),
                     DEV_ACCURACY: s.dev_accuracy,
@@ -114,9 +114,33 @@ def to_csv(run: RunReport) -> str:
     return csv(rows)
 
 
-def to_json(run: RunReport) -> str:
+_RUN = (
+    *("kind", "name", "folder", "task", "attention", "data", "is_sample", "data_checksum"),
+    *("complete", "config", "best", "best_step", "test_accuracy", "test_loss", "finals", "search"),
+    *("environment", "options", "seconds", "train_seconds", "goal", "shown", "recipe"),
+    *("num_dev", "dev_majority"),
+)
+_TRIAL = ("number", "status", "params", "drawn", "reports", "error")
+_STAGE = (
+    *("name", "task", "attention", "data", "data_checksum", "status", "parent", "steps"),
+    *("all_steps", "seconds", "dev_accuracy", "test_accuracy", "test_on_last", "checkpoint"),
+    *("start", "data_root", "reinit", "promoted", "config"),
+)
+_ATTEMPT = ("number", "reports", "passed", "reason", "steps", "all_steps", "all_seconds", "search")
+
+
+def _plain(value: object, names: Sequence[str]) -> dict[str, Any]:
+    return {name: finite(getattr(value, name)) for name in names}
+
+
+def to_json(run: Run) -> str:
     """Everything the report knows, with what it worked out. Accuracies lie in 0..1."""
-    content = finite(run)
+    content = _plain(run, _RUN)
+    content["trials"] = [_plain(trial, _TRIAL) for trial in run.trials]
+    content["stages"] = [
+        {**_plain(s, _STAGE), "attempts": [_plain(a, _ATTEMPT) for a in s.attempts]}
+        for s in run.stages
+    ]
     content["caveats"] = finite(caveats(run))
     content["comparable_with_published"] = comparable(run)
     content["command"] = train_command(run)
@@ -127,11 +151,11 @@ def to_json(run: RunReport) -> str:
     content["front"] = finite(tables.study_front(run))
     content["rungs"] = finite(tables.filled_rungs(run))
     column = column_of(run.task)
-    content["published"] = finite(load().of(column)) if column else []
+    content["published"] = finite(load_published().of(column)) if column else []
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def to_markdown(run: RunReport) -> str:
+def to_markdown(run: Run) -> str:
     """The tables of the page."""
     kind = {"study": "Search of", "run": "Training of", "curriculum": "Curriculum of"}[run.kind]
     state = "complete" if run.complete else "not complete"
@@ -168,13 +192,13 @@ def to_markdown(run: RunReport) -> str:
         parts.append("## Published numbers")
         if not comparable(run):
             parts.append("Not a comparison: see the notes at the top.")
-        parts.append(tables.published_table(run, load()).markdown())
-        parts += [f"- {escape(s.title)}: <{s.url}>" for s in load().sources.values()]
+        parts.append(tables.published_table(run, load_published()).markdown())
+        parts += [f"- {escape(s.title)}: <{s.url}>" for s in load_published().sources.values()]
     parts += ["## Data and environment", tables.provenance(run).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
-def _of_study(run: RunReport) -> list[str]:
+def _of_study(run: Run) -> list[str]:
     parts = ["## Trials", tables.trials_table(run).markdown()]
     if run.several:
         parts += [f"## The Pareto front of {', '.join(run.several)}"]

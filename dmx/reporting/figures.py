@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from dmx.format import percent, short, short_names
 from dmx.reporting.importance import Importances
-from dmx.reporting.records import RunReport, Trial, number
 from dmx.reporting.tables import (
     Costed,
     against,
@@ -29,6 +28,7 @@ from dmx.reporting.tables import (
 )
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import OBJECTIVES
+from dmx.runs.run import Run, Trial, number
 from dmx.search.rungs import Rung
 
 MANY_TRIALS = 12
@@ -301,13 +301,11 @@ def _locator(count: int, **more: Any) -> Any:
     return MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], **more)
 
 
-def _style(run: RunReport, trial: Trial) -> str:
+def _style(run: Run, trial: Trial) -> str:
     return "best" if trial.number == run.best else _STYLE[trial.status]
 
 
-def _key(
-    run: RunReport, trials: Iterable[Trial], kind: str = "point"
-) -> tuple[tuple[str, str], ...]:
+def _key(run: Run, trials: Iterable[Trial], kind: str = "point") -> tuple[tuple[str, str], ...]:
     used = {_style(run, t) for t in trials}
     return tuple((f"{kind} {s}", words) for s, words in _MEANINGS.items() if s in used)
 
@@ -319,7 +317,7 @@ def _tip(trial: Trial) -> str:
 
 
 @drawing
-def optimisation_history(run: RunReport) -> Figure:
+def optimisation_history(run: Run) -> Figure:
     """Accuracy by trial number, and the best so far."""
     scored = [t for t in run.trials if math.isfinite(t.best)]
     last = max((t.number for t in run.trials), default=0)
@@ -339,7 +337,7 @@ def optimisation_history(run: RunReport) -> Figure:
 
 
 @drawing
-def learning_curves(run: RunReport, metric: str, label: str, scale: float = 1.0) -> Figure:
+def learning_curves(run: Run, metric: str, label: str, scale: float = 1.0) -> Figure:
     """A metric against optimizer steps, the best trial on top."""
     curves = [
         (t, [(number(r, STEPS), scale * number(r, metric)) for r in t.reports]) for t in run.trials
@@ -360,7 +358,7 @@ def learning_curves(run: RunReport, metric: str, label: str, scale: float = 1.0)
     return Figure(chart.svg(), f"{label[0].upper()}{label[1:]}, at every evaluation.", key)
 
 
-def _chance(run: RunReport) -> float:
+def _chance(run: Run) -> float:
     """The accuracy of guessing among equally frequent classes; NaN where unknown."""
     model = (run.config or {}).get("model")
     classes = model.get("num_classes") if isinstance(model, dict) else None
@@ -368,7 +366,7 @@ def _chance(run: RunReport) -> float:
 
 
 @drawing
-def stage_curves(run: RunReport) -> Figure | None:
+def stage_curves(run: Run) -> Figure | None:
     """Dev accuracy of all stages, one after another; attempts that a gate refused are dashed."""
     attempts = [(s, a) for s in run.stages for a in s.attempts if a.reports]
     if not attempts:
@@ -409,7 +407,7 @@ def stage_curves(run: RunReport) -> Figure | None:
 
 
 @drawing
-def best_for_compute(run: RunReport) -> Figure | None:
+def best_for_compute(run: Run) -> Figure | None:
     """The best accuracy so far against the optimizer steps of all trials together."""
     points = best_so_far(reports_of(run))
     if not points:
@@ -442,7 +440,7 @@ def importance_bars(found: Importances) -> Figure:
 
 
 @drawing
-def slice_plot(run: RunReport, name: str) -> Figure | None:
+def slice_plot(run: Run, name: str) -> Figure | None:
     """Accuracy against one searched value; None where no trial had it."""
     assert run.search is not None
     trials = [t for t in run.trials if name in t.drawn and math.isfinite(t.best)]
@@ -475,7 +473,7 @@ def slice_plot(run: RunReport, name: str) -> Figure | None:
 
 
 @drawing
-def parallel_view(run: RunReport) -> Figure | None:
+def parallel_view(run: Run) -> Figure | None:
     """Each trial as a line through its values and its accuracy; None of fewer than two values."""
     searched = run.search.searched if run.search is not None else {}
     trials = [t for t in run.trials if math.isfinite(t.best) and set(searched) <= set(t.drawn)]
@@ -522,18 +520,18 @@ def parallel_view(run: RunReport) -> Figure | None:
     return Figure(chart.svg(), caption, _key(run, trials, "line"))
 
 
-def pareto_plot(run: RunReport, metric: str, label: str, scale: float = 1.0) -> Figure | None:
+def pareto_plot(run: Run, metric: str, label: str, scale: float = 1.0) -> Figure | None:
     """Accuracy against a cost, with the front; None where nothing was measured."""
     return _cost_plot(run, costed(run, metric), label, scale)
 
 
-def objective_plot(run: RunReport, objective: str) -> Figure | None:
+def objective_plot(run: Run, objective: str) -> Figure | None:
     """Accuracy against another objective of the study, with the study's own front."""
     return _cost_plot(run, against(run, objective), OBJECTIVES[objective].label, 1.0)
 
 
 @drawing
-def _cost_plot(run: RunReport, points: list[Costed], label: str, scale: float) -> Figure | None:
+def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figure | None:
     if not points:
         return None
     best, of_study = front(points), study_front(run)
@@ -575,7 +573,7 @@ def _cost_plot(run: RunReport, points: list[Costed], label: str, scale: float) -
 
 
 @drawing
-def rung_plot(run: RunReport, rungs: Sequence[Rung]) -> Figure | None:
+def rung_plot(run: Run, rungs: Sequence[Rung]) -> Figure | None:
     """Who reached which rung of ASHA or Hyperband, and who went on."""
     filled = [r for r in rungs if r.entries]
     if not filled:

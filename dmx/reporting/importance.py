@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx.reporting.records import RunReport, Trial
 from dmx.runs.metrics import STEPS
+from dmx.runs.run import Run, Trial
 
 LEAST_TRIALS = 4
 """Fewer scored trials say nothing about any hyperparameter."""
@@ -44,7 +44,7 @@ class Importances:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def importances(run: RunReport) -> Importances:
+def importances(run: Run) -> Importances:
     """Estimate them from every trial that ended, those that were stopped early included.
 
     Trials are compared by what they reached within the steps that all of them took: without those

@@ -16,11 +16,11 @@ from typing import Any
 from dmx.format import MISSING, duration, mean_and_deviation, percent, scaled
 from dmx.reporting import export
 from dmx.reporting.caveats import budget_differences
-from dmx.reporting.collect import collect_all, kind_of, runs_below
 from dmx.reporting.published import COLUMNS, column_of
-from dmx.reporting.records import RunReport
 from dmx.reporting.tables import Table, escape, make
+from dmx.runs.folders import kind_of, load_all, runs_below
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
+from dmx.runs.run import Run
 from dmx.schema import finite, flatten
 from dmx.tasks import find_task
 
@@ -52,7 +52,7 @@ class LeaderboardRow:
         code: the versions of the code that its runs ran.
         reduced: its budget is not the task preset's. incomplete: a run has not ended.
         step_seconds, memory_mb: the median and the highest over the runs; NaN where unknown.
-        memory_of: see RunReport.
+        memory_of: see Run.
     """
 
     attention: str
@@ -144,7 +144,7 @@ class Leaderboard:
         return make(titles, [_costs(row) for row in self.rows])
 
 
-def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunReport]:
+def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[Run]:
     """Every run at or directly below the paths, each once.
 
     Args:
@@ -159,7 +159,7 @@ def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunRe
         inside = [] if kind_of(path) is not None else runs_below(path)
         for folder in inside or [path]:
             folders[folder.resolve()] = None
-    found, errors = collect_all(list(folders))
+    found, errors = load_all(list(folders))
     if not found:
         raise errors[0]
     if unread is not None:
@@ -167,23 +167,23 @@ def gather(paths: Sequence[Path], unread: list[str] | None = None) -> list[RunRe
     return [run for run in found if run.folder in asked or not _came_to_nothing(run)]
 
 
-def _came_to_nothing(run: RunReport) -> bool:
+def _came_to_nothing(run: Run) -> bool:
     """Whether a run failed, or was stopped, before it had anything to compare."""
     return run.kind == "run" and run.best_trial is None
 
 
-def leaderboard_rows(runs: Iterable[RunReport]) -> list[LeaderboardRow]:
+def leaderboard_rows(runs: Iterable[Run]) -> list[LeaderboardRow]:
     """One row per configuration and task; runs that differ in seeds alone share one.
 
     Precision is that which was used: `auto` is another one on a GPU than on a CPU.
     """
-    groups: dict[str, list[RunReport]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_group(run), []).append(run)
     return [_row(group) for group in groups.values()]
 
 
-def _group(run: RunReport) -> str:
+def _group(run: Run) -> str:
     if run.recipe:
         return run.recipe
     if run.kind != "run" or run.config is None:
@@ -196,11 +196,11 @@ def _group(run: RunReport) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _row(group: Sequence[RunReport]) -> LeaderboardRow:
+def _row(group: Sequence[Run]) -> LeaderboardRow:
     first = group[0]
     tests: list[float] = []
     devs: list[float] = []
-    single: dict[str, list[RunReport]] = {}
+    single: dict[str, list[Run]] = {}
     for run in group:
         if run.finals is not None and run.finals.test_accuracies:
             tests.extend(run.finals.test_accuracies)
@@ -242,7 +242,7 @@ def _row(group: Sequence[RunReport]) -> LeaderboardRow:
     )
 
 
-def _seeds(run: RunReport) -> str:
+def _seeds(run: Run) -> str:
     """What tells the runs of one entry apart; runs that are equal in it are repetitions."""
     settings = flatten(run.config or {})
     return str([settings.get(key) for key in _SEEDS])

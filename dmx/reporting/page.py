@@ -17,12 +17,12 @@ from dmx.errors import DataError, DmxError
 from dmx.format import duration, percent, scaled
 from dmx.reporting import export, figures, tables
 from dmx.reporting.caveats import caveats, comparable
-from dmx.reporting.collect import collect, collect_all, kind_of, runs_below
 from dmx.reporting.command import train_command
 from dmx.reporting.importance import importances
-from dmx.reporting.published import column_of, load
-from dmx.reporting.records import RunReport, Stage
+from dmx.reporting.published import column_of, load_published
 from dmx.runs import layout
+from dmx.runs.curriculum import Stage
+from dmx.runs.folders import kind_of, load, load_all, runs_below
 from dmx.runs.metrics import (
     DEV_ACCURACY,
     LEARNING_RATE,
@@ -33,6 +33,7 @@ from dmx.runs.metrics import (
     TRAIN_SECONDS,
 )
 from dmx.runs.objectives import ACCURACY
+from dmx.runs.run import Run
 
 logger = logging.getLogger("dmx.report")
 
@@ -55,7 +56,7 @@ def write_report(folder: Path, format: str = "html", out: str | None = None) -> 
     if kind_of(folder) is None and format == "html" and out is None and runs_below(folder):
         _write_pages(runs_below(folder))
         return
-    run = collect(folder)
+    run = load(folder)
     text = FORMATS[format](run)
     if out is None and format == "html":
         out = str(run.folder / REPORT_FILE)
@@ -65,7 +66,7 @@ def write_report(folder: Path, format: str = "html", out: str | None = None) -> 
 def _write_pages(folders: Sequence[Path]) -> None:
     errors: list[DmxError] = []
     for folder in folders:
-        runs, unread = collect_all([folder])
+        runs, unread = load_all([folder])
         errors += unread
         for run in runs:
             try:
@@ -85,7 +86,7 @@ def write_page(folder: Path) -> Path | None:
     """Write a run's page into its folder, at its end; None where that fails, which costs no run."""
     path = folder / REPORT_FILE
     try:
-        export.write_file(path, render_page(collect(folder)))
+        export.write_file(path, render_page(load(folder)))
     except (DmxError, OSError) as error:
         logger.warning("no report was written: %s", error)
         return None
@@ -109,10 +110,10 @@ def render(title: str, **values: Any) -> str:
     return template.render(defaults | {"title": title} | values) + "\n"
 
 
-def render_page(run: RunReport) -> str:
+def render_page(run: Run) -> str:
     """The page of a study, a single run or a curriculum; the same bytes for the same run."""
     what = {"study": "Search of", "run": "Training of", "curriculum": "Curriculum of"}[run.kind]
-    published, column = load(), column_of(run.task)
+    published, column = load_published(), column_of(run.task)
     near = {"lra", "nystromformer", "flashattention"}
     found = importances(run)
     rungs = tables.filled_rungs(run)
@@ -152,7 +153,7 @@ def render_page(run: RunReport) -> str:
     )
 
 
-FORMATS: dict[str, Callable[[RunReport], str]] = {
+FORMATS: dict[str, Callable[[Run], str]] = {
     "html": render_page,
     "md": export.to_markdown,
     "json": export.to_json,
@@ -160,7 +161,7 @@ FORMATS: dict[str, Callable[[RunReport], str]] = {
 }
 
 
-def _tiles(run: RunReport) -> list[tuple[str, str]]:
+def _tiles(run: Run) -> list[tuple[str, str]]:
     """(figure, what it is) of the headline."""
     best = run.best_trial
     found: list[tuple[str, str]] = []
@@ -215,7 +216,7 @@ def _scores(stage: Stage) -> str:
     return ", ".join(found) or "no accuracy yet"
 
 
-def _curves(run: RunReport) -> list[figures.Figure | None]:
+def _curves(run: Run) -> list[figures.Figure | None]:
     if run.kind == "curriculum" or not any(t.reports for t in run.trials):
         return []
     found = [
@@ -227,12 +228,12 @@ def _curves(run: RunReport) -> list[figures.Figure | None]:
     return [*found, figures.learning_curves(run, LEARNING_RATE, "learning rate")]
 
 
-def _slices(run: RunReport) -> list[figures.Figure]:
+def _slices(run: Run) -> list[figures.Figure]:
     names = run.search.searched if run.kind == "study" and run.search else ()
     return [found for n in names if (found := figures.slice_plot(run, n)) is not None]
 
 
-def _fronts(run: RunReport) -> list[figures.Figure]:
+def _fronts(run: Run) -> list[figures.Figure]:
     """Accuracy against the other objectives of a study, or against what a trial cost."""
     if run.kind != "study":
         return []
@@ -247,7 +248,7 @@ def _fronts(run: RunReport) -> list[figures.Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def _samples(run: RunReport) -> tables.Table:
+def _samples(run: Run) -> tables.Table:
     """What the best checkpoint says about its sample examples; empty where it has none."""
     folder = run.folder / layout.BEST_DIR
     if not run.complete and run.kind == "study":

@@ -84,7 +84,7 @@ def column_of(task: str) -> str | None:
 
 
 @functools.cache
-def load() -> Published:
+def load_published() -> Published:
     """Read published.yaml, which ships with the package.
 
     Raises:

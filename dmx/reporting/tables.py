@@ -10,19 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
-from dmx.reporting.labels import base_name
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
-from dmx.reporting.records import Attempt, RunReport, Stage, Trial
-from dmx.reporting.studies import history
-from dmx.runs import layout
-from dmx.runs.curriculum import STAGES_DIR
+from dmx.runs.curriculum import Attempt, Stage
+from dmx.runs.events import base_name
+from dmx.runs.layout import STAGES_DIR
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
+from dmx.runs.run import Run, Trial
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
-from dmx.search.schedulers import GENERATION
 from dmx.search.space import settings_of
-from dmx.storage.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,7 @@ def make(
     )
 
 
-def trials_table(run: RunReport) -> Table:
+def trials_table(run: Run) -> Table:
     """One row a trial, the best first; values that never varied are left out."""
     names = list(settings_of(run.search.searched)) if run.search else []
     names += sorted({k for t in run.trials for k in t.params} - set(names))
@@ -120,7 +117,7 @@ def _memory(megabytes: float) -> str:
     return scaled(megabytes * 2**20, "B", 1024)
 
 
-def front_table(run: RunReport) -> Table:
+def front_table(run: Run) -> Table:
     """The Pareto front of a study with several objectives, the most accurate first."""
     front = study_front(run)
     trials = {t.number: t for t in run.trials}
@@ -134,24 +131,23 @@ def front_table(run: RunReport) -> Table:
     return make("|>".join(["trial", *labels, *short_names(names)]), rows)
 
 
-def population_table(run: RunReport) -> Table:
+def population_table(run: Run) -> Table:
     """Who took over whom, and with which settings; empty but for population based training."""
     rows = []
-    for event in read_journal(run.folder / layout.JOURNAL_FILE)[0]:
-        for e in event["exploits"] if event.get("event") == GENERATION else ():
-            settings = ", ".join(f"{k} {short(v)}" for k, v in e["params"].items())
-            rows.append((f"{event['step']:,}", str(e["trial"]), str(e["source"]), settings))
+    for taken in run.takeovers:
+        settings = ", ".join(f"{k} {short(v)}" for k, v in taken.params.items())
+        rows.append((f"{taken.step:,}", str(taken.trial), str(taken.source), settings))
     return make(">step|>trial|>took over trial|and went on with", rows)
 
 
-def stages_table(run: RunReport) -> Table:
+def stages_table(run: Run) -> Table:
     """One row an attempt at a stage of a curriculum."""
     rows, styles = [], []
     for stage in run.stages:
         for attempt in stage.attempts or (None,):
             first = attempt is None or attempt is stage.attempts[0]
             # Tests are those of the promoted weights.
-            last = attempt is None or attempt.number == stage.promoted
+            last = attempt is None or attempt.number == stage.promoted_attempt
             rows.append(
                 (
                     stage.name if first else "",
@@ -159,11 +155,11 @@ def stages_table(run: RunReport) -> Table:
                     stage.attention if first else "",
                     "" if attempt is None else str(attempt.number),
                     "" if attempt is None else f"{attempt.all_steps:,}",
-                    "" if attempt is None else duration(attempt.seconds),
+                    "" if attempt is None else duration(attempt.all_seconds),
                     percent(stage.dev_accuracy if attempt is None else attempt.best),
                     percent(stage.test_accuracy) if last else "",
                     percent(stage.test_on_last) if last else "",
-                    stage.status if attempt is None else _verdict(stage, attempt),
+                    stage.progress if attempt is None else _verdict(stage, attempt),
                     "" if attempt is None else attempt.reason,
                     (stage.parent or "fresh weights") if first else "",
                 )
@@ -186,24 +182,25 @@ def _verdict(stage: Stage, attempt: Attempt) -> str:
         return "open"
     if attempt.passed:
         return "passed"
-    return "refused, promoted all the same" if attempt.number == stage.promoted else "refused"
+    promoted = attempt.number == stage.promoted_attempt
+    return "refused, promoted all the same" if promoted else "refused"
 
 
-def searches_table(run: RunReport) -> Table:
+def searches_table(run: Run) -> Table:
     """One row an attempt at a stage that is a search: its best trial, which the gate judged."""
     rows = []
     for stage in run.stages:
         for attempt in stage.attempts:
             if (found := attempt.search) is None:
                 continue
-            names = short_names(list(found.params))
-            values = zip(names, map(short, found.params.values()), strict=True)
+            names = short_names(list(found["params"]))
+            values = zip(names, map(short, found["params"].values()), strict=True)
             folder = run.folder / STAGES_DIR / stage.name / f"attempt-{attempt.number}"
             rows.append(
                 (
                     stage.name,
                     str(attempt.number),
-                    f"{found.trial} of {found.num_trials}",
+                    f"{found['trial']} of {found['num_trials']}",
                     ", ".join(f"{name} {value}" for name, value in values),
                     f"{attempt.steps:,} of {attempt.all_steps:,}",
                     f"python -m dmx.report {folder}",
@@ -212,14 +209,14 @@ def searches_table(run: RunReport) -> Table:
     return make("stage|>attempt|>best trial|its settings|>its steps|all trials", rows)
 
 
-def ours(run: RunReport) -> str:
+def ours(run: Run) -> str:
     """Our test accuracy in per cent, with its spread over seeds where there are several."""
     if run.finals is not None and run.finals.test_accuracies:
         return with_spread(run.finals.test_accuracies)
     return percent(run.test_accuracy)
 
 
-def published_table(run: RunReport, published: Published, sources: set[str] | None = None) -> Table:
+def published_table(run: Run, published: Published, sources: set[str] | None = None) -> Table:
     """Published accuracies on the task of a run, ours on top; empty where nobody published."""
     column = column_of(run.task)
     rows: list[tuple[str, ...]] = []
@@ -248,7 +245,7 @@ def published_table(run: RunReport, published: Published, sources: set[str] | No
     return make(f"model|>{TITLES[column]}, test accuracy %|", rows, styles)
 
 
-def provenance(run: RunReport) -> Table:
+def provenance(run: Run) -> Table:
     """Where the numbers come from: data, code, machine, settings of the search."""
     found: list[tuple[str, str]] = [
         (
@@ -262,8 +259,7 @@ def provenance(run: RunReport) -> Table:
         found.append(("started from", f"{run.init['path']} (SHA-256 {run.init.get('sha256')})"))
     if run.search is not None:
         s = run.search
-        derived = " (worked out from the study's settings)" if s.derived else ""
-        asha = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}{derived}"
+        asha = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}"
         found.append(("sampler, scheduler", f"{s.sampler}, {s.scheduler}"))
         if s.scheduler in ("asha", "hyperband"):
             found.append(({"asha": "ASHA", "hyperband": "Hyperband"}[s.scheduler], asha))
@@ -300,7 +296,7 @@ class Costed:
     accuracy: float
 
 
-def costed(run: RunReport, key: str) -> list[Costed]:
+def costed(run: Run, key: str) -> list[Costed]:
     """Whole trials with a finite accuracy and cost: the median step time, or the highest memory.
 
     A trial that was stopped early has another accuracy than it would have reached.
@@ -326,13 +322,13 @@ def front(points: Sequence[Costed]) -> list[Costed]:
     return kept
 
 
-def against(run: RunReport, objective: str) -> list[Costed]:
+def against(run: Run, objective: str) -> list[Costed]:
     """Whole trials with their accuracy and another objective of the study."""
     found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in run.whole]
     return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
 
 
-def study_front(run: RunReport) -> dict[int, dict[str, float]]:
+def study_front(run: Run) -> dict[int, dict[str, float]]:
     """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
     if not run.several:
         return {}
@@ -341,7 +337,7 @@ def study_front(run: RunReport) -> dict[int, dict[str, float]]:
     return {number: dict(zip(run.several, values[number], strict=True)) for number in on}
 
 
-def filled_rungs(run: RunReport) -> list[Rung]:
+def filled_rungs(run: Run) -> list[Rung]:
     """The rungs of a study, from its journal; none where it did not stop trials early.
 
     Hyperband has rungs in each of its brackets, bracket 0 first.
@@ -359,7 +355,7 @@ def filled_rungs(run: RunReport) -> list[Rung]:
     return brackets.rungs
 
 
-def rungs_table(run: RunReport, rungs: Sequence[Rung]) -> Table:
+def rungs_table(run: Run, rungs: Sequence[Rung]) -> Table:
     """One row a rung."""
     factor = run.search.reduction_factor if run.search is not None else 1.0
     several = any(rung.bracket for rung in rungs)
@@ -383,15 +379,15 @@ def rungs_table(run: RunReport, rungs: Sequence[Rung]) -> Table:
     return make((">bracket|" if several else "") + titles, rows)
 
 
-def rungs_title(run: RunReport) -> str:
+def rungs_title(run: Run) -> str:
     """Whose rungs they are."""
     hyperband = run.search is not None and run.search.scheduler == "hyperband"
     return "Hyperband's rungs" if hyperband else "ASHA's rungs"
 
 
-def reports_of(run: RunReport) -> list[tuple[int, float, float]]:
+def reports_of(run: Run) -> list[tuple[int, float, float]]:
     """(trial, step, dev accuracy) of each report of a study, in the order of recording."""
-    return [(n, s, a) for n, s, a, _ in history(run.folder)]
+    return [(r.trial, r.step, r.dev_accuracy) for r in run.history]
 
 
 def best_so_far(history: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:

@@ -1,19 +1,32 @@
-"""What a curriculum's journal says: the state of every stage, as a pure function of the events."""
+"""A curriculum: the state of every stage, folded from the journal, and what follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import math
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dmx.runs.metrics import DEV_ACCURACY, TRAIN_SECONDS
-from dmx.storage.journal import expect
+from dmx.runs import events
+from dmx.runs.layout import attempt_folder
+from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, TRAIN_SECONDS
+from dmx.runs.run import UNKNOWN, Run, Trial, TrialStatus, number
+from dmx.schema import flatten
 
 StageStatus = Literal["waiting", "running", "passed", "failed"]
-STAGES_DIR = "stages"
+_PROGRESS = {
+    "promote": "passed",
+    "stop": "failed",
+    "retry": "trying again",
+    "longer": "training on",
+}
+_SEEDS = ("train.seed", "data.seed", "search.seed", "data.root", "train.device", "train.compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +38,7 @@ class Attempt:
         retry: counts tries since the stage was last begun: 0, 1, ...; seeds depend on it.
         config: the RunConfig it trains, plain. source: where its weights come from.
         spec: what the stage said when it was launched (StageConfig.plain).
-        started: time of the first launch. reports: metrics by step.
+        attention: its label, or "". started: time of the first launch. curve: metrics by step.
         decision: the event that ended it, or None while it runs.
     """
 
@@ -36,13 +49,19 @@ class Attempt:
     spec: Mapping[str, Any]
     data: Mapping[str, Any]
     started: float
-    reports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    attention: str = ""
+    curve: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     decision: Mapping[str, Any] | None = None
+
+    @property
+    def reports(self) -> tuple[Mapping[str, Any], ...]:
+        """Metrics at each evaluation, in order; of a search, those of its best trial."""
+        return tuple(self.curve[step] for step in sorted(self.curve))
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken, as far as reported; of a search, those of its best trial."""
-        return max(self.reports, default=0)
+        return max(self.curve, default=0)
 
     @property
     def search(self) -> Mapping[str, Any] | None:
@@ -73,7 +92,7 @@ class Attempt:
     @property
     def last(self) -> Mapping[str, Any]:
         """The last report."""
-        return self.reports[self.steps] if self.reports else {}
+        return self.curve[self.steps] if self.curve else {}
 
     def metric(self, name: str) -> float:
         """A metric of the last report; NaN where it was not reported."""
@@ -83,7 +102,28 @@ class Attempt:
     @property
     def dev_accuracies(self) -> tuple[float, ...]:
         """Dev accuracy at every evaluation, in order."""
-        return tuple(self.reports[s][DEV_ACCURACY] for s in sorted(self.reports))
+        return tuple(report[DEV_ACCURACY] for report in self.reports)
+
+    @property
+    def best(self) -> float:
+        """The highest dev accuracy, or NaN."""
+        found = [number(r, key) for r in self.reports for key in (DEV_ACCURACY, BEST_DEV_ACCURACY)]
+        return max((v for v in found if math.isfinite(v)), default=math.nan)
+
+    @property
+    def passed(self) -> bool | None:
+        """What its gate said; None while it has not decided."""
+        return (self.decision or {}).get("passed")
+
+    @property
+    def reason(self) -> str:
+        """Why its gate said so."""
+        return str((self.decision or {}).get("reason", ""))
+
+    @property
+    def label(self) -> str:
+        """Its attention; of a search, its best trial's."""
+        return str((self.search or {}).get("attention") or self.attention)
 
     @property
     def seconds(self) -> float:
@@ -105,18 +145,24 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageState:
-    """One stage.
+class Stage:
+    """One stage. Accuracies lie in 0..1, NaN where unknown.
 
     Attributes:
         attempts: since the stage was last begun. discarded: those before (--from-stage).
         tests: test accuracy by the name of the stage whose test split it was; None where the
             weights do not fit that stage's model.
+        name, planned: the stage as the curriculum's file has it. goal: the curriculum's last stage.
+        folder: the curriculum's.
     """
 
     attempts: tuple[Attempt, ...] = ()
     discarded: tuple[Attempt, ...] = ()
     tests: Mapping[str, float | None] = field(default_factory=dict)
+    name: str = ""
+    planned: Mapping[str, Any] = field(default_factory=dict)
+    goal: str = ""
+    folder: Path = Path()
 
     @property
     def num_attempts(self) -> int:
@@ -152,6 +198,11 @@ class StageState:
         return checkpoint
 
     @property
+    def promoted_attempt(self) -> int | None:
+        """The number of the attempt whose checkpoint the next stage gets, or None."""
+        return None if self.promoted is None else int(self.promoted["attempt"])
+
+    @property
     def shown(self) -> Attempt | None:
         """The promoted attempt, else the latest."""
         promoted = self.promoted
@@ -159,6 +210,112 @@ class StageState:
             if promoted is not None and attempt.number == promoted["attempt"]:
                 return attempt
         return self.current
+
+    # -- of a stage in its curriculum ---------------------------------------------------------
+
+    @property
+    def progress(self) -> str:
+        """Its status in words: a running stage may be `trying again` or `training on`."""
+        return _PROGRESS.get(self.next_step or "", self.status)
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The plain RunConfig of its checkpoint, or None."""
+        return None if self.shown is None else self.shown.trained or None
+
+    @property
+    def task(self) -> str:
+        """What it trains on."""
+        planned = self.planned.get("task", self.name)
+        return str(planned if self.shown is None else self.shown.config.get("task", planned))
+
+    @property
+    def attention(self) -> str:
+        """With its size; of a search, its best trial's."""
+        planned = str(self.planned.get("attention", ""))
+        return planned if self.shown is None else self.shown.label or planned
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Where its weights came from: `path`, and `stage` if that is one; {} for fresh ones."""
+        return self.attempts[0].source if self.attempts else {}
+
+    @property
+    def parent(self) -> str | None:
+        """The stage it started from, or where else its weights came from, or None."""
+        if self.attempts:
+            return self.source.get("stage") or self.source.get("path") or None
+        return self.planned.get("parent")
+
+    @property
+    def reinit(self) -> tuple[str, ...]:
+        """Weights that started afresh."""
+        spec = self.shown.spec if self.shown is not None and self.source else {}
+        return tuple(map(str, spec.get("reinit") or ()))
+
+    @property
+    def data(self) -> str:
+        """The data's label, or ""."""
+        return "" if self.shown is None else str(self.shown.data.get("label", ""))
+
+    @property
+    def data_checksum(self) -> str:
+        """Of the data, or ""."""
+        return "" if self.shown is None else str(self.shown.data.get("checksum") or "")
+
+    @property
+    def data_root(self) -> str:
+        """The folder of all data, or ""."""
+        found = "" if self.shown is None else str(self.shown.data.get("folder") or "")
+        return str(Path(found).parent) if found else ""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the promoted attempt, else of the latest."""
+        return 0 if self.shown is None else self.shown.steps
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of all attempts; of searches, of all their trials."""
+        return sum(a.all_steps for a in self.attempts)
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all attempts; of searches, of all their trials."""
+        return math.fsum(a.all_seconds for a in self.attempts)
+
+    @property
+    def dev_accuracy(self) -> float:
+        """Of the promoted checkpoint, else the best so far."""
+        promoted = number(self.promoted or {}, DEV_ACCURACY)
+        if math.isfinite(promoted) or self.shown is None:
+            return promoted
+        return self.shown.best
+
+    @property
+    def test_accuracy(self) -> float:
+        """On its own test split."""
+        return number(self.tests, self.name)
+
+    @property
+    def test_on_last(self) -> float:
+        """On the test split of the curriculum's last stage."""
+        return number(self.tests, self.goal)
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the promoted checkpoint, else of the one last judged, or ""."""
+        judged = {} if self.shown is None else (self.shown.decision or {}).get("checkpoint")
+        return self._place((self.promoted or judged or {}).get("path"))
+
+    @property
+    def start(self) -> str:
+        """The folder of the weights that its training started from, or ""."""
+        return "" if self.shown is None else self._place(self.shown.source.get("path"))
+
+    def _place(self, path: object) -> str:
+        """A path of the journal's, which names what lies in the run by what follows its folder."""
+        return str(self.folder / str(path)) if path else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +328,14 @@ class History:
             the latest session found it. last_stage: see CurriculumConfig.last.
     """
 
-    stages: Mapping[str, StageState] = field(default_factory=dict)
+    stages: Mapping[str, Stage] = field(default_factory=dict)
     created: float = 0.0
     plan: tuple[Mapping[str, Any], ...] = ()
     last_stage: str = ""
 
-    def stage(self, name: str) -> StageState:
+    def stage(self, name: str) -> Stage:
         """The state of a stage; a fresh one for a stage that was never begun."""
-        return self.stages.get(name, StageState())
-
-
-def attempt_folder(run_folder: Path, stage: str, number: int) -> Path:
-    """Where an attempt keeps its checkpoints: `best` and `last`."""
-    return run_folder / STAGES_DIR / stage / f"attempt-{number}"
+        return self.stages.get(name, Stage())
 
 
 def fold(events: Iterable[Mapping[str, Any]]) -> History:
@@ -194,56 +346,30 @@ def fold(events: Iterable[Mapping[str, Any]]) -> History:
     return history
 
 
-_NUMBER = (int, float)
-_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "created": {"time": _NUMBER},
-    "session": {"time": _NUMBER, "host": str, "pid": int},
-    "reset": {"stages": list},
-    "started": {
-        **{"stage": str, "attempt": int, "retry": int, "config": dict, "source": dict},
-        **{"spec": dict, "data": dict, "time": _NUMBER},
-    },
-    "report": {"stage": str, "attempt": int, "step": int, "metrics": dict},
-    "decided": {"stage": str, "attempt": int, "next": str},
-    "tested": {"stage": str, "on": str, "accuracy": (*_NUMBER, type(None))},
-}
-
-
 def advance(history: History, event: Mapping[str, Any]) -> History:
     """The state after one more event; events of other kinds change nothing.
 
     Raises:
         StageError: the event lacks what dmx writes into its kind.
     """
-    kind = event.get("event")
-    if isinstance(kind, str):
-        expect(event, **_FIELDS.get(kind, {}))
+    kind = events.check(event, events.CURRICULUM)
     if kind == "created":
         return dataclasses.replace(history, created=event["time"])
     if kind == "session" and "stages" in event:
-        expect(event, stages=list, last_stage=str)
-        for stage in event["stages"]:
-            named = stage if isinstance(stage, dict) else {}
-            expect({**named, "event": kind}, name=str, task=str, attention=str)
         return dataclasses.replace(
-            history, plan=tuple(event["stages"]), last_stage=event["last_stage"]
+            history, plan=tuple(event["stages"]), last_stage=event.get("last_stage", "")
         )
     if kind == "reset":
         again = event["stages"]
         kept = {
-            name: StageState(discarded=(*state.discarded, *state.attempts))
+            name: Stage(discarded=(*state.discarded, *state.attempts))
             if name in again
             else _without_tests_on(state, again)
             for name, state in history.stages.items()
         }
         return dataclasses.replace(history, stages=kept)
-    if kind == "decided" and event["next"] == "promote":
-        expect(event, checkpoint=dict)
-        expect({**event["checkpoint"], "event": kind}, attempt=int, path=str)
-    if kind == "decided" and event.get("search") is not None:
-        expect(event, search=dict)
-        expect({**event["search"], "event": kind}, trial=int, num_trials=int, params=dict)
-        expect({**event["search"], "event": kind}, config=dict, steps=int, train_seconds=_NUMBER)
+    if kind == "decided" and event["next"] == "promote" and not event.get("checkpoint"):
+        raise events.foreign(kind, "checkpoint")
     if kind not in ("started", "report", "decided", "tested"):
         return history
     name = event["stage"]
@@ -251,13 +377,13 @@ def advance(history: History, event: Mapping[str, Any]) -> History:
     return dataclasses.replace(history, stages={**history.stages, name: state})
 
 
-def _without_tests_on(state: StageState, stages: Collection[str]) -> StageState:
+def _without_tests_on(state: Stage, stages: Collection[str]) -> Stage:
     """A stage that is trained again may have another task or other data since."""
     kept = {on: accuracy for on, accuracy in state.tests.items() if on not in stages}
     return dataclasses.replace(state, tests=kept)
 
 
-def _started(state: StageState, event: Mapping[str, Any]) -> StageState:
+def _started(state: Stage, event: Mapping[str, Any]) -> Stage:
     attempt = Attempt(
         number=event["attempt"],
         retry=event["retry"],
@@ -266,29 +392,203 @@ def _started(state: StageState, event: Mapping[str, Any]) -> StageState:
         spec=event["spec"],
         data=event["data"],
         started=event["time"],
+        attention=event.get("attention", ""),
     )
     return dataclasses.replace(state, attempts=(*state.attempts, attempt))
 
 
-def _report(state: StageState, event: Mapping[str, Any]) -> StageState:
+def _report(state: Stage, event: Mapping[str, Any]) -> Stage:
     def add(attempt: Attempt) -> Attempt:
-        reports = {**attempt.reports, event["step"]: event["metrics"]}
-        return dataclasses.replace(attempt, reports=reports)
+        curve = {**attempt.curve, event["step"]: event["metrics"]}
+        return dataclasses.replace(attempt, curve=curve)
 
     return _change(state, event, add)
 
 
-def _decided(state: StageState, event: Mapping[str, Any]) -> StageState:
+def _decided(state: Stage, event: Mapping[str, Any]) -> Stage:
     return _change(state, event, lambda a: dataclasses.replace(a, decision=event))
 
 
-def _tested(state: StageState, event: Mapping[str, Any]) -> StageState:
+def _tested(state: Stage, event: Mapping[str, Any]) -> Stage:
     return dataclasses.replace(state, tests={**state.tests, event["on"]: event["accuracy"]})
 
 
-def _change(state: StageState, event: Mapping[str, Any], change: Any) -> StageState:
+def _change(state: Stage, event: Mapping[str, Any], change: Any) -> Stage:
     attempts = tuple(change(a) if a.number == event["attempt"] else a for a in state.attempts)
     return dataclasses.replace(state, attempts=attempts)
 
 
 _STEPS = {"started": _started, "report": _report, "decided": _decided, "tested": _tested}
+
+
+class Curriculum(Run):
+    """A curriculum, finished, stopped or running; `state` is what its controller decides by.
+
+    Its trials are its stages: of each the promoted attempt, else the latest, by the stage's place.
+    """
+
+    kind = "curriculum"
+    known_events = events.CURRICULUM
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.state = History()
+        self._argv: list[str] = []
+
+    def _fold(self, name: str, event: Mapping[str, Any]) -> None:
+        self.state = advance(self.state, event)
+        if name == "session":
+            self._argv = event.get("argv", self._argv)
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:  # type: ignore[override]
+        """Those of the file in its order; a stage that the file has no more comes last."""
+        plan = {stage["name"]: stage for stage in self.state.plan}
+        names = list(dict.fromkeys((*plan, *self.state.stages)))
+        goal = self.state.last_stage or (names or [""])[-1]
+        return tuple(
+            dataclasses.replace(
+                self.state.stage(name),
+                name=name,
+                planned=plan.get(name, {}),
+                goal=goal,
+                folder=self.folder,
+            )
+            for name in names
+        )
+
+    @property
+    def goal(self) -> str:  # type: ignore[override]
+        """The last stage, which all are measured on."""
+        return self.state.last_stage or (self.stages[-1].name if self.stages else "")
+
+    @functools.cached_property
+    def _chain(self) -> list[Stage]:
+        """The stages that lead to the last one, and itself."""
+        by_name = {s.name: s for s in self.stages}
+        found: list[Stage] = []
+        stage = by_name.get(self.goal)
+        while stage is not None and stage not in found:
+            found.insert(0, stage)
+            stage = by_name.get(stage.parent or "")
+        return found
+
+    @property
+    def shown_stage(self) -> Stage | None:  # type: ignore[override]
+        """The last stage on the way to the goal that was begun: config and accuracies are its."""
+        return next((s for s in reversed(self._chain) if s.attempts), None)
+
+    @property
+    def shown(self) -> str:  # type: ignore[override]
+        """The name of that stage, or ""."""
+        return "" if self.shown_stage is None else self.shown_stage.name
+
+    @property
+    def task(self) -> str:
+        """Of the shown stage; before any was begun, of the last."""
+        stages = [self.shown_stage] if self.shown_stage else self._chain
+        return stages[-1].task if stages else UNKNOWN
+
+    @property
+    def attention(self) -> str:
+        """`butterfly-64` at the end of one attention's growing sizes; `butterfly, then linear`."""
+        labels = [s.attention for s in self._chain if s.attempts]
+        labels = labels or [s.attention for s in self.stages]
+        names = list(dict.fromkeys(events.base_name(label) for label in labels))
+        return ", then ".join(names) if len(names) > 1 else (labels[-1] if labels else UNKNOWN)
+
+    @property
+    def data(self) -> str:
+        """Of the shown stage."""
+        return (self.shown_stage.data if self.shown_stage else "") or UNKNOWN
+
+    @property
+    def data_checksum(self) -> str:
+        """Of the shown stage."""
+        return self.shown_stage.data_checksum if self.shown_stage else ""
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether a stage's data stand in for the published ones."""
+        return any(self.stands_in(s.data) for s in self.stages)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all stages have passed."""
+        return bool(self.stages) and all(s.status == "passed" for s in self.stages)
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """Of the shown stage's checkpoint."""
+        return self.shown_stage.config if self.shown_stage else None
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Of each stage that was begun the promoted attempt, else the latest."""
+        ends: dict[str, TrialStatus] = {"passed": "COMPLETE", "failed": "FAILED"}
+        return tuple(
+            Trial(
+                number=place,
+                status=ends.get(stage.status, "RUNNING"),
+                curve=dict(stage.shown.curve),
+                folder=attempt_folder(self.folder, stage.name, stage.shown.number),
+            )
+            for place, stage in enumerate(self.stages)
+            if stage.shown is not None
+        )
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """The shown stage's."""
+        shown = self.shown_stage
+        return next((t for t in self.trials if self.stages[t.number] is shown), None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the shown stage's promoted checkpoint, or None."""
+        promoted = self.shown_stage.promoted if self.shown_stage else None
+        return None if promoted is None else promoted.get("step")
+
+    @property
+    def test_accuracy(self) -> float:
+        """Of the shown stage on its own test split."""
+        return self.shown_stage.test_accuracy if self.shown_stage else math.nan
+
+    @property
+    def test_loss(self) -> float:
+        """Not measured."""
+        return math.nan
+
+    @property
+    def train_seconds(self) -> float:  # type: ignore[override]
+        """Of all that was trained, side by side or not, discarded attempts included."""
+        return math.fsum(
+            a.all_seconds for s in self.state.stages.values() for a in (*s.discarded, *s.attempts)
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the shown stage's checkpoint, or one that does not exist."""
+        found = self.shown_stage.checkpoint if self.shown_stage else ""
+        return Path(found) if found else super().checkpoint
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """The versions of dmx that trained its stages; `argv` of the latest session."""
+        shown = (s.shown for s in self.stages)
+        code = list(dict.fromkeys(str(c) for a in shown if a and (c := a.spec.get("code"))))
+        found: dict[str, Any] = {"code": ", then ".join(code)} if code else {}
+        if self._argv:
+            found["argv"] = [f"python -m dmx.curriculum {shlex.join(self._argv)}"]
+        return found
+
+    @property
+    def recipe(self) -> str:  # type: ignore[override]
+        """A digest of all that decides the result but seeds: equal ones are one experiment."""
+        parts = []
+        for stage in self.stages:
+            first = stage.attempts[0] if stage.attempts else None
+            spec = {} if first is None else flatten(dict(first.spec))
+            spec = {k: v for k, v in spec.items() if k not in _SEEDS}
+            parts.append([stage.name, spec, None if first is None else first.data.get("checksum")])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

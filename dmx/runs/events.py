@@ -82,6 +82,12 @@ def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return {setting_of(label): value for label, value in params.items()}
 
 
+def base_name(label: str) -> str:
+    """`butterfly` of an attention's label `butterfly-64`."""
+    name, dash, size = label.rpartition("-")
+    return name if dash and size.isdecimal() else label
+
+
 # -- a study --------------------------------------------------------------------------------
 
 
@@ -273,11 +279,16 @@ def check(event: Mapping[str, Any], known: Mapping[str, type]) -> str:
         return ""
     wrong = unsound(event, known[name])
     if wrong:
-        raise StageError(
-            f"the journal's event {name!r} has no sound {wrong}, so dmx did not write it; restore "
-            "the journal from a backup, or start under a new name."
-        )
+        raise foreign(name, wrong)
     return name
+
+
+def foreign(name: str, field: str) -> StageError:
+    """What to say of an event that dmx cannot have written."""
+    return StageError(
+        f"the journal's event {name!r} has no sound {field}, so dmx did not write it; restore the "
+        "journal from a backup, or start under a new name."
+    )
 
 
 def unsound(value: Any, hint: Any) -> str:

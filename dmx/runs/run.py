@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -26,8 +26,8 @@ from dmx.runs.metrics import (
 from dmx.schema import read_yaml
 
 if TYPE_CHECKING:
-    from dmx.runs.curriculum import Stage  # type: ignore[attr-defined]
-    from dmx.runs.study import Search
+    from dmx.runs.curriculum import Stage
+    from dmx.runs.study import Report, Search, Takeover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +211,8 @@ class Run:
     # What only the other kinds have.
     search: Search | None = None
     finals: FinalSeeds | None = None
+    history: Sequence[Report] = ()
+    takeovers: Sequence[Takeover] = ()
     several: tuple[str, ...] = ()
     is_population: bool = False
     stages: tuple[Stage, ...] = ()
@@ -290,7 +292,12 @@ class Run:
     @property
     def is_sample(self) -> bool:
         """Whether its data stand in for the published ones."""
-        return self.data.endswith(_SAMPLE)
+        return self.stands_in(self.data)
+
+    @staticmethod
+    def stands_in(data: str) -> bool:
+        """Whether data with this label stand in for the published ones."""
+        return data.endswith(_SAMPLE)
 
     @property
     def data_checksum(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dmx.errors import StageError
 from dmx.runs import events, layout
+from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.objectives import DEFAULT, OBJECTIVES, evaluate, pareto_front
 from dmx.runs.run import (
     UNKNOWN,
@@ -65,6 +66,20 @@ class Report(NamedTuple):
     metrics: Mapping[str, Any]
     time: float
 
+    @property
+    def dev_accuracy(self) -> float:
+        """In 0..1, or NaN."""
+        return number(self.metrics, DEV_ACCURACY)
+
+
+class Takeover(NamedTuple):
+    """At `step`, `trial` went on from the weights of `source`, with the values `params`."""
+
+    step: int
+    trial: int
+    source: int
+    params: Mapping[str, Any]
+
 
 class Study(Run):
     """A study, finished, interrupted or running; the fold that its driver decides by.
@@ -72,7 +87,7 @@ class Study(Run):
     Attributes:
         by_number: trial -> Trial. history: every report, in the order it was recorded.
         outcomes: trial -> its Outcome, in the order in which they ended.
-        compared: steps at which a population was compared.
+        compared: steps at which a population was compared. takeovers: who copied whom, in order.
     """
 
     kind = "study"
@@ -84,6 +99,7 @@ class Study(Run):
         self.history: list[Report] = []
         self.outcomes: dict[int, Mapping[str, Any]] = {}
         self.compared: set[int] = set()
+        self.takeovers: list[Takeover] = []
         self._final: Mapping[str, Any] | None = None
 
     def trial(self, number: int) -> Trial:
@@ -111,9 +127,12 @@ class Study(Run):
             self.outcomes[trial.number] = event
             self._final = None  # the best one may be another by now
         elif name == "compared":
+            step = event["step"]
+            self.compared.add(step)
             for exploit in event["exploits"]:
-                self.trial(exploit["trial"]).changes[event["step"]] = exploit["params"]
-            self.compared.add(event["step"])
+                taken = Takeover(step, exploit["trial"], exploit["source"], exploit["params"])
+                self.takeovers.append(taken)
+                self.trial(taken.trial).changes[step] = taken.params
         elif name == "final":
             self._final = event
 

@@ -153,6 +153,9 @@ class Ledger:
         written = self.space.suggest(trial)
         assert written == point, (written, point)
         self._live[number] = _Live(trial, point)
+        begun = {e["trial"] for e in self.record.journal.events if e.get("event") == "started"}
+        if number not in begun:
+            self.record.started(number, trial.params)
         return number, point
 
     def requeue(self, number: int) -> None:

@@ -23,7 +23,7 @@ RESAMPLE = 0.25
 """How often a setting is drawn anew instead of being multiplied by one of FACTORS."""
 FACTORS = (0.8, 1.2)
 LEAST_MEMBERS = 4
-GENERATION = "generation"
+GENERATION = "compared"
 """The journal's event: {"event", "step", "exploits": [{"trial", "source", "params"}]}."""
 
 

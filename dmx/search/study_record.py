@@ -83,6 +83,10 @@ class StudyRecord:
         """Record that a session begins: see journal.wall_seconds."""
         self._append(event="session")
 
+    def started(self, number: int, params: Mapping[str, Any]) -> None:
+        """Record which point was proposed, by the space's labels."""
+        self._append(event="started", trial=number, params=dict(params))
+
     def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         """Record one report; its flat metrics, or None when this step of this trial is known."""
         if step in self.reports.get(number, {}):

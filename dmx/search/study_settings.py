@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dmx.attention.labels import attention_label, sized
 from dmx.errors import StageError
 from dmx.registry import environment
 from dmx.runs.layout import JOURNAL_FILE, SETTINGS_FILE, Kind
@@ -36,9 +37,17 @@ def settings_event(
         "settings": json.loads(json.dumps(dict(settings), sort_keys=True)),
         "options": dict(options or {}),
         "environment": environment(),
+        "attention": _label(settings),
         "argv": sys.argv,
         "time": time.time(),
     }
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    """The attention with its size, where that is fixed; a curriculum's stages have their own."""
+    if "attention" in settings:
+        return sized(settings["attention"], flatten(settings.get("overrides", {})))
+    return attention_label(settings["config"]) if "config" in settings else ""
 
 
 def read_record(folder: Path, remedy: str = "start the study under a new --name") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from dmx.runs.study import StudyResult
 from dmx.schema import to_dict
 from dmx.search.schedulers import apply
 from dmx.search.space import Distribution, setting_of
-from dmx.storage.journal import read_journal, wall_seconds
+from dmx.storage.journal import Journal, read_journal, wall_seconds
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
@@ -77,7 +78,32 @@ def finish(
                 slots=slots,
                 places=config.places,
             )
+        note_final(folder, best.number, best.checkpoint.step, test, summary.get("final_seeds"))
     return summary
+
+
+def note_final(
+    folder: Path,
+    trial: int,
+    step: int,
+    test: Mapping[str, float],
+    retrained: Mapping[str, Any] | None,
+) -> None:
+    """Record the best trial's test in the journal, where that is not what it says already."""
+    names = ("seeds", "dev_accuracies", "test_accuracies")
+    found = {
+        "event": "final",
+        "trial": trial,
+        "step": step,
+        TEST_ACCURACY: test["accuracy"],
+        TEST_LOSS: test["loss"] if math.isfinite(test["loss"]) else None,
+        **{name: list((retrained or {}).get(name, ())) for name in names},
+    }
+    with Journal(folder / layout.JOURNAL_FILE) as journal:
+        ends = [e for e in journal.events if e["event"] in ("final", "outcome")]
+        last = ends[-1] if ends else {}
+        if any(last.get(key) != value for key, value in found.items()):
+            journal.append(**found, time=time.time())
 
 
 def summarise(config: StudyConfig, store: Store, result: StudyResult) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx.reporting.collect import collect
 from dmx.reporting.figures import COLOURS, Chart, drawing
 from dmx.reporting.tables import best_so_far, reports_of
+from dmx.runs.folders import load
 
 METHODS = ("random", "tpe+asha")
 
@@ -37,7 +37,7 @@ class Curve:
 
 def read_curve(folder: Path, method: str, seed: int, budget: float) -> Curve:
     """A study's best-so-far, up to the budget."""
-    points = best_so_far(reports_of(collect(folder)))
+    points = best_so_far(reports_of(load(folder)))
     return Curve(method=method, seed=seed, points=tuple((s, a) for s, a in points if s <= budget))
 
 

@@ -121,7 +121,7 @@ def differences(one: Path, two: Path) -> list[str]:
 def reports(attempts: Any) -> list[dict[int, dict[str, Any]]]:
     """Reported numbers by step, without what measures the machine."""
     return [
-        {step: {k: v for k, v in r.items() if not measured(k)} for step, r in a.reports.items()}
+        {step: {k: v for k, v in r.items() if not measured(k)} for step, r in a.curve.items()}
         for a in attempts
     ]
 

@@ -24,9 +24,9 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import CheckpointError, ConfigError, DataError
-from dmx.reporting.collect import collect
 from dmx.reporting.command import train_command
 from dmx.reporting.tables import provenance
+from dmx.runs.folders import load
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer, resolve
@@ -160,7 +160,7 @@ def test_the_weights_it_started_from_are_on_record(tiny_root, tmp_path, capsys):
         assert found.config.init == InitConfig(path=str(source), sha256=checksum)
         moved = found.metrics["transferred"]
         assert len(moved["moved"]) == len(found.model_state()) and moved["fresh"] == []
-    run = collect(tmp_path / "runs" / "b")
+    run = load(tmp_path / "runs" / "b")
     assert ("started from", f"{source} (SHA-256 {checksum})") in provenance(run).rows
     command = shlex.split(train_command(run))
     assert command[:3] == ["python", "-m", "dmx.train"]

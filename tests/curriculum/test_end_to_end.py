@@ -17,9 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dmx.reporting.collect import collect
 from dmx.runs import layout
 from dmx.runs.curriculum import fold
+from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
@@ -200,7 +200,7 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     assert b["init_from"]["path"] == str(promoted) and b["status"] == "passed"
     # The lineage and the report tell of the trial that was promoted, and of what all of them cost.
     rate = (1e-9, 1e-2)[best]
-    run = collect(command.folder)
+    run = load(command.folder)
     stage = run.stages[0]
     assert stage.config is not None and stage.config["optim"]["learning_rate"] == rate
     lineage = json.loads((command.folder / layout.LINEAGE_FILE).read_text())["stages"][0]
@@ -211,7 +211,7 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
         for reports in _reports_by_trial(command.folder / "stages" / "a" / "attempt-0")
     ]
     assert stage.seconds == pytest.approx(sum(seconds)) and len(seconds) == 2
-    study = collect(command.folder / "stages" / "a" / "attempt-0")
+    study = load(command.folder / "stages" / "a" / "attempt-0")
     assert (study.task, study.attention, study.best) == (TASK, "butterfly-16", best)
     assert study.complete and study.search is not None and study.search.num_trials == 2
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-
 from dmx.config import parse_run_config
-from dmx.storage.journal import encode
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+from dmx.search.study_settings import settings_event
+from dmx.storage.journal import encode, read_journal
 
 SEARCHED = {
     "attention.block_size": ["choice", 32, 64],
     "optim.learning_rate": ["loguniform", 1e-4, 1e-2],
-}
-DISTRIBUTIONS = {
-    "attention.block_size": optuna.distributions.CategoricalDistribution((32, 64)),
-    "optim.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
 }
 # (status, block size, learning rate, {step: dev accuracy})
 TRIALS = (
@@ -78,65 +68,69 @@ def make_study(
     error: str = "the loss is not finite",
     dev: tuple[int, float] | None = None,
     searched: Mapping[str, Any] = SEARCHED,
-    **study: Any,
+    final: Mapping[str, Any] | None = None,
+    tested: bool = True,
+    environment: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Path:
-    """A finished study; `study` overrides values of study.json.
+    """A finished study; `settings` and `final` override values of these events.
 
     dev: examples of the dev split, and the share of its largest class.
     """
     folder.mkdir(parents=True)
-    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
-    optuna_study = optuna.create_study(storage=storage, study_name="s", direction="maximize")
-    reports, outcomes = [], []
-    for number, (status, size, rate, curve) in enumerate(trials):
-        for step, accuracy in curve.items():
-            found = metrics(step, accuracy, seconds=0.1 * (number + 1), memory=600 - number)
-            reports.append({"event": "report", "trial": number, "step": step, "metrics": found})
-        text = error if status == "FAILED" else ""
-        outcomes.append({"event": "outcome", "trial": number, "status": status, "error": text})
-        state = {"FAILED": "FAIL"}.get(status, status)
-        optuna_study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState[state],
-                value=max(curve.values()) if state == "COMPLETE" else None,
-                params={"attention.block_size": size, "optim.learning_rate": rate},
-                distributions=DISTRIBUTIONS,
-            )
-        )
-    write_journal(folder / "journal.jsonl", reports + outcomes)
     settings = {
         "task": "text",
         "attention": "butterfly",
         "overrides": {"train.eval_every_steps": 2, "train.num_steps": 8},
         "searched": dict(searched),
+        "num_trials": len(trials),
         "max_steps": 8,
+        "grace_steps": 2,
         "scheduler": "asha",
         "sampler": "tpe",
         "seed": 0,
         "data": data,
         "data_checksum": "abc",
+        **settings,
     }
-    (folder / "settings.json").write_text(json.dumps(settings))
-    scored = [(max(c.values()), -n) for n, (*_, c) in enumerate(trials) if c]
-    best, number = max(scored) if scored else (math.nan, 0)
-    summary = {
-        "name": folder.name,
-        "data": data,
-        "is_sample": data.endswith("not LRA"),
-        "task": "text",
-        "attention": "butterfly",
-        "complete": True,
-        "num_trials": len(trials),
-        "max_steps": 8,
-        "best": {"trial": -number, "dev_accuracy": best, "step": 4, "test_accuracy": 0.47},
-        "environment": {"dmx": "0.1.0", "gpus": [], "argv": ["tune.py", "--task", "text"]},
-        "seconds": 12.0,
-        **study,
+    events: list[dict[str, Any]] = [
+        {
+            **{"event": "settings", "kind": "study", "settings": settings, "options": {}},
+            "attention": settings["attention"],
+            "environment": {"dmx": "0.1.0", "gpus": []} | (environment or {}),
+            "argv": ["tune.py", "--task", "text"],
+        },
+        {"event": "session", "time": 0.0},
+    ]
+    outcomes = []
+    for number, (status, size, rate, curve) in enumerate(trials):
+        params = {"attention.block_size": size, "optim.learning_rate": rate}
+        events.append({"event": "started", "trial": number, "params": params})
+        for step, accuracy in curve.items():
+            found = metrics(step, accuracy, seconds=0.1 * (number + 1), memory=600 - number)
+            events.append({"event": "report", "trial": number, "step": step, "metrics": found})
+        if status != "RUNNING":
+            text, value = error if status == "FAILED" else "", max(curve.values(), default=None)
+            outcome = {"event": "outcome", "trial": number, "status": status, "value": value}
+            outcomes.append({**outcome, "error": text})
+    scored = [(max(c.values()), -n) for n, (s, *_, c) in enumerate(trials) if c and s != "FAILED"]
+    final = {
+        **{"event": "final", "trial": -max(scored)[1] if scored else 0, "step": 4, "time": 12.0},
+        **{"test_accuracy": 0.47, "test_loss": None},
+        **{"seeds": [], "dev_accuracies": [], "test_accuracies": [], **(final or {})},
     }
-    (folder / "study.json").write_text(json.dumps(summary))
+    write_journal(folder / "journal.jsonl", [*events, *outcomes, *([final] * tested)])
     plain = config(train__num_steps=8, optim__warmup_steps=2, optim__learning_rate=2e-3)
     beside = {} if dev is None else {"num_dev": dev[0], "dev_majority": dev[1]}
     write_checkpoint(folder / "best", plain, beside)
+    return folder
+
+
+def change_settings(folder: Path, **more: Any) -> Path:
+    """The same run, had it been started with other settings."""
+    events, _ = read_journal(folder / "journal.jsonl")
+    found = events[0]["settings"] | more
+    write_journal(folder / "journal.jsonl", [{**events[0], "settings": found}, *events[1:]])
     return folder
 
 
@@ -155,6 +149,9 @@ def make_run(
     plain = config(train__seed=seed, **values)
     found = {"data": data, "is_sample": data.endswith("not LRA"), "best_step": 4}
     write_checkpoint(folder / "best", plain, {**found, **metrics(4, dev)})
+    settings = {"config": plain, "data": data, "data_checksum": "abc"}
+    record = settings_event("run", settings)
+    write_journal(folder / "journal.jsonl", [{**record, "environment": {}, "argv": []}])
     writer = RunWriter(folder)
     for step, accuracy in ((2, 0.4), (4, dev)):
         writer.scalars(metrics(step, accuracy), step)

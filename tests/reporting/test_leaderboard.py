@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import statistics
@@ -25,6 +24,8 @@ from dmx.reporting.leaderboard import (
     to_latex,
     to_markdown,
 )
+from dmx.runs.folders import load
+from dmx.runs.run import Run
 from tests.reporting.makers import (
     config,
     curriculum_events,
@@ -139,7 +140,8 @@ def test_a_task_of_ones_own_is_no_lra_data(tmp_path: Path) -> None:
     (run,) = [run for run in found if run.name == "own"]
     assert f"{task} is no published task" in caveats(run)[0].text
     # A task of a plug-in that is not loaded here is nobody's published set either.
-    unknown = dataclasses.replace(run, task="parity", data="parity")
+    unknown = load(tmp_path / "r" / "own")
+    unknown.__class__ = type("Unknown", (Run,), {"task": "parity", "data": "parity"})
     assert not comparable(unknown) and caveats(unknown)[0].text.startswith("parity is no published")
     assert [b.title for b in leaderboards(leaderboard_rows([unknown]))] == [
         "tasks that are not published"
@@ -156,7 +158,7 @@ def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> N
 
 def test_final_seeds_of_a_search_count_as_its_seeds(tmp_path: Path) -> None:
     seeds = {"seeds": [1, 2], "dev_accuracies": [0.5, 0.6], "test_accuracies": [0.4, 0.5]}
-    make_study(tmp_path / "s", final_seeds=seeds)
+    make_study(tmp_path / "s", final=seeds)
     (entry,) = leaderboard_rows(gather([tmp_path / "s"]))
     assert entry.test == (0.4, 0.5) and entry.how == "search"
     assert cell_text(entry) == "45.00 ± 7.07 (2)†"
@@ -171,12 +173,7 @@ def test_order_of_tasks_and_sizes(tmp_path: Path) -> None:
         ("b", "butterfly-64", "text"),
         ("c", "softmax", "listops"),
     ):
-        folder = make_run(tmp_path / name, data=task)
-        import yaml
-
-        from tests.reporting.makers import config
-
-        (folder / "best" / "config.yaml").write_text(yaml.safe_dump(config(attention, task)))
+        make_run(tmp_path / name, data=task, attention=attention, task=task)
     (board,) = leaderboards(leaderboard_rows(gather([tmp_path])))
     assert board.columns == ("listops", "text")
     assert board.attentions == ("butterfly-64", "butterfly-256", "softmax")
@@ -238,7 +235,7 @@ def test_curricula_that_differ_in_seeds_alone_share_an_entry(tmp_path: Path) -> 
 
 def test_a_bad_run_never_hides_the_others(tmp_path: Path, capsys) -> None:
     root = _root(tmp_path)
-    (root / "sample" / "study.json").write_text("{")
+    (root / "sample" / "best" / "metrics.json").write_text("{")
     make_curriculum(root / "torn")
     with (root / "torn" / "journal.jsonl").open("r+b") as file:
         file.write(b"junk")
@@ -246,12 +243,12 @@ def test_a_bad_run_never_hides_the_others(tmp_path: Path, capsys) -> None:
     assert "63.00 ± 3.61 (3)" in capsys.readouterr().out
     unread: list[str] = []
     gather([root], unread)
-    assert len(unread) == 2 and "study.json is damaged" in unread[0] and "torn" in unread[1]
+    assert len(unread) == 2 and "metrics.json is damaged" in unread[0] and "torn" in unread[1]
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = _root(tmp_path)
-    (root / "sample" / "study.json").write_text("{")
+    (root / "sample" / "best" / "metrics.json").write_text("{")
     only = str(root / "sample")
     bad = [["--format", "x"], [str(tmp_path / "none")], [only], [str(root / "short" / "best")]]
     for argv in bad:

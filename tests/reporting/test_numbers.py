@@ -13,11 +13,11 @@ import pytest
 
 from dmx.format import duration, mean_and_deviation, scaled, short, with_spread
 from dmx.reporting import importance
-from dmx.reporting.collect import collect
 from dmx.reporting.command import train_command
 from dmx.reporting.importance import importances
-from dmx.reporting.published import column_of, load
+from dmx.reporting.published import column_of, load_published
 from dmx.reporting.tables import Costed, front
+from dmx.runs.folders import load
 from tests.reporting.makers import TRIALS, make_run, make_study
 
 
@@ -56,7 +56,7 @@ def test_the_value_that_decides_is_the_important_one(tmp_path, monkeypatch, has_
     if not has_sklearn:
         monkeypatch.setattr(importance.importlib.util, "find_spec", lambda name: None)
     trials = _trials(40, lambda size, rate: 0.5 + 0.1 * math.log10(rate))
-    found = importances(collect(make_study(tmp_path / "s", trials)))
+    found = importances(load(make_study(tmp_path / "s", trials)))
     assert found.method == ("fANOVA" if has_sklearn else "PED-ANOVA")
     assert next(iter(found.values)) == "optim.learning_rate"
     assert math.fsum(found.values.values()) == pytest.approx(1.0)
@@ -69,7 +69,7 @@ def test_the_range_counts_on_the_scale_on_which_it_is_drawn(tmp_path) -> None:
     """
     pytest.importorskip("sklearn")
     trials = _trials(80, lambda size, rate: 0.1 * (math.log10(rate) + 4) + 0.1 * (size == 64))
-    found = importances(collect(make_study(tmp_path / "s", trials)))
+    found = importances(load(make_study(tmp_path / "s", trials)))
     assert found.method == "fANOVA" and "each setting explains" in found.meaning
     assert found.values["optim.learning_rate"] == pytest.approx(0.57, abs=0.08)
 
@@ -81,29 +81,28 @@ def test_trials_compare_within_the_steps_that_all_took(tmp_path) -> None:
     for n, (_, size, rate, curve) in enumerate(curves):
         late = {} if n % 2 and size == 64 else {8: 0.9}
         trials.append(("COMPLETE" if late else "PRUNED", size, rate, {**curve, **late}))
-    found = importances(collect(make_study(tmp_path / "s", trials)))
+    found = importances(load(make_study(tmp_path / "s", trials)))
     assert found.values["optim.learning_rate"] > 0.8 and found.num_trials == 40
     assert "within 2 steps, which all of them took" in found.note
 
 
 def test_no_importances_where_nothing_can_be_said(tmp_path) -> None:
-    few = importances(collect(make_study(tmp_path / "few")))
+    few = importances(load(make_study(tmp_path / "few")))
     assert not few.values and few.note.startswith("3 scored trials are too few")
-    same = importances(collect(make_study(tmp_path / "same", _trials(6, lambda s, r: 0.5))))
+    same = importances(load(make_study(tmp_path / "same", _trials(6, lambda s, r: 0.5))))
     assert not same.values and "same accuracy" in same.note
-    assert not importances(collect(make_run(tmp_path / "r"))).values
+    assert not importances(load(make_run(tmp_path / "r"))).values
 
 
 def test_a_conditional_value_is_named_and_not_ranked(tmp_path) -> None:
     import json
 
     folder = make_study(tmp_path / "s", _trials(8, lambda size, rate: rate))
-    run = collect(folder)
-    trials = tuple(
-        type(t)(**{**vars(t), "drawn": dict(list(t.drawn.items())[: 1 + (t.number > 2)])})
-        for t in run.trials
-    )
-    found = importances(type(run)(**{**vars(run), "trials": trials}))
+    run = load(folder)
+    for trial in run.trials:
+        if trial.number <= 2:
+            trial.drawn = {"attention.block_size": trial.drawn["attention.block_size"]}
+    found = importances(run)
     assert found.left_out == {"optim.learning_rate": 5}
     assert set(found.values) <= {"attention.block_size"}
     assert json.dumps(found.left_out)
@@ -127,7 +126,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("source", "model", "column", "value"), PUBLISHED)
 def test_published_number(source: str, model: str, column: str, value: float) -> None:
-    (row,) = [r for r in load().rows if (r.source, r.model) == (source, model)]
+    (row,) = [r for r in load_published().rows if (r.source, r.model) == (source, model)]
     assert row.accuracies[column] == value
 
 
@@ -140,22 +139,22 @@ def test_every_published_row_stands_in_the_notes() -> None:
         if line.startswith("|"):
             rows.append([float(n) for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", line)])
     order = ("listops", "text", "retrieval", "image", "pathfinder")
-    for row in load().rows:
+    for row in load_published().rows:
         values = [row.accuracies[c] for c in order if c in row.accuracies]
         values += [v for v in [row.accuracies.get("pathx")] if v is not None]
         assert any(all(v in numbers for v in values) for numbers in rows), row.model
 
 
 def test_published_rows_are_well_formed() -> None:
-    published = load()
-    assert len(published.rows) >= 40
-    for row in published.rows:
+    table = load_published()
+    assert len(table.rows) >= 40
+    for row in table.rows:
         assert row.accuracies and all(10 < v < 100 for v in row.accuracies.values())
         assert not set(row.chance) & set(row.accuracies)
-    assert all(s.url.startswith("https://") for s in published.sources.values())
+    assert all(s.url.startswith("https://") for s in table.sources.values())
     assert column_of("pathfinder32-curv_contour_length_14") == "pathfinder"
     assert column_of("pathfinder32-curv_baseline") is None
-    assert "pathx" in {c for r in published.of("pathx") for c in r.chance}
+    assert "pathx" in {c for r in table.of("pathx") for c in r.chance}
 
 
 def test_command_gives_the_same_run_again(tmp_path) -> None:
@@ -172,7 +171,7 @@ def test_command_gives_the_same_run_again(tmp_path) -> None:
         "train.clip_gradient_norm": 1.0,
     }
     folder = make_run(tmp_path / "it's", **{k.replace(".", "__"): v for k, v in values.items()})
-    run = collect(folder)
+    run = load(folder)
     words = shlex.split(train_command(run))
     assert words[:3] == ["python", "-m", "dmx.train"] and words[8] == "it's-again"
     assert words[3:7] == ["--attention", "butterfly-64", "--task", "text"]

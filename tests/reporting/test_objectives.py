@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import DataError
-from dmx.reporting.collect import collect
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
 from dmx.reporting.page import FORMATS, render_page
 from dmx.reporting.tables import costed, filled_rungs
+from dmx.runs.folders import load
 from dmx.storage.journal import encode
-from tests.reporting.makers import make_study
+from tests.reporting.makers import change_settings, make_study
 from tests.tiny import one_sentence
 
 # Accuracy 0.40 at 600 MiB, 0.20 at 599, 0.50 at 598, 0.60 at 597: memory falls with the number.
@@ -28,16 +28,10 @@ TRIALS = (
 )
 
 
-def change(folder: Path, **more: object) -> Path:
-    path = folder / "settings.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | more))
-    return folder
-
-
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     folder = make_study(tmp_path / "front", TRIALS)
-    return change(
+    return change_settings(
         folder,
         objectives=["accuracy", "memory"],
         scheduler="none",
@@ -47,7 +41,7 @@ def study(tmp_path: Path) -> Path:
 
 def test_the_front_in_every_format(study):
     """Trial 2 is the most accurate, 3 the cheapest; 0 and 1 are beaten by both; 4 failed."""
-    run = collect(study)
+    run = load(study)
     assert run.several == ("accuracy", "memory")
     pages = {name: render(run) for name, render in FORMATS.items()}
     found = json.loads(pages["json"])
@@ -68,7 +62,7 @@ def test_the_front_in_every_format(study):
 def test_what_was_stopped_early_is_on_no_front(tmp_path):
     """The stopped trial is the cheapest, and at 20 % far from what it would have reached."""
     trials = [("COMPLETE", 32, 1e-3, {8: 0.4}), ("PRUNED", 32, 1e-3, {2: 0.2})]
-    run = collect(make_study(tmp_path / "s", trials))
+    run = load(make_study(tmp_path / "s", trials))
     assert run.trials[1].highest("peak_memory_mb") < run.trials[0].highest("peak_memory_mb")
     for key in ("step_seconds", "peak_memory_mb"):
         assert [c.trial for c in costed(run, key)] == [0]
@@ -77,7 +71,7 @@ def test_what_was_stopped_early_is_on_no_front(tmp_path):
 
 
 def test_one_objective_has_no_front(tmp_path):
-    run = collect(make_study(tmp_path / "s"))
+    run = load(make_study(tmp_path / "s"))
     assert run.several == () and json.loads(FORMATS["json"](run))["front"] == {}
     assert "front" not in FORMATS["csv"](run).splitlines()[0]
 
@@ -87,29 +81,29 @@ def test_the_leaderboard_reads_them(study):
 
 
 def test_unknown_objectives_are_damage(study):
-    with pytest.raises(DataError, match="objectives are") as caught:
-        collect(change(study, objectives=["accuracy", "beauty"]))
+    with pytest.raises(DataError, match="no sound objectives") as caught:
+        load(change_settings(study, objectives=["accuracy", "beauty"]))
     one_sentence(caught.value)
 
 
 def test_a_population(tmp_path):
-    folder = change(make_study(tmp_path / "p"), scheduler="pbt")
+    folder = change_settings(make_study(tmp_path / "p"), scheduler="pbt")
     exploit = {"trial": 1, "source": 2, "params": {"optim.learning_rate": 0.5}}
     with (folder / "journal.jsonl").open("ab") as file:
-        file.write(encode({"event": "generation", "step": 4, "exploits": [exploit]}))
+        file.write(encode({"event": "compared", "step": 4, "exploits": [exploit]}))
     for name in ("md", "html"):
-        page = FORMATS[name](collect(folder))
+        page = FORMATS[name](load(folder))
         assert "The population: who took over whom" in page
         assert "The settings of a population change while it trains." in page
         assert "no result belongs to one value" in page
-    assert "| 4 | 1 | 2 | optim.learning\\_rate 0.5 |" in FORMATS["md"](collect(folder))
+    assert "| 4 | 1 | 2 | optim.learning\\_rate 0.5 |" in FORMATS["md"](load(folder))
 
 
 def test_hyperbands_rungs(tmp_path):
     """8 steps, grace 2, factor 2: brackets from 2, 4 and 8 steps; 4, 3 and 3 of ten trials."""
     trials = [("COMPLETE", 32, 1e-3, {s: 0.1 * n + 0.01 * s for s in (2, 4, 8)}) for n in range(4)]
     folder = make_study(tmp_path / "h", trials, grace_steps=2, reduction_factor=2.0)
-    run = collect(change(folder, scheduler="hyperband"))
+    run = load(change_settings(folder, scheduler="hyperband"))
     found = [(r.bracket, r.steps, [e.trial for e in r.entries]) for r in filled_rungs(run)]
     assert found == [(0, 2, [0, 3]), (0, 4, [0, 3]), (1, 4, [1])]
     page = FORMATS["html"](run)

@@ -17,13 +17,13 @@ from dmx import cli, report
 from dmx.errors import ConfigError
 from dmx.format import describe_failures
 from dmx.reporting.caveats import caveats, comparable
-from dmx.reporting.collect import collect
 from dmx.reporting.export import to_markdown as markdown
 from dmx.reporting.export import write_file
 from dmx.reporting.importance import importances
 from dmx.reporting.page import render_page as render
-from dmx.reporting.records import RunReport, Trial
 from dmx.reporting.tables import escape as markdown_escape
+from dmx.runs.folders import load
+from dmx.runs.run import Run, Trial
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 from tests.tiny import one_sentence
 
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("make", [make_study, make_run, make_curriculum])
 def test_page_is_whole_and_loads_nothing(tmp_path: Path, make) -> None:
-    page = Page(render(collect(make(tmp_path / "x"))))
+    page = Page(render(load(make(tmp_path / "x"))))
     assert not page.tags() & {"script", "link", "img", "iframe", "object", "form", "base"}
     for tag, attributes in page.elements:
         assert not any(name.startswith("on") for name in attributes), attributes
@@ -76,19 +76,20 @@ def test_page_is_whole_and_loads_nothing(tmp_path: Path, make) -> None:
 
 
 def test_whatever_a_run_says_is_escaped(tmp_path: Path) -> None:
-    folder = make_study(tmp_path / "a<b>&'\"", error=EVIL, data=EVIL + ", not LRA")
-    study = json.loads((folder / "study.json").read_text())
-    study["environment"] = {"gpus": [EVIL], "argv": [EVIL], "machine": EVIL, "dmx": EVIL}
-    study["attention"] = EVIL
-    (folder / "study.json").write_text(json.dumps(study))
-    text = render(collect(folder))
+    environment = {"gpus": [EVIL], "code": EVIL, "machine": EVIL, "dmx": EVIL}
+    folder = make_study(
+        tmp_path / "a<b>&'\"",
+        **{"error": EVIL, "data": EVIL + ", not LRA", "attention": EVIL},
+        environment=environment,
+    )
+    text = render(load(folder))
     page = Page(text)
     assert not page.tags() & {"script", "img", "b<b"} and "\x00" not in text
     assert page.text.count("<script>alert(1)</script>") >= 3, "shown as text"
 
 
 def test_study_page_says_what_it_found(tmp_path: Path) -> None:
-    page = Page(render(collect(make_study(tmp_path / "s"))))
+    page = Page(render(load(make_study(tmp_path / "s"))))
     for words in ("best dev accuracy", "50.00 %", "47.00 %", "optim.learning_rate=0.002"):
         assert words in page.text
     assert "a stand-in for text" in page.text and "not LRA" in page.text
@@ -101,7 +102,7 @@ def test_study_page_says_what_it_found(tmp_path: Path) -> None:
 
 
 def test_curriculum_page_shows_lineage_and_gates(tmp_path: Path) -> None:
-    page = Page(render(collect(make_curriculum(tmp_path / "c"))))
+    page = Page(render(load(make_curriculum(tmp_path / "c"))))
     for words in ("easy", "harder", "waiting", "below 0.8", "refused", "after 2 attempts"):
         assert words in page.text
     stages = [a["class"] for t, a in page.elements if t == "li"]
@@ -110,23 +111,21 @@ def test_curriculum_page_shows_lineage_and_gates(tmp_path: Path) -> None:
 
 
 def test_a_study_without_any_trial_has_a_page(tmp_path: Path) -> None:
-    folder = make_study(tmp_path / "s", [])
-    for name in ("study.json", "optuna.journal", "journal.jsonl"):
-        (folder / name).unlink()
-    page = Page(render(collect(folder)))
+    folder = make_study(tmp_path / "s", [], num_trials=0)
+    page = Page(render(load(folder)))
     assert "The study has not ended: 0 trials have." in page.text
 
 
 def test_full_runs_on_whole_data_may_be_compared(tmp_path: Path) -> None:
     full, short = (
-        collect(make_run(tmp_path / "a")),
-        collect(make_run(tmp_path / "b", train__num_steps=9000)),
+        load(make_run(tmp_path / "a")),
+        load(make_run(tmp_path / "b", train__num_steps=9000)),
     )
     assert comparable(full) and not comparable(short)
     assert "9,000 of 20,000 optimizer steps (45 %)" in caveats(short)[0].text
-    part = collect(make_run(tmp_path / "c", data="text (1,000 texts)"))
+    part = load(make_run(tmp_path / "c", data="text (1,000 texts)"))
     assert not comparable(part)
-    assert not comparable(collect(make_run(tmp_path / "d", test=None)))
+    assert not comparable(load(make_run(tmp_path / "d", test=None)))
 
 
 def test_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +142,8 @@ def test_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_study_of_failures_says_so(tmp_path: Path) -> None:
-    folder = make_study(tmp_path / "s", [("FAILED", 32, 1e-3, {})] * 2, best=None)
-    run = collect(folder)
+    folder = make_study(tmp_path / "s", [("FAILED", 32, 1e-3, {})] * 2)
+    run = load(folder)
     assert (
         "All trials failed as trial 0: the loss is not finite; search smaller learning rates, or "
         "set train.clip_gradient_norm=1.0."
@@ -175,32 +174,32 @@ def test_what_failed_most_in_one_sentence(errors, words) -> None:
     assert describe_failures(whole) == "" and describe_failures([]) == ""
 
 
-def _notes(run: RunReport) -> str:
+def _notes(run: Run) -> str:
     return " ".join(c.text for c in caveats(run) if c.level == "note")
 
 
 def test_the_dev_splits_noise_is_told(tmp_path: Path) -> None:
     """400 examples at 50 %: 1.96 * sqrt(0.25 / 400) = 4.9 points; 46 % lies within, 40 % not."""
     trials = [("COMPLETE", 32, 1e-3, {8: a}) for a in (0.40, 0.46, 0.50)]
-    told = _notes(collect(make_study(tmp_path / "s", trials, dev=(400, 0.2))))
+    told = _notes(load(make_study(tmp_path / "s", trials, dev=(400, 0.2))))
     assert "has 400 examples: an accuracy of 50.00 % on it is uncertain by ±4.90 points" in told
     assert "1 other trial lies within that of the best, whose lead may be luck." in told
-    assert "uncertain" not in _notes(collect(make_study(tmp_path / "old", trials)))
+    assert "uncertain" not in _notes(load(make_study(tmp_path / "old", trials)))
 
 
 def test_values_at_the_end_of_what_was_searched_are_told(tmp_path: Path) -> None:
     """9.9e-3 is 0.998 of the way from 1e-4 to 1e-2 by its logarithm, 5e-3 is 0.85."""
     rest = [("COMPLETE", 32, 1e-3, {8: 0.3})] * 5
     at = make_study(tmp_path / "at", [*rest, ("COMPLETE", 64, 9.9e-3, {8: 0.5})])
-    told = _notes(collect(at))
+    told = _notes(load(at))
     assert (
         "The best trial's optim.learning_rate of 0.0099 lies at the upper end of what was" in told
     )
     assert "block_size of" not in told, "of two choices one is always at an end"
     inside = make_study(tmp_path / "in", [*rest, ("COMPLETE", 64, 5e-3, {8: 0.5})])
-    assert "lies at the" not in _notes(collect(inside))
+    assert "lies at the" not in _notes(load(inside))
     few = make_study(tmp_path / "few", [("COMPLETE", 64, 9.9e-3, {8: 0.5})])
-    assert "lies at the" not in _notes(collect(few))
+    assert "lies at the" not in _notes(load(few))
     three = {
         "attention.block_size": ["choice", 16, 32, 64],
         "optim.learning_rate": ["uniform", 0, 1],
@@ -208,7 +207,7 @@ def test_values_at_the_end_of_what_was_searched_are_told(tmp_path: Path) -> None
     choices = make_study(
         tmp_path / "three", [*rest, ("COMPLETE", 64, 1e-4, {8: 0.5})], searched=three
     )
-    told = _notes(collect(choices))
+    told = _notes(load(choices))
     assert "attention.block_size of 64 lies at the upper end" in told
     assert "learning_rate of" not in told, "below 0 there is nothing"
 
@@ -218,11 +217,11 @@ def test_at_chance_nothing_is_said_of_what_mattered(tmp_path: Path, monkeypatch)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     draw = random.Random(0)
 
-    def study(name: str, best: float, **more: Any) -> RunReport:
+    def study(name: str, best: float, **more: Any) -> Run:
         scores = [draw.uniform(0.45, 0.55) for _ in range(59)] + [best]
         rates = [10 ** draw.uniform(-4, -2) for _ in scores]
         trials = [("COMPLETE", 32, r, {8: a}) for r, a in zip(rates, scores, strict=True)]
-        return collect(make_study(tmp_path / name, trials, **more))
+        return load(make_study(tmp_path / name, trials, **more))
 
     run = study("noise", 0.575, dev=(400, 0.5))
     assert run.at_chance and importances(run).values == {}
@@ -235,14 +234,14 @@ def test_at_chance_nothing_is_said_of_what_mattered(tmp_path: Path, monkeypatch)
 
 def test_a_long_table_of_trials_is_folded(tmp_path: Path) -> None:
     trials = [("COMPLETE", 32, 1e-3, {8: 0.3 + n / 1000}) for n in range(60)]
-    page = Page(render(collect(make_study(tmp_path / "s", trials))))
+    page = Page(render(load(make_study(tmp_path / "s", trials))))
     assert "The best 25 of 60." in page.text and "The other 35 trials" in page.text
     shown, _, folded = page.text.partition("The other 35 trials")
     assert "35.90" in shown and "30.00" in folded.partition("Optimisation and learning")[0]
 
 
 def test_markdown_of_a_curriculum_speaks_of_stages(tmp_path: Path) -> None:
-    run = collect(make_curriculum(tmp_path / "c"))
+    run = load(make_curriculum(tmp_path / "c"))
     assert run.data_checksum == "ab" * 32
     text = markdown(run)
     assert "## Configuration of stage harder" in text and "(stage harder)" in text
@@ -296,7 +295,7 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == f"{page}\n" and page.read_text().endswith("</html>\n")
     assert not list(folder.glob(".*.new-*"))
     page.write_text("old")
-    (folder / "study.json").write_text("{")
+    (folder / "best" / "metrics.json").write_text("{")
     assert _code([str(folder)]) == 2 and page.read_text() == "old"
     with pytest.raises(ConfigError, match="is a folder"):
         write_file(tmp_path, "x")
@@ -321,11 +320,11 @@ def test_a_folder_of_runs_gets_a_page_each(tmp_path: Path, capsys, caplog) -> No
     make_run(root / "a")
     make_study(root / "b")
     make_curriculum(root / "c")
-    (root / "b" / "study.json").write_text("{")
+    (root / "b" / "best" / "metrics.json").write_text("{")
     assert report.main([str(root)]) == 0
     pages = [root / name / "report.html" for name in "ac"]
     assert capsys.readouterr().out == "".join(f"{page}\n" for page in pages)
     assert all(page.read_text().startswith("<!doctype html>") for page in pages)
     (text,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "left out" in text and "study.json is damaged" in text
+    assert "left out" in text and "metrics.json is damaged" in text
     assert not (root / "b" / "report.html").exists()

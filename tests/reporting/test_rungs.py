@@ -6,9 +6,9 @@ import itertools
 import re
 from pathlib import Path
 
-from dmx.reporting.collect import collect
 from dmx.reporting.figures import rung_plot
 from dmx.reporting.tables import best_so_far
+from dmx.runs.folders import load
 from dmx.search.rungs import Rung, RungEntry
 from tests.reporting.makers import make_study
 
@@ -17,7 +17,7 @@ def test_no_trials_number_covers_another(tmp_path: Path) -> None:
     """Twenty trials of nearly one accuracy: each has its point, and few their numbers."""
     close = [RungEntry(n, 0.5 + n / 10_000, n % 3 == 0) for n in range(20)]
     apart = [RungEntry(n, n / 4, True) for n in range(4)]
-    run = collect(make_study(tmp_path / "s"))
+    run = load(make_study(tmp_path / "s"))
     figure = rung_plot(run, [Rung(2, close), Rung(6, apart)])
     assert figure is not None
     drawn = str(figure.svg)

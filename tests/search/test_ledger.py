@@ -160,8 +160,8 @@ def test_a_repeated_report_counts_once(tmp_path):
     ("event", "part"),
     [
         ({"event": "outcome", "trial": 0, "status": "LOST", "value": 0.5, "error": ""}, "'LOST'"),
-        ({"event": "generation", "step": 2, "exploits": ["x"]}, "a takeover 'x'"),
-        ({"event": "generation", "step": 2, "exploits": [{"trial": 1}]}, "no sound source"),
+        ({"event": "compared", "step": 2, "exploits": ["x"]}, "a takeover 'x'"),
+        ({"event": "compared", "step": 2, "exploits": [{"trial": 1}]}, "no sound source"),
     ],
 )
 def test_what_dmx_did_not_write_is_refused_with_a_remedy(tmp_path, event, part):

@@ -18,8 +18,8 @@ import torch
 
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
-from dmx.reporting.collect import collect
 from dmx.reporting.export import to_csv
+from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult
@@ -325,7 +325,7 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
     assert len(pids) == 5, "a process whose memory was another trial's would not do"
     (folder / "settings.json").write_text(json.dumps({"objectives": objectives, "task": "x"}))
-    table = csv.DictReader(io.StringIO(to_csv(collect(folder))))
+    table = csv.DictReader(io.StringIO(to_csv(load(folder))))
     assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(result.front)
 
 

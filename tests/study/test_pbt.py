@@ -232,7 +232,7 @@ def picture(folder: Path) -> tuple[Any, ...]:
     generations = [
         {k: v for k, v in e.items() if k != "time"}
         for e in ledger.record.journal.events
-        if e["event"] == "generation"
+        if e["event"] == "compared"
     ]
     curves = {
         n: {s: m["dev_accuracy"] for s, m in sorted(reports.items())}

@@ -1,4 +1,4 @@
-"""How reports call an attention: its name, and its size where that is fixed."""
+"""How journals and reports call an attention: its name, and its size where that is fixed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmx.attention.base import ATTENTIONS
-
-UNKNOWN = "unknown"
+from dmx.runs.run import UNKNOWN
 
 
 def size_path(attention: str) -> str | None:
@@ -31,9 +30,3 @@ def attention_label(config: Mapping[str, Any] | None) -> str:
     if not isinstance(attention, Mapping) or not isinstance(attention.get("name"), str):
         return UNKNOWN
     return sized(attention["name"], {f"attention.{k}": v for k, v in attention.items()})
-
-
-def base_name(label: str) -> str:
-    """`butterfly` of `butterfly-64`."""
-    name, dash, size = label.rpartition("-")
-    return name if dash and size.isdecimal() else label
