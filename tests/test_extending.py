@@ -175,7 +175,7 @@ def test_the_gate_decides(checkout: Path) -> None:
             reports = {step: {"dev_accuracy": value} for step, value in enumerate(curve)}
             attempt = Attempt(
                 number=0, retry=0, config={}, source={}, spec={}, data={}, started=0,
-                reports=reports,
+                curve=reports,
             )
             found = gate.decide(attempt)
             print(found.passed, found.reason)
