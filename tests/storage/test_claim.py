@@ -13,7 +13,7 @@ from dmx.data.store import Store
 from dmx.errors import RunFailedError, StageError, TakenOverError
 from dmx.runs.metrics import FAILURE, RESUMABLE
 from dmx.schema import to_dict
-from dmx.storage import journal as claim
+from dmx.storage import journal
 from dmx.storage.journal import Claim, Journal, read_journal
 from dmx.storage.layout import StorageLayout
 from dmx.training import checkpoint
@@ -55,14 +55,14 @@ def test_whoever_was_replaced_is_told_by_whom(tmp_path, no_locks):
 
 def test_one_that_is_being_replaced_right_now_stops_as_well(tmp_path, no_locks):
     first = Claim(tmp_path)
-    (tmp_path / claim.CLAIM_FILE).write_text("")
+    (tmp_path / journal.CLAIM_FILE).write_text("")
     with pytest.raises(TakenOverError, match="another"):
         first.check()
 
 
 def test_a_failing_storage_is_no_successor(tmp_path):
     held = Claim(tmp_path)
-    (tmp_path / claim.CLAIM_FILE).rename(tmp_path / "away")
+    (tmp_path / journal.CLAIM_FILE).rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError):
         held.check()
 
@@ -150,7 +150,7 @@ def test_a_journal_needs_no_locks_but_heeds_them(tmp_path, monkeypatch):
 
 def test_whoever_was_given_up_is_not_waited_for(tmp_path, monkeypatch, caplog):
     """It holds the lock: cut off from Ray's network, say, but not from the storage's."""
-    monkeypatch.setattr(claim, "TAKE_OVER_SECONDS", 0.2)
+    monkeypatch.setattr(journal, "TAKE_OVER_SECONDS", 0.2)
     former = Claim(tmp_path)
     with pytest.raises(StageError, match="still written"):
         Claim(tmp_path, wait_seconds=0.0)

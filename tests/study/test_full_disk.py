@@ -28,7 +28,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "runs"
     place.mkdir()
     if not mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)):
-        pytest.skip("mounting a disk needs root; the size limits of test_patience.py stand for it")
+        pytest.skip("mounting a disk needs root; see test_failing_storage.py")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=False)
 

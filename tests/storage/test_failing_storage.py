@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dmx.errors import RunFailedError, StorageError
-from dmx.storage import files as patience
+from dmx.storage import files
 from dmx.storage.files import persist
 from dmx.storage.journal import Claim, Journal, read_journal
 from dmx.training.checkpoint import save_checkpoint
@@ -22,8 +22,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.pauses = 100.0, []
-        monkeypatch.setattr(patience.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(patience.time, "sleep", self.sleep)
+        monkeypatch.setattr(files.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(files.time, "sleep", self.sleep)
 
     def sleep(self, seconds):
         self.pauses.append(seconds)
@@ -42,7 +42,7 @@ def failing(times, number=errno.ENOSPC):
     return action
 
 
-@pytest.mark.parametrize("number", sorted(patience.STORAGE_ERRNOS))
+@pytest.mark.parametrize("number", sorted(files.STORAGE_ERRNOS))
 def test_it_waits_longer_and_longer(monkeypatch, number):
     clock = Clock(monkeypatch)
     assert persist(failing(9, number), "x", seconds=100) == "done"
