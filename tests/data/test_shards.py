@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dmx.data import shards
 from dmx.data.shards import ShardPlan, make_shards, read_shards
 from dmx.errors import DataError
 from tests.data import makers
@@ -95,6 +96,16 @@ def test_dead_worker_is_one_sentence_and_finished_shards_stay(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"worker process died \(signal 9\)"):
         make_shards(plan(tmp_path, "suicide"), workers=2)
     assert list(plan(tmp_path, "suicide").folder.iterdir()) == []
+
+
+def test_a_worker_whose_part_is_done_ends_in_order(tmp_path: Path) -> None:
+    p = plan(tmp_path)
+    p.folder.mkdir(parents=True)
+    worker = shards._Worker(p, [0, 2])
+    assert worker.process.wait(60) == 0, "its standard input is open, as while others work"
+    worker.check(p)
+    assert [path.name[:8] for path in sorted(p.folder.iterdir())] == ["00000000", "00000020"]
+    worker.process.communicate()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
