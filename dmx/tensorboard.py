@@ -1,19 +1,17 @@
-"""TensorBoard files: scalars per trial, and HParams with every column of every study.
+"""TensorBoard files of a trial or a run: scalars, pictures, texts, and a row of HParams.
 
-TensorBoard shows the columns of the first experiment record it meets below its log folder, whatever
-it is. So each study writes exactly one, in its root, and all studies of a run root keep theirs the
-same: the union of all columns. Trials write only their start (values) and end (status).
+A run writes its values at the start and its status at the end, and no experiment record: without
+one TensorBoard works out the columns from the rows of all runs that it shows, so that studies with
+different searched values stand in one table.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +27,12 @@ from dmx.runs.metrics import (
     DEV_LOSS,
     GRADIENT_NORM,
     LEARNING_RATE,
-    PARAMETERS,
     PEAK_MEMORY_MB,
     SAMPLES,
     SAMPLES_PER_SECOND,
-    STEP_SECONDS,
-    STEPS,
-    TEST_ACCURACY,
     TRAIN_LOSS,
 )
-from dmx.storage.files import write_atomic
 
-COLUMNS_FILE = "hparams.json"
-_METRICS = (
-    BEST_DEV_ACCURACY,
-    DEV_ACCURACY,
-    DEV_LOSS,
-    TRAIN_LOSS,
-    STEPS,
-    SAMPLES_PER_SECOND,
-    STEP_SECONDS,
-    PEAK_MEMORY_MB,
-    PARAMETERS,
-    TEST_ACCURACY,
-)
 BY_SAMPLES = "by_samples/"
 _BY_SAMPLES_KEYS = (DEV_ACCURACY, DEV_LOSS, TRAIN_LOSS)
 _CHARTS = {
@@ -90,9 +70,13 @@ class RunWriter:
         self._writer = FileWriter(str(folder), flush_secs=2)
 
     def start(self, values: Mapping[str, Any], group: str = "") -> None:
-        """Announce the run's hyperparameters: the row appears in HParams now."""
+        """Announce the run's hyperparameters, so that its row appears in HParams now.
+
+        With them goes what the Custom Scalars tab shows; TensorBoard merges equal ones.
+        """
         shown = {k: _cell(v) for k, v in values.items()}
         self._writer.add_summary(hp.hparams_pb(shown, trial_id=group or None))
+        self._writer.add_summary(_layout())
         self.flush()
 
     def scalars(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -121,11 +105,6 @@ class RunWriter:
         from torch.utils.tensorboard.summary import text as text_summary
 
         self._writer.add_summary(text_summary(tag, text), step)
-        self.flush()
-
-    def layout(self) -> None:
-        """Write what the Custom Scalars tab shows; TensorBoard merges equal ones of many runs."""
-        self._writer.add_summary(_layout())
         self.flush()
 
     def image(self, tag: str, picture: Image.Image, step: int = 0) -> None:
@@ -167,92 +146,6 @@ def _cell(value: Any) -> str | bool | float:
     if isinstance(value, int | float):
         return float(value)
     return str(value)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A hyperparameter column: its discrete options, or the bounds of a number."""
-
-    options: tuple[str | bool | float | int, ...] = ()
-    low: float | None = None
-    high: float | None = None
-
-    def united(self, other: Column) -> Column:
-        """The column that holds both studies' values."""
-        if self.options and other.options:
-            return Column((*self.options, *(o for o in other.options if o not in self.options)))
-        every = [self.low, self.high, other.low, other.high, *self.options, *other.options]
-        numbers = [float(v) for v in every if isinstance(v, int | float)]
-        if any(isinstance(v, str) for v in every) or not numbers:
-            return Column(tuple(str(v) for v in every if v is not None))
-        return Column((), min(numbers), max(numbers))
-
-    def domain(self) -> hp.Domain:
-        """What TensorBoard filters by."""
-        if self.options:
-            cells = [_cell(o) for o in self.options]
-            same = len({type(c) for c in cells}) == 1
-            return hp.Discrete(cells if same else [str(c) for c in cells])
-        if self.low is None or self.high is None:
-            raise ValueError("a column has options or bounds")
-        return hp.RealInterval(float(self.low), float(self.high))
-
-
-def announce_study(folder: Path, columns: Mapping[str, Column]) -> None:
-    """Write the study's columns, and bring every study of the run root up to the union of all.
-
-    Args:
-        folder: the study's folder; its parent is the run root.
-        columns: every hyperparameter, conditional ones included.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    own = {key: asdict(column) for key, column in columns.items()}
-    write_atomic(folder / COLUMNS_FILE, json.dumps(own, indent=1))
-    studies = sorted(p.parent for p in folder.parent.glob(f"*/{COLUMNS_FILE}"))
-    union: dict[str, Column] = {}
-    for study in studies:
-        try:
-            found = json.loads((study / COLUMNS_FILE).read_text(encoding="utf-8"))
-            united = dict(union)
-            for key, raw in found.items():
-                column = Column(tuple(raw["options"]), raw["low"], raw["high"])
-                united[key] = union[key].united(column) if key in union else column
-                united[key].domain()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            continue  # another study is damaged, or being written or deleted right now
-        union = united
-    for study in studies:
-        try:
-            _write_experiment(study, union)
-        except OSError:  # another user's, or just deleted: its own next session writes it
-            if study == folder:
-                raise
-
-
-def _in_order(columns: Mapping[str, Column]) -> list[tuple[str, Column]]:
-    """The columns as a table reads: the learning rate, what else was searched, then constants."""
-    parts = ("optim", "attention", "model", "train", "data")
-
-    def place(item: tuple[str, Column]) -> tuple[bool, bool, int, str]:
-        key, (part, dot, _) = item[0], item[0].partition(".")
-        constant = not dot
-        rank = parts.index(part) if part in parts else len(parts)
-        return (key != "optim.learning_rate", constant, rank, key)
-
-    return sorted(columns.items(), key=place)
-
-
-def _write_experiment(study: Path, columns: Mapping[str, Column]) -> None:
-    hparams = [hp.HParam(key, column.domain()) for key, column in _in_order(columns)]
-    metrics = [hp.Metric(m, display_name=m) for m in _METRICS]
-    folder = study / "hparams"
-    old = list(folder.glob("events.*"))
-    writer = FileWriter(str(folder))
-    writer.add_summary(hp.hparams_config_pb(hparams=hparams, metrics=metrics))
-    writer.add_summary(_layout())
-    writer.close()
-    for path in old:
-        path.unlink(missing_ok=True)
 
 
 def _layout() -> Summary:

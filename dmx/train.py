@@ -289,7 +289,6 @@ def _train(
     shown = flatten(to_dict(config))
     values = {k: "-" if v is None else v for k, v in shown.items()}
     events.start({**values, "data": store.manifest.label}, folder.name)
-    events.layout()
     logger.info("run %s on data: %s", folder, store.manifest.label)
     columns = (
         TextColumn("{task.description}"),

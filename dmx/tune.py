@@ -163,7 +163,7 @@ def _search(
         )
         from dmx.study.study import train_trials
 
-        tensorboard = study_results.announce(folder, config, store)
+        tensorboard = study_results.tensorboard_view(folder, config, store)
         title = f"{folder.name} (data: {store.manifest.label})"
         view = choose_view(
             args.output, num_trials=config.num_trials, max_steps=config.max_steps, title=title

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dmx.runs.run import read_scalars
-from dmx.tensorboard import Column, RunWriter, announce_study
+from dmx.tensorboard import RunWriter
 from tests.study.events import layout_of
 
 REPORT = {"samples": 64, "dev_accuracy": 0.5, "dev_loss": 0.7, "train_loss": 0.8, "done": False}
@@ -47,36 +46,19 @@ def test_a_report_reads_steps_only(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.scalars(REPORT, 4)
     writer.close()
-    (only,) = read_scalars(tmp_path)
+    (only,) = read_scalars(tmp_path).values()
     assert only == pytest.approx({k: v for k, v in REPORT.items() if k != "done"})
 
 
-def test_the_first_columns_are_what_was_searched(tmp_path: Path) -> None:
-    """The table of HParams shows columns in this order, and a screen holds the first few."""
-    names = ("attention", "attention.block_size", "data", "model.dropout", "optim.learning_rate")
-    names += ("optim.weight_decay", "task", "train.batch_size")
-    announce_study(tmp_path / "s", {name: Column((), 0.1, 0.2) for name in names})
-    reader = EventAccumulator(str(tmp_path / "s" / "hparams"))
-    reader.Reload()
-    content = reader.summary_metadata["_hparams_/experiment"].plugin_data.content
-    found = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
-    assert [info.name for info in found.hparam_infos] == [
-        *("optim.learning_rate", "optim.weight_decay", "attention.block_size", "model.dropout"),
-        *("train.batch_size", "attention", "data", "task"),
-    ]
-    assert found.metric_infos[0].name.tag == "best_dev_accuracy"
-
-
-def test_one_layout_per_study(tmp_path: Path) -> None:
-    """Written anew with the columns when another study comes; never twice."""
-    for name in ("one", "two"):
-        announce_study(tmp_path / name, {"optim.learning_rate": Column((), 0.1, 0.2)})
-    for name in ("one", "two"):
-        layout = layout_of(tmp_path / name / "hparams")
-        assert layout["accuracy"]["dev accuracy"] == ["^dev_accuracy$"]
-        by_samples = layout["accuracy"]["dev accuracy by training samples"]
-        assert by_samples == ["^by_samples/dev_accuracy$"]
-        assert layout["loss"] == {"dev loss": ["^dev_loss$"], "train loss": ["^train_loss$"]}
+def test_a_run_brings_its_layout(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.start({"optim.learning_rate": 0.1})
+    writer.close()
+    layout = layout_of(tmp_path)
+    assert layout["accuracy"]["dev accuracy"] == ["^dev_accuracy$"]
+    by_samples = layout["accuracy"]["dev accuracy by training samples"]
+    assert by_samples == ["^by_samples/dev_accuracy$"]
+    assert layout["loss"] == {"dev loss": ["^dev_loss$"], "train loss": ["^train_loss$"]}
 
 
 def test_a_writer_on_a_full_disk_prints_nothing_and_tells_the_next_write(tmp_path, monkeypatch):
@@ -95,32 +77,3 @@ def test_a_writer_on_a_full_disk_prints_nothing_and_tells_the_next_write(tmp_pat
     other.start()
     other.join()
     assert shown == [ZeroDivisionError], "others are shown as ever"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"x": {"options": [], "low": "a", "high": 2}}',
-        '{"x": {"options": [], "low": null, "high": null}}',
-        '{"x": {"options": [[1], {}], "low": 1, "high": 2}}',
-        "[" * 100_000,
-        '{"x": 3}',
-        "[]",
-        "\x00",
-    ],
-)
-def test_another_studys_damaged_columns_stop_no_study(tmp_path: Path, content: str) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "hparams.json").write_text(content)
-    announce_study(tmp_path / "own", {"optim.learning_rate": Column((), 1e-4, 1e-2)})
-    assert list((tmp_path / "own" / "hparams").glob("events.*"))
-
-
-def test_a_study_that_cannot_be_written_stops_no_other(tmp_path: Path) -> None:
-    announce_study(tmp_path / "a", {"x": Column((1, 2))})
-    for file in (tmp_path / "a" / "hparams").iterdir():
-        file.unlink()
-    (tmp_path / "a" / "hparams").rmdir()
-    (tmp_path / "a" / "hparams").write_text("in the way")
-    announce_study(tmp_path / "b", {"y": Column((1, 2))})
-    assert list((tmp_path / "b" / "hparams").glob("events.*"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dmx.tensorboard import Column, RunWriter, announce_study
+from dmx.tensorboard import RunWriter
 from dmx.training.predictions import TAG
 from tests.browser import CHROMIUM, Browser
 
@@ -26,8 +26,6 @@ NUM_TRIALS = 3
 def write_study(root: Path) -> None:
     """Three trials with all that a study writes: values, curves, a picture, a text, a status."""
     study = root / "study"
-    columns = {"optim.learning_rate": Column((), 0.001, 0.1), "attention": Column(("butterfly",))}
-    announce_study(study, columns)
     for number in range(NUM_TRIALS):
         writer = RunWriter(study / "trials" / f"{number:04d}")
         writer.start({"optim.learning_rate": 0.01 * (number + 1), "attention": "butterfly"})
@@ -37,6 +35,10 @@ def write_study(root: Path) -> None:
             writer.image(TAG, Image.new("L", (16, 16), 50 * step), step)
             writer.text(TAG, "a | table", step)
         writer.end("COMPLETE")
+    other = RunWriter(root / "other" / "trials" / "0000")
+    other.start({"model.dropout": 0.5, "attention": "softmax"})
+    other.scalars({"samples": 8, "dev_accuracy": 0.3}, 4)
+    other.end("FAILED")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         log.close()
 
 
-def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+def get(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
         return json.loads(answer.read())
 
 
@@ -96,6 +100,31 @@ def test_every_tab_has_its_data(address: str) -> None:
     listing = get(f"{address}/data/plugins_listing")
     for plugin in ("scalars", "custom_scalars", "images", "text", "hparams"):
         assert listing[plugin]["enabled"], plugin
+
+
+def test_columns_are_those_of_all_studies(address: str) -> None:
+    """No run writes an experiment record: TensorBoard works the columns out from all rows."""
+    trials = {f"study/trials/{number:04d}" for number in range(NUM_TRIALS)}
+    both = {*trials, "other/trials/0000"}
+    eventually(f"{address}/data/plugin/scalars/tags", lambda found: both <= found.keys())
+    hparams = f"{address}/data/plugin/hparams"
+    found = get(f"{hparams}/experiment", {"experimentName": ""})
+    columns = {info["name"]: info for info in found["hparamInfos"]}
+    assert set(columns) == {"optim.learning_rate", "attention", "model.dropout"}
+    assert columns["optim.learning_rate"]["domainInterval"] == {"minValue": 0.01, "maxValue": 0.03}
+    assert set(columns["attention"]["domainDiscrete"]) == {"butterfly", "softmax"}
+    metrics = {info["name"]["tag"] for info in found["metricInfos"]}
+    assert {"dev_accuracy", "dev_loss", "samples"} <= metrics
+    asked = {
+        "experimentName": "",
+        "colParams": [{"hparam": name} for name in columns],
+        "sliceSize": 100,
+        "startIndex": 0,
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE"],
+    }
+    rows = get(f"{hparams}/session_groups", asked)["sessionGroups"]
+    assert len(rows) == NUM_TRIALS + 1, "a row without a value of a column is shown all the same"
+    assert [r["hparams"].get("model.dropout") for r in rows].count(0.5) == 1
 
 
 @pytest.mark.slow

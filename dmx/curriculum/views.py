@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import tensorboard, terminal
+from dmx import terminal
 from dmx.attention.base import AttentionConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.curriculum.planner import attempt_config
@@ -38,7 +38,7 @@ from dmx.runs.metrics import (
 )
 from dmx.storage.files import write_atomic
 from dmx.storage.journal import read_journal
-from dmx.tensorboard import RunWriter, announce_study
+from dmx.tensorboard import RunWriter
 from dmx.terminal import Column, FittingTable
 from dmx.training.predictions import write_samples
 
@@ -88,15 +88,6 @@ class TensorBoardView:
         self._writers: dict[str, RunWriter] = {}
         for old in self._folder.rglob("events.*") if self._folder.exists() else ():
             old.unlink(missing_ok=True)
-        names = sorted({s.config.attention.name for s in curriculum.stages})
-        announce_study(
-            folder,
-            {
-                "stage": tensorboard.Column(tuple(s.name for s in curriculum.stages)),
-                "task": tensorboard.Column(tuple(sorted({s.task for s in curriculum.stages}))),
-                "attention": tensorboard.Column(tuple(names)),
-            },
-        )
         events = list(events)
         final, history = fold(events), History()
         for event in events:

@@ -30,13 +30,11 @@ from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import StudyResult
 from dmx.schema import to_dict
 from dmx.search.schedulers import apply
-from dmx.search.space import Distribution, setting_of
 from dmx.storage.journal import Journal, read_journal, wall_seconds
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
 from dmx.study.views import TensorBoardView, trials_table
-from dmx.tensorboard import Column, announce_study
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
@@ -347,22 +345,11 @@ def settings(
     }
 
 
-def announce(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
-    """Write the HParams columns, and return the view that writes the rows."""
+def tensorboard_view(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
+    """The view that writes a row of HParams and the curves of each trial."""
     constants = {
         "attention": config.space.attention,
         "task": config.task,
         "data": store.manifest.label,
     }
-    columns: dict[str, Column] = {}
-    for label, dist in config.space.distributions().items():
-        name, column = setting_of(label), _column(dist)
-        columns[name] = columns[name].united(column) if name in columns else column
-    announce_study(folder, {**columns, **{k: Column((v,)) for k, v in constants.items()}})
-    return TensorBoardView(folder, constants, tuple(columns))
-
-
-def _column(dist: Distribution) -> Column:
-    if dist.kind == "choice":
-        return Column(dist.values)
-    return Column((), float(dist.values[0]), float(dist.values[1]))
+    return TensorBoardView(folder, constants, config.space.names())

@@ -142,10 +142,10 @@ class TensorBoardView:
         return self._writers[number]
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """The row appears in HParams at once, with a cell for every searched value."""
-        flat = flatten(config)
+        """The row appears in HParams at once, with a cell for each of its searched values."""
         # The config says it for this moment; a population's trials change their values.
-        values = {k: flat[k] if k in flat else point.get(k, "-") for k in self._searched}
+        flat = {**point, **flatten(config)}
+        values = {k: flat[k] for k in self._searched if k in flat}
         group = f"{self._folder.name}/{number:04d}"
         if number not in self._values:  # HParams keeps what it hears first
             self._writer(number).start({**values, **self._constants}, group)

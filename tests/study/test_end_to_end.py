@@ -155,7 +155,7 @@ def test_nothing_of_ray_is_left(whole):
     names = {path.name for path in whole.folder.iterdir()}
     assert names <= {
         *("study.json", "trials.csv", "best", "journal.jsonl", ".journal.jsonl.lock"),
-        *("optuna.journal", "trials", "report.html", "hparams", "hparams.json", "final"),
+        *("optuna.journal", "trials", "report.html", "final"),
         "records.jsonl",
     }
 
