@@ -1,20 +1,12 @@
-"""The figures of a report: drawn by matplotlib, as inline SVG that the page's CSS colours."""
+"""The figures of a report: which values of a run are drawn, and what each figure says."""
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
-from xml.etree import ElementTree
-
-from markupsafe import Markup
+from collections.abc import Iterable, Sequence
 
 from dmx.format import percent, short, short_names
+from dmx.reporting.chart import COLOURS, Chart, Figure, clean, drawing, locator
 from dmx.reporting.importance import Importances
 from dmx.reporting.tables import (
     Costed,
@@ -33,19 +25,6 @@ from dmx.search.rungs import Rung
 
 MANY_TRIALS = 12
 """Beyond so many, points carry no numbers."""
-COLOURS = {
-    "complete": "#1f6feb",
-    "pruned": "#8a94a3",
-    "failed": "#c9302c",
-    "best": "#d9620f",
-    "other": "#2a9d78",
-    "card": "#ffffff",
-    "ink": "#1c2430",
-    "soft": "#5b6675",
-    "rule": "#e2e6eb",
-}
-"""What page.css calls --complete and so on; a picture that stands alone has them as they are."""
-_NAMES = {colour: name for name, colour in COLOURS.items()}
 _MEANINGS = {
     "best": "best trial",
     "complete": "full budget",
@@ -54,251 +33,6 @@ _MEANINGS = {
     "failed": "failed",
 }
 _STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
-_RC: Any = {
-    "figure.dpi": 72,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "font.size": 11,
-    "axes.edgecolor": COLOURS["soft"],
-    "axes.labelcolor": COLOURS["ink"],
-    "xtick.color": COLOURS["soft"],
-    "ytick.color": COLOURS["soft"],
-    "text.color": COLOURS["soft"],
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-}
-_NAME_ROOM = (30, 11)
-"""Width and height of a point's name, such as `#123`."""
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
-
-Point = tuple[float, float]
-Key = tuple[tuple[str, str], ...]
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """`key`: (style, what it means) for the legend below the picture."""
-
-    svg: Markup
-    caption: str = ""
-    key: Key = ()
-
-
-def drawing(draw: Callable[P, R]) -> Callable[P, R]:
-    """Call a function with the style of all figures, which is nobody else's."""
-
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        import matplotlib
-
-        with matplotlib.rc_context(_RC), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of glyphs that the measuring font lacks
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-class Chart:
-    """A pair of axes, in pixels; within `drawing` only."""
-
-    def __init__(
-        self,
-        title: str,
-        x: str = "",
-        y: str = "",
-        *,
-        width: int = 480,
-        height: int = 280,
-        left: int = 62,
-    ) -> None:
-        from matplotlib.figure import Figure as Canvas
-
-        self._title, self._width = clean(title), width
-        self._tips: dict[str, list[str]] = {}
-        self._named: list[Point] = []
-        self._canvas = Canvas(figsize=(width / 72, height / 72))
-        self._canvas.subplots_adjust(left / width, 46 / height, 1 - 14 / width, 1 - 14 / height)
-        self.axes = self._canvas.add_subplot()
-        self.axes.set_xlabel(clean(x))
-        self.axes.set_ylabel(clean(y))
-        self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
-        self.axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
-        self.axes.yaxis.set_major_locator(_locator(5))
-
-    def line(
-        self,
-        points: Iterable[Point],
-        style: str,
-        tip: str = "",
-        *,
-        steps: bool = False,
-        **more: Any,
-    ) -> None:
-        """A line through finite points; `steps`: level until the next point."""
-        finite = [p for p in points if all(map(math.isfinite, p))]
-        look: dict[str, Any] = {
-            "color": COLOURS[{"running": "complete"}.get(style, style)],
-            "linewidth": {"best": 2.4, "pruned": 1.2}.get(style, 1.8),
-            "linestyle": (0, (4, 3)) if style == "pruned" else "-",
-            "drawstyle": "steps-post" if steps else "default",
-            "zorder": 3 if style == "best" else 2,
-        }
-        if finite:
-            xs, ys = zip(*finite, strict=True)
-            self.axes.plot(
-                xs, ys, clip_on=False, gid=self._tip([tip] if tip else []), **look | more
-            )
-
-    def points(self, found: Iterable[tuple[float, float, str, str]], size: float = 7) -> None:
-        """(x, y, style, tip) of each point; those of one style together, the best on top."""
-        styles: dict[str, list[tuple[float, float, str]]] = {}
-        for x, y, style, tip in found:
-            if math.isfinite(x) and math.isfinite(y):
-                styles.setdefault(style, []).append((x, y, tip))
-        for style, points in styles.items():
-            colour = COLOURS[{"running": "complete"}.get(style, style)]
-            hollow = style in ("pruned", "running")
-            self.axes.plot(
-                [x for x, _, _ in points],
-                [y for _, y, _ in points],
-                linestyle="none",
-                marker="x" if style == "failed" else "o",
-                markersize=size,
-                markerfacecolor=COLOURS["card"] if hollow else colour,
-                markeredgecolor=colour if hollow or style == "failed" else COLOURS["card"],
-                markeredgewidth=1.6 if hollow or style == "failed" else 1,
-                zorder=5 if style == "best" else 4,
-                clip_on=False,
-                gid=self._tip([tip for _, _, tip in points]),
-            )
-
-    def _tip(self, texts: list[str]) -> str:
-        gid = f"tips{len(self._tips)}"
-        self._tips[gid] = texts
-        return gid
-
-    def name(self, point: Point, text: str, offset: Point = (6, 5), **more: Any) -> None:
-        """A point's name beside it; one that would cover an earlier one is left out."""
-        x, y = self.axes.transData.transform(point)
-        if all(abs(x - a) > _NAME_ROOM[0] or abs(y - b) > _NAME_ROOM[1] for a, b in self._named):
-            self._named.append((x, y))
-            self.axes.annotate(
-                clean(text), point, offset, textcoords="offset points", fontsize=9, **more
-            )
-
-    def level(self, y: float, text: str) -> None:
-        """A dotted horizontal line with a name at its right end, where it lies within the axes."""
-        low, high = self.axes.get_ylim()
-        if low <= y <= high:
-            self.axes.axhline(y, color=COLOURS["soft"], linewidth=1, linestyle=":")
-            place = self.axes.get_yaxis_transform()
-            self.axes.text(1, y, text, ha="right", va="bottom", fontsize=10, transform=place)
-
-    def whole_x(self, low: float, high: float) -> None:
-        """The x axis from `low` to `high`, with ticks at whole numbers."""
-        self.axes.set_xlim(low, high)
-        self.axes.xaxis.set_major_locator(_locator(6, integer=True))
-
-    def log_x(self, low: float, high: float) -> None:
-        """A logarithmic x axis."""
-        from matplotlib.ticker import LogLocator, NullLocator
-
-        decades = math.log10(high / low)
-        self.axes.set_xscale("log")
-        self.axes.set_xlim(low, high)
-        subs = (1,) if decades > 2 else (1, 3) if decades > 1.2 else (1, 2, 5)
-        short_range = decades < 0.6
-        self.axes.xaxis.set_major_locator(_locator(4) if short_range else LogLocator(subs=subs))
-        self.axes.xaxis.set_minor_locator(NullLocator())
-        self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
-
-    def names_x(self, names: Sequence[str]) -> None:
-        """Names at 0, 1, 2, ...; some are left out where they would touch."""
-        every = math.ceil(sum(len(n) * 6.5 + 10 for n in names) / (self._width - 80))
-        self.axes.set_xticks(range(len(names))[::every], [clean(n) for n in names[::every]])
-        self.axes.set_xlim(-0.6, len(names) - 0.4)
-
-    def svg(self) -> Markup:
-        """The picture for a page of HTML; it scales with its place."""
-        return Markup(ElementTree.tostring(self._tree(), encoding="unicode"))
-
-    def standalone(self) -> str:
-        """The picture as a file of its own."""
-        root = self._tree()
-        root.set("xmlns", "http://www.w3.org/2000/svg")
-        return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-    def _tree(self) -> ElementTree.Element:
-        import matplotlib
-
-        buffer = io.StringIO()
-        # The salt makes ids that are the same on every run, and another figure's differ.
-        with matplotlib.rc_context({"svg.hashsalt": self._title}):
-            self._canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        root = ElementTree.fromstring(re.sub(r"(\d\.\d)\d+", r"\1", buffer.getvalue()))
-        used = set(re.findall(r"#([\w-]+)", buffer.getvalue()))
-        for part in list(root)[:2]:  # metadata, and CSS that would hold for the whole page
-            root.remove(part)
-        for node in root.iter():
-            node.tag = node.tag.rpartition("}")[2]
-            for key in [k for k in node.attrib if k.startswith("{")]:
-                node.set(key.rpartition("}")[2], node.attrib.pop(key))
-            if "style" in node.attrib:
-                node.set("style", _themed(node.attrib["style"]))
-            if texts := self._tips.get(node.attrib.get("id", "")):
-                _add_tips(node, texts)
-            if node.attrib.get("id") not in used:
-                node.attrib.pop("id", None)
-        for key in ("width", "height", "version"):
-            del root.attrib[key]
-        title = ElementTree.Element("title")
-        title.text = self._title
-        root.insert(0, title)
-        size = f"min-width:{min(self._width, 330)}px;max-width:{self._width * 1.25:.0f}px"
-        root.attrib |= {"class": "chart", "role": "img", "style": size}
-        return root
-
-
-def clean(text: object) -> str:
-    """A text without what XML cannot hold."""
-    return _UNFIT.sub("\ufffd", str(text))
-
-
-def _themed(style: str) -> str:
-    """A style with the page's font, and its colours where it has them."""
-    style = re.sub(r"font-family: [^;]*;? ?", "", style)
-    return re.sub(
-        r"#[0-9a-f]{6}",
-        lambda m: f"var(--{_NAMES[m[0]]},{m[0]})" if m[0] in _NAMES else m[0],
-        style,
-    )
-
-
-def _add_tips(node: ElementTree.Element, texts: list[str]) -> None:
-    """Titles, which a browser shows at the pointer: of each marker, or of a whole line."""
-    marks = [inner for inner in node.iter() if inner.tag.endswith("use")] or [node]
-    for mark, text in zip(marks, texts, strict=True):
-        ElementTree.SubElement(mark, "title").text = clean(text)
-
-
-def _tick(value: float) -> str:
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.6g}"
-
-
-def _locator(count: int, **more: Any) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], **more)
 
 
 def _style(run: Run, trial: Trial) -> str:
@@ -433,7 +167,7 @@ def importance_bars(found: Importances) -> Figure:
     chart.axes.bar_label(bars, [f"{s:.0f} %" for s in shares], padding=4)
     chart.axes.set_yticks(range(len(names)), names)
     chart.axes.set_xlim(0, max(shares) * 1.12)
-    chart.axes.invert_yaxis()
+    chart.axes.set_ylim(len(names) - 0.4, -0.5)
     chart.axes.grid(visible=False)
     caption = f"{found.meaning}, by {found.method} over {found.num_trials} trials. {found.note}"
     return Figure(chart.svg(), caption)
@@ -465,7 +199,7 @@ def slice_plot(run: Run, name: str) -> Figure | None:
         else:
             room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
             chart.axes.set_xlim(low - room, high + room)
-            chart.axes.xaxis.set_major_locator(_locator(4, integer=kind.endswith("int")))
+            chart.axes.xaxis.set_major_locator(locator(4, integer=kind.endswith("int")))
     chart.points(
         (x, 100 * t.best, _style(run, t), _tip(t)) for t, x in zip(trials, at, strict=True)
     )
@@ -503,16 +237,15 @@ def parallel_view(run: Run) -> Figure | None:
         points = [(float(x), heights[i]) for x, (heights, _, _) in enumerate(columns)]
         chart.line(points, style, _tip(trial), alpha=1 if style == "best" else 0.5)
     for x, (_, bottom, top) in enumerate(columns):
-        axes.axvline(x, color=COLOURS["soft"], linewidth=1)
-        side: dict[str, Any] = {"ha": "right" if x == len(columns) - 1 else "left", "fontsize": 10}
-        axes.text(x, 1.02, f" {clean(top)} ", va="bottom", **side)
-        axes.text(x, -0.02, f" {clean(bottom)} ", va="top", **side)
-    axes.set_ylim(-0.1, 1.1)
+        axes.plot([x, x], [0, 1], color=COLOURS["soft"], linewidth=1)
+        axes.text(x, 1.03, clean(top), va="bottom", ha="center", fontsize=10)
+        axes.text(x, -0.03, clean(bottom), va="top", ha="center", fontsize=10)
+    axes.set_ylim(-0.12, 1.12)
     axes.set_yticks([])
     axes.spines.bottom.set_visible(False)
     names = [*short_names(list(searched)), "dev accuracy, %"]
     axes.set_xticks(range(len(names)), [clean(n) for n in names])
-    axes.set_xlim(-0.1, len(names) - 0.9)
+    axes.set_xlim(-0.25, len(names) - 0.75)
     caption = (
         "Each line is a trial, through its value of every setting to its best dev accuracy: where "
         "the good ones run together, the setting matters."
@@ -546,7 +279,7 @@ def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figu
         room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
         low, high = low - room, high + room
         chart.axes.set_xlim(low, high)
-        chart.axes.xaxis.set_major_locator(_locator(6))
+        chart.axes.xaxis.set_major_locator(locator(6))
     corners = [(scale * p.cost, 100 * p.accuracy) for p in best]
     chart.line([*corners, (high, corners[-1][1])], "other", "Pareto front", steps=True)
     trials = {t.number: t for t in run.trials}

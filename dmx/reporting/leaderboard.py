@@ -124,6 +124,11 @@ class Leaderboard:
 
         return max(found, key=rank) if found else None
 
+    @property
+    def heading(self) -> str:
+        """The title as a heading."""
+        return self.title[0].upper() + self.title[1:]
+
     def cells(self) -> Table:
         """Attentions x tasks."""
         rows = [(a, *(cell_text(self.cell(a, c)) for c in self.columns)) for a in self.attentions]
@@ -328,15 +333,11 @@ def to_markdown(found: Sequence[Leaderboard]) -> str:
     """A table of attentions x tasks and one of costs, for each kind of data."""
     parts = ["# Leaderboard"]
     for board in found:
-        parts.append(f"## {escape(_capital(board.title))}")
+        parts.append(f"## {escape(board.heading)}")
         if board.is_sample:
             parts.append("**Not LRA: these numbers compare only with each other.**")
         parts += [board.cells().markdown(), *map(escape, board.notes()), board.costs().markdown()]
     return "\n\n".join(parts) + "\n"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def to_html(found: Sequence[Leaderboard]) -> str:
@@ -380,7 +381,7 @@ def to_latex(found: Sequence[Leaderboard]) -> str:
     for board in found:
         cells = board.cells()
         warning = "Not LRA. " if board.is_sample else ""
-        notes = (f"{warning}{_capital(board.title)}.", *board.notes())
+        notes = (f"{warning}{board.heading}.", *board.notes())
         frame = pd.DataFrame(cells.rows).map(latex_escape)
         frame.columns = pd.Index([latex_escape(title) for title in cells.columns])
         parts.append(

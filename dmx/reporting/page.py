@@ -15,9 +15,9 @@ from typing import Any
 from dmx import __version__
 from dmx.errors import DataError, DmxError
 from dmx.format import duration, percent, scaled
-from dmx.reporting import export, figures, tables
+from dmx.reporting import chart, export, figures, tables
 from dmx.reporting.caveats import caveats, comparable
-from dmx.reporting.command import train_command
+from dmx.reporting.export import train_command
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
 from dmx.runs import layout
@@ -102,7 +102,7 @@ def render(title: str, **values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else figures.clean(value),
+        finalize=lambda value: value if isinstance(value, Markup) else chart.clean(value),
     )
     css = Markup(own.joinpath("page.css").read_text("utf-8"))
     template = environment.from_string(own.joinpath("page.html.j2").read_text("utf-8"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmx.reporting.figures import COLOURS, Chart, drawing
+from dmx.reporting.chart import COLOURS, Chart, drawing
 from dmx.reporting.tables import best_so_far, reports_of
 from dmx.runs.folders import load
 

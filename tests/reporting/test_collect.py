@@ -10,7 +10,7 @@ import pytest
 
 from dmx.errors import ConfigError, DmxError
 from dmx.reporting.caveats import caveats
-from dmx.reporting.command import train_command
+from dmx.reporting.export import train_command
 from dmx.reporting.page import render_page as render
 from dmx.reporting.tables import filled_rungs
 from dmx.runs.folders import kind_of, load, runs_below

@@ -205,6 +205,17 @@ def test_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_html_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(_root(tmp_path))
+    assert leaderboard.main([root, "--format", "html"]) == 0
+    page = capsys.readouterr().out
+    assert "<h2>LRA data</h2>" in page and "63.00 ± 3.61 (3)" in page and "<script" not in page
+    assert "Not LRA: these numbers compare only with each other." in page.split("Sample data")[-1]
+    assert leaderboard.main([root, "--format", "json"]) == 0
+    full, *_ = json.loads(capsys.readouterr().out)
+    assert full["test"] == [0.60, 0.62, 0.67] and full["test_accuracy_mean"] == pytest.approx(0.63)
+
+
 def test_curriculum_is_an_entry(tmp_path: Path) -> None:
     (entry,) = leaderboard_rows(gather([make_curriculum(tmp_path / "c")]))
     assert entry.how == "curriculum" and entry.incomplete and entry.attention == "butterfly-32"

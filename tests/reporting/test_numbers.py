@@ -13,7 +13,7 @@ import pytest
 
 from dmx.format import duration, mean_and_deviation, scaled, short, with_spread
 from dmx.reporting import importance
-from dmx.reporting.command import train_command
+from dmx.reporting.export import train_command
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
 from dmx.reporting.tables import Costed, front

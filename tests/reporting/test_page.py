@@ -27,7 +27,7 @@ from dmx.runs.run import Run, Trial
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 from tests.tiny import one_sentence
 
-VOID = {"meta", "br", "hr", "link"}
+VOID = {"meta", "br", "hr", "link", "img"}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&\x00"
 
 
@@ -73,6 +73,28 @@ def test_page_is_whole_and_loads_nothing(tmp_path: Path, make) -> None:
             assert attributes["href"][1:] in ids
     assert "url(http" not in page.text and "@import" not in page.text
     assert "NaN" not in page.text.replace("NaN becomes", "") and "nan" not in page.text.split()
+
+
+@pytest.mark.parametrize("make", [make_study, make_run, make_curriculum])
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, make) -> None:
+    folder = make(tmp_path / "x")
+    assert render(load(folder)) == render(load(folder))
+
+
+def test_samples_and_attention_maps_are_on_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "x")
+    samples = {"indices": [7, 9], "labels": [1, 0], "predictions": [1, 1]}
+    samples["probabilities"] = [[0.25, 0.75], [0.4, 0.6]]
+    (folder / "best" / "samples.json").write_text(json.dumps(samples))
+    (folder / "attention_maps").mkdir()
+    (folder / "attention_maps" / "example-7-layer-0.png").write_bytes(b"not looked into")
+    page = Page(render(load(folder)))
+    assert "What the model says" in page.text and "75.0" in page.text
+    (picture,) = [a for t, a in page.elements if t == "img"]
+    assert (picture["src"] or "").startswith("data:image/png;base64,")
+    assert picture["alt"] == "attention map: example-7-layer-0"
+    (folder / "best" / "samples.json").write_text("{")
+    assert "75.0" not in render(load(folder)), "a view that is damaged is left out"
 
 
 def test_whatever_a_run_says_is_escaped(tmp_path: Path) -> None:
