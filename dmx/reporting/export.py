@@ -241,7 +241,7 @@ def train_command(run: Run) -> str:
     words += ["--data-root", str(root)] if root else []
     words += ["--init-from", str(start)] if start else []
     words += _resources(run)
-    if reinit := run.init.get("reinit"):
+    if reinit := run.init.get("reinit") if stage is None else stage.reinit:
         words.append(f"init.reinit=[{', '.join(map(str, reinit))}]")
     words += [f"{key}={_as_yaml(value)}" for key, value in _differences(config, label).items()]
     return " ".join(shlex.quote(word) for word in words)

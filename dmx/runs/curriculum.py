@@ -523,6 +523,14 @@ class Curriculum(Run):
         return self.shown_stage.config if self.shown_stage else None
 
     @property
+    def init(self) -> Mapping[str, Any]:
+        """The weights on disk that the first stage on the way to the goal started from, or {}."""
+        first = self._chain[0] if self._chain else Stage()
+        if "stage" in first.source or "path" not in first.source:
+            return {}
+        return {**first.source, "reinit": list(first.reinit)}
+
+    @property
     def trials(self) -> tuple[Trial, ...]:
         """Of each stage that was begun the promoted attempt, else the latest."""
         ends: dict[str, TrialStatus] = {"passed": "COMPLETE", "failed": "FAILED"}

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx.curriculum.config import CurriculumConfig
+from dmx.curriculum.controller import Message
+from dmx.curriculum.resources import Key
 from dmx.curriculum.views import (
     STAGE_NUMBER,
     TENSORBOARD_DIR,
     LineageWriter,
     TensorBoardView,
+    show_status,
 )
+from dmx.data.store import open_store
+from dmx.reporting.leaderboard import leaderboard_rows
+from dmx.reporting.page import write_report
 from dmx.runs import layout
 from dmx.runs.curriculum import fold
+from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY
+from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
+from dmx.training.predictions import Measurement
+from tests import tiny
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
 from tests.tiny import TASK, write_tiny
 
@@ -147,3 +159,46 @@ def test_the_lineage_tells_attentions_and_what_each_cost(tmp_path: Path) -> None
         {"steps": 16, "train_seconds": 8.0},
         {"steps": 8, "train_seconds": 4.0},
     ]
+
+
+def test_weights_that_do_not_fit_the_last_stage_are_healthy_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their test accuracy there is null, in the journal and in what is read from it."""
+
+    class Unfit(FakeBackend):
+        def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+            value = 0.25 if key.detail == key.stage else None
+            self.queue.append(Message(key=key, done=True, value=value))
+
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    session(chain(), folder, Unfit({n: [GOOD] for n in "abc"}, root))
+    again = Unfit({}, root)
+    session(chain(), folder, again)  # nothing is measured once more
+    lineage = json.loads((folder / layout.LINEAGE_FILE).read_text())
+    shown = [(s["test_accuracy"], s["test_accuracy_on_last_stage"]) for s in lineage["stages"]]
+    assert shown == [(0.25, None), (0.25, None), (0.25, 0.25)]
+    show_status(chain(), folder)
+    assert capsys.readouterr().out.count("0.2500") == 4
+    found = load(folder)
+    assert found.complete and [s.test_accuracy for s in found.stages] == [0.25] * 3
+    assert [math.isnan(s.test_on_last) for s in found.stages] == [True, True, False]
+    (row,) = leaderboard_rows([found])
+    assert row.test == (0.25,) and not row.init
+    write_report(folder)
+
+
+def test_weights_on_disk_that_start_a_curriculum_are_on_the_leaderboard(tmp_path: Path) -> None:
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    with tiny.trainer(open_store(root / TASK), train__num_steps=4) as trainer:
+        trainer.advance()
+        trainer.save(tmp_path / "weights" / "best")
+    config = chain(a={"init_from": str(tmp_path / "weights" / "best")})
+    session(config, folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
+    found = load(folder)
+    assert found.init["path"] == str(tmp_path / "weights" / "best")
+    assert found.init["sha256"] == sha256_file(tmp_path / "weights" / "best" / layout.MODEL_FILE)
+    (row,) = leaderboard_rows([found])
+    assert row.init == "weights/best" and "§" in row.marks
+    lineage = json.loads((folder / layout.LINEAGE_FILE).read_text())["stages"][0]
+    assert lineage["init_from"]["sha256"] == found.init["sha256"]
