@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from dmx.attention import AttentionConfig, MixerContext
 from dmx.attention.base import MultiHead
 from dmx.errors import ConfigError, DataError
-from dmx.nn.dropout import Dropout
-from dmx.nn.ends import embed, norm_sum
-from dmx.nn.functional import residual_mlp, small_linear
 from dmx.nn.packing import Layout, pack, reorder
-from dmx.nn.parallel import single_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +72,11 @@ class Embeddings(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
         self.position = nn.Embedding(config.max_length, config.embedding_dim)
         nn.init.normal_(self.position.weight, std=0.02)
-        self.dropout = Dropout(config.embedding_dropout)
+        self.dropout = nn.Dropout(config.embedding_dropout)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, L] ids -> [B, L, D]."""
-        position = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        """[..., L] ids and their positions, [L] or [..., L] -> [..., L, D]."""
         return self.dropout(self.token(ids) + self.position(position))
-
-    def packed(self, ids: Tensor, position: Tensor) -> Tensor:
-        """[T] ids and positions -> [T, D]."""
-        tables = (self.token.weight, self.position.weight)
-        return embed(tables, (ids, position), self.dropout.rate)
 
 
 class Block(nn.Module):
@@ -96,16 +86,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embedding_dim)
         self.attention = MultiHead(config.embedding_dim, mixer_config, context)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(config.embedding_dim)
         self.mlp = nn.Sequential(
             nn.Linear(config.embedding_dim, config.hidden_dim),
             nn.GELU(),
-            Dropout(config.mlp_dropout),
+            nn.Dropout(config.mlp_dropout),
             nn.Linear(config.hidden_dim, config.embedding_dim),
-            Dropout(config.dropout),
+            nn.Dropout(config.dropout),
         )
-        self.mlp_dropout = config.mlp_dropout
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D], [B, L] -> [B, L, D], in plain torch: the oracle of `packed`."""
@@ -114,11 +103,8 @@ class Block(nn.Module):
 
     def packed(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] in the layout's order -> [T, D]."""
-        x = self.attention.packed(x, self.norm1, layout, self.dropout)
-        first, second = self.mlp[0], self.mlp[3]
-        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        drops = (self.mlp_dropout if self.training else 0.0, self.dropout.rate)
-        return residual_mlp(x, self.norm2, first, second, drops)
+        x = self.dropout(self.attention.packed(self.norm1(x), layout)) + x
+        return self.mlp(self.norm2(x)) + x
 
 
 class Encoder(nn.Module):
@@ -172,29 +158,27 @@ class Encoder(nn.Module):
                 f"the sequences have {input_ids.shape[1]:,} positions, but the model reads "
                 f"{self.config.max_length:,}."
             )
-        with single_thread(input_ids):
-            ids = input_ids.long()
-            real = self.config.mask == "nonzero"
-            mask = ids != 0 if real else torch.ones_like(ids, dtype=torch.bool)
-            if self.config.pooling == "cls":
-                assert self.config.vocab_size
-                ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
-                mask = F.pad(mask[:, :-1], (1, 0), value=True)
+        ids = input_ids.long()
+        real = self.config.mask == "nonzero"
+        mask = ids != 0 if real else torch.ones_like(ids, dtype=torch.bool)
+        if self.config.pooling == "cls":
+            assert self.config.vocab_size
+            ids = F.pad(ids[:, :-1], (1, 0), value=self.config.vocab_size - 1)
+            mask = F.pad(mask[:, :-1], (1, 0), value=True)
         packs = self.packs if ids.device.type == "cpu" else self.packs_on_accelerators
         return self._packed(ids, mask) if packs else self._dense(ids, mask)
 
     def _dense(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.embeddings(ids)
+        x = self.embeddings(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks():
             x = block(x, mask)
         x = self.norm(x) * mask[:, :, None]
         return x[:, 0] if self.config.pooling == "cls" else x.mean(dim=1)
 
     def _packed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        with single_thread(ids):
-            packing = pack(mask)
-            tokens = ids[packing.sequence, packing.position]  # ids[mask] would search them again
-        x = self.embeddings.packed(tokens, packing.position)
+        packing = pack(mask)
+        tokens = ids[packing.sequence, packing.position]  # ids[mask] would search them again
+        x = self.embeddings(tokens, packing.position)
         layout: Layout | None = None
         for block in self.blocks():
             wanted = packing.layout(block.attention.mixer.grouping(ids.shape[1]))
@@ -203,7 +187,11 @@ class Encoder(nn.Module):
         assert layout is not None
         if self.config.pooling == "cls":
             return self.norm(x[layout.inverse[packing.position == 0]])
-        return norm_sum(x, self.norm, layout.inverse, packing) / ids.shape[1]
+        # The rows' sequences, and not the rows in natural order: what is gathered are numbers
+        # without a gradient.
+        sums = x.new_zeros(ids.shape[0], x.shape[1])
+        sums = sums.index_add(0, packing.sequence[layout.order], self.norm(x))
+        return sums / ids.shape[1]
 
 
 class Classifier(nn.Module):
@@ -243,6 +231,4 @@ class Classifier(nn.Module):
         if input_ids_1 is not None:
             other = self.encoder(input_ids_1)
             pooled = torch.cat([pooled, other, pooled * other, pooled - other], dim=-1)
-        first, second = self.head[0], self.head[2]
-        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        return small_linear(F.relu(small_linear(pooled, first)), second)
+        return self.head(pooled)

@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmx.attention.softmax_rows import Projections
 from dmx.errors import ConfigError
-from dmx.nn.dropout import Dropout
-from dmx.nn.functional import norm_linear, residual_linear
+from dmx.nn.cpu import dropout_attention
 from dmx.nn.packing import Grouping, Layout
 from dmx.registry import Registry
 from dmx.schema import from_dict, to_dict
@@ -147,6 +145,8 @@ def fused_attention(
     Args:
         q, k, v: [n, H, l, Dh]. keep: [n, 1, 1, l] bool, the keys that count. dropout: of weights.
     """
+    if q.device.type == "cpu" and dropout and not torch.compiler.is_compiling():
+        return dropout_attention(q, k, v, keep, dropout)
     if q.shape[0] <= MOST_GROUPS or q.device.type == "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
     masks = [None] * -(-q.shape[0] // MOST_GROUPS) if keep is None else keep.split(MOST_GROUPS)
@@ -163,8 +163,8 @@ class TokenMixer(nn.Module):
     """Mixes information between tokens, head by head.
 
     `forward` is the formula over all L positions. A mixer whose result at real tokens can be
-    computed from real tokens alone sets `packs = True` and implements `mix_real`. The faster ways
-    `mix_rows` and `attend_packed` are optional: None leaves the work to `mix_buckets`.
+    computed from real tokens alone sets `packs = True` and implements `mix_real`. The faster
+    `mix_rows` is optional: None leaves the work to `mix_buckets`.
     """
 
     packs: ClassVar[bool] = False
@@ -238,11 +238,7 @@ class TokenMixer(nn.Module):
         return [self.mix_real(q, k, v, slot, full_length) for q, k, v, slot in buckets]
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
-        """All buckets in few calls, for accelerators: [T, 3 * H * Dh] -> [T, H * Dh], or None."""
-        return None
-
-    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
-        """The whole branch of a block, [T, D] -> [T, D]: x + drop(output(attention(norm(x))))."""
+        """All buckets in few calls, [T, 3 * H * Dh] -> [T, H * Dh], or None."""
         return None
 
 
@@ -275,23 +271,11 @@ class MultiHead(nn.Module):
         out = self.mixer(q, k, v, mask)  # [B, H, L, Dh]
         return self.output(out.transpose(1, 2).flatten(2))
 
-    def packed(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, dropout: Dropout) -> Tensor:
-        """[T, D] in the layout's order -> [T, D], x + dropout(self(norm(x)))."""
-        weight, bias = self._weights()
-        around = Projections(norm, weight, bias, self.output, self.num_heads, dropout.rate)
-        out = self.mixer.attend_packed(x, around, layout)
-        if out is not None:
-            return out
-        qkv, x = norm_linear(x, norm, weight, bias)  # [T, 3 * H * Dh]
-        mixed = self._mix_rows(qkv, layout)
-        return residual_linear(x, mixed, self.output, dropout.rate)
-
-    def _mix_rows(self, qkv: Tensor, layout: Layout) -> Tensor:
-        """[T, 3 * H * Dh] -> [T, H * Dh], on an accelerator by the mixer's own way."""
-        mixed = None
-        if qkv.device.type != "cpu":
-            mixed = self.mixer.mix_rows(qkv, layout, self.num_heads)
-        return self._mix_buckets(qkv, layout) if mixed is None else mixed
+    def packed(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, D] in the layout's order -> [T, D]."""
+        qkv = F.linear(x, *self._weights())  # [T, 3 * H * Dh]
+        mixed = self.mixer.mix_rows(qkv, layout, self.num_heads)
+        return self.output(self._mix_buckets(qkv, layout) if mixed is None else mixed)
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""

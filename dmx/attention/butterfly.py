@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.softmax import SoftmaxConfig
-from dmx.attention.softmax_rows import Projections
 from dmx.errors import ConfigError
 from dmx.nn.packing import Grouping, Layout, from_groups, to_groups
 
@@ -129,10 +128,6 @@ class ButterflyMixer(TokenMixer):
     ) -> list[Tensor]:
         """Buckets already are groups: the inner mixer takes them as they are."""
         return self.inner.mix_buckets(buckets, full_length)
-
-    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
-        """The inner mixer's, where it has one."""
-        return self.inner.attend_packed(x, around, layout)
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
         """The inner mixer's, where it has one."""

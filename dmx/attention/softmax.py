@@ -16,10 +16,7 @@ from dmx.attention.base import (
     TokenMixer,
     fused_attention,
 )
-from dmx.attention.softmax_rows import Projections, attend_rows
-from dmx.nn.packing import Layout
-from dmx.nn.padding import pad_rows, padded_batches, unpad_rows
-from dmx.nn.parallel import is_fast
+from dmx.nn.packing import Layout, pad_rows, unpad_rows
 
 
 @ATTENTIONS.register("softmax")
@@ -69,11 +66,10 @@ class SoftmaxMixer(TokenMixer):
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh] in few calls: groups of similar length run together.
 
-        For accelerators, where the hundreds of small kernels of `mix_real` for each length cost
-        more than the padding, which is masked as a key. Nothing in it makes the host wait. It is
-        tested for equality on a CPU; its speed has not been measured.
+        Many small operations for each length would cost more than the padding, which is masked as
+        a key. Nothing in it makes the host wait for a GPU.
         """
-        batches = padded_batches(layout)
+        batches = layout.padded
         parts = qkv.split([p.rows for p in batches]) if len(batches) > 1 else [qkv] * len(batches)
         outs = []
         for padded, rows in zip(batches, parts, strict=True):
@@ -85,12 +81,6 @@ class SoftmaxMixer(TokenMixer):
         if len(outs) == 1:
             return outs[0]
         return torch.cat(outs) if outs else qkv.new_zeros(0, qkv.shape[1] // 3)
-
-    def attend_packed(self, x: Tensor, around: Projections, layout: Layout) -> Tensor | None:
-        """The whole branch of a block by `attend_rows`, or None where that is not faster."""
-        if not is_fast(x):
-            return None
-        return attend_rows(x, around, layout.buckets, self.dropout if self.training else 0.0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -24,7 +24,7 @@ from dmx.config import InitConfig, RunConfig, parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.model import Classifier
-from dmx.nn.allocator import give_back_memory
+from dmx.nn.device import give_back_memory
 from dmx.runs import layout
 from dmx.runs.metrics import (
     DEV_ACCURACY,

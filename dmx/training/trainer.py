@@ -20,9 +20,9 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store
 from dmx.errors import CheckpointError, DataError
 from dmx.model import Classifier
-from dmx.nn.allocator import keep_freed_memory
 from dmx.nn.device import (
     autocast,
+    keep_freed_memory,
     peak_memory_mb,
     pick_device,
     precision_of,

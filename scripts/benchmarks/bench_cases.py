@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from dmx.data.pathfinder import Generator
 from dmx.model import Classifier
 from dmx.nn.optim import OptimConfig, build_optimizer
-from dmx.nn.parallel import single_thread
 from dmx.training.reference import load_model
 
 Step = Callable[[], None]
@@ -195,8 +194,7 @@ def our_step(model: Classifier, ids: torch.Tensor, labels: torch.Tensor) -> Step
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(ids), labels).backward()
-        with single_thread(ids):  # the fused AdamW waits for torch's threads at every parameter
-            optimizer.step()
+        optimizer.step()
         schedule.step()
 
     return step

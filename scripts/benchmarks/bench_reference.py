@@ -47,7 +47,7 @@ from bench_cases import (
 from dmx.data.manifest import Manifest
 from dmx.data.store import open_store
 from dmx.data.store_writer import StoreWriter
-from dmx.nn.allocator import keep_freed_memory
+from dmx.nn.device import keep_freed_memory
 
 SIDES = ("theirs", "ours")
 TARGETS = {

@@ -20,7 +20,7 @@ PROGRAM = """
 import resource
 from pathlib import Path
 import torch
-from dmx.nn.allocator import give_back_memory, keep_freed_memory
+from dmx.nn.device import give_back_memory, keep_freed_memory
 
 PAGE = resource.getpagesize()
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def test_pages_are_fetched_once_and_given_back():
 
 PEAKS = """
 import torch
-from dmx.nn.allocator import give_back_memory, keep_freed_memory
+from dmx.nn.device import give_back_memory, keep_freed_memory
 from dmx.nn.device import peak_memory_mb, reset_peak_memory
 
 cpu = torch.device("cpu")

@@ -85,15 +85,15 @@ def test_dropout_is_on_in_training_only_and_averages_out():
     ids = masked_ids("sparse")
     embed = net.encoder.embeddings
     tokens, position = ids[ids != 0], torch.nonzero(ids)[:, 1]
-    expected = embed.eval().packed(tokens, position)
-    assert torch.equal(expected, embed.eval().packed(tokens, position))
+    expected = embed.eval()(tokens, position)
+    assert torch.equal(expected, embed.eval()(tokens, position))
     embed.train()
-    draws = torch.stack([embed.packed(tokens, position).detach() for _ in range(3000)])
+    draws = torch.stack([embed(tokens, position).detach() for _ in range(3000)])
     bound = 5 * (expected.abs() * (0.2 / 0.8 / 3000) ** 0.5) + 1e-7
     assert ((draws.mean(0) - expected).abs() <= bound).float().mean() > 0.9999
 
 
-def test_an_autocast_forward_takes_plain_torch():
+def test_an_autocast_forward_is_close():
     net, ids = model().eval(), masked_ids("sparse")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = net(ids).float()
@@ -117,7 +117,7 @@ def test_the_initial_weights_are_the_reference_order():
 
 
 def test_the_trajectory_of_the_reference_in_two_threads():
-    """Its losses over optimizer steps, through the handwritten gradients and shared work."""
+    """Its losses over optimizer steps."""
     content = golden("trajectory-butterfly")
     net = load_model(content["config"], content["state"]).train()
     assert net.encoder.packs

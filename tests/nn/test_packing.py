@@ -1,14 +1,12 @@
-"""Layouts hold every real token once, in groups; moving between them is exact; shares of work."""
+"""Layouts hold every real token once, in groups; moving between them is exact."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.attention.butterfly import butterfly_stride
 from dmx.nn.packing import Grouping, from_groups, pack, reorder, to_groups
-from dmx.nn.parallel import run_shares, split_evenly
 
 LENGTH = 48
 GROUPINGS = [Grouping(LENGTH), Grouping(8), Grouping(8, 6), Grouping(4, 4), Grouping(4, 12)]
@@ -20,14 +18,6 @@ def random_mask(seed: int, density: float = 0.3) -> torch.Tensor:
     mask[1] = False  # a sequence of nothing
     mask[3] = True
     return mask
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
@@ -153,42 +143,3 @@ def test_butterfly_layers_connect_every_pair(length, block, layers):
             linked[group[:, None], group] = 1
         reach = (linked @ reach.float()) > 0
     assert reach.all()
-
-
-@pytest.mark.parametrize("costs", [[], [5], [1] * 7, [1, 1, 1, 97], [97, 1, 1, 1], [0, 0, 0]])
-@pytest.mark.parametrize("shares", [1, 2, 3])
-def test_shares_cover_the_pieces_in_order(costs, shares):
-    parts = split_evenly(list(range(len(costs))), costs, shares)
-    assert [p for part in parts for p in part] == list(range(len(costs)))
-    assert 1 <= len(parts) <= shares
-    assert all(len(part) for part in parts) or not costs
-
-
-def test_shares_are_even():
-    assert [len(p) for p in split_evenly(range(100), [1] * 100, 2)] == [50, 50]
-    assert [len(p) for p in split_evenly(range(4), [3, 1, 1, 1], 2)] == [1, 3]
-
-
-def test_shares_run_single_threaded_without_autograd_and_in_order(two_threads):
-    def work(share):
-        return torch.get_num_threads(), torch.is_grad_enabled(), list(share)
-
-    assert run_shares(work, range(4)) == [(1, False, [0, 1]), (1, False, [2, 3])]
-    assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
-
-
-def test_a_counter_sees_all_shares(two_threads):
-    """Dispatch modes belong to a thread, so that the work then stays in it."""
-    matrix = torch.ones(4, 4)
-    with FlopCounterMode(display=False) as counter:
-        assert len(run_shares(lambda share: [matrix @ matrix for _ in share], range(6))) == 1
-    assert counter.get_total_flops() == 6 * 2 * 4**3
-    assert len(run_shares(list, range(6))) == 2
-
-
-def test_a_failing_share_raises(two_threads):
-    def work(share):
-        raise ValueError(f"piece {share[0]}")
-
-    with pytest.raises(ValueError, match="piece 0"):
-        run_shares(work, range(4))

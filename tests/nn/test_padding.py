@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from dmx.attention.softmax import SoftmaxMixer
-from dmx.nn.packing import Grouping, pack
-from dmx.nn.padding import pad_rows, padded_batches, padded_width, unpad_rows
+from dmx.nn.packing import (
+    Grouping,
+    pack,
+    pad_rows,
+    padded_width,
+    unpad_rows,
+)
 
 
 def layout_of(lengths, size):
@@ -36,8 +41,8 @@ def test_rows_and_gradients_come_back(lengths):
     layout = layout_of(lengths, 40)
     total = sum(lengths)
     x = torch.arange(total * 2.0).view(total, 2).requires_grad_()
-    batches = padded_batches(layout)
-    assert padded_batches(layout) is batches, "computed once"
+    batches = layout.padded
+    assert layout.padded is batches, "computed once"
     assert sum(b.rows for b in batches) == total
     start, backs = 0, []
     for batch in batches:
@@ -58,7 +63,7 @@ def test_rows_and_gradients_come_back(lengths):
 
 
 def test_attention_over_padded_groups_equals_the_exact_one():
-    """The path of accelerators against `mix_real` bucket by bucket, forward and backward."""
+    """`mix_rows` against `mix_real` bucket by bucket, forward and backward."""
     torch.manual_seed(0)
     layout = layout_of([1, 9, 9, 16, 17, 40, 38, 33], 40)
     qkv = torch.randn(163, 3 * 2 * 4)

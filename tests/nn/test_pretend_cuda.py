@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmx.attention import base
 from dmx.attention.base import fused_attention
-from dmx.nn.dropout import dropout
 from dmx.nn.optim import OptimConfig, build_optimizer
 from dmx.schema import to_dict
 from dmx.training.job import Job
@@ -142,17 +141,6 @@ def test_more_groups_than_a_grid_of_cuda_has(monkeypatch):
         torch.testing.assert_close(to_cpu(fused_attention(*inputs, to_gpu(keep))), expected)
         torch.testing.assert_close(to_cpu(fused_attention(*inputs)), unmasked)
     assert sizes == [4, 4, 3] * 2
-
-
-def test_dropout_draws_on_the_device():
-    """Torch's own dropout there: no mask comes from the CPU."""
-    with PretendCuda() as gpu:
-        x = to_gpu(torch.ones(1000, 8)).requires_grad_()
-        out = dropout(x, 0.25, True)
-        out.sum().backward()
-    assert gpu.waits.total() == 0
-    assert to_cpu(out).unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert torch.equal(to_cpu(x.grad), to_cpu(out))
 
 
 def test_a_closed_run_has_given_up_its_weights_when_the_cache_is_emptied(
