@@ -23,8 +23,11 @@ from dmx.errors import ConfigError
 _ITERATIONS = 6
 """Steps of the pseudo-inverse, as in the paper's experiments."""
 
-_BLOCK = 32
+_BLOCK, _BLOCK_OF_SOME = 64, 32
 """Rows of a band of the convolution: wide enough for matrix products, narrow beside the taps."""
+
+_SPARSE = 6
+"""Where fewer than one position in six is real, bands of only these are cheaper than all."""
 
 
 @ATTENTIONS.register("nystrom")
@@ -114,7 +117,7 @@ class NystromMixer(TokenMixer):
                 out = fused_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
             if self.conv is None:
                 return out
-            return out + self._convolve(v.masked_fill(hidden, 0.0), None)
+            return out + self._convolve_all(v.masked_fill(hidden, 0.0))
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """One bucket; see mix_buckets."""
@@ -142,7 +145,7 @@ class NystromMixer(TokenMixer):
                 outs = self._through_landmarks(wide, full_length)
             if self.conv is not None:
                 outs = [
-                    out + self._convolve(v, slot)
+                    out + self._convolve(v, slot, full_length)
                     for out, (_, _, v, slot) in zip(outs, wide, strict=True)
                 ]
             return outs
@@ -187,35 +190,57 @@ class NystromMixer(TokenMixer):
             inverse = 0.25 * inverse @ (13 * eye - product @ inner)
         return inverse
 
-    def _convolve(self, v: Tensor, slot: Tensor | None) -> Tensor:
+    def _convolve(self, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """self.conv over positions, [n, H, l, Dh] -> same, as banded matrix products.
 
-        Row i of a band holds the taps at the distances slot_j - slot_i of its neighbours j, so
-        that masked positions cost nothing. slot None: all positions are there, one band serves.
         Not F.conv2d: on CPU oneDNN gets its weight gradient wrong by some 10 % (torch 2.13,
         float32, depthwise, batch above 1), and it is several times slower.
         """
+        if v.shape[2] == full_length:
+            return self._convolve_all(v)
+        if v.shape[2] * _SPARSE < full_length:
+            return self._convolve_some(v, slot)
+        index = slot[:, None, :, None].expand_as(v)
+        full = v.new_zeros(*v.shape[:2], full_length, v.shape[3]).scatter(2, index, v)
+        return self._convolve_all(full).gather(2, index)
+
+    def _taps(self, distance: Tensor) -> Tensor:
+        """The taps at distances of a key from a query, [...] -> [..., H]; 0 beyond their reach."""
         assert self.conv is not None
-        num_heads, length = v.shape[1:3]
-        taps = self.conv.kernel_size[0]
-        reach = taps // 2
-        whole = length <= _BLOCK + 2 * reach
-        block, border = (length, 0) if whole else (_BLOCK, reach)
+        num_heads, taps = self.conv.weight.shape[0], self.conv.kernel_size[0]
+        tap = distance + taps // 2
+        tap = tap.where((tap >= 0) & (tap < taps), taps)
+        return F.embedding(tap, F.pad(self.conv.weight.view(num_heads, taps), (0, 1)).T)
+
+    def _convolve_all(self, v: Tensor) -> Tensor:
+        """One band for all windows of positions: a matrix product for each head."""
+        assert self.conv is not None
+        count, num_heads, length, head_dim = v.shape
+        reach, block = self.conv.kernel_size[0] // 2, min(_BLOCK, length)
         fill = -length % block
-        if slot is None:
-            row = torch.arange(block, device=v.device)[None, None]
-            column = torch.arange(-border, block + border, device=v.device)[None, None]
-        else:
-            far = 1 << 30  # beyond the reach of any tap, for rows and columns that pad
-            row = F.pad(slot, (0, fill), value=far).unflatten(1, (-1, block))  # [n, N, b]
-            column = F.pad(slot, (border, border + fill), value=-far)
-            column = column.unfold(1, block + 2 * border, block)  # [n, N, w]
-        tap = column[:, :, None, :] - row[..., None] + reach
-        tap = tap.where((tap >= 0) & (tap < taps), taps)  # beyond reach: the zero in the last row
-        table = F.pad(self.conv.weight.view(num_heads, taps), (0, 1)).T
-        band = F.embedding(tap, table).permute(0, 4, 1, 2, 3)  # [n, H, N, b, w]
+        row = torch.arange(block, device=v.device)
+        column = torch.arange(-reach, block + reach, device=v.device)
+        band = self._taps(column[:, None] - row).permute(2, 0, 1)  # [H, w, b]
+        near = F.pad(v.transpose(2, 3), (reach, reach + fill)).unfold(3, len(column), block)
+        near = near.transpose(0, 1).reshape(num_heads, -1, len(column))  # [H, n * Dh * N, w]
+        out = (near @ band).view(num_heads, count, head_dim, -1)
+        return out.permute(1, 0, 3, 2)[:, :, :length]
+
+    def _convolve_some(self, v: Tensor, slot: Tensor) -> Tensor:
+        """A band of its own for each block of rows; masked positions cost nothing."""
+        assert self.conv is not None
+        length, reach = v.shape[2], self.conv.kernel_size[0] // 2
+        whole = length <= _BLOCK_OF_SOME + 2 * reach
+        block, border = (length, 0) if whole else (_BLOCK_OF_SOME, reach)
+        fill = -length % block
+        far = 1 << 30  # beyond the reach of any tap, for rows and columns that pad
+        row = F.pad(slot, (0, fill), value=far).unflatten(1, (-1, block))  # [n, N, b]
+        column = F.pad(slot, (border, border + fill), value=-far)
+        column = column.unfold(1, block + 2 * border, block)  # [n, N, w]
+        band = self._taps(column[:, :, None, :] - row[..., None])  # [n, N, b, w, H]
         near = F.pad(v, (0, 0, border, border + fill)).unfold(2, block + 2 * border, block)
-        return (band @ near.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
+        out = band.permute(0, 4, 1, 2, 3) @ near.transpose(-1, -2)
+        return out.flatten(2, 3)[:, :, :length]
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -60,7 +60,7 @@ def main() -> None:
     lines = [
         f"Command: `python scripts/benchmarks/bench_kernels.py {' '.join(sys.argv[1:])}`  ",
         f"Medians of {args.rounds} rounds, {args.threads} threads, {os.cpu_count()} cores; seconds "
-        f"of a step of `{first}`, and the others' by these (CPU seconds likewise): above 1 is slower.",
+        f"of a step of `{first}`, and the others' as a multiple of it (of CPU seconds).",
         "",
         f"| case | {first}, s | " + " | ".join(others) + " |",
         "|---|" + "---|" * len(variants),

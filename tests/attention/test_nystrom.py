@@ -71,21 +71,22 @@ def test_convolution_and_its_gradient(taps, length):
             expected = expected.index_add(2, torch.arange(length)[to], part)
     probe = torch.randn_like(v)
     (expected * probe).sum().backward()
-    out = mix._convolve(v, None)
+    out = mix._convolve_all(v)
     (out * probe).sum().backward()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mix.conv.weight.grad, weight.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("share", [3, 8], ids=["by all", "by bands of its own"])
 @pytest.mark.parametrize("length", [LENGTH, 300])
-def test_convolution_of_real_tokens_only(length):
+def test_convolution_of_real_tokens_only(length, share):
     mix = build(num_landmarks=1, conv_kernel_size=35)
     _, _, v = qkv(batch=2, length=length)
-    slot = torch.stack([torch.randperm(length)[: length // 3].sort().values for _ in range(2)])
+    slot = torch.stack([torch.randperm(length)[: length // share].sort().values for _ in range(2)])
     place = slot[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
     sparse = torch.zeros_like(v).scatter(2, place, v.gather(2, place))
-    expected = mix._convolve(sparse, None).gather(2, place)
-    torch.testing.assert_close(mix._convolve(v.gather(2, place), slot), expected)
+    expected = mix._convolve_all(sparse).gather(2, place)
+    torch.testing.assert_close(mix._convolve(v.gather(2, place), slot, length), expected)
 
 
 @pytest.mark.parametrize("init", ["original", "per_matrix"])
