@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if "_ARGCOMPLETE" in os.environ:  # a shell's TAB key: answered before torch and Ray are imported
     import importlib
 
-    importlib.import_module("dmx.commands.completion").answer()
+    importlib.import_module("dmx.cli.completion").answer()
 
 if sys.argv[:1] == ["-m"]:  # `python -m dmx.tune` and its siblings, whose imports take seconds
     import importlib

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dmx import cli
-from dmx.commands.completion import PARSERS, parser_of
+from dmx.cli.completion import PARSERS, parser_of
+from dmx.cli.options import run
 from dmx.errors import EXIT_OK, ConfigError
 from dmx.registry import page
 
@@ -26,4 +26,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run("dmx", main)
+    run("dmx", main)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dmx import cli
-from dmx.commands import reading_options
+from dmx.cli.attention_maps import MAPPED_EXAMPLES, parser
+from dmx.cli.options import run
 from dmx.data.batches import make_batch
 from dmx.data.prepare import open_data
 from dmx.data.show import class_name, pictures, snippet
@@ -31,7 +31,7 @@ from dmx.training.trainer import Trainer
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = reading_options.attention_maps().parse_args(argv)
+    args = parser().parse_args(argv)
     folder = meant_checkpoint(local_path("CHECKPOINT", args.checkpoint))
     checkpoint = open_checkpoint(folder)
     config = maps.dense(checkpoint.config)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         generate=False,
     )
     split = store.split(args.split)
-    chosen = args.examples or choose_samples(split)[: reading_options.MAPPED_EXAMPLES].tolist()
+    chosen = args.examples or choose_samples(split)[:MAPPED_EXAMPLES].tolist()
     examples = _within(chosen, len(split), "--examples", f"{args.split} examples")
     out = Path(args.out) if args.out else folder.absolute().parent / "attention_maps"
     trainer = Trainer(config, store)
@@ -148,4 +148,4 @@ class _Drawing:
 
 
 if __name__ == "__main__":
-    cli.run("dmx.attention_maps", main)
+    run("dmx.attention_maps", main)

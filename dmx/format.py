@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -148,3 +149,10 @@ def describe_failures(trials: Sequence[Ended]) -> str:
     text += f" as trial {first.number}: {error}"
     default = f"trials/{first.number:04d}/error.txt may tell more"
     return f"{text}; {next((h for said, h in _HELP if re.search(said, error)), default)}."
+
+
+def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:
+    """The command as a user would type it again, with an option added."""
+    there = any(word == add or word.startswith(f"{add}=") for word in argv)
+    words = [*argv, *([add] if add and not there else [])]
+    return f"python -m {module} " + " ".join(shlex.quote(word) for word in words)

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmx import cli, process
-from dmx.commands import resuming, train_workers
-from dmx.commands.train_options import parser
+from dmx import process
+from dmx.cli import resuming, train_workers
+from dmx.cli.options import run
+from dmx.cli.train import parser
 from dmx.config import RunConfig, parse_run_config, schedule
 from dmx.costs.estimate import check_price, describe, dry_data, run_cost
 from dmx.costs.measure import check_memory
@@ -32,6 +33,7 @@ from dmx.errors import (
     CheckpointError,
     ConfigError,
 )
+from dmx.format import command_line
 from dmx.nn.device import pick_device
 from dmx.process import num_cores
 from dmx.runs import layout
@@ -52,6 +54,7 @@ from dmx.schema import flatten, local_path, parse_assignments, read_yaml, to_dic
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
 from dmx.study import folder as study_folder
+from dmx.study.locations import run_folder
 from dmx.tensorboard import RunWriter
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     )
     resolved = resolve(config, store.manifest)
     _tell_transfer(start, resolved)
-    again = cli.command_line("dmx.train", argv, add="--resume")
+    again = command_line("dmx.train", argv, add="--resume")
     settings = {
         "config": to_dict(resolved),
         "data": store.manifest.label,
@@ -228,7 +231,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _folder(args: argparse.Namespace, config: RunConfig) -> Path:
     attention = args.attention or config.attention.name
-    folder = cli.run_folder(args.storage, args.name, f"{attention}-{config.task}")
+    folder = run_folder(args.storage, args.name, f"{attention}-{config.task}")
     if not args.resume:
         study_folder.check_free(folder)
     if args.resume and not folder.exists():
@@ -384,4 +387,4 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    cli.run("dmx.train", main)
+    run("dmx.train", main)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx import cli, process
+from dmx import process
+from dmx.cli import resuming, tune_dryrun, tune_search
+from dmx.cli.options import run
+from dmx.cli.tune import check_limits, parser
+from dmx.cli.tune_plan import Plan, make_plan
 from dmx.cluster import capacity, connection, gpu_packing
-from dmx.commands import place_options, resuming, tune_dryrun, tune_search
-from dmx.commands.tune_options import check_limits, parser
-from dmx.commands.tune_plan import Plan, make_plan
 from dmx.costs.estimate import check_price, corner_runs, dry_data
 from dmx.data.store import Store
 from dmx.errors import (
@@ -26,10 +27,12 @@ from dmx.errors import (
     ConfigError,
     StorageError,
 )
+from dmx.format import command_line
 from dmx.runs.folder_sync import FolderSync
 from dmx.schema import is_url
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
+from dmx.study import locations
 from dmx.study import results as study_results
 from dmx.study.study import StudyConfig
 from dmx.study.views import choose_view, write_json
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     args = resuming.parse(p, p.given(argv), "study", default_name=_default_name)
     plan = make_plan(args)
     task = plan.task
-    folder, places = place_options.find_places(
+    folder, places = locations.find_places(
         storage=args.storage,
         name=args.name,
         default=_default_name(vars(args)) or "",
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         generate = args.prepare and not is_url(args.data_root or "")
         with dry_data(task, root, opened, generate=generate) as data:
             return tune_dryrun.show(plan, data, folder)
-    again = cli.command_line(MODULE, argv, add="--resume")
+    again = command_line(MODULE, argv, add="--resume")
     process.files_decide()
     with contextlib.ExitStack() as stack:
         if args.address is not None:  # what cannot be met there is refused before data are made
@@ -109,7 +112,7 @@ def _default_name(given: Mapping[str, Any]) -> str | None:
 def _open_data(
     args: argparse.Namespace, task: Task, places: StorageLayout, temporary: Path | None = None
 ) -> Store:
-    return place_options.open_data(
+    return locations.open_data(
         places,
         task.name,
         args.data_root,
@@ -199,4 +202,4 @@ def _search(
 
 
 if __name__ == "__main__":
-    cli.run("dmx.tune", main)
+    run("dmx.tune", main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmx.commands.completion import PARSERS, parser_of
+from dmx.cli.completion import PARSERS, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

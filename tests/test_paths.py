@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx import cli
-from dmx.commands.completion import PARSERS, parser_of
+from dmx.cli import options as cli
+from dmx.cli.completion import PARSERS, parser_of
 from dmx.config import parse_run_config
 from dmx.curriculum.config import load_curriculum
 from dmx.data.prepare import default_data_root

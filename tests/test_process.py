@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dmx import process
-from dmx.commands.completion import PARSERS
+from dmx.cli.completion import PARSERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60.0
@@ -27,7 +27,8 @@ time.sleep(60)
 """Instead of a package that every command imports: its import takes as long as the test wants."""
 WORKS = """
 import sys, time
-from dmx import cli, process
+from dmx import process
+from dmx.cli import options as cli
 def main(argv):
     if "files" in argv:
         process.files_decide()

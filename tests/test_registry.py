@@ -94,7 +94,7 @@ def test_names_of_no_task(name):
 
 
 def test_a_failed_run_is_no_bad_input(capsys):
-    from dmx import cli
+    from dmx.cli import options as cli
     from dmx.errors import RunFailedError, StageError
 
     def fails(argv):

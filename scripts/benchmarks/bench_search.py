@@ -48,7 +48,7 @@ from search_curves import (
     table,
 )
 
-from dmx import cli
+from dmx.cli import options as cli
 from dmx.cluster import capacity, connection
 from dmx.data.prepare import open_data
 from dmx.data.store import Store

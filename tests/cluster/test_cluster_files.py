@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from dmx.commands.tune_options import parser
+from dmx.cli.tune import parser
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "cluster"
 

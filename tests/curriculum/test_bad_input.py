@@ -13,7 +13,7 @@ import pytest
 import ray
 import yaml
 
-from dmx import cli
+from dmx.cli import options as cli
 from dmx.curriculum.__main__ import main
 from dmx.runs import layout
 from dmx.storage.journal import Journal

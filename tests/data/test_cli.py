@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmx.cli import run
+from dmx.cli.options import run
 from dmx.data import __main__ as command
 from tests.data.helpers import cli, write_folder, write_tar
 from tests.data.test_listops import LINE, files, tsv

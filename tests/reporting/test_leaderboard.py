@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dmx import cli, leaderboard, report
+from dmx import leaderboard, report
+from dmx.cli import options as cli
 from dmx.errors import ConfigError
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.leaderboard import (

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from dmx import cli, report
+from dmx import report
+from dmx.cli import options as cli
 from dmx.errors import ConfigError
 from dmx.format import describe_failures
 from dmx.reporting.caveats import caveats, comparable

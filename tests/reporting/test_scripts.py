@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from search_curves import Curve, describe, plot, read_curve, summarise, table
 
-from dmx.commands.train_options import parser as train_parser
+from dmx.cli.train import parser as train_parser
 from tests.reporting.makers import make_study
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "lra_all.sh"

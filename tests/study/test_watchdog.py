@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmx.commands.tune_options import check_limits, parser
+from dmx.cli.tune import check_limits, parser
 from dmx.errors import ConfigError
 from dmx.study.ray_tune import LEAST_SECONDS, START_SECONDS, Watchdog, patience
 from tests.tiny import one_sentence

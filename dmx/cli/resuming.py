@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx import cli
-from dmx.commands import place_options
+from dmx.cli.options import PATHS, Parser
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
 from dmx.schema import is_url
 from dmx.search.study_settings import read_record
+from dmx.study.locations import find_places
 
 COMMANDS: dict[Kind, str] = {
     "study": "dmx.tune",
@@ -31,7 +31,7 @@ _OF_ONE_SESSION = frozenset(
 
 
 def parse(
-    parser: cli.Parser,
+    parser: Parser,
     given: dict[str, Any],
     kind: Kind,
     *,
@@ -77,7 +77,7 @@ def parse(
 def _place(
     word: str | bool,
     given: Mapping[str, Any],
-    parser: cli.Parser,
+    parser: Parser,
     default_name: Callable[[Mapping[str, Any]], str | None],
 ) -> tuple[str, str]:
     """(storage, name) of the run that is meant."""
@@ -102,7 +102,7 @@ def _folder(storage: str, name: str, given: Mapping[str, Any]) -> Path:
     """The run's folder on this machine, brought here where object storage has it."""
     if not is_url(storage):
         return Path(storage).absolute() / name
-    folder, places = place_options.find_places(
+    folder, places = find_places(
         storage=storage,
         name=name,
         default=name,
@@ -126,7 +126,7 @@ def options_of(args: argparse.Namespace, data: Store | Path | None = None) -> di
     if data is not None:
         kept.setdefault("data_root", str(data))
     for name, value in kept.items():
-        if name in cli.PATHS and isinstance(value, str) and not is_url(value):
+        if name in PATHS and isinstance(value, str) and not is_url(value):
             whole = Path(value).absolute()
             if name not in ("space", "curriculum") or whole.is_file():  # else a shipped one's name
                 kept[name] = str(whole)

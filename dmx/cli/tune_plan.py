@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from dmx.attention.base import split_name
+from dmx.cli import tune_search
 from dmx.cluster import gpu_packing
 from dmx.cluster.capacity import Resources
-from dmx.commands import tune_search
 from dmx.costs.measure import check_memory
 from dmx.errors import ConfigError
 from dmx.registry import shipped_names

@@ -15,30 +15,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dmx.commands.reading_options import LEADERBOARD_FORMATS, REPORT_FORMATS
+from dmx.cli.leaderboard import LEADERBOARD_FORMATS
+from dmx.cli.report import REPORT_FORMATS
 from dmx.errors import DmxError
 from dmx.registry import find_yaml, shipped_names
 from dmx.schema import read_yaml
 from dmx.tasks import task_names
 
-PARSERS = {
-    "dmx.tune": ("dmx.commands.tune_options", "parser"),
-    "dmx.train": ("dmx.commands.train_options", "parser"),
-    "dmx.curriculum": ("dmx.commands.curriculum_options", "parser"),
-    "dmx.data": ("dmx.data.__main__", "parser"),
-    "dmx.report": ("dmx.commands.reading_options", "report"),
-    "dmx.leaderboard": ("dmx.commands.reading_options", "leaderboard"),
-    "dmx.attention_maps": ("dmx.commands.reading_options", "attention_maps"),
-}
-"""Command -> the function that makes its parser, and the module it is in."""
+COMMANDS = ("tune", "train", "curriculum", "data", "report", "leaderboard", "attention_maps")
+PARSERS = {f"dmx.{name}": f"dmx.cli.{name}" for name in COMMANDS}
+"""Command -> the module with its `parser`."""
 
 Completer = Callable[..., Iterable[str]]
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """A command's parser, each of its arguments with the words it may take."""
-    module, function = PARSERS[command]
-    parser: argparse.ArgumentParser = getattr(importlib.import_module(module), function)()
+    parser: argparse.ArgumentParser = importlib.import_module(PARSERS[command]).parser()
     for action in parser._actions:  # argparse lists them nowhere else
         found = _BY_COMMAND.get((command, action.dest)) or _BY_NAME.get(action.dest)
         if found is not None and not action.choices:

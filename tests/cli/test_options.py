@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from dmx import cli
+from dmx.cli import options as cli
 
 
 @pytest.mark.parametrize(

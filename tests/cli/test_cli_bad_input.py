@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from dmx import __main__ as dmx_main
-from dmx import cli, train, tune
-from dmx.cli import run_folder
+from dmx import train, tune
+from dmx.cli import options as cli
+from dmx.cli.completion import PARSERS
 from dmx.cluster import capacity, connection
-from dmx.commands.completion import PARSERS
 from dmx.costs import estimate as costs
 from dmx.errors import ConfigError, DmxError
 from dmx.search.study_settings import read_settings
 from dmx.storage.journal import Journal
+from dmx.study.locations import run_folder
 from tests.tiny import SETTINGS, TASK, one_sentence, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

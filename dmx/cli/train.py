@@ -1,12 +1,10 @@
-"""The options of `python -m dmx.train`."""
+"""`dmx.train`: one run of one configuration, continued where it stopped; no Ray."""
 
 from __future__ import annotations
 
 import argparse
 
-from dmx import cli
-from dmx.commands import compute_flags
-from dmx.commands.setting_hints import as_setting
+from dmx.cli.options import Parser, add_compute, add_resume, as_setting
 
 EXAMPLES = """\
   python -m dmx.train --attention butterfly-64 --task listops
@@ -24,9 +22,9 @@ EXAMPLES = """\
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """The command's options."""
-    p = cli.Parser(
+    p = Parser(
         prog="dmx.train",
         description="Train one configuration, or evaluate a checkpoint.",
         examples=EXAMPLES,
@@ -64,8 +62,8 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--split", choices=("dev", "test"), default="test", help="what --evaluate reads")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-    compute_flags.add_options(p, "the run", whole_gpus=True)
-    cli.add_resume(p, "run")
+    add_compute(p, "the run", whole_gpus=True)
+    add_resume(p, "run")
     p.add_argument("--dry-run", action="store_true", help="show what the run would cost, and stop")
     p.add_argument(
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="for --dry-run: what a GPU costs"

@@ -1,18 +1,14 @@
-"""What all commands share: argument parsing that speaks plainly, and exit codes."""
+"""What all commands share: a parser that speaks plainly, common options, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import errno
+import importlib
 import logging
-import os
 import re
-import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from dmx import process, terminal
@@ -21,7 +17,6 @@ from dmx.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
-    ConfigError,
     DmxError,
     RunFailedError,
 )
@@ -126,9 +121,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    prog: str, main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None
+    prog: str,
+    main: Callable[[Sequence[str]], int],
+    argv: Sequence[str] | None = None,
+    *,
+    needs: str = "",
 ) -> NoReturn:
-    """Call a command and turn its errors, signals and lost streams into an exit code."""
+    """Call a command and turn its errors, signals and lost streams into an exit code.
+
+    Args:
+        needs: the module that it calls, whose import takes seconds; within them a signal leaves at
+            once (see process.begin), since an exception may be lost in a foreign import.
+    """
+    if needs and not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        importlib.import_module(needs)
     with process.running() as out:
         terminal.setup_logging()
         code = _call(prog, main, sys.argv[1:] if argv is None else argv)
@@ -168,36 +174,50 @@ def add_resume(parser: argparse.ArgumentParser, kind: str) -> None:
     )
 
 
-_LONGEST_NAME = 255
+def add_compute(p: argparse.ArgumentParser, run: str, *, whole_gpus: bool = False) -> None:
+    """Add them.
 
-
-def run_folder(storage: str, name: str | None, default: str) -> Path:
-    """The absolute folder of a run or study, below its storage; nothing is created.
-
-    Raises:
-        ConfigError: `name` is not a plain folder name, or the storage cannot be written.
+    Args:
+        run: what the command calls a run, with its article. whole_gpus: no two share a GPU.
     """
-    name = default if name is None else name
-    if not name or "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
-        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
-    folder = Path(storage).absolute() / name
-    try:
-        if len(os.fsencode(name)) > _LONGEST_NAME:  # where the storage is new, nobody would say so
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        place = next(p for p in (folder, *folder.parents) if p.exists())
-        with tempfile.TemporaryFile(dir=place):  # a file with no name
-            pass
-        if place == folder:
-            next(folder.iterdir(), None)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); give another --storage."
-        ) from None
-    return folder
+    p.add_argument(
+        "--gpus-per-trial",
+        type=int if whole_gpus else float,
+        metavar="N",
+        help=f"GPUs that share {run}'s work",
+    )
+    p.add_argument(
+        "--workers-per-trial",
+        type=int,
+        metavar="N",
+        help=f"processes that share {run}'s work (default: one for each of its GPUs)",
+    )
+    p.add_argument(
+        "--address", help="a running Ray cluster (auto or HOST:PORT); default: this machine"
+    )
 
 
-def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:
-    """The command as a user would type it again, with an option added."""
-    there = any(word == add or word.startswith(f"{add}=") for word in argv)
-    words = [*argv, *([add] if add and not there else [])]
-    return f"python -m {module} " + " ".join(shlex.quote(word) for word in words)
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """--scratch and --node-data."""
+    parser.add_argument(
+        "--scratch",
+        metavar="FOLDER",
+        help="with a URL as --storage: each node's own folder for it (default: ~/.cache/dmx)",
+    )
+    parser.add_argument(
+        "--node-data",
+        metavar="FOLDER",
+        help="each node copies the data it uses from --data-root (a path or URL) there, once",
+    )
+
+
+def as_setting(form: str) -> Callable[[str], str]:
+    """A hint for cli.Parser; `form` is how the command takes a setting: `--set {}=VALUE`."""
+
+    def hint(option: str) -> str:
+        from dmx.config import similar_settings  # torch: seconds, which a right command is spared
+
+        names = similar_settings(option, attention="none")
+        return form.format(names) if names else ""
+
+    return hint

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from dmx.cli import tune_search
+from dmx.cli.tune_plan import Plan
 from dmx.cluster import capacity, connection
-from dmx.commands import tune_search
-from dmx.commands.tune_plan import Plan
 from dmx.costs.estimate import DryData, describe, study_cost
 from dmx.errors import EXIT_OK
 from dmx.search.rungs import describe_rungs

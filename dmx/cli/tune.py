@@ -1,12 +1,10 @@
-"""The options of `python -m dmx.tune`."""
+"""`dmx.tune`: search an attention's hyperparameters on a task."""
 
 from __future__ import annotations
 
 import argparse
 
-from dmx import cli
-from dmx.commands import compute_flags, place_flags
-from dmx.commands.setting_hints import as_setting
+from dmx.cli.options import Parser, add_compute, add_places, add_resume, as_setting, duration
 from dmx.errors import ConfigError
 from dmx.runs.study import SAMPLERS, SCHEDULERS
 from dmx.storage.files import STORAGE_TIMEOUT
@@ -31,9 +29,9 @@ EXAMPLES = """\
 """
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """The command's options."""
-    p = cli.Parser(
+    p = Parser(
         prog="dmx.tune",
         description="Search an attention's hyperparameters with Optuna on Ray Tune.",
         examples=EXAMPLES,
@@ -106,12 +104,12 @@ def parser() -> cli.Parser:
     )
     p.add_argument(
         "--time-budget",
-        type=cli.duration,
+        type=duration,
         metavar="DURATION",
         help="stop after so many seconds, or 10m, 1h30m, 2d; continue with --resume",
     )
     p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a trial")
-    compute_flags.add_options(p, "a trial")
+    add_compute(p, "a trial")
     p.add_argument(
         "--trials-per-gpu",
         metavar="N",
@@ -125,26 +123,26 @@ def parser() -> cli.Parser:
     )
     p.add_argument(
         "--trial-timeout",
-        type=cli.duration,
+        type=duration,
         metavar="DURATION",
         help="a trial that does not report for so long is restarted from its last checkpoint "
         "(default: 10 times the usual interval, at least 30 minutes)",
     )
     p.add_argument(
         "--storage-patience",
-        type=cli.duration,
+        type=duration,
         default=STORAGE_TIMEOUT,
         metavar="DURATION",
         help="wait so long for a storage that is full, read-only or gone (default: 2m)",
     )
-    place_flags.add_options(p)
+    add_places(p)
     p.add_argument(
         "--output",
         choices=("auto", "live", "plain", "json", "quiet"),
         default="auto",
         help="a live table (auto: on a terminal), plain lines, JSON lines, or the end only",
     )
-    cli.add_resume(p, "study")
+    add_resume(p, "study")
     p.add_argument(
         "--dry-run", action="store_true", help="check everything; show the plan and its cost only"
     )

@@ -1,14 +1,14 @@
-"""Where a command's run and data lie: object storage, and data on each node's own disk."""
+"""Where a run and its data lie: a folder, object storage, data on each node's own disk."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from dmx import cli
 from dmx.data import prepare
 from dmx.data.prepare import default_data_root
 from dmx.data.store import Store, open_store
@@ -16,6 +16,33 @@ from dmx.errors import ConfigError
 from dmx.schema import is_url
 from dmx.storage.layout import StorageLayout, copy_store
 from dmx.storage.object_storage import ObjectStorage, join
+
+_LONGEST_NAME = 255
+
+
+def run_folder(storage: str, name: str | None, default: str) -> Path:
+    """The absolute folder of a run or study, below its storage; nothing is created.
+
+    Raises:
+        ConfigError: `name` is not a plain folder name, or the storage cannot be written.
+    """
+    name = default if name is None else name
+    if not name or "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder = Path(storage).absolute() / name
+    try:
+        if len(os.fsencode(name)) > _LONGEST_NAME:  # where the storage is new, nobody would say so
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):  # a file with no name
+            pass
+        if place == folder:
+            next(folder.iterdir(), None)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another --storage."
+        ) from None
+    return folder
 
 
 def find_places(
@@ -41,10 +68,10 @@ def find_places(
     if is_url(storage):
         ObjectStorage(storage)  # a malformed one is said now
         own = base / "runs" / hashlib.sha256(storage.encode()).hexdigest()[:12]
-        folder = cli.run_folder(str(own), name, default)
+        folder = run_folder(str(own), name, default)
         run_url = join(storage, folder.name)
     else:
-        folder = cli.run_folder(storage, name, default)
+        folder = run_folder(storage, name, default)
     for option, value in (("--scratch", scratch), ("--node-data", node_data)):
         _check_folder(option, value)
     source = None

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dmx import leaderboard, report
-from dmx.commands import reading_options
-from dmx.commands.completion import PARSERS, parser_of
+from dmx.cli.completion import PARSERS, parser_of
+from dmx.cli.leaderboard import LEADERBOARD_FORMATS
+from dmx.cli.report import REPORT_FORMATS
+from dmx.reporting import leaderboard, page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,19 +130,19 @@ def test_help_teaches_by_example(command: str) -> None:
 
 
 def test_no_command_is_missing() -> None:
-    """Whatever ends with `cli.run(...)` or is a package's __main__ is a command.
+    """Whatever asks the shell for completion or is a package's __main__ is a command.
 
     But for dmx/__main__.py, which lists them.
     """
     commands = {
         f"dmx.{p.stem}"
         for p in (ROOT / "dmx").glob("*.py")
-        if p.stem != "__main__" and "\n    cli.run(" in p.read_text(encoding="utf-8")
+        if p.stem != "__main__" and "PYTHON_ARGCOMPLETE_OK" in p.read_text(encoding="utf-8")
     }
     commands |= {f"dmx.{p.parent.name}" for p in (ROOT / "dmx").glob("*/__main__.py")}
     assert commands == set(PARSERS)
 
 
 def test_the_formats_offered_are_those_that_exist() -> None:
-    assert tuple(report.FORMATS) == reading_options.REPORT_FORMATS
-    assert tuple(leaderboard.FORMATS) == reading_options.LEADERBOARD_FORMATS
+    assert tuple(page.FORMATS) == REPORT_FORMATS
+    assert tuple(leaderboard.FORMATS) == LEADERBOARD_FORMATS

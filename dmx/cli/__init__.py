@@ -1,0 +1,1 @@
+"""The commands: a parser each, and the call of one function of the packages below."""

@@ -1,0 +1,48 @@
+"""`dmx.attention_maps`: draw where a checkpoint's layers look, for a few examples."""
+
+from __future__ import annotations
+
+from dmx.cli.options import Parser
+
+MAPPED_EXAMPLES = 2
+"""Examples whose attention is drawn when none are named."""
+
+EXAMPLES = """\
+  python -m dmx.attention_maps runs/butterfly-text/best
+      the maps of every layer for two dev examples, in runs/butterfly-text/attention_maps
+  python -m dmx.attention_maps runs/butterfly-image/best --examples 3 17 --layers 0 --groups 8
+      of the first layer, for dev examples 3 and 17, eight groups of each
+  python -m dmx.attention_maps runs/softmax-listops/best --max-size 2048
+      large maps, of a whole sequence
+"""
+
+
+def parser() -> Parser:
+    """Of `python -m dmx.attention_maps`."""
+    p = Parser(
+        prog="dmx.attention_maps",
+        description="Draw attention maps of a checkpoint into PNG files and TensorBoard.",
+        examples=EXAMPLES,
+    )
+    p.add_argument("checkpoint", help="a checkpoint folder: runs/NAME/best")
+    p.add_argument(
+        "--examples",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"examples of the split, by number (default: {MAPPED_EXAMPLES} fixed ones)",
+    )
+    p.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: dev")
+    p.add_argument("--layers", type=int, nargs="+", metavar="N", help="from 0 (default: all)")
+    p.add_argument(
+        "--groups", type=int, default=4, help="groups drawn, those with most tokens (default: 4)"
+    )
+    p.add_argument(
+        "--max-size",
+        type=int,
+        metavar="N",
+        help="refuse maps of more positions than this (default: 1024)",
+    )
+    p.add_argument("--data-root", help="prepared data (default: where the run found them)")
+    p.add_argument("--out", help="folder of the pictures (default: attention_maps/ beside it)")
+    return p

@@ -1,0 +1,196 @@
+"""`dmx.curriculum`: train a chain of stages, each from the best checkpoint before it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmx.cli.options import Parser, add_compute, add_places, add_resume, as_setting
+from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
+from dmx.format import command_line
+from dmx.registry import shipped_names
+from dmx.schema import flatten, is_url, parse_assignments
+
+if TYPE_CHECKING:
+    from dmx.curriculum.config import CurriculumConfig
+    from dmx.curriculum.session import Options
+
+PROG = "dmx.curriculum"
+
+EXAMPLES = """\
+  python -m dmx.curriculum smoke --name try
+      a tiny curriculum on generated images, in a minute or two
+  python -m dmx.curriculum pathx --dry-run
+      check the whole chain and estimate time and memory; nothing is started
+  python -m dmx.curriculum pathx --data-root /data/lra
+      run it; the same command continues after Ctrl-C, a crash or a lost node
+  python -m dmx.curriculum pathx --status
+      where it stands, from another terminal
+  python -m dmx.curriculum pathx --attention nystrom --name pathx-nystrom
+      the same stages with another attention, its size in place of the file's
+  python -m dmx.curriculum pathx --from-stage pathX-cl14_alpha0.75
+      train that stage and those after it again; their old checkpoints stay on disk
+"""
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog=PROG,
+        description="Train a curriculum: stages, each from the best checkpoint of another.",
+        examples=EXAMPLES,
+        hint=as_setting("--set {}=VALUE"),
+    )
+    p.add_argument(
+        "curriculum",
+        nargs="?",
+        help=f"a YAML path, or one of: {', '.join(shipped_names('curricula'))}",
+    )
+    p.add_argument("--name", help="the run's folder below the storage (default: the curriculum's)")
+    p.add_argument(
+        "--storage",
+        "--run-root",
+        default="runs",
+        help="where runs are kept: a path or a URL (default: runs)",
+    )
+    p.add_argument("--data-root", help="prepared data (default: $DMX_DATA_ROOT, else ./data)")
+    p.add_argument("--attention", help="run all stages with this attention: nystrom, performer-64")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="A.B=V", help="a setting for every stage"
+    )
+    add_places(p)
+    p.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    p.add_argument(
+        "--from-stage", metavar="STAGE", help="train this stage and those that follow from it again"
+    )
+    add_resume(p, "curriculum")
+    p.add_argument("--fresh", action="store_true", help="move an existing run aside, start anew")
+    p.add_argument("--dry-run", action="store_true", help="check and measure only")
+    p.add_argument("--status", action="store_true", help="show where the run stands")
+    p.add_argument("--cpus-per-trial", type=float, help="CPU cores of a run")
+    add_compute(p, "a run")
+    return p
+
+
+logger = logging.getLogger("dmx.curriculum")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; see dmx.errors for the exit codes."""
+    from dmx.cli import resuming
+    from dmx.curriculum.controller import ClusterLost
+    from dmx.curriculum.dryrun import dry_run
+    from dmx.curriculum.session import run_curriculum
+    from dmx.curriculum.views import log_failures, show_end, show_status
+
+    p = parser()
+    args = resuming.parse(p, _given(p, argv), "curriculum", default_name=_default_name)
+    curriculum = _curriculum(vars(args))
+    options = _options(args, curriculum)
+    if args.status:
+        show_status(curriculum, options.folder)
+        return EXIT_OK
+    if args.dry_run:
+        dry_run(curriculum, options)
+        return EXIT_OK
+    try:
+        outcome = run_curriculum(curriculum, options)
+    except (KeyboardInterrupt, ClusterLost) as error:
+        logger.warning(
+            "%s; everything up to the last evaluation is kept. Continue with:",
+            str(error) or "interrupted",
+        )
+        sys.stderr.write(continue_command(argv) + "\n")
+        return EXIT_PARTIAL if isinstance(error, ClusterLost) else EXIT_INTERRUPTED
+    show_end(curriculum, options.folder, outcome.history)
+    if outcome.passed:
+        return EXIT_OK
+    log_failures(curriculum, outcome.history, outcome.broken)
+    return EXIT_FAILED
+
+
+def _given(p: Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """The arguments; in `--resume NAME` without another one, NAME is a run or a curriculum."""
+    given = p.given(argv)
+    word = given.get("resume")
+    if isinstance(word, str) and "curriculum" not in given and not is_url(word):
+        below = Path(given.get("storage", p.get_default("storage"))) / word
+        if "name" in given or not (Path(word).is_dir() or below.is_dir()):
+            given |= {"curriculum": word, "resume": True}
+    return given
+
+
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    return _curriculum(given).name if given.get("curriculum") else None
+
+
+def _curriculum(given: Mapping[str, Any]) -> CurriculumConfig:
+    from dmx.curriculum.config import load_curriculum
+
+    if given.get("curriculum") is None:
+        raise ConfigError("give a curriculum, a name or a YAML path, or --resume RUN.")
+    return load_curriculum(
+        given["curriculum"],
+        attention=given.get("attention"),
+        overrides=flatten(parse_assignments(given.get("set", []))),
+    )
+
+
+def _options(args: argparse.Namespace, curriculum: CurriculumConfig) -> Options:
+    from dmx.cli import resuming
+    from dmx.curriculum.session import Options
+    from dmx.study import locations
+
+    folder, places = locations.find_places(
+        storage=args.storage,
+        name=args.name,
+        default=curriculum.name,
+        scratch=args.scratch,
+        data_root=args.data_root,
+        node_data=args.node_data,
+    )
+    for given, option in ((args.until, "--until"), (args.from_stage, "--from-stage")):
+        if given is not None:
+            try:
+                curriculum.stage(given)
+            except ConfigError as error:
+                raise ConfigError(f"{option}: {error}") from None
+    for value, option in ((args.cpus_per_trial, "--cpus"), (args.gpus_per_trial, "--gpus")):
+        if value is not None and (value < 0 or (option == "--cpus" and value == 0)):
+            raise ConfigError(f"{option}-per-trial is {value:g}; it must be positive.")
+    if args.fresh and (args.resume or args.from_stage):
+        raise ConfigError("--fresh starts anew; it does not go with --resume or --from-stage.")
+    if args.fresh and places.run_url is not None:
+        raise ConfigError("--fresh moves a local run aside; with a URL give another --name.")
+    root = locations.stage_data_root(places, args.data_root, {s.task for s in curriculum.stages})
+    return Options(
+        folder=folder,
+        data_root=root,
+        until=args.until,
+        from_stage=args.from_stage,
+        fresh=args.fresh,
+        cpus=args.cpus_per_trial,
+        gpus=args.gpus_per_trial,
+        workers=args.workers_per_trial,
+        address=args.address,
+        given=resuming.options_of(args, None if is_url(args.data_root or "") else root),
+        places=places,
+    )
+
+
+def continue_command(argv: Sequence[str]) -> str:
+    """The command that continues: the same, without what would start something over."""
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        if skip or word == "--fresh" or word.startswith("--from-stage="):
+            skip = False
+        elif word == "--from-stage":
+            skip = True
+        else:
+            words.append(word)
+    return command_line(PROG, words)

@@ -1,0 +1,52 @@
+"""`dmx.report`: a run as one page to read, or as markdown, JSON or CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dmx.cli.options import Parser
+from dmx.errors import EXIT_OK, ConfigError
+from dmx.registry import choices_message
+from dmx.schema import local_path
+
+REPORT_FILE = "report.html"
+REPORT_FORMATS = ("html", "md", "json", "csv")
+
+EXAMPLES = """\
+  python -m dmx.report runs/butterfly-text
+      writes runs/butterfly-text/report.html, one page that needs no network and no scripts
+  python -m dmx.report runs/butterfly-text --format md
+      markdown on the terminal; json and csv likewise
+  python -m dmx.report runs/pathx --out /tmp/pathx.html
+      a curriculum: lineage and gates as well
+  python -m dmx.report runs
+      a page in the folder of each run below it
+"""
+
+
+def parser() -> Parser:
+    """Of `python -m dmx.report`."""
+    p = Parser(
+        prog="dmx.report",
+        description="Show a study, a single run or a curriculum, finished or still running.",
+        examples=EXAMPLES,
+    )
+    p.add_argument("run", metavar="RUN", help="the run's folder, such as runs/butterfly-text")
+    p.add_argument("--format", default="html", help="html, md, json or csv (default: html)")
+    p.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"where to (default: RUN/{REPORT_FILE} for html, else -, the terminal)",
+    )
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    from dmx.reporting.page import write_report
+
+    args = parser().parse_args(argv)
+    if args.format not in REPORT_FORMATS:
+        raise ConfigError(f"--format {choices_message(args.format, REPORT_FORMATS)}.")
+    write_report(local_path("RUN", args.run), args.format, args.out)
+    return EXIT_OK

@@ -1,1 +1,0 @@
-"""The commands' options and plans; light files, so that the TAB key is quick."""
