@@ -20,7 +20,7 @@ from dmx.cluster.capacity import local_resources
 from dmx.curriculum import checks, planner
 from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.resources import plan_resources
-from dmx.curriculum.views import LineageWriter, TensorBoardView, log_report
+from dmx.curriculum.views import TENSORBOARD_DIR, LineageWriter, TensorBoardView, log_report
 from dmx.errors import ConfigError
 from dmx.format import duration
 from dmx.process import files_decide, terminate_like_interrupt
@@ -119,6 +119,8 @@ def _session(curriculum: CurriculumConfig, options: Options) -> Outcome:
         lineage.write(history)
         if not planner.has_work(curriculum, history, selected):
             logger.info("nothing is left to do")
+            if not (options.folder / TENSORBOARD_DIR).is_dir():
+                TensorBoardView(curriculum, options.folder, journal.events).close()
             passed = planner.all_passed(history, selected)
             return Outcome(history=history, passed=passed, broken={})
         for stage in curriculum.stages:

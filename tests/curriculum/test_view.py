@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.controller import Message
 from dmx.curriculum.resources import Key
+from dmx.curriculum.session import Options, run_curriculum
 from dmx.curriculum.views import (
     STAGE_NUMBER,
     TENSORBOARD_DIR,
@@ -22,6 +25,7 @@ from dmx.curriculum.views import (
     show_status,
 )
 from dmx.data.store import open_store
+from dmx.registry import code_version
 from dmx.reporting.leaderboard import leaderboard_rows
 from dmx.reporting.page import write_report
 from dmx.runs import layout
@@ -202,3 +206,21 @@ def test_weights_on_disk_that_start_a_curriculum_are_on_the_leaderboard(tmp_path
     assert row.init == "weights/best" and "§" in row.marks
     lineage = json.loads((folder / layout.LINEAGE_FILE).read_text())["stages"][0]
     assert lineage["init_from"]["sha256"] == found.init["sha256"]
+
+
+def test_views_that_were_removed_come_back_from_the_journal(tmp_path: Path) -> None:
+    """A session in which nothing is left to do writes them, without Ray."""
+    root, folder = prepared(tmp_path / "data"), tmp_path / "run"
+    session(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
+    pages = ["lineage.json", "lineage.md"]
+    before = {name: (folder / name).read_text() for name in pages}
+    curve = points(folder, "curriculum", DEV_ACCURACY)
+    for name in pages:
+        (folder / name).unlink()
+    shutil.rmtree(folder / TENSORBOARD_DIR)
+    outcome = run_curriculum(chain(), Options(folder=folder, data_root=root))
+    assert outcome.passed and not outcome.broken and not ray.is_initialized()
+    after = {name: (folder / name).read_text().replace(code_version(), "v1") for name in pages}
+    assert after == before
+    assert points(folder, "curriculum", DEV_ACCURACY) == curve
+    assert (folder / "curriculum.yaml").exists()
