@@ -92,9 +92,19 @@ class Task:
     cpu_batch_size: int = 32
 
 
-TaskFamily = Callable[[str], Task | None]
-"""Takes a name; returns its task if the name belongs to the family, else None. It raises
-ConfigError when the name plainly belongs to the family but asks for something impossible."""
+@dataclass(frozen=True)
+class TaskFamily:
+    """Tasks that are made from their names.
+
+    Attributes:
+        find: takes a name; its task if the name belongs to the family, else None. It raises
+            ConfigError where the name plainly belongs to the family but asks for the impossible.
+        members: the usual names.
+    """
+
+    find: Callable[[str], Task | None]
+    members: tuple[str, ...] = ()
+
 
 TASKS: Registry[Task | TaskFamily] = Registry("task")
 
@@ -114,7 +124,7 @@ def task_for(name: str) -> Task:
     for key in TASKS.names():
         value = TASKS.get(key)
         if not isinstance(value, Task):
-            task = value(name)
+            task = value.find(name)
             if task is not None:
                 return task
     raise ConfigError(f"task {choices_message(name, task_names())}.")
@@ -144,7 +154,7 @@ def task_names() -> list[str]:
     for key in TASKS.names():
         value = TASKS.get(key)
         if not isinstance(value, Task):
-            names.extend(getattr(value, "members", ()))
+            names.extend(value.members)
     return sorted(names)
 
 
@@ -295,5 +305,4 @@ def pathfinder(name: str) -> Task | None:
     return None
 
 
-pathfinder.members = MEMBERS  # type: ignore[attr-defined]
-TASKS.register("pathfinder")(pathfinder)
+TASKS.register("pathfinder")(TaskFamily(pathfinder, MEMBERS))

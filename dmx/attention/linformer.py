@@ -98,8 +98,10 @@ class LinformerMixer(TokenMixer):
         for q, k, v, slot in buckets:
             with torch.autocast(q.device.type, enabled=False):
                 q, k, v = widen(q, k, v)
-                near = F.embedding(slot, columns).view(*slot.shape, num_heads, size)  # [n, l, H, k]
-                near = near.permute(0, 2, 3, 1)  # [n, H, k, l]
+                near: Tensor = self.E
+                if k.shape[2] < full_length:
+                    near = F.embedding(slot, columns).view(*slot.shape, num_heads, size)
+                    near = near.permute(0, 2, 3, 1)  # [n, H, k, l]
                 outs.append(fused_attention(q, near @ k, near @ v))
         return outs
 

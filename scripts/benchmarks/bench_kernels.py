@@ -6,8 +6,8 @@
 
 A VARIANT is `LABEL=TREE` or `LABEL=TREE:SWITCH,SWITCH`: a source tree of dmx (`.` is this one), and
 what is switched off in it: a module, whose function `is_fast` then says no, so that plain torch
-computes, or `module.function`, which then does nothing as a context. The first one is what all
-others are held against.
+computes, or a function (`nn.cpu.dropout_attention`), for which torch's own stands in. The first one
+is what all others are held against.
 
 Each variant has a process of its own; in every round each makes one step of the case (batch, model
 and dropouts of the recipe, forward, backward, AdamW), in an order drawn anew, while the others
@@ -193,7 +193,10 @@ def _keep_freed_memory() -> None:
 
 
 def _switch_off(name: str) -> None:
-    """`nn.ends`: its `is_fast` says no. `nn.parallel.single_thread`: an empty context."""
+    """`nn.ends`: its `is_fast` says no. `nn.cpu.dropout_attention`: torch's attention instead.
+
+    `nn.parallel.single_thread`: an empty context.
+    """
     if f"dmx.{name}" in sys.modules:
         sys.modules[f"dmx.{name}"].is_fast = lambda x: False  # type: ignore[attr-defined]
         return
@@ -201,7 +204,19 @@ def _switch_off(name: str) -> None:
     original = getattr(sys.modules[f"dmx.{home}"], function)
     for module in list(sys.modules.values()):
         if module.__name__.startswith("dmx") and getattr(module, function, None) is original:
-            setattr(module, function, lambda *_: contextlib.nullcontext())
+            setattr(module, function, _INSTEAD[function])
+
+
+def _plain_attention(q: Any, k: Any, v: Any, keep: Any, dropout: float) -> Any:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+
+
+_INSTEAD = {
+    "single_thread": lambda x: contextlib.nullcontext(),
+    "dropout_attention": _plain_attention,
+}
 
 
 if __name__ == "__main__":
