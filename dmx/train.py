@@ -340,7 +340,7 @@ def _train(
         TEST_LOSS: result["loss"] if math.isfinite(result["loss"]) else None,
         **{k: report[k] for k in REPORT_KEYS if k in report},
     }
-    write_atomic(folder / "result.json", json.dumps(summary, indent=2) + "\n")
+    write_atomic(folder / layout.RESULT_FILE, json.dumps(summary, indent=2) + "\n")
     verbatim(
         f"test accuracy {result['accuracy']:.4f} over {result['num_examples']:.0f} examples "
         f"(best dev accuracy {report[BEST_DEV_ACCURACY]:.4f}; data: {store.manifest.label})\n"

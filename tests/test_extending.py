@@ -169,7 +169,7 @@ def test_the_gate_decides(checkout: Path) -> None:
         checkout,
         """
         from dmx.curriculum.gates import Gate
-        from dmx.runs.curriculum import Attempt
+        from dmx.runs.stages import Attempt
         gate = Gate.parse({"name": "steady", "evaluations": 2, "max_swing": 0.05}, "gate")
         for curve in ((0.5,), (0.1, 0.5, 0.53), (0.5, 0.6)):
             reports = {step: {"dev_accuracy": value} for step, value in enumerate(curve)}

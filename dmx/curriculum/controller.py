@@ -23,9 +23,9 @@ from dmx.curriculum.resources import Allocation, Key, ResourcePlan, ResourcePool
 from dmx.data.prepare import is_prepared
 from dmx.data.store import Store
 from dmx.errors import DmxError, RunFailedError
-from dmx.runs.curriculum import History, advance, fold
 from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import REPORT_KEYS, STEPS
+from dmx.runs.stages import History, advance, fold
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal, read_claim
 from dmx.training.job import Job

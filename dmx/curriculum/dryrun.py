@@ -17,7 +17,7 @@ from dmx.curriculum.session import Options
 from dmx.data.store import Store
 from dmx.format import duration
 from dmx.runs import layout
-from dmx.runs.curriculum import fold
+from dmx.runs.stages import fold
 from dmx.storage.journal import read_journal
 from dmx.tasks import NUM_IMAGES
 from dmx.terminal import Column, FittingTable

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.runs.curriculum import History, Stage
 from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.stages import History, Stage
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
 _SEED_STEP = 1009

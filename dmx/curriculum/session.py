@@ -26,8 +26,8 @@ from dmx.format import duration
 from dmx.process import files_decide, terminate_like_interrupt
 from dmx.registry import code_version
 from dmx.runs import layout
-from dmx.runs.curriculum import History, fold
 from dmx.runs.folder_sync import FolderSync
+from dmx.runs.stages import History, fold
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
@@ -35,7 +35,6 @@ from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.folder import append_settings
 
 logger = logging.getLogger("dmx.curriculum")
-CURRICULUM_FILE = "curriculum.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +179,7 @@ def _begin(
         journal.append(event="reset", stages=list(again), time=time.time())
         logger.info("%s will be trained again; old attempts stay on disk", ", ".join(again))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    write_atomic(options.folder / CURRICULUM_FILE, text)
+    write_atomic(options.folder / layout.CURRICULUM_FILE, text)
 
 
 def _connected(

@@ -19,7 +19,6 @@ from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
 from dmx.format import duration
 from dmx.runs import layout
-from dmx.runs.curriculum import History, Stage, advance, fold
 from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -36,6 +35,7 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
     TRAIN_SECONDS,
 )
+from dmx.runs.stages import History, Stage, advance, fold
 from dmx.storage.files import write_atomic
 from dmx.storage.journal import read_journal
 from dmx.tensorboard import RunWriter

@@ -21,7 +21,6 @@ from dmx.reporting.export import train_command
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
 from dmx.runs import layout
-from dmx.runs.curriculum import Stage
 from dmx.runs.folders import kind_of, load, load_all, runs_below
 from dmx.runs.metrics import (
     DEV_ACCURACY,
@@ -34,6 +33,7 @@ from dmx.runs.metrics import (
 )
 from dmx.runs.objectives import ACCURACY
 from dmx.runs.run import Run
+from dmx.runs.stages import Stage
 
 logger = logging.getLogger("dmx.report")
 
@@ -252,7 +252,7 @@ def _samples(run: Run) -> tables.Table:
     """What the best checkpoint says about its sample examples; empty where it has none."""
     folder = run.folder / layout.BEST_DIR
     if not run.complete and run.kind == "study":
-        folder = run.folder / "trials" / f"{run.best or 0:04d}" / layout.BEST_DIR
+        folder = run.checkpoint
     titles = "example of the dev split|>label|>the model says|>with probability, %|right"
     try:
         found: Mapping[str, Any] = json.loads((folder / layout.SAMPLES_FILE).read_text("utf-8"))

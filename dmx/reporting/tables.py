@@ -11,12 +11,12 @@ from typing import Any
 
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
-from dmx.runs.curriculum import Attempt, Stage
 from dmx.runs.events import base_name
-from dmx.runs.layout import STAGES_DIR
+from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
 from dmx.runs.run import Run, Trial
+from dmx.runs.stages import Attempt, Stage
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
 from dmx.search.space import settings_of
@@ -195,7 +195,7 @@ def searches_table(run: Run) -> Table:
                 continue
             names = short_names(list(found["params"]))
             values = zip(names, map(short, found["params"].values()), strict=True)
-            folder = run.folder / STAGES_DIR / stage.name / f"attempt-{attempt.number}"
+            folder = attempt_folder(run.folder, stage.name, attempt.number)
             rows.append(
                 (
                     stage.name,

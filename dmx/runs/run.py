@@ -26,7 +26,7 @@ from dmx.runs.metrics import (
 from dmx.schema import read_yaml
 
 if TYPE_CHECKING:
-    from dmx.runs.curriculum import Stage
+    from dmx.runs.stages import Stage
     from dmx.runs.study import Report, Search, Takeover
 
 

@@ -48,7 +48,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
 
 _OF_A_START = (
     *(layout.JOURNAL_FILE, f".{layout.JOURNAL_FILE}.lock", layout.SETTINGS_FILE),
-    *(layout.WARM_START_FILE, "error.txt", CLAIM_FILE, "events.out.tfevents.*"),
+    *(layout.WARM_START_FILE, layout.ERROR_FILE, CLAIM_FILE, "events.out.tfevents.*"),
 )
 """What a run leaves that failed before it had trained anything."""
 

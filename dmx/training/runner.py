@@ -255,7 +255,7 @@ class Runner:
         if self.taken_over:  # the folder is another's
             return
         with contextlib.suppress(OSError):
-            (self._folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            (self._folder / layout.ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
 
     def _failed(self) -> dict[str, Any]:
         """A last report; Tune insists on the metric, and nobody counts it."""

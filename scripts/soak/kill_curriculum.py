@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dmx import terminal
-from dmx.runs.curriculum import History, fold
+from dmx.runs.stages import History, fold
 from dmx.storage.journal import read_journal
 
 logger = logging.getLogger("dmx.kill")

@@ -14,7 +14,6 @@ from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.curriculum.controller import Controller, Key, Message
 from dmx.curriculum.resources import ResourcePlan
 from dmx.runs import layout
-from dmx.runs.curriculum import History
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -24,6 +23,7 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
     TRAIN_SECONDS,
 )
+from dmx.runs.stages import History
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
 from dmx.training.job import Job

@@ -13,7 +13,7 @@ from dmx.curriculum.checks import check_unchanged
 from dmx.curriculum.views import describe
 from dmx.errors import StageError
 from dmx.runs import layout
-from dmx.runs.curriculum import History, fold
+from dmx.runs.stages import History, fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.checkpoint import open_checkpoint

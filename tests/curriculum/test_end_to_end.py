@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from dmx.runs import layout
-from dmx.runs.curriculum import fold
 from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
+from dmx.runs.stages import fold
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
 from dmx.training.job import Job

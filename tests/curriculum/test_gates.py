@@ -9,7 +9,7 @@ import pytest
 
 from dmx.curriculum.gates import GATES, Gate
 from dmx.errors import ConfigError
-from dmx.runs.curriculum import Attempt
+from dmx.runs.stages import Attempt
 
 
 def attempt(*accuracies: float, num_classes: int = 2) -> Attempt:

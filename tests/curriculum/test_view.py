@@ -32,6 +32,7 @@ from dmx.runs import layout
 from dmx.runs.curriculum import fold
 from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.stages import fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.predictions import Measurement

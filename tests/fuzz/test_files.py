@@ -23,7 +23,7 @@ from dmx.data.sources import open_source
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
-from dmx.runs.curriculum import fold
+from dmx.runs.stages import fold
 from dmx.search.ledger import Ledger
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dmx.errors import ConfigError
 from dmx.registry import Registry
-from dmx.runs.curriculum import Attempt
+from dmx.runs.stages import Attempt
 from dmx.schema import from_dict, to_dict
 
 GATES: Registry[type[Gate]] = Registry("gate", "dmx.curriculum.gates")

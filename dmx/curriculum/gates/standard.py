@@ -9,8 +9,8 @@ from typing import ClassVar
 from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message
-from dmx.runs.curriculum import Attempt
 from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
+from dmx.runs.stages import Attempt
 
 
 @GATES.register("always")
