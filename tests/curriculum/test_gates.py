@@ -26,7 +26,7 @@ def attempt(*accuracies: float, num_classes: int = 2) -> Attempt:
         spec={},
         data={},
         started=0.0,
-        reports=reports,
+        curve=reports,
     )
 
 
