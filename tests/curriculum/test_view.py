@@ -29,7 +29,6 @@ from dmx.registry import code_version
 from dmx.reporting.leaderboard import leaderboard_rows
 from dmx.reporting.page import write_report
 from dmx.runs import layout
-from dmx.runs.curriculum import fold
 from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.stages import fold
