@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
-from dmx.errors import ConfigError, DataError
 from dmx.runs import events, layout
+from dmx.runs.files import last_line, read_config, read_json, read_scalars
 from dmx.runs.layout import Kind
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
@@ -23,7 +21,6 @@ from dmx.runs.metrics import (
     STEPS,
     TRAIN_SECONDS,
 )
-from dmx.schema import read_yaml
 
 if TYPE_CHECKING:
     from dmx.runs.stages import Stage
@@ -338,7 +335,7 @@ class Run:
         if not curve and self._metrics is not None and STEPS in self._metrics:
             values = {k: v for k, v in self._metrics.items() if k in REPORT_KEYS}
             curve = {self._metrics["steps"]: values}
-        error = _last_line(self.folder / layout.ERROR_FILE)
+        error = last_line(self.folder / layout.ERROR_FILE)
         ended: TrialStatus = "FAILED" if error else "RUNNING"
         status: TrialStatus = "COMPLETE" if self._result is not None else ended
         return Trial(number=0, status=status, curve=curve, error=error, folder=self.folder)
@@ -457,80 +454,3 @@ def best_of(trials: tuple[Trial, ...]) -> Trial | None:
     """The trial with the highest finite dev accuracy; the earliest on a tie; or None."""
     scored = [t for t in trials if math.isfinite(t.best)]
     return max(scored, key=lambda t: (t.best, -t.number)) if scored else None
-
-
-# -- files ------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, hint: type) -> dict[str, Any] | None:
-    """The mapping in a JSON file, held against a TypedDict; None where the file does not exist.
-
-    Raises:
-        DataError: it cannot be read, is no JSON, or a value is of another type; names it.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        reason = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no JSON"
-        raise DataError(
-            f"{path} is damaged ({reason}); the run's command with --resume writes it anew."
-        ) from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is damaged: it must hold a mapping.")
-    if wrong := events.unsound(found, hint):
-        raise DataError(f"{path} is damaged: it has no sound {wrong}.")
-    return found
-
-
-def read_config(checkpoint: Path) -> Mapping[str, Any] | None:
-    """The plain RunConfig beside a checkpoint; None where there is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    path = checkpoint / layout.CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        return read_yaml(path)
-    except ConfigError as error:
-        raise DataError(f"{checkpoint} is damaged: {error}") from None
-
-
-def read_scalars(folder: Path) -> dict[int, dict[str, float]]:
-    """The scalars in a folder's own TensorBoard files, by rising step.
-
-    A run that was resumed may have written a step twice; the later value counts.
-
-    Raises:
-        DataError: a file is damaged.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    steps: dict[int, dict[str, float]] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        try:
-            for raw in RawEventFileLoader(str(path)).Load():
-                event = Event.FromString(raw)
-                for value in event.summary.value:
-                    # A tag with a slash counts by something other than optimizer steps.
-                    if value.WhichOneof("value") == "simple_value" and "/" not in value.tag:
-                        steps.setdefault(event.step, {})[value.tag] = value.simple_value
-        except Exception as error:  # whatever a damaged file makes protobuf or TensorBoard raise
-            raise DataError(f"{path} is damaged ({type(error).__name__}).") from None
-    return dict(sorted(steps.items()))
-
-
-def _last_line(path: Path) -> str:
-    """Of a traceback: the error itself."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return lines[-1] if lines else ""
