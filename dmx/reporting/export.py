@@ -124,11 +124,11 @@ _RUN = (
 )
 _TRIAL = ("number", "status", "params", "drawn", "reports", "error")
 _STAGE = (
-    *("name", "task", "attention", "data", "data_checksum", "status", "parent", "steps"),
+    *("name", "task", "attention", "data", "data_checksum", "parent", "steps"),
     *("all_steps", "seconds", "dev_accuracy", "test_accuracy", "test_on_last", "checkpoint"),
-    *("start", "data_root", "reinit", "promoted", "config"),
+    *("start", "data_root", "reinit", "config"),
 )
-_ATTEMPT = ("number", "reports", "passed", "reason", "steps", "all_steps", "all_seconds", "search")
+_ATTEMPT = ("number", "reports", "passed", "reason", "steps", "all_steps", "search")
 
 
 def _plain(value: object, names: Sequence[str]) -> dict[str, Any]:
@@ -140,8 +140,16 @@ def to_json(run: Run) -> str:
     content = _plain(run, _RUN)
     content["trials"] = [_plain(trial, _TRIAL) for trial in run.trials]
     content["stages"] = [
-        {**_plain(s, _STAGE), "attempts": [_plain(a, _ATTEMPT) for a in s.attempts]}
-        for s in run.stages
+        {
+            **_plain(stage, _STAGE),
+            "status": stage.progress,
+            "promoted": stage.promoted_attempt,
+            "attempts": [
+                {**_plain(a, _ATTEMPT), "seconds": a.all_seconds if a.reports else None}
+                for a in stage.attempts
+            ],
+        }
+        for stage in run.stages
     ]
     content["caveats"] = finite(caveats(run))
     content["comparable_with_published"] = comparable(run)
