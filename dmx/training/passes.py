@@ -6,9 +6,9 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,56 @@ class Scored:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, device=device, dtype=sum_dtype(device))
         self.rounds = 0
+
+
+class Interval:
+    """What one process counts from an evaluation to the next.
+
+    Attributes:
+        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens here.
+        scored: how far the evaluation at its end is. norm: of the latest gradient.
+        seconds: spent on training.
+    """
+
+    def __init__(self, first: int, device: torch.device) -> None:
+        self.first = first
+        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
+        self.scored = Scored(device)
+        self.norm = 0.0
+        self.seconds = 0.0
+        self._gathered = torch.zeros(0)
+
+    def gather(self, group: ProcessGroup) -> None:
+        """Note what every process has counted; all call it at the same moment."""
+        table = self.sums.new_zeros(group.size, 5)
+        table[group.rank] = torch.cat((self.sums, self.scored.sums))
+        self._gathered = group.total(table).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Of all processes, as they last gathered it: plain values and a tensor."""
+        return {
+            "first": self.first,
+            "counted": self._gathered,
+            "rounds": self.scored.rounds,
+            "norm": self.norm,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def restored(
+        cls, state: Mapping[str, Any], device: torch.device, group: ProcessGroup
+    ) -> Interval:
+        """What `state` gave; another number of processes keeps the sums, but scores anew."""
+        made = cls(int(state["first"]), device)
+        made._gathered = counted = state["counted"]
+        made.norm, made.seconds = float(state["norm"]), float(state["seconds"])
+        if len(counted) == group.size:
+            own = counted[group.rank].to(made.sums)
+            made.sums, made.scored.sums = own[:3].clone(), own[3:].clone()
+            made.scored.rounds = int(state["rounds"])
+        elif group.is_main:
+            made.sums = counted[:, :3].sum(0).to(made.sums)
+        return made
 
 
 class Passes:

@@ -27,7 +27,6 @@ from dmx.nn.device import (
     pick_device,
     precision_of,
     reset_peak_memory,
-    sum_dtype,
 )
 from dmx.nn.optim import build_optimizer
 from dmx.registry import code_version
@@ -56,8 +55,9 @@ from dmx.runs.metrics import (
     TRAIN_SECONDS,
 )
 from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
-from dmx.training.passes import Evaluation, Passes, Scored
+from dmx.training.passes import Evaluation, Interval, Passes
 from dmx.training.process_group import SINGLE_PROCESS, ProcessGroup
+from dmx.training.reference import adopt
 from dmx.training.transfer import TransferReport
 
 _FINITE_CHECK_STEPS = 50
@@ -106,56 +106,6 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     return config.resolved(
         vocab_size=max(task.vocab_size, manifest.vocab_size), num_classes=manifest.num_classes
     )
-
-
-class Interval:
-    """What one process counts from an evaluation to the next.
-
-    Attributes:
-        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens here.
-        scored: how far the evaluation at its end is. norm: of the latest gradient.
-        seconds: spent on training.
-    """
-
-    def __init__(self, first: int, device: torch.device) -> None:
-        self.first = first
-        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
-        self.scored = Scored(device)
-        self.norm = 0.0
-        self.seconds = 0.0
-        self._gathered = torch.zeros(0)
-
-    def gather(self, group: ProcessGroup) -> None:
-        """Note what every process has counted; all call it at the same moment."""
-        table = self.sums.new_zeros(group.size, 5)
-        table[group.rank] = torch.cat((self.sums, self.scored.sums))
-        self._gathered = group.total(table).cpu()
-
-    def state(self) -> dict[str, Any]:
-        """Of all processes, as they last gathered it: plain values and a tensor."""
-        return {
-            "first": self.first,
-            "counted": self._gathered,
-            "rounds": self.scored.rounds,
-            "norm": self.norm,
-            "seconds": self.seconds,
-        }
-
-    @classmethod
-    def restored(
-        cls, state: Mapping[str, Any], device: torch.device, group: ProcessGroup
-    ) -> Interval:
-        """What `state` gave; another number of processes keeps the sums, but scores anew."""
-        made = cls(int(state["first"]), device)
-        made._gathered = counted = state["counted"]
-        made.norm, made.seconds = float(state["norm"]), float(state["seconds"])
-        if len(counted) == group.size:
-            own = counted[group.rank].to(made.sums)
-            made.sums, made.scored.sums = own[:3].clone(), own[3:].clone()
-            made.scored.rounds = int(state["rounds"])
-        elif group.is_main:
-            made.sums = counted[:, :3].sum(0).to(made.sums)
-        return made
 
 
 _COUNTERS = (
@@ -503,8 +453,6 @@ class Trainer:
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take the weights only (for evaluation)."""
-        from dmx.training.reference import adopt
-
         adopt(self.model, checkpoint.model_state(), str(checkpoint.folder))
 
     def close(self) -> None:

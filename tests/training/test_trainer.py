@@ -19,7 +19,6 @@ from dmx.nn.device import pick_device
 from dmx.schema import to_dict
 from dmx.storage.journal import CLAIM_FILE
 from dmx.training import passes
-from dmx.training import trainer as trainer_module
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import evaluate_checkpoint
@@ -420,7 +419,6 @@ class NoFloat64(TorchDispatchMode):
 def test_on_mps_nothing_is_summed_in_float64(tiny_store, monkeypatch, execution):
     """The whole of a step and an evaluation, with the CPU in the place of MPS."""
     assert device.sum_dtype(torch.device("cuda")) == torch.float64
-    monkeypatch.setattr(trainer_module, "sum_dtype", lambda _: device.sum_dtype(MPS))
     monkeypatch.setattr(passes, "sum_dtype", lambda _: device.sum_dtype(MPS))
     with trainer(tiny_store, model__execution=execution) as made, NoFloat64():
         assert 0.0 <= made.advance()["dev_accuracy"] <= 1.0
