@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx.curriculum.__main__ import continue_command
+from dmx.cli.curriculum import continue_command
 from dmx.curriculum.backend import SearchView
 from dmx.data.store import Store
 from dmx.errors import StageError
