@@ -90,7 +90,7 @@ class Chart:
         *,
         width: int = 480,
         height: int = 280,
-        left: int = 62,
+        left: int = 74,
     ) -> None:
         from matplotlib.figure import Figure as Canvas
 
@@ -102,6 +102,7 @@ class Chart:
         self.axes = self._canvas.add_subplot()
         self.axes.set_xlabel(clean(x))
         self.axes.set_ylabel(clean(y))
+        self.axes.yaxis.set_label_coords(-(left - 14) / (width - left - 14), 0.5)
         self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
         self.axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
         self.axes.yaxis.set_major_locator(locator(5))
@@ -180,18 +181,31 @@ class Chart:
         self.axes.set_xlim(low, high)
         self.axes.xaxis.set_major_locator(locator(6, integer=True))
 
-    def log_x(self, low: float, high: float) -> None:
-        """A logarithmic x axis."""
+    def range_x(
+        self, values: Iterable[float], *, log: bool = False, whole: bool = False, count: int = 6
+    ) -> float:
+        """The x axis with some room around the values, linear or logarithmic; returns its end."""
         from matplotlib.ticker import LogLocator, NullLocator
 
-        decades = math.log10(high / low)
-        self.axes.set_xscale("log")
+        found = list(values)
+        low, high = min(found), max(found)
+        ticks = locator(count, integer=whole)
+        if log:
+            room = max((high / low) ** 0.06, 1.15)
+            low, high = low / room, high * room
+            self.axes.set_xscale("log")
+            decades = math.log10(high / low)
+            if decades > 0.6:
+                subs = (1,) if decades > 2 else (1, 3) if decades > 1.2 else (1, 2, 5)
+                ticks = LogLocator(subs=subs)
+            self.axes.xaxis.set_minor_locator(NullLocator())
+            self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+        else:
+            room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
+            low, high = low - room, high + room
         self.axes.set_xlim(low, high)
-        subs = (1,) if decades > 2 else (1, 3) if decades > 1.2 else (1, 2, 5)
-        short_range = decades < 0.6
-        self.axes.xaxis.set_major_locator(locator(4) if short_range else LogLocator(subs=subs))
-        self.axes.xaxis.set_minor_locator(NullLocator())
-        self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+        self.axes.xaxis.set_major_locator(ticks)
+        return high
 
     def names_x(self, names: Sequence[str]) -> None:
         """Names at 0, 1, 2, ...; some are left out where they would touch."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from dmx.format import percent, short, short_names
-from dmx.reporting.chart import COLOURS, Chart, Figure, clean, drawing, locator
+from dmx.reporting.chart import COLOURS, Chart, Figure, clean, drawing
 from dmx.reporting.importance import Importances
 from dmx.reporting.tables import (
     Costed,
@@ -182,7 +182,7 @@ def slice_plot(run: Run, name: str) -> Figure | None:
         return None
     kind, *values = run.search.searched[name]
     chart = Chart(
-        f"Accuracy against {name}", name, "best dev acc., %", width=330, height=220, left=54
+        f"Accuracy against {name}", name, "best dev acc., %", width=330, height=220, left=62
     )
     drawn = [t.drawn[name] for t in trials]
     if kind == "choice":
@@ -192,14 +192,8 @@ def slice_plot(run: Run, name: str) -> Figure | None:
         chart.names_x([short(o) for o in options])
     else:
         at = [float(v) for v in drawn]
-        low, high = min(*at, *values), max(*at, *values)
-        if kind.startswith("log"):
-            room = max((high / low) ** 0.06, 1.15)
-            chart.log_x(low / room, high * room)
-        else:
-            room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
-            chart.axes.set_xlim(low - room, high + room)
-            chart.axes.xaxis.set_major_locator(locator(4, integer=kind.endswith("int")))
+        log, whole = kind.startswith("log"), kind.endswith("int")
+        chart.range_x([*at, *map(float, values)], log=log, whole=whole, count=4)
     chart.points(
         (x, 100 * t.best, _style(run, t), _tip(t)) for t, x in zip(trials, at, strict=True)
     )
@@ -270,18 +264,9 @@ def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figu
     best, of_study = front(points), study_front(run)
     costs = [scale * p.cost for p in points]
     chart = Chart(f"Accuracy against {label}", label, "best dev accuracy, %")
-    low, high = min(costs), max(costs)
-    if high > 8 * low > 0:
-        room = max((high / low) ** 0.06, 1.15)
-        low, high = low / room, high * room
-        chart.log_x(low, high)
-    else:
-        room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
-        low, high = low - room, high + room
-        chart.axes.set_xlim(low, high)
-        chart.axes.xaxis.set_major_locator(locator(6))
+    end = chart.range_x(costs, log=max(costs) > 8 * min(costs) > 0)
     corners = [(scale * p.cost, 100 * p.accuracy) for p in best]
-    chart.line([*corners, (high, corners[-1][1])], "other", "Pareto front", steps=True)
+    chart.line([*corners, (end, corners[-1][1])], "other", "Pareto front", steps=True)
     trials = {t.number: t for t in run.trials}
     chart.points(
         (
