@@ -27,7 +27,7 @@ from dmx.search.ledger import trial_folder
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import read_claim
 from dmx.storage.layout import SHARED_FILESYSTEM
-from dmx.study import ray_tune, study
+from dmx.study import ray_tune
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
 from dmx.study.results import evaluate_test
 from dmx.study.study import StudyConfig, train_trials
@@ -165,7 +165,7 @@ def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkey
             return self.left <= 0
 
     monkeypatch.setattr(ray_tune, "SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(study, "OutOfTime", AfterFive)
+    monkeypatch.setattr(ray_tune, "OutOfTime", AfterFive)
     result = None
     while result is None or not result.complete:
         assert len(sessions) < 30, "it gets no further"
