@@ -47,3 +47,7 @@ class TakenOverError(StorageError):
 
 class StageError(DmxError):
     """A curriculum stage cannot be launched, or its journal contradicts its configuration."""
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM while a run was under way: what it did is kept and can be continued."""

@@ -22,7 +22,8 @@ from dmx.cli import resuming, train_workers
 from dmx.cli.options import run
 from dmx.cli.train import parser
 from dmx.config import RunConfig, parse_run_config, schedule
-from dmx.costs.estimate import check_price, describe, dry_data, run_cost
+from dmx.costs import estimate
+from dmx.costs.estimate import check_price, describe, dry_data
 from dmx.costs.measure import check_memory
 from dmx.data.prepare import open_data
 from dmx.data.store import Store
@@ -179,7 +180,7 @@ def _dry_run(args: argparse.Namespace, config: RunConfig, start: Weights | None)
 
     with dry_data(config.task_info, root, prepared, generate=args.prepare) as data:
         _tell_transfer(start, resolve(config, data.store.manifest))
-        cost = run_cost(
+        cost = estimate.run_cost(
             config,
             data.store,
             threads=args.threads or num_cores(),

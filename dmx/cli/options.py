@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib
 import logging
@@ -57,6 +58,12 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no duration; give seconds, or 90s, 10m, 1h30m, 2d"
         ) from None
+
+
+def chosen(options: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass of options, by name, but for `resume`."""
+    names = {f.name for f in dataclasses.fields(options)} - {"resume"}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def no_hint(option: str) -> str:

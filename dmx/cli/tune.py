@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from dmx.cli.options import Parser, add_compute, add_places, add_resume, as_setting, duration
-from dmx.errors import ConfigError
+from dmx.cli.options import (
+    Parser,
+    add_compute,
+    add_places,
+    add_resume,
+    as_setting,
+    chosen,
+    duration,
+)
+from dmx.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PARTIAL,
+    InterruptedRun,
+    StorageError,
+)
+from dmx.format import command_line
 from dmx.runs.study import SAMPLERS, SCHEDULERS
+from dmx.schema import flatten, parse_assignments
 from dmx.storage.files import STORAGE_TIMEOUT
+
+logger = logging.getLogger("dmx.tune")
 
 EXAMPLES = """\
   python -m dmx.tune --attention butterfly --task text
@@ -152,19 +175,50 @@ def parser() -> Parser:
     return p
 
 
-def check_limits(args: argparse.Namespace) -> None:
-    """Refuse limits that make no sense.
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit code says whether the study is complete."""
+    from dmx.cli import resuming
+    from dmx.costs.estimate import check_price
+    from dmx.study.plan import StudyOptions
+    from dmx.study.run import dry_run, run_study
 
-    Raises:
-        ConfigError: names the option.
-    """
-    if args.max_concurrent_trials is not None and args.max_concurrent_trials < 1:
-        raise ConfigError(
-            f"--max-concurrent-trials is {args.max_concurrent_trials}; it must be 1 or more."
+    p = parser()
+    args = resuming.parse(p, p.given(argv), "study", default_name=_default_name)
+    overrides = flatten(parse_assignments(args.set))
+    options = StudyOptions(
+        overrides=overrides, resume=bool(args.resume), **chosen(StudyOptions, args)
+    )
+    if args.dry_run:
+        dry_run(options, record=args.record, price_per_gpu_hour=args.price_per_gpu_hour)
+        return EXIT_OK
+    check_price(args.price_per_gpu_hour, dry_run=False)
+    again = command_line("dmx.tune", argv, add="--resume")
+    try:
+        outcome = run_study(
+            options, recorded=resuming.options_of(args), record=args.record, write_page=_write_page
         )
-    if args.trial_timeout is not None and not args.trial_timeout > 0:
-        raise ConfigError(f"--trial-timeout is {args.trial_timeout:g}; it must be positive.")
-    if not args.storage_patience >= 0:
-        raise ConfigError(
-            f"--storage-patience is {args.storage_patience:g}; it must not be negative."
+    except InterruptedRun:
+        logger.warning("interrupted. Continue with:\n%s", again)
+        return EXIT_INTERRUPTED
+    except StorageError as error:
+        logger.error("%s\n%s", error, again)
+        return EXIT_FAILED
+    if not outcome.summary["complete"]:
+        logger.warning(
+            "the study is not complete (%d of %d trials ended). Continue with:\n%s",
+            *(outcome.ended, outcome.summary["num_trials"], again),
         )
+        return EXIT_PARTIAL if outcome.out_of_time else EXIT_INTERRUPTED
+    return EXIT_OK if outcome.summary["best"] is not None else EXIT_FAILED
+
+
+def _write_page(folder: Path) -> Path | None:
+    from dmx.reporting.page import write_page  # seconds that a refusal need not wait
+
+    return write_page(folder)
+
+
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    from dmx.study.plan import StudyOptions
+
+    return StudyOptions(attention=given.get("attention"), task=given.get("task")).default_name

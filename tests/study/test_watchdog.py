@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmx.cli.tune import check_limits, parser
+from dmx.cli.options import chosen
+from dmx.cli.tune import parser
 from dmx.errors import ConfigError
+from dmx.study.plan import StudyOptions, make_plan
 from dmx.study.ray_tune import LEAST_SECONDS, START_SECONDS, Watchdog, patience
 from tests.tiny import one_sentence
 
@@ -100,5 +102,5 @@ def test_what_is_too_long():
 def test_limits_that_make_no_sense(words, said):
     args = parser().parse_args(["--attention", "softmax", "--task", "text", *words])
     with pytest.raises(ConfigError) as caught:
-        check_limits(args)
+        make_plan(StudyOptions(**chosen(StudyOptions, args)), {})
     assert one_sentence(caught.value) == said
