@@ -287,7 +287,7 @@ def _train(
         data_folder=str(store.folder),
         folder=str(folder),
         slice_seconds=_SLICE_SECONDS,
-        **workers.of_job(),
+        **workers.job_fields(),
     )
     events = RunWriter(folder)
     shown = flatten(to_dict(config))

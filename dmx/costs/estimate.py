@@ -210,7 +210,7 @@ def stage_cost(
 
 def corner_runs(config: StudyConfig) -> list[RunConfig]:
     """The runs at the corners of a study's space, and at its initial points."""
-    points = [*map(dict, config.space.start), *config.space.corners()]
+    points = [*map(dict, config.space.initial_points), *config.space.corners()]
     return [config.space.run_config(config.task, config.overrides, point) for point in points]
 
 

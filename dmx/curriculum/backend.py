@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -22,11 +21,11 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.runs import layout
 from dmx.runs.folder_sync import FolderSync
-from dmx.runs.metrics import BEST_DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
-from dmx.runs.study import TrialResult
+from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
+from dmx.runs.study import Study
 from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
-from dmx.storage.journal import Claim, read_journal
+from dmx.storage.journal import Claim, decode
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import results as study_results
 from dmx.study.folder import note_settings, write_study
@@ -50,23 +49,21 @@ class SearchView:
 
     def __init__(self, folder: Path, num_trials: int) -> None:
         self.folder, self._view = folder, LogView(num_trials)
-        self._trials: dict[int, TrialResult] = {}
+        self._study = Study(folder)
         self._read = 0
-        for event in self._new_events():  # of an earlier session
-            self._take(event)
-        self._view.continues(list(self._trials.values()))
+        self._new_events()  # of an earlier session
+        self._view.continues(self._study.trials)
 
     def show(self) -> None:
         """Say what is new."""
         for event in self._new_events():
-            result = self._take(event)
             if event["event"] == "report":
-                self._view.reported(result.number, event["metrics"])
-            else:
-                self._view.ended(result)
+                self._view.reported(event["trial"], event["metrics"])
+            elif event["event"] == "outcome":
+                self._view.ended(self._study.by_number[event["trial"]])
 
     def _new_events(self) -> list[dict[str, Any]]:
-        """The reports and outcomes of the lines that were added, and are whole."""
+        """The events of the lines that were added, and are whole; they are folded."""
         try:
             with (self.folder / layout.JOURNAL_FILE).open("rb") as file:
                 file.seek(self._read)
@@ -76,26 +73,10 @@ class SearchView:
         self._read += len(lines) + bool(lines)
         events = []
         for line in lines.splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                event = json.loads(line)
-                if event["event"] in ("report", "outcome"):
-                    events.append(event)
+            if (event := decode(line)) is not None:
+                self._study.add(event)
+                events.append(event)
         return events
-
-    def _take(self, event: Mapping[str, Any]) -> TrialResult:
-        number = int(event["trial"])
-        known = self._trials.get(
-            number,
-            TrialResult(trial_id=str(number), number=number, status="RUNNING", params={}),
-        )
-        if event["event"] == "report":
-            metrics = event["metrics"]
-            best, steps = metrics[BEST_DEV_ACCURACY], metrics[STEPS]
-            known = dataclasses.replace(known, best_dev_accuracy=best, steps=steps)
-        else:
-            known = dataclasses.replace(known, status=event["status"], error=event["error"])
-        self._trials[number] = known
-        return known
 
 
 class RayBackend:
@@ -292,30 +273,26 @@ def _search(
         store = open_store(study.places.data(data_folder))
         note_settings(path, settings_event("study", study_results.settings(study, store)))
         with sync:
-            result = train_trials(study, store, path, slots=slots, observers=(view,))
-        summary = study_results.summarise(study, store, result)
+            done = train_trials(study, store, path, slots=slots, observers=(view,))
+        summary = study_results.summarise(study, store, done)
         del summary["environment"]["argv"]  # a Ray worker's
         write_study(path, summary)
-        best = result.best
+        best = done.best_trial
         if best is None:
             return [], "no trial of the search reported a dev accuracy", None
         assert best.checkpoint is not None
         study.places.push(path / layout.BEST_DIR)
-        events, _ = read_journal(path / layout.JOURNAL_FILE)
     finally:
         view.close()
         claim.release()
-    reports = [
-        e["metrics"] for e in events if e.get("event") == "report" and e["trial"] == best.number
-    ]
     config = open_checkpoint(path / layout.BEST_DIR).config
     found = {
         "trial": best.number,
-        "num_trials": len(result.trials),
+        "num_trials": len(done.trials),
         "params": summary["best"]["params"],
         "config": to_dict(config),
         "attention": config.attention.label,
-        STEPS: sum(t.steps for t in result.trials),
-        TRAIN_SECONDS: math.fsum(t.seconds for t in result.trials),
+        STEPS: sum(t.steps for t in done.trials),
+        TRAIN_SECONDS: math.fsum(t.seconds for t in done.trials),
     }
-    return sorted(reports, key=lambda m: m[STEPS]), None, found
+    return [dict(report) for report in best.reports], None, found

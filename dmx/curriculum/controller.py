@@ -217,7 +217,7 @@ class Controller:
             run_config={**config, "init": init},
             data_folder=str(store.folder),
             folder=str(attempt_folder(self.folder, stage.name, launch.number)),
-            **self._pool.plan.workers_for(stage).of_job(),
+            **self._pool.plan.workers_for(stage).job_fields(),
             within=str(self.folder.absolute()),
         )
         key = Key("train", stage.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 
 from dmx.errors import ConfigError, DmxError
+from dmx.runs.metrics import DEV_ACCURACY
 from dmx.runs.objectives import DEFAULT, directions
-from dmx.runs.study import SAMPLERS
-from dmx.search.space import SearchSpace, setting_of
+from dmx.runs.run import Trial as RecordedTrial
+from dmx.runs.study import SAMPLERS, Study
+from dmx.search.space import SearchSpace
 from dmx.search.warm_start import ObservedTrial, as_quantiles, rescaled
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -119,29 +122,6 @@ class _Shared(FrozenTrial):
         return copy.copy(self)
 
 
-class FixedPointSampler(BaseSampler):
-    """Writes a point that is already chosen into the storage, through Optuna's own checks."""
-
-    def __init__(self, point: Mapping[str, Any]) -> None:
-        self._point = point
-
-    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
-        """Nothing is drawn."""
-        return {}
-
-    def sample_relative(
-        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Nothing is drawn."""
-        return {}
-
-    def sample_independent(
-        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        """The value that was chosen."""
-        return self._point[setting_of(param_name)]
-
-
 class _Seeded(BaseSampler):
     """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
 
@@ -197,38 +177,63 @@ class Proposer:
     num_trials: int
     objectives: tuple[str, ...] = DEFAULT
     prior: tuple[ObservedTrial, ...] = ()
-    _ended: dict[int, FrozenTrial] = field(default_factory=dict)
-    _lived: _GenerationReplay | None = None
+    _ended: dict[int, tuple[ObservedTrial, FrozenTrial]] = field(default_factory=dict)
+    _replay: _GenerationReplay | None = None
 
     @property
     def uses_history(self) -> bool:
         """Whether a proposal depends on the trials before it."""
         return self.kind != "random"
 
-    def propose(
-        self, number: int, earlier: Sequence[ObservedTrial], known: Mapping[str, Any], after: int
-    ) -> dict[str, Any]:
-        """The point of trial `number`, a function of the arguments alone.
+    def propose(self, record: Study, number: int) -> dict[str, Any]:
+        """The values of trial `number` by SearchSpace's labels, a function of the record alone.
 
-        Args:
-            earlier: this study's trials before it. known: values that are already decided, by
-                Optuna's names.
-            after: how many trials had ended when it is, or was, proposed.
+        The first trials are the space's initial points; what these leave open is drawn.
         """
+        points = self.space.initial_points
+        known = self.space.for_optuna(points[number]) if number < len(points) else {}
         try:
-            return self.space.suggest(FixedTrial(dict(known)))
+            fixed = FixedTrial(known)
+            self.space.suggest(fixed)
+            return fixed.params
         except ValueError:  # something is still open
             pass
+        earlier = self._observe(record, number) if self.uses_history else []
         if self.kind in GENERATIONAL_SAMPLERS:
-            self._lived = self._lived or _GenerationReplay(self)
-            return self._lived.ask(earlier, number, known, after)
+            self._replay = self._replay or _GenerationReplay(self)
+            return self._replay.ask(earlier, number, known, len(record.outcomes))
         study = self._fresh(earlier)
         for index, past in enumerate(earlier):
-            trial = self._ended.get(index) or self._frozen(past)
+            study.add_trial(self._ended[index][1] if index in self._ended else self._frozen(past))
+        return self._ask(study, number, known).params
+
+    def _observe(self, record: Study, number: int) -> list[ObservedTrial]:
+        """The trials before one; those that have ended are made once."""
+        order = {trial: place for place, trial in enumerate(record.outcomes)}
+        found = []
+        for trial in record.trials[:number]:
+            if trial.number in self._ended:
+                found.append(self._ended[trial.number][0])
+                continue
+            fixed = FixedTrial(dict(trial.drawn))
+            self.space.suggest(fixed)
+            outcome = record.outcomes.get(trial.number, {})
+            values = None
+            if trial.status in ("COMPLETE", "PRUNED"):
+                values = tuple(outcome.get("values") or (outcome["value"],))
+            past = ObservedTrial(
+                params=fixed.params,
+                distributions=fixed.distributions,
+                state=STATES[trial.status],
+                values=values,
+                curve=accuracies(trial),
+                asked_after=trial.started_after,
+                finish_order=order.get(trial.number),
+            )
+            found.append(past)
             if past.finish_order is not None:  # else it will change
-                self._ended[index] = trial
-            study.add_trial(trial)
-        return self._ask(study, number, known)[1]
+                self._ended[trial.number] = (past, self._frozen(past))
+        return found
 
     def _fresh(self, own: Sequence[ObservedTrial]) -> optuna.Study:
         """A study in memory that knows the earlier studies."""
@@ -237,15 +242,14 @@ class Proposer:
             study.add_trial(self._frozen(past, first_generation=self.kind == "nsga2"))
         return study
 
-    def _ask(
-        self, study: optuna.Study, number: int, known: Mapping[str, Any]
-    ) -> tuple[Trial, dict[str, Any]]:
+    def _ask(self, study: optuna.Study, number: int, known: Mapping[str, Any]) -> Trial:
         study.sampler = _Seeded(self, number, self._source())
         if known:
             study.enqueue_trial(dict(known))
         trial = study.ask()
         _ = trial.relative_params  # drawn now, even where every value is known already
-        return trial, self.space.suggest(trial)
+        self.space.suggest(trial)
+        return trial
 
     def _frozen(self, past: ObservedTrial, *, first_generation: bool = False) -> FrozenTrial:
         """The trial for Optuna. TPE ranks stopped trials by itself; the others take their best.
@@ -287,6 +291,20 @@ class Proposer:
         ]
 
 
+STATES = {
+    "COMPLETE": TrialState.COMPLETE,
+    "PRUNED": TrialState.PRUNED,
+    "FAILED": TrialState.FAIL,
+    "RUNNING": TrialState.RUNNING,
+}
+
+
+def accuracies(trial: RecordedTrial) -> dict[int, float]:
+    """Step -> dev accuracy, as far as Optuna can take it: it refuses NaN."""
+    found = ((step, metrics.get(DEV_ACCURACY)) for step, metrics in sorted(trial.curve.items()))
+    return {step: v for step, v in found if isinstance(v, float) and math.isfinite(v)}
+
+
 def _counts(past: ObservedTrial) -> bool:
     return past.state in (TrialState.COMPLETE, TrialState.PRUNED) and past.values is not None
 
@@ -315,12 +333,11 @@ class _GenerationReplay:
         order = [n for _, n in ended]
         for past in earlier[len(self._asked) :]:
             self._tell(earlier, order[: past.asked_after])
-            replayed, _ = self._proposer._ask(self._study, len(self._asked), past.params)
-            self._asked.append(replayed)
+            self._asked.append(self._proposer._ask(self._study, len(self._asked), past.params))
         self._tell(earlier, order[:after])
-        trial, point = self._proposer._ask(self._study, number, known)
+        trial = self._proposer._ask(self._study, number, known)
         self._asked.append(trial)
-        return point
+        return trial.params
 
     def _tell(self, earlier: Sequence[ObservedTrial], order: Sequence[int]) -> None:
         for number in order[self._told :]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from dmx.search.rungs import Brackets
-
-_DRAWS = 100
+from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.study import SchedulerKind
+from dmx.search.schedulers import Scheduler, Segment, SuccessiveHalving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ def expected_steps(
     reduction_factor: float,
     eval_every_steps: int,
     slots: int,
-    scheduler: str = "asha",
+    scheduler: SchedulerKind = "asha",
 ) -> ExpectedSteps:
     """Simulate a study over trials of random quality whose order never changes.
 
@@ -45,40 +47,66 @@ def expected_steps(
     if scheduler not in ("asha", "hyperband") or num_trials < 1:
         return ExpectedSteps(full=full, expected=float(full))
     draw = random.Random(0)
+    draws = max(10, min(100, 3000 // num_trials))
     total = 0
-    for _ in range(_DRAWS):
-        brackets = Brackets(
+    for _ in range(draws):
+        decides = SuccessiveHalving(
             scheduler,
-            grace_steps=min(grace_steps, max_steps),
+            grace_steps=grace_steps,
             max_steps=max_steps,
             reduction_factor=reduction_factor,
         )
-        qualities = [draw.random() for _ in range(num_trials)]
-        total += _simulate(qualities, brackets, max_steps, eval_every_steps, slots)
-    return ExpectedSteps(full=full, expected=total / _DRAWS)
+        # Only evaluations that fill a rung decide anything: the first at or after it.
+        marks = sorted(
+            {_evaluation(r.steps, eval_every_steps, max_steps) for r in decides.brackets.rungs}
+            | {max_steps}
+        )
+        total += _simulate(decides, [draw.random() for _ in range(num_trials)], marks, slots)
+    return ExpectedSteps(full=full, expected=total / draws)
+
+
+def _evaluation(step: float, every: int, max_steps: int) -> int:
+    """The first evaluation at or after a step."""
+    return min(math.ceil(step / every - 1e-9) * every, max_steps)
+
+
+@dataclass
+class _SimulatedStudy:
+    """A schedulers.Record."""
+
+    num_trials: int
+    in_flight: set[int] = field(default_factory=set)
+    by_number: dict[int, Any] = field(default_factory=dict)
+    history: list[tuple[int, int, dict[str, float], float]] = field(default_factory=list)
+    outcomes: set[int] = field(default_factory=set)
+    compared: tuple[int, ...] = ()
 
 
 def _simulate(
-    qualities: list[float], brackets: Brackets, max_steps: int, every: int, slots: int
+    scheduler: Scheduler, qualities: Sequence[float], marks: Sequence[int], slots: int
 ) -> int:
-    """Steps that one study takes; every trial is equally fast."""
-    # Only evaluations that fill a rung decide anything: the first at or after it.
-    marks = sorted(
-        {min(math.ceil(r.steps / every - 1e-9) * every, max_steps) for r in brackets.rungs}
-        | {max_steps}
-    )
-    waiting = iter(range(len(qualities)))
-    # (clock, trial, index of its next mark)
-    running = [(marks[0], next(waiting), 0) for _ in range(min(slots, len(qualities)))]
-    total = 0
-    while running:
+    """Steps that one study takes; every trial is equally fast.
+
+    Args:
+        qualities: of each trial, its accuracy at every step. marks: steps of its reports.
+    """
+    record = _SimulatedStudy(len(qualities))
+    running: list[tuple[int, int, int]] = []  # (clock, trial, index of its next mark)
+    clock = total = 0
+    while True:
+        while len(running) < slots and isinstance(
+            segment := scheduler.next_segment(record), Segment
+        ):
+            record.in_flight.add(segment.trial)
+            heapq.heappush(running, (clock + marks[0], segment.trial, 0))
+        if not running:
+            return total
         clock, trial, mark = heapq.heappop(running)
-        goes_on = brackets.report(trial, marks[mark], qualities[trial])
-        if goes_on and marks[mark] < max_steps:
-            heapq.heappush(running, (clock + marks[mark + 1] - marks[mark], trial, mark + 1))
+        step = marks[mark]
+        record.history.append((trial, step, {DEV_ACCURACY: qualities[trial]}, 0.0))
+        if scheduler.keep_training(record, trial, step) and step < marks[-1]:
+            heapq.heappush(running, (clock + marks[mark + 1] - step, trial, mark + 1))
             continue
-        total += marks[mark]
-        following = next(waiting, None)
-        if following is not None:
-            heapq.heappush(running, (clock + marks[0], following, 0))
-    return total
+        total += step
+        record.in_flight.discard(trial)
+        record.outcomes.add(trial)

@@ -94,7 +94,7 @@ class SearchSpace:
         defaults: fixed RunConfig values, dotted.
         space: searched values, dotted.
         conditions: the `when` part.
-        start: points that are tried first, dotted; they may leave values open.
+        initial_points: points that are tried first, dotted; they may leave values open.
     """
 
     name: str
@@ -102,7 +102,7 @@ class SearchSpace:
     defaults: Mapping[str, Any]
     space: Mapping[str, Distribution]
     conditions: tuple[Condition, ...] = ()
-    start: tuple[Mapping[str, Scalar], ...] = field(default=())
+    initial_points: tuple[Mapping[str, Scalar], ...] = field(default=())
 
     def suggest(self, trial: Suggests) -> dict[str, Scalar]:
         """Draw one point: dotted path -> value. The trial is asked by Optuna's names."""
@@ -152,7 +152,7 @@ class SearchSpace:
             "searched": _plain(self.distributions()),
             "defaults": {k: v for k, v in self.defaults.items() if k not in overrides},
             "when": [{"if": {c.key: c.value}, "then": _plain(c.then)} for c in self.conditions],
-            "start": [dict(point) for point in self.start],
+            "initial_points": [dict(point) for point in self.initial_points],
         }
 
     def names(self) -> tuple[str, ...]:
@@ -207,17 +207,19 @@ class SearchSpace:
             },
             space={k: v for k, v in self.space.items() if k not in fixed},
             conditions=tuple(conditions),
-            start=tuple({k: v for k, v in s.items() if k not in fixed} for s in self.start),
+            initial_points=tuple(
+                {k: v for k, v in point.items() if k not in fixed} for point in self.initial_points
+            ),
         )
 
     def check(self, task: str, overrides: Mapping[str, Any]) -> None:
-        """Build the experiment at the start points, at every corner, and at some points within.
+        """Build the experiment at the initial points, at every corner, and at some points within.
 
         Raises:
             ConfigError: a point is impossible; names the point.
         """
         drawn = (self.suggest(_Draw(seed)) for seed in range(_NUM_DRAWN))
-        for point in itertools.chain([dict(s) for s in self.start], self.corners(), drawn):
+        for point in itertools.chain([dict(s) for s in self.initial_points], self.corners(), drawn):
             try:
                 self.run_config(task, overrides, point)
             except ConfigError as error:
@@ -240,8 +242,8 @@ class SearchSpace:
                 ) from None
 
     def first(self) -> dict[str, Scalar]:
-        """The first start point, or a corner where there is none."""
-        return dict(self.start[0]) if self.start else next(self.corners())
+        """The first initial point, or a corner where there is none."""
+        return dict(self.initial_points[0]) if self.initial_points else next(self.corners())
 
     def corners(self, limit: int = 256) -> Iterator[dict[str, Scalar]]:
         """All combinations of options and bounds; a seeded sample of them where there are more.
@@ -323,7 +325,7 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     path = find_yaml(name, "search_spaces")
     raw = read_yaml(path)
     where = path.name
-    allowed = {"attention", "defaults", "space", "when", "start", "tasks"}
+    allowed = {"attention", "defaults", "space", "when", "initial_points", "tasks"}
     _only(raw, allowed, where)
     attention = raw.get("attention")
     if not isinstance(attention, str):
@@ -338,7 +340,7 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     own: dict[str, Any] = {}
     for key in (family, task):
         own = {**own, **_mapping(tasks.get(key), f"{where}: tasks.{key}")}
-    _only(own, {"defaults", "space", "start", "when"}, f"{where}: tasks.{task}")
+    _only(own, {"defaults", "space", "initial_points", "when"}, f"{where}: tasks.{task}")
     defaults: dict[str, Any] = {}
     for part in (raw.get("defaults"), own.get("defaults")):
         for key, value in flatten(_mapping(part, f"{where}: defaults")).items():
@@ -353,20 +355,21 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
             _conditions(own.get("when"), f"{where}: tasks.{task}.when"),
         )
     )
-    start = _starts(own.get("start", raw.get("start")), f"{where}: start")
+    points = own.get("initial_points", raw.get("initial_points"))
+    points = _initial_points(points, f"{where}: initial_points")
     conditions = _ordered(conditions, space)
-    found = SearchSpace(name, attention, defaults, space, conditions, start)
+    found = SearchSpace(name, attention, defaults, space, conditions, points)
     every = found.names()
     for key in (*defaults, *every):
         if key in ("task", "attention", "attention.name"):
             raise ConfigError(f"{where}: {key} is not to be set here; a space is for one of each.")
     _check_conditions(found, where)
     _check_ways(found, where)
-    for point in start:
+    for point in points:
         for key, value in point.items():
             if not found.holds(key, value):
                 raise ConfigError(
-                    f"{where}: start gives {key}={value!r}, which the space cannot yield."
+                    f"{where}: initial_points gives {key}={value!r}, which the space cannot yield."
                 )
     return found
 
@@ -441,7 +444,7 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 def _distributions(value: object, where: str) -> dict[str, Distribution]:
     found = _mapping(value, where)
-    for key in ("when", "start"):  # indented by mistake, it would be told to be a distribution
+    for key in ("when", "initial_points"):  # indented by mistake
         if key in found:
             raise ConfigError(f"{where}.{key}: `{key}` stands beside `space`, not in it.")
     return {k: _distribution(v, f"{where}.{k}") for k, v in found.items()}
@@ -500,7 +503,7 @@ def _conditions(value: object, where: str) -> Iterator[Condition]:
         yield Condition(key, wanted, then)
 
 
-def _starts(value: object, where: str) -> tuple[Mapping[str, Scalar], ...]:
+def _initial_points(value: object, where: str) -> tuple[Mapping[str, Scalar], ...]:
     if value is None:
         return ()
     if not isinstance(value, list):

@@ -97,7 +97,7 @@ _OPTIONS = {
     **{k: "--" + k for k in ("task", "attention", "scheduler", "sampler", "seed")},
     **{"reduction_factor": "--reduction-factor", "objectives": "--objective"},
     **{"warm_start": "--warm-start", "data": "the data", "data_checksum": "the data's checksum"},
-    **{"when": "`when` of the search space", "start": "`start` of the search space"},
+    **{k: f"`{k}` of the search space" for k in ("when", "initial_points")},
 }
 _PARTS = {
     "overrides": "--set {}",
@@ -139,7 +139,7 @@ def changes(
     return _said(changed, before, after)
 
 
-_WHOLE = ("when", "start", "defaults")
+_WHOLE = ("when", "initial_points", "defaults")
 
 
 def _said(

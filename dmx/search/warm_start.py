@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FixedTrial, TrialState
 
 from dmx.errors import ConfigError, StageError
 from dmx.runs import layout
 from dmx.runs.objectives import evaluate, missing
+from dmx.runs.study import Study
 from dmx.schema import flatten, local_path, to_dict
-from dmx.search.space import SearchSpace, settings_of
-from dmx.search.study_settings import read_settings
-from dmx.storage.journal import expect, read_journal
+from dmx.search.space import SearchSpace
+from dmx.storage.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,40 +46,6 @@ class ObservedTrial:
     asked_after: int = 0
     finish_order: int | None = None
     group: str = ""
-
-
-ASKED_AFTER = "asked_after"
-"""A trial's attribute in Optuna: how many had ended when it was proposed; samplers with generations
-need it."""
-
-
-def past_trials(
-    trials: Sequence[FrozenTrial], outcomes: Mapping[int, Mapping[str, Any]]
-) -> list[ObservedTrial]:
-    """A study's own trials, from Optuna's record of their points and the journal's of their ends.
-
-    Args:
-        outcomes: trial -> its ending (see study_record), in the order in which they ended.
-    """
-    places = {n: place for place, n in enumerate(outcomes)}
-    found = []
-    for frozen in trials:
-        outcome = outcomes.get(frozen.number)
-        values = None
-        if outcome is not None and outcome["status"] in ("COMPLETE", "PRUNED"):
-            values = tuple(outcome.get("values") or (outcome["value"],))
-        found.append(
-            ObservedTrial(
-                params=frozen.params,
-                distributions=frozen.distributions,
-                state=frozen.state,
-                values=values,
-                curve=frozen.intermediate_values,
-                asked_after=frozen.user_attrs.get(ASKED_AFTER, 0),
-                finish_order=places.get(frozen.number),
-            )
-        )
-    return found
 
 
 def rescaled(prior: Sequence[ObservedTrial], own: Sequence[ObservedTrial]) -> list[ObservedTrial]:
@@ -164,7 +128,7 @@ class WarmStart:
         return {"runs": list(self.names), "sha256": digest}
 
 
-def collect(runs: Sequence[Path], here: TargetStudy) -> WarmStart:
+def collect(runs: Sequence[Path], target: TargetStudy) -> WarmStart:
     """Read earlier studies, and keep of them the points that the new study could propose.
 
     Raises:
@@ -172,33 +136,28 @@ def collect(runs: Sequence[Path], here: TargetStudy) -> WarmStart:
             them; or no point fits.
         StageError: one of them is damaged.
     """
-    if here.sampler == "random":
+    if target.sampler == "random":
         raise ConfigError("--warm-start is of no use to --sampler random; use tpe, gp or cmaes.")
     trials: list[dict[str, Any]] = []
     notes = []
     for run in runs:
-        settings = _settings(run, here)
+        study = _read(run, target)
+        settings = study.settings
         same = (
-            settings.get("task") == here.task
-            and settings.get("data_checksum") == here.data_checksum
-            and settings.get("max_steps") == here.max_steps
+            settings.get("task") == target.task
+            and settings.get("data_checksum") == target.data_checksum
+            and settings.get("max_steps") == target.max_steps
         )
-        if not same and here.sampler == "nsga2":
+        if not same and target.sampler == "nsga2":
             raise ConfigError(
                 f"--warm-start {run.name} has another task, data or budget, and nsga2 compares "
                 "values as they are; use --sampler tpe or gp."
             )
-        overrides = settings.get("overrides") or {}
-        if not isinstance(overrides, dict):
-            raise StageError(
-                f"{run / layout.SETTINGS_FILE} has overrides that are no mapping; leave this "
-                "--warm-start out."
-            )
-        found = list(_points(run, flatten(overrides), here))
+        found = list(_points(study, target))
         group = "" if same else run.name
         kept = [{**f, "group": group} for f in found if f]
         trials.extend(kept)
-        notes.append(_note(run.name, settings, here, len(kept), len(found) - len(kept)))
+        notes.append(_note(run.name, settings, target, len(kept), len(found) - len(kept)))
     if not trials:
         raise ConfigError(
             f"--warm-start: no finished trial of {', '.join(r.name for r in runs)} lies in this "
@@ -212,7 +171,7 @@ def collect(runs: Sequence[Path], here: TargetStudy) -> WarmStart:
 def prepare(
     runs: Sequence[str],
     storage: Path,
-    here: TargetStudy,
+    target: TargetStudy,
     folder: Path,
     *,
     known: Mapping[str, Any] | None,
@@ -234,76 +193,57 @@ def prepare(
     if not runs:
         return None, {}, ()
     paths = [Path(run) if Path(run).is_dir() else storage / run for run in runs]
-    taken = collect([p.absolute() for p in paths], here)
+    taken = collect([p.absolute() for p in paths], target)
     return taken.identity(), {layout.WARM_START_FILE: taken.text}, taken.notes
 
 
-def _settings(run: Path, here: TargetStudy) -> dict[str, Any]:
-    found = read_settings(run, "leave this --warm-start out")
-    if not found:
+def _read(run: Path, target: TargetStudy) -> Study:
+    """An earlier study, from its journal."""
+    study = Study(run)
+    try:
+        for event in read_journal(run / layout.JOURNAL_FILE)[0]:
+            study.add(event)
+    except StageError as error:
+        reason = str(error).partition(";")[0].removesuffix(".")
+        raise StageError(f"{run}: {reason}; leave this --warm-start out.") from None
+    if not study.settings:
         raise ConfigError(
             f"--warm-start {run}: there is no study in that folder; give a study's path, or its "
             "name below --storage."
         )
-    attention = found.get("attention")
-    if attention != here.space.attention:
+    attention = study.settings.get("attention")
+    if attention != target.space.attention:
         raise ConfigError(
             f"--warm-start {run} searched {attention!r}; only a study of "
-            f"{here.space.attention!r} has points for this one."
+            f"{target.space.attention!r} has points for this one."
         )
-    return found
+    return study
 
 
-def _points(
-    run: Path, fixed: Mapping[str, Any], here: TargetStudy
-) -> Iterator[dict[str, Any] | None]:
+def _points(study: Study, target: TargetStudy) -> Iterator[dict[str, Any] | None]:
     """Each finished trial with its values; None for one that lies outside the new space."""
-    reports: dict[int, dict[int, Mapping[str, Any]]] = {}
-    path = run / layout.JOURNAL_FILE
-    for line, event in enumerate(read_journal(path)[0], start=1):
-        if event.get("event") == "report":
-            try:
-                expect(event, trial=int, step=int, metrics=dict)
-            except StageError:
-                raise StageError(
-                    f"{path} line {line} is a report without trial, step or metrics, so dmx did "
-                    "not write it; leave this --warm-start out."
-                ) from None
-            reports.setdefault(event["trial"], {})[event["step"]] = event["metrics"]
-    for trial in _optuna_trials(run / layout.OPTUNA_FILE):
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+    fixed = flatten(study.settings.get("overrides") or {})
+    for trial in study.trials:
+        if trial.status not in ("COMPLETE", "PRUNED"):
             continue
-        steps = reports.get(trial.number, {})
-        values = evaluate(here.objectives, [steps[s] for s in sorted(steps)])
-        params = settings_of(trial.params)
-        point = _map_into_space(here, {**fixed, **params}, set(params))
-        if point is None or missing(here.objectives, values):
+        values = evaluate(target.objectives, trial.reports)
+        params = trial.params
+        point = _map_into_space(target, {**fixed, **params}, set(params))
+        if point is None or missing(target.objectives, values):
             yield None
         else:
             yield {"number": trial.number, "params": point, "values": list(values)}
 
 
-def _optuna_trials(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
-    try:  # nothing but JSON is read: parameters, states and values, never a sampler's own state
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        return [t for s in storage.get_all_studies() for t in storage.get_all_trials(s._study_id)]
-    except Exception as error:  # a damaged storage raises whatever its parser meets
-        raise StageError(
-            f"{path} is damaged ({type(error).__name__}); leave this --warm-start out."
-        ) from None
-
-
 def _map_into_space(
-    here: TargetStudy, values: Mapping[str, Any], searched: set[str]
+    target: TargetStudy, values: Mapping[str, Any], searched: set[str]
 ) -> dict[str, Any] | None:
     """The point of the new space with these values; None where there is none."""
-    point = _point(here.space, values)
+    point = _point(target.space, values)
     if point is None:
         return None
     try:
-        config = here.space.run_config(here.task, here.overrides, point)
+        config = target.space.run_config(target.task, target.overrides, point)
     except ConfigError:
         return None
     resolved = flatten(to_dict(config))
@@ -320,14 +260,14 @@ def _point(space: SearchSpace, values: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def _note(
-    name: str, settings: Mapping[str, Any], here: TargetStudy, kept: int, outside: int
+    name: str, settings: Mapping[str, Any], target: TargetStudy, kept: int, outside: int
 ) -> str:
     others = []
-    if settings.get("task") != here.task:
+    if settings.get("task") != target.task:
         others.append(f"another task, {settings.get('task')}")
-    elif settings.get("data_checksum") != here.data_checksum:
+    elif settings.get("data_checksum") != target.data_checksum:
         others.append(f"other data, {settings.get('data')}")
-    if settings.get("max_steps") != here.max_steps:
+    if settings.get("max_steps") != target.max_steps:
         others.append(f"another budget, {settings.get('max_steps')} steps")
     what = f" ({'; '.join(others)}: compared by rank)" if others else ""
     left = f"; {outside} lie outside this search space" if outside else ""

@@ -15,7 +15,7 @@ from typing import Any
 from dmx.errors import ConfigError, StorageError
 from dmx.runs import layout
 from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
-from dmx.runs.study import TrialResult
+from dmx.runs.run import Trial
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
 from dmx.storage.files import copy_folder, fsync_path, write_atomic
@@ -149,21 +149,20 @@ def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
         journal.append(**event)
 
 
-def trial_row(
-    trial: TrialResult, data: str, front: Collection[int] | None = None
-) -> dict[str, Any]:
+def trial_row(trial: Trial, data: str, front: Collection[int] | None = None) -> dict[str, Any]:
     """One row of trials.csv; `front`: the Pareto front of a study with several objectives."""
     several: dict[str, Any] = {}
     if front is not None:
         several = {"front": "yes" if trial.number in front else "no"}
         several |= {f"objective.{k}": _number(v) for k, v in trial.values.items()}
+    params = trial.params
     return {
         "trial": trial.number,
         "status": trial.status,
-        BEST_DEV_ACCURACY: _number(trial.best_dev_accuracy),
+        BEST_DEV_ACCURACY: _number(trial.best),
         **several,
-        **{k: trial.metrics.get(k, "") for k in REPORT_KEYS if k != BEST_DEV_ACCURACY},
-        **{k: trial.params[k] for k in sorted(trial.params)},
+        **{k: trial.last_report.get(k, "") for k in REPORT_KEYS if k != BEST_DEV_ACCURACY},
+        **{k: params[k] for k in sorted(params)},
         **({"changes": json.dumps(trial.changes)} if trial.changes else {}),
         "data": data,
         "error": trial.error,
@@ -176,7 +175,7 @@ def _number(value: float) -> float | str:
 
 def write_trials(
     folder: Path,
-    trials: tuple[TrialResult, ...],
+    trials: tuple[Trial, ...],
     data: str,
     front: Collection[int] | None = None,
 ) -> None:
@@ -196,12 +195,12 @@ def write_trials(
     write_atomic(folder / layout.TRIALS_FILE, buffer.getvalue())
 
 
-def copy_best(folder: Path, best: TrialResult | None) -> Path | None:
+def copy_best(folder: Path, best: Trial | None) -> Path | None:
     """Copy the best trial's checkpoint to best/; None when there is none."""
     if best is None or best.checkpoint is None:
         return None
     target = folder / layout.BEST_DIR
-    copy_folder(best.checkpoint.path, target)
+    copy_folder(best.checkpoint, target)
     return target
 
 

@@ -1,8 +1,11 @@
-"""What Ray Tune calls during a study: whence trials come, what runs them, and what is recorded."""
+"""A study on Ray Tune, which trains segments and decides nothing.
+
+Tune asks the searcher for the next segment, tells the recorder what is reported, and is told by the
+scheduler's adapter when a trial is to stop; all three ask the study's record and its scheduler.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -24,27 +27,28 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from dmx import terminal
 from dmx.cluster import capacity
 from dmx.cluster.gang import Gang, runner_of
-from dmx.data.store import Store
-from dmx.errors import ConfigError, DmxError, StorageError
+from dmx.errors import DmxError, StorageError
 from dmx.process import own_signals, terminate_like_interrupt
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS, UNDER_WAY
-from dmx.runs.study import TrialStatus
-from dmx.search.ledger import Ledger, trial_folder
-from dmx.search.rungs import Brackets
-from dmx.search.schedulers import apply
+from dmx.runs.run import TrialStatus
+from dmx.search.schedulers import DONE, Idle, Scheduler
+from dmx.search.study_log import StudyLog
 from dmx.storage.files import is_storage_error
-from dmx.study.pbt import Population, copied
 from dmx.study.views import StudyObserver
 from dmx.training.job import Job
 from dmx.training.runner import ProcessState, Runner
 
 if TYPE_CHECKING:
-    from dmx.study.study import StudyConfig
+    from dmx.study.study import SegmentQueue, StudyConfig
 
 logger = logging.getLogger("dmx.study")
 JOB_KEY = "job"
-SLICE_SECONDS = 5.0
-"""Tune hears so often of a trial, and can stop it then without losing a step."""
+NUMBER_KEY = "trial_number"
+
+
+def is_report(result: Mapping[str, Any]) -> bool:
+    """Whether it tells of an evaluation, and not of a failure or of training that goes on."""
+    return STEPS in result and FAILURE not in result and UNDER_WAY not in result
 
 
 class TrialTrainable(tune.Trainable):
@@ -52,7 +56,7 @@ class TrialTrainable(tune.Trainable):
 
     The runner writes its checkpoints straight into the trial's folder on the shared storage, so a
     trial continues wherever Ray starts it again: after a dead worker, a lost node, or in a new
-    session of the study. Ray's own checkpoints serve only schedulers that pause or copy trials.
+    session of the study.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -73,14 +77,6 @@ class TrialTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train to the next evaluation and report, or for one slice: then there is no report."""
         return self.runner.step()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """For schedulers that pause or copy trials (PBT)."""
-        self.runner.save_into(Path(checkpoint_dir))
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """For schedulers that pause or copy trials (PBT)."""
-        self.runner.load_from(Path(checkpoint))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
@@ -125,36 +121,38 @@ def _study_name(folder: Path) -> str:
     return f"dmx-trial-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-"
 
 
-NUMBER_KEY = "trial_number"
+class SegmentSearcher(Searcher):
+    """Hands out segments, each as a trial of Ray Tune."""
+
+    def __init__(self, segments: SegmentQueue) -> None:
+        super().__init__(metric=DEV_ACCURACY, mode="max")
+        self._segments = segments
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """None while the trials that train must come further first."""
+        found = self._segments.next()
+        if isinstance(found, Idle):
+            return Searcher.FINISHED if found is DONE else None
+        number, job = found
+        return {NUMBER_KEY: number, JOB_KEY: job}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Outcomes are recorded by the Recorder, which knows the trial."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The journal is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The journal is the state."""
 
 
-def is_report(result: Mapping[str, Any]) -> bool:
-    """Whether it tells of an evaluation, and not of a failure or of training that goes on."""
-    return STEPS in result and FAILURE not in result and UNDER_WAY not in result
+class SchedulerAdapter(TrialScheduler):
+    """Records every report, and passes on what the study's scheduler decides."""
 
-
-class RecordingScheduler(TrialScheduler):
-    """Records every report; Ray decides nothing.
-
-    Args:
-        brackets: what stops trials; None stops none.
-    """
-
-    def __init__(self, ledger: Ledger, brackets: Brackets | None = None) -> None:
-        self._ledger, self._brackets = ledger, brackets
-        for number, step, metrics in ledger.record.history():
-            self._decide(number, step, metrics)
-
-    @property
-    def stopped(self) -> Mapping[int, str]:
-        """Trial -> why it was stopped."""
-        return {} if self._brackets is None else self._brackets.stopped
-
-    def _decide(self, number: int, step: int, metrics: Mapping[str, Any]) -> bool:
-        value = metrics.get(DEV_ACCURACY)
-        if self._brackets is None or value is None:
-            return True
-        return self._brackets.report(number, step, value)
+    def __init__(self, log: StudyLog, scheduler: Scheduler) -> None:
+        self._log, self._scheduler = log, scheduler
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
@@ -169,21 +167,20 @@ class RecordingScheduler(TrialScheduler):
         pass
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Record the report, then decide; one known from before a crash decides nothing new."""
+        """A report that is known from before a crash decides nothing new."""
         if FAILURE in result:
             return self.STOP
         if not is_report(result):
             return self.CONTINUE
         number, step = trial.config[NUMBER_KEY], int(result[STEPS])
-        if self._ledger.report(number, step, result):
-            self._decide(number, step, result)
-        return self.STOP if number in self.stopped else self.CONTINUE
+        self._log.report(number, step, result)
+        goes_on = self._scheduler.keep_training(self._log, number, step)
+        return self.CONTINUE if goes_on else self.STOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """The last report reaches a scheduler only here."""
-        number = trial.config[NUMBER_KEY]
-        if is_report(result) and self._ledger.report(number, int(result[STEPS]), result):
-            self._decide(number, int(result[STEPS]), result)
+        if is_report(result):
+            self._log.report(trial.config[NUMBER_KEY], int(result[STEPS]), result)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first trial that waits."""
@@ -193,146 +190,59 @@ class RecordingScheduler(TrialScheduler):
         return None
 
     def debug_string(self) -> str:
-        """For Ray's own status output."""
         return "dmx decides"
 
 
-class LedgerSearcher(Searcher):
-    """Hands the ledger's trials to Ray Tune."""
-
-    def __init__(self, config: StudyConfig, ledger: Ledger, folder: Path, store: Store) -> None:
-        super().__init__(metric=DEV_ACCURACY, mode="max")
-        self._config, self._ledger, self._folder, self._store = config, ledger, folder, store
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The config of the next trial; None-like FINISHED when the study has no more."""
-        while (found := self._ledger.next_trial()) is not None:
-            number, point = found
-            try:
-                return self._trial(number, self._config.trial_config(point))
-            except ConfigError as error:  # only corners were checked before
-                logger.warning("trial %d cannot be built: %s", number, error)
-                self._ledger.finish(number, "FAILED", str(error))
-        return Searcher.FINISHED
-
-    def _trial(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
-        return {
-            NUMBER_KEY: number,
-            JOB_KEY: {
-                "run_config": run_config,
-                "data_folder": str(self._store.folder),
-                "folder": str(trial_folder(self._folder, number)),
-                "places": self._config.places,
-                "storage_timeout": self._config.storage_timeout,
-                **self._config.workers.of_job(),
-                "within": str(self._folder),
-                "slice_seconds": SLICE_SECONDS,
-                # The study's journal is ours, so whoever still works on a trial was given up.
-                "takes_over": True,
-            },
-        }
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Outcomes are recorded by the callback, which knows the trial."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the state."""
-
-
-class PopulationSearcher(LedgerSearcher):
-    """Hands out a population's segments, each as a trial of Ray Tune."""
-
-    def __init__(
-        self,
-        config: StudyConfig,
-        ledger: Ledger,
-        folder: Path,
-        store: Store,
-        population: Population,
-    ) -> None:
-        super().__init__(config, ledger, folder, store)
-        self._population = population
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next segment; None while the others must catch up first."""
-        while (segment := self._population.next_segment()) is not None:
-            number = segment.number
-            try:
-                found = self._trial(number, self._config.trial_config(segment.point))
-            except ConfigError as error:
-                logger.warning("trial %d cannot be built: %s", number, error)
-                self._ledger.finish(number, "FAILED", str(error))
-                self._population.ended(number)
-                continue
-            found[JOB_KEY]["stop_at"] = segment.until
-            if segment.adopt is not None:
-                found[JOB_KEY]["adopt"] = str(copied(self._folder, number, segment.adopt))
-            return found
-        return Searcher.FINISHED if self._population.finished else None
-
-
 class Recorder(tune.Callback):
-    """Tells the ledger how trials end, and shows observers what happens.
+    """Records how segments and trials end, and shows observers what happens.
 
     Args:
         max_failures: processes that a trial may lose without getting any further.
         watchdog: knows which processes were killed because they hung.
-        population: hears that a segment has ended, where there is one.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
-        scheduler: RecordingScheduler,
+        log: StudyLog,
+        scheduler: Scheduler,
         observers: tuple[StudyObserver, ...],
         *,
         max_failures: int,
         watchdog: Watchdog,
-        population: Population | None = None,
     ) -> None:
-        self._ledger, self._scheduler, self._observers = ledger, scheduler, observers
+        self._log, self._scheduler, self._observers = log, scheduler, observers
         self._max_failures, self._watchdog = max_failures, watchdog
-        self._population = population
-        self._shown = {(n, s) for n, steps in ledger.reports.items() for s in steps}
+        self._shown = {(trial, step) for trial, step, _, _ in log.history}
         self._lost: dict[int, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial runs."""
         number = trial.config[NUMBER_KEY]
-        run_config = trial.config[JOB_KEY]["run_config"]
-        changes = self._ledger.record.exploits.get(number, {})
-        point = apply(self._ledger.point(number), changes, math.inf)
-        self._show("started", number, point, run_config)
+        params = self._log.by_number[number].params_at(math.inf)
+        self._show("started", number, params, trial.config[JOB_KEY]["run_config"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A report came in."""
+        """A report came in; the adapter has recorded it, unless it was the trial's last."""
         number, step = trial.config[NUMBER_KEY], int(result[STEPS])
         if result.get(RESUMABLE):  # the next trial would meet the same storage
             raise StorageError(str(result[FAILURE]))
         if not is_report(result):
             return
-        self._ledger.report(number, step, result)
+        self._log.report(number, step, result)
         if (number, step) not in self._shown:
             self._shown.add((number, step))
             self._lost.pop(number, None)
             trial.run_metadata.num_failures = 0  # it got further: what counts is a row of deaths
-            self._show("reported", number, self._ledger.reports[number][step])
+            self._show("reported", number, self._log.by_number[number].curve[step])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by itself, was stopped by the scheduler, or by the end of the session."""
+        """A segment ended by itself, was stopped by the scheduler, or by the end of the session."""
         number, result = trial.config[NUMBER_KEY], trial.last_result or {}
-        if self._population is not None:
-            self._population.ended(number)
+        self._log.in_flight.discard(number)
         if result.get(FAILURE):
             self._finish(number, "FAILED", result[FAILURE])
-        elif number in self._scheduler.stopped:
+        elif number in self._scheduler.stopped(self._log):
             self._finish(number, "PRUNED")
         elif result.get("done") and not result.get(SEGMENT_ENDED):
             self._finish(number, "COMPLETE")
@@ -341,22 +251,19 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune gives the trial up: its process died too often, or once while it was starting."""
         number = trial.config[NUMBER_KEY]
+        self._log.in_flight.discard(number)  # handed out once more, unless it ends here
         self._lost[number] = self._lost.get(number, 0) + 1
-        if self._population is not None:
-            self._population.ended(number)
-        if max(trial.run_metadata.num_failures, self._lost[number]) <= self._max_failures:
-            self._ledger.requeue(number)
-            return
-        self._finish(number, "FAILED", self._watchdog.hung.get(number) or _reason(trial))
+        if max(trial.run_metadata.num_failures, self._lost[number]) > self._max_failures:
+            self._finish(number, "FAILED", self._watchdog.hung.get(number) or _reason(trial))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (tune.Callback, ())  # see Ledger.__reduce__
+        return (tune.Callback, ())  # see StudyLog.__reduce__
 
     def _finish(self, number: int, status: TrialStatus, error: str = "") -> None:
-        self._ledger.finish(number, status, error)
-        result = self._ledger.result(number)
-        reason = self._scheduler.stopped.get(number, "")
-        self._show("ended", dataclasses.replace(result, reason=reason))
+        self._log.finish(number, status, error)
+        trial = self._log.by_number[number]
+        trial.reason = self._scheduler.stopped(self._log).get(number, "")
+        self._show("ended", trial)
 
     def _show(self, event: str, *values: Any) -> None:
         """Tell the observers; a view that cannot write its file must not end the study."""
@@ -369,30 +276,6 @@ class Recorder(tune.Callback):
                 logger.warning("%s cannot write: %s.", type(observer).__name__, error.strerror)
 
 
-class OutOfTime(tune.Stopper):
-    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial by itself."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Everything, once the time is over."""
-        return time.monotonic() >= self._deadline
-
-
-def _reason(trial: Any) -> str:
-    """The last line of a trial's error file: the exception itself."""
-    try:
-        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
-        return lines[-1] if lines else "it failed without a message"
-    except (OSError, TypeError, AttributeError):
-        return "it failed without a message"
-
-
 LEAST_SECONDS = 1800.0
 """Nothing is called a hang sooner, unless the user says so: a first step may compile for long."""
 TIMES_MEDIAN = 10.0
@@ -401,7 +284,7 @@ START_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
 
 
-def patience(intervals: list[float], fixed: float | None) -> float:
+def hang_timeout(intervals: list[float], fixed: float | None) -> float:
     """Seconds without a report after which a trial hangs.
 
     Args:
@@ -417,7 +300,7 @@ class Watchdog(tune.Callback):
     """Kills the process of a trial that has not reported for too long; Tune then restarts it.
 
     Args:
-        timeout_seconds: see patience. kill: ends an actor's process; Ray's own in the end sends
+        timeout_seconds: see hang_timeout. kill: ends an actor's process; Ray's own in the end sends
             SIGKILL, which a stopped process cannot ignore either. clock: monotonic seconds.
     """
 
@@ -437,7 +320,6 @@ class Watchdog(tune.Callback):
         self.hung: dict[int, str] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its time runs."""
         self._since[trial] = self._reported[trial] = self._clock()
         self._started.add(trial)
 
@@ -454,20 +336,11 @@ class Watchdog(tune.Callback):
             self._reported[trial] = now
             self.hung.pop(trial.config[NUMBER_KEY], None)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its time is over."""
+    def _forget(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._since.pop(trial, None)
         self._reported.pop(trial, None)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its time is over."""
-        self._since.pop(trial, None)
-        self._reported.pop(trial, None)
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It waits for a process."""
-        self._since.pop(trial, None)
-        self._reported.pop(trial, None)
+    on_trial_complete = on_trial_error = on_trial_recover = _forget
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look at all running trials; Tune calls this many times a second."""
@@ -475,7 +348,7 @@ class Watchdog(tune.Callback):
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        usual = patience(self._intervals, self._timeout_seconds)
+        usual = hang_timeout(self._intervals, self._timeout_seconds)
         for trial, since in list(self._since.items()):
             actor = trial.temporary_state.ray_actor
             limit = max(usual, START_SECONDS) if trial in self._started else usual
@@ -493,7 +366,22 @@ class Watchdog(tune.Callback):
             self._kill(actor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (tune.Callback, ())  # see Ledger.__reduce__
+        return (tune.Callback, ())  # see StudyLog.__reduce__
+
+
+class OutOfTime(tune.Stopper):
+    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Everything, once the time is over."""
+        return time.monotonic() >= self._deadline
 
 
 def _measures_process(config: StudyConfig) -> bool:
@@ -503,40 +391,30 @@ def _measures_process(config: StudyConfig) -> bool:
 
 def fit(
     config: StudyConfig,
-    store: Store,
-    folder: Path,
-    slots: int,
-    ledger: Ledger,
-    scheduler: RecordingScheduler,
+    log: StudyLog,
+    scheduler: Scheduler,
+    segments: SegmentQueue,
     observers: tuple[StudyObserver, ...],
+    slots: int,
     deadline: float,
-    population: Population | None,
 ) -> None:
-    """Run the trials that are left, until the deadline (of time.monotonic)."""
-    storage = folder.absolute() / "ray"
-    parts = (config, ledger, folder.absolute(), store)
-    search = PopulationSearcher(*parts, population) if population else LedgerSearcher(*parts)
-    session = f"session-{uuid.uuid4().hex}"
+    """Train segments until there are no more, or until the deadline (of time.monotonic)."""
+    storage = log.folder.absolute() / "ray"
     watchdog = Watchdog(config.trial_timeout_seconds)
     recorder = Recorder(
-        ledger,
-        scheduler,
-        observers,
-        max_failures=config.max_failures,
-        watchdog=watchdog,
-        population=population,
+        log, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
     )
     tuner = tune.Tuner(
-        tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), folder)),
+        tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), log.folder)),
         tune_config=tune.TuneConfig(
-            search_alg=search,
-            scheduler=scheduler,
+            search_alg=SegmentSearcher(segments),
+            scheduler=SchedulerAdapter(log, scheduler),
             num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,
             reuse_actors=config.reuse_actors and not _measures_process(config),
         ),
         run_config=tune.RunConfig(
-            name=session,
+            name=f"session-{uuid.uuid4().hex}",
             storage_path=str(storage),
             stop=OutOfTime(deadline),
             callbacks=[recorder, watchdog],
@@ -568,3 +446,12 @@ def _trial_resources(config: StudyConfig) -> dict[str, float]:
     if config.workers.count > 1:
         return {"memory": 1}
     return {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
+
+
+def _reason(trial: Any) -> str:
+    """The last line of a trial's error file: the exception itself."""
+    try:
+        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+        return lines[-1] if lines else "it failed without a message"
+    except (OSError, TypeError, AttributeError):
+        return "it failed without a message"

@@ -27,9 +27,8 @@ from dmx.runs.metrics import (
     TEST_LOSS,
 )
 from dmx.runs.objectives import OBJECTIVES
-from dmx.runs.study import StudyResult
+from dmx.runs.study import Study
 from dmx.schema import to_dict
-from dmx.search.schedulers import apply
 from dmx.storage.journal import Journal, read_journal, wall_seconds
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
@@ -43,7 +42,7 @@ from dmx.training.job import Job, Workers
 def finish(
     config: StudyConfig,
     store: Store,
-    result: StudyResult,
+    study: Study,
     tensorboard: TensorBoardView,
     *,
     slots: int,
@@ -55,17 +54,17 @@ def finish(
         The content of study.json but for `seconds`. An incomplete study is not tested: its best
         trial may still change.
     """
-    folder, best = result.folder, result.best
-    summary = summarise(config, store, result)
+    folder, best = study.folder, study.best_trial
+    summary = summarise(config, store, study)
     if best is None or best.checkpoint is None:
         return summary
     best_folder = folder / layout.BEST_DIR
     config.places.push(best_folder)
-    if result.complete:
+    if study.complete:
         test = evaluate_test(best_folder, store, config.workers, config.places)
         summary["best"][TEST_ACCURACY] = test["accuracy"]
         summary["best"][TEST_LOSS] = test["loss"]
-        tensorboard.test(best.number, test["accuracy"], best.checkpoint.step)
+        tensorboard.test(best.number, test["accuracy"], best.best_step)
         if final_seeds:
             summary["final_seeds"] = retrain(
                 best_folder,
@@ -76,7 +75,7 @@ def finish(
                 slots=slots,
                 places=config.places,
             )
-        note_final(folder, best.number, best.checkpoint.step, test, summary.get("final_seeds"))
+        note_final(folder, best.number, best.best_step, test, summary.get("final_seeds"))
     return summary
 
 
@@ -104,13 +103,13 @@ def note_final(
             journal.append(**found, time=time.time())
 
 
-def summarise(config: StudyConfig, store: Store, result: StudyResult) -> dict[str, Any]:
+def summarise(config: StudyConfig, store: Store, study: Study) -> dict[str, Any]:
     """Write trials.csv and best/; the content of study.json, but for tests and `seconds`."""
     several = len(config.objectives) > 1
     label = store.manifest.label
-    front = result.front if several else None
-    study_folder.write_trials(result.folder, result.trials, label, front)
-    study_folder.copy_best(result.folder, result.best)
+    front = front_of(study) if several else None
+    study_folder.write_trials(study.folder, study.trials, label, front)
+    study_folder.copy_best(study.folder, study.best_trial)
     summary: dict[str, Any] = {
         "name": config.name,
         "data": label,
@@ -118,26 +117,26 @@ def summarise(config: StudyConfig, store: Store, result: StudyResult) -> dict[st
         "data_checksum": store.manifest.checksum,
         "task": config.task,
         "attention": config.space.attention,
-        "complete": result.complete,
+        "complete": study.complete,
         "num_trials": config.num_trials,
         "max_steps": config.max_steps,
         "grace_steps": config.grace_steps,
         "reduction_factor": config.reduction_factor,
         "trials": {
-            s: sum(t.status == s for t in result.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
+            s: sum(t.status == s for t in study.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
         },
-        **(front_summary(config.objectives, result) if several else {}),
-        **({"population": population(result)} if config.scheduler == "pbt" else {}),
+        **(front_summary(config.objectives, study) if several else {}),
+        **({"population": population(study)} if config.scheduler == "pbt" else {}),
         "best": None,
         "environment": {**environment(), "argv": sys.argv},
     }
-    best = result.best
+    best = study.best_trial
     if best is not None and best.checkpoint is not None:
         summary["best"] = {
             "trial": best.number,
-            "params": apply(best.params, best.changes, best.checkpoint.step),
-            DEV_ACCURACY: best.best_dev_accuracy,
-            "step": best.checkpoint.step,
+            "params": best.params_at(best.best_step),
+            DEV_ACCURACY: best.best,
+            "step": best.best_step,
             "checkpoint": layout.BEST_DIR,
         }
     return summary
@@ -149,7 +148,12 @@ def seconds_so_far(folder: Path) -> float:
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def population(result: StudyResult) -> list[dict[str, Any]]:
+def front_of(study: Study) -> tuple[int, ...]:
+    """The trials on the Pareto front of a study with several objectives; () where there is one."""
+    return tuple(t.number for t in study.best_trials) if study.several else ()
+
+
+def population(study: Study) -> list[dict[str, Any]]:
     """`population` of study.json: what each trial began with, and what it changed to and when."""
     return [
         {
@@ -157,13 +161,11 @@ def population(result: StudyResult) -> list[dict[str, Any]]:
             "params": dict(t.params),
             "changes": [{"step": s, "params": dict(p)} for s, p in sorted(t.changes.items())],
         }
-        for t in result.trials
+        for t in study.trials
     ]
 
 
-def front_summary(
-    objectives: tuple[str, ...], result: StudyResult
-) -> dict[str, list[dict[str, Any]]]:
+def front_summary(objectives: tuple[str, ...], study: Study) -> dict[str, list[dict[str, Any]]]:
     """`objectives` and `front` of study.json: what was optimised, and the trials on the front."""
     described = [OBJECTIVES[name] for name in objectives]
     return {
@@ -172,13 +174,13 @@ def front_summary(
         ],
         "front": [
             {"trial": t.number, "values": dict(t.values), "params": dict(t.params)}
-            for t in result.trials
-            if t.number in result.front
+            for t in study.trials
+            if t.number in front_of(study)
         ],
     }
 
 
-def show(summary: Mapping[str, Any], result: StudyResult, store: Store) -> None:
+def show(summary: Mapping[str, Any], study: Study, store: Store) -> None:
     """Print the table of trials, the best configuration and its test accuracy."""
     out = console()
     best = summary["best"]
@@ -187,12 +189,12 @@ def show(summary: Mapping[str, Any], result: StudyResult, store: Store) -> None:
     )
     names = tuple(o["name"] for o in summary.get("objectives", ()))
     number = best["trial"] if best else None
-    out.print(trials_table(result.trials, title, number, names, result.front))
+    out.print(trials_table(study.trials, title, number, names, front_of(study)))
     if names:
-        on = ", ".join(str(n) for n in result.front) or "none"
+        on = ", ".join(str(n) for n in front_of(study)) or "none"
         out.print(f"Pareto front of {', '.join(names)} (marked +): trials {on}", highlight=False)
     if best is None:
-        failed = describe_failures(result.trials)
+        failed = describe_failures(study.trials)
         out.print(failed or "No trial reported a dev accuracy.", highlight=False, markup=False)
         return
     labels = store.split("test").labels
@@ -208,8 +210,8 @@ def show(summary: Mapping[str, Any], result: StudyResult, store: Store) -> None:
     if "final_seeds" in summary:
         out.print(describe(summary["final_seeds"]))
     files = f"({layout.STUDY_FILE}, {layout.TRIALS_FILE}, {layout.BEST_DIR}/)"
-    verbatim(f"files: {result.folder}  {files}")  # to be copied in one piece
-    verbatim(f"curves: tensorboard --logdir {result.folder.parent}")
+    verbatim(f"files: {study.folder}  {files}")  # to be copied in one piece
+    verbatim(f"curves: tensorboard --logdir {study.folder.parent}")
 
 
 logger = logging.getLogger("dmx.study")
@@ -261,7 +263,7 @@ def retrain(
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
                 places=places,
-                **workers.of_job(),
+                **workers.job_fields(),
                 within=str(folder),
             )
         )

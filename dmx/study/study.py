@@ -1,8 +1,9 @@
-"""A study: one Ray Tune run over a search space, continued after any crash."""
+"""A study: what is searched and by what means, what is trained next, and its run on Ray."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -11,23 +12,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmx.data.store import Store
+from dmx.errors import ConfigError
+from dmx.format import short
 from dmx.runs import layout
-from dmx.runs.objectives import DEFAULT, pareto_front
-from dmx.runs.study import SamplerKind, SchedulerKind, StudyResult, TrialResult, best_trial
+from dmx.runs.objectives import DEFAULT
+from dmx.runs.study import SamplerKind, SchedulerKind, Study
 from dmx.schema import to_dict
-from dmx.search.rungs import Brackets
-from dmx.search.schedulers import boundaries
+from dmx.search.schedulers import (
+    Comparison,
+    Exploit,
+    Idle,
+    PopulationBasedTraining,
+    Scheduler,
+    SuccessiveHalving,
+    comparison_steps,
+)
 from dmx.search.space import SearchSpace
-from dmx.search.study_settings import SETTINGS
-from dmx.storage.files import STORAGE_TIMEOUT
+from dmx.storage.files import STORAGE_TIMEOUT, copy_folder, persist, put_back
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.views import StudyObserver
 from dmx.training.job import Workers, share_out
 
-if TYPE_CHECKING:  # both take seconds to import
-    from dmx.search.ledger import Ledger
-    from dmx.study.pbt import Population
-    from dmx.study.ray_tune import RecordingScheduler
+if TYPE_CHECKING:  # it imports Optuna, which takes seconds
+    from dmx.search.study_log import StudyLog
+
+logger = logging.getLogger("dmx.study")
+SLICE_SECONDS = 5.0
+"""Tune hears so often of a trial, and can stop it then without losing a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +57,7 @@ class StudyConfig:
         time_budget_seconds: stop then, continuable; None has no limit.
         max_failures: restarts of one trial after a dead worker or node, without getting further.
         trial_timeout_seconds: without a report for so long a trial's process is killed; None:
-            see watchdog.patience.
+            see ray_tune.hang_timeout.
         storage_timeout: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         places: object storage and local copies (see training.job.Job).
@@ -87,6 +98,129 @@ class StudyConfig:
         assert isinstance(plain, dict)
         return plain
 
+    def make_scheduler(self) -> Scheduler:
+        """What decides which trials are trained, and how far."""
+        if self.scheduler == "none":
+            return Scheduler(self.max_steps)
+        if self.scheduler == "pbt":
+            run = self.space.run_config(self.task, self.overrides, self.space.first())
+            steps = comparison_steps(
+                every=self.grace_steps,
+                eval_every_steps=run.train.eval_every_steps,
+                max_steps=self.max_steps,
+            )
+            return PopulationBasedTraining(steps=steps, seed=self.seed, space=self.space)
+        return SuccessiveHalving(
+            self.scheduler,
+            grace_steps=self.grace_steps,
+            max_steps=self.max_steps,
+            reduction_factor=self.reduction_factor,
+        )
+
+
+class SegmentQueue:
+    """A study's segments as jobs: proposals are made, and comparisons carried out, on the way.
+
+    Killed at any moment, the next session finds a comparison either unmade, and makes the same one
+    again (no trial has trained on), or recorded, with the copies that it needs.
+    """
+
+    def __init__(
+        self, config: StudyConfig, log: StudyLog, scheduler: Scheduler, store: Store
+    ) -> None:
+        self._config, self._log, self._scheduler, self._store = config, log, scheduler, store
+
+    def next(self) -> tuple[int, dict[str, Any]] | Idle:
+        """(trial, fields of its Job) of the next segment, which is in flight from now on."""
+        if self._scheduler.proposes_at_once:
+            for number in range(len(self._log.by_number), self._config.num_trials):
+                self._log.start(number)
+        while (comparison := self._scheduler.comparison(self._log)) is not None:
+            self._carry_out(comparison)
+        while not isinstance(segment := self._scheduler.next_segment(self._log), Idle):
+            number = segment.trial
+            self._log.start(number)
+            params = self._log.by_number[number].params_at(segment.until)
+            try:
+                job = self._job(number, self._config.trial_config(params))
+            except ConfigError as error:  # only corners were checked before
+                logger.warning("trial %d cannot be built: %s", number, error)
+                self._log.finish(number, "FAILED", str(error))
+                continue
+            if segment.until < self._config.max_steps:
+                job["stop_at"] = segment.until
+            if segment.adopt is not None:
+                job["adopt"] = str(adopted(self._log.folder, number, segment.adopt))
+            self._log.journal.check()  # a driver that was taken over hands nothing out
+            self._log.in_flight.add(number)
+            return number, job
+        return segment
+
+    def _job(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "run_config": run_config,
+            "data_folder": str(self._store.folder),
+            "folder": str(layout.trial_folder(self._log.folder, number).absolute()),
+            "places": self._config.places,
+            "storage_timeout": self._config.storage_timeout,
+            **self._config.workers.job_fields(),
+            "within": str(self._log.folder.absolute()),
+            "slice_seconds": SLICE_SECONDS,
+            # The study's journal is ours, so whoever still works on a trial was given up.
+            "takes_over": True,
+        }
+
+    def _carry_out(self, comparison: Comparison) -> None:
+        """Copy the checkpoints that are taken over, then record it."""
+        for exploit in comparison.exploits:
+            persist(
+                functools.partial(self._copy, exploit, comparison.step),
+                self._log.folder,
+                seconds=self._config.storage_timeout,
+            )
+        self._log.compare(comparison)
+        for e in comparison.exploits:
+            logger.info(
+                "step %d: trial %d takes over trial %d: %s",
+                comparison.step,
+                e.trial,
+                e.source,
+                ", ".join(f"{k}={short(v)}" for k, v in e.params.items()),
+            )
+
+    def _copy(self, exploit: Exploit, step: int) -> None:
+        places, folder = self._config.places, self._log.folder
+        source = layout.trial_folder(folder, exploit.source) / layout.LAST_DIR
+        places.pull(source)
+        put_back(source)
+        target = adopted(folder, exploit.trial, step)
+        copy_folder(source, target)
+        places.push(target)
+
+
+def adopted(folder: Path, trial: int, step: int) -> Path:
+    """Where the checkpoint lies that a trial takes over at a step."""
+    return layout.trial_folder(folder, trial) / f"from-{step:08d}"
+
+
+def open_log(config: StudyConfig, folder: Path) -> StudyLog:
+    """The study's record, open for writing.
+
+    Raises:
+        StageError: the study is damaged, or another process works on it.
+    """
+    from dmx.search.study_log import StudyLog
+
+    return StudyLog(
+        folder,
+        space=config.space,
+        num_trials=config.num_trials,
+        seed=config.seed,
+        sampler=config.sampler,
+        objectives=config.objectives,
+        storage_timeout=config.storage_timeout,
+    )
+
 
 def train_trials(
     config: StudyConfig,
@@ -95,7 +229,7 @@ def train_trials(
     *,
     slots: int,
     observers: tuple[StudyObserver, ...] = (),
-) -> StudyResult:
+) -> Study:
     """Run the trials that are still to run, in the Ray cluster that is connected.
 
     Args:
@@ -106,121 +240,41 @@ def train_trials(
         StageError: the study is damaged, or another process works on it.
         StorageError: its storage stayed full, read-only or away; it can be continued.
     """
-    from dmx.search.ledger import Ledger, trial_folder
     from dmx.study import ray_tune
 
-    ledger = Ledger(
-        folder,
-        name=config.name,
-        space=config.space,
-        num_trials=config.num_trials,
-        seed=config.seed,
-        sampler=config.sampler,
-        storage_timeout=config.storage_timeout,
-        objectives=config.objectives,
-    )
+    log = open_log(config, folder)
     try:
-        scheduler = _scheduler(config, ledger)
-        _catch_up(ledger, scheduler, observers)
-        again = ledger.remaining() > 0
-        if again:
-            ledger.record.begin()
+        scheduler = config.make_scheduler()
+        catch_up(log, scheduler, observers)
         deadline = time.monotonic() + (config.time_budget_seconds or math.inf)
         ray_tune.give_back_rooms(folder)
-        while again:
-            population = _population(config, ledger)
-            ray_tune.fit(
-                config, store, folder, slots, ledger, scheduler, observers, deadline, population
-            )
-            # Only what Tune gave up too soon is left: it is run in another round.
-            again = 0 < ledger.num_interrupted == ledger.remaining()
-            again = again and time.monotonic() < deadline
-        trials = ledger.results()
-        front = _front(config, trials)
-        best = _best(trials, front)
-        if best is not None and config.places.run_url is not None:  # it ran on any node
-            config.places.pull(trial_folder(folder, best.number) / layout.BEST_DIR)
-            trials = ledger.results()
-            best = _best(trials, front)
-        return StudyResult(
-            name=config.name,
-            folder=folder,
-            trials=trials,
-            best=best,
-            complete=ledger.remaining() == 0,
-            front=front,
-        )
+        if not log.complete:
+            log.begin()
+            segments = SegmentQueue(config, log, scheduler, store)
+            ray_tune.fit(config, log, scheduler, segments, observers, slots, deadline)
+        best = log.best_trial
+        if best is not None and best.folder is not None and config.places.run_url is not None:
+            config.places.pull(best.folder / layout.BEST_DIR)  # it ran on any node
+        for number in log.outcomes:  # a process that was killed may have left it aside
+            put_back(layout.trial_folder(folder, number) / layout.BEST_DIR)
+        return log
     finally:
-        ledger.close()
+        log.close()
 
 
-def _front(config: StudyConfig, trials: tuple[TrialResult, ...]) -> tuple[int, ...]:
-    """The Pareto front of a study with several objectives; () where there is one."""
-    if len(config.objectives) == 1:
-        return ()
-    whole = [t for t in trials if t.status == "COMPLETE"]
-    points = {t.number: [t.values[o] for o in config.objectives] for t in whole}
-    return pareto_front(config.objectives, points)
-
-
-def _best(trials: tuple[TrialResult, ...], front: tuple[int, ...]) -> TrialResult | None:
-    """The most accurate trial; of the front, where there is one."""
-    return best_trial(tuple(t for t in trials if t.number in front) or trials)
-
-
-def _catch_up(
-    ledger: Ledger,
-    scheduler: RecordingScheduler,
-    observers: tuple[StudyObserver, ...],
-) -> None:
+def catch_up(log: StudyLog, scheduler: Scheduler, observers: tuple[StudyObserver, ...]) -> None:
     """Carry out what was decided, and show what was recorded, when a crash came in between."""
-    events = [e for e in ledger.record.journal.events if e.get("event") != SETTINGS]
+    events = [e for e in log.journal.events if e.get("event") != "settings"]
     last = events[-1] if events else {}
     ended = [last["trial"]] if last.get("event") == "outcome" else []
-    for number in sorted(scheduler.stopped.keys() - ledger.outcomes.keys()):
-        ledger.finish(number, "PRUNED")
-        ended.append(number)
-    ledger.forget_ended()
+    for number, reason in sorted(scheduler.stopped(log).items()):
+        log.by_number[number].reason = reason
+        if number not in log.outcomes:
+            log.finish(number, "PRUNED")
+            ended.append(number)
     for observer in observers:
-        observer.continues([r for r in ledger.results() if r.number not in ended])
+        observer.continues([t for t in log.trials if t.number not in ended])
         if last.get("event") == "report":
             observer.reported(last["trial"], last["metrics"])
-        for result in ledger.results():
-            if result.number in ended:
-                reason = scheduler.stopped.get(result.number, "")
-                observer.ended(dataclasses.replace(result, reason=reason))
-
-
-def _scheduler(config: StudyConfig, ledger: Ledger) -> RecordingScheduler:
-    from dmx.study.ray_tune import RecordingScheduler
-
-    if config.scheduler in ("none", "pbt"):
-        return RecordingScheduler(ledger)
-    brackets = Brackets(
-        config.scheduler,
-        grace_steps=min(config.grace_steps, config.max_steps),
-        max_steps=config.max_steps,
-        reduction_factor=config.reduction_factor,
-    )
-    return RecordingScheduler(ledger, brackets)
-
-
-def _population(config: StudyConfig, ledger: Ledger) -> Population | None:
-    """Who trains whom, for population based training."""
-    if config.scheduler != "pbt":
-        return None
-    run = config.space.run_config(config.task, config.overrides, config.space.first())
-    steps = boundaries(
-        every=config.grace_steps,
-        evaluation=run.train.eval_every_steps,
-        max_steps=config.max_steps,
-    )
-    from dmx.study.pbt import Population
-
-    return Population(
-        ledger,
-        steps=steps,
-        seed=config.seed,
-        places=config.places,
-        storage_timeout=config.storage_timeout,
-    )
+        for number in sorted(ended):
+            observer.ended(log.by_number[number])

@@ -19,6 +19,7 @@ from rich.text import Text
 from dmx import terminal
 from dmx.format import settings_text, short, short_names
 from dmx.runs import layout
+from dmx.runs.layout import trial_folder
 from dmx.runs.metrics import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -29,10 +30,8 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
 )
 from dmx.runs.objectives import ACCURACY, OBJECTIVES
-from dmx.runs.study import TrialResult, best_trial
+from dmx.runs.run import Trial, best_of
 from dmx.schema import finite, flatten
-from dmx.search.ledger import trial_folder
-from dmx.search.schedulers import apply
 from dmx.tensorboard import RunWriter
 from dmx.terminal import SETTINGS, Column, FittingTable
 from dmx.training.predictions import write_samples
@@ -43,7 +42,7 @@ logger = logging.getLogger("dmx.study")
 class StudyObserver(Protocol):
     """Whoever shows a study: terminal, TensorBoard. Called in the driver, in order."""
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """A session begins; these trials are known from earlier ones."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -52,20 +51,20 @@ class StudyObserver(Protocol):
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """A trial reported; each step of a trial comes once."""
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """A trial ended."""
 
 
-def known(trials: Sequence[TrialResult]) -> list[TrialResult]:
+def known(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that have reported an accuracy."""
-    return [t for t in trials if math.isfinite(t.best_dev_accuracy)]
+    return [t for t in trials if math.isfinite(t.best)]
 
 
-def standing(trials: Sequence[TrialResult], num_trials: int) -> str:
+def standing(trials: Sequence[Trial], num_trials: int) -> str:
     """Where a study stands that is continued, in one line."""
     ended = sum(t.status != "RUNNING" for t in trials)
-    best = best_trial(tuple(trials))
-    shown = "none" if best is None else f"{best.best_dev_accuracy:.4f} (trial {best.number})"
+    best = best_of(tuple(trials))
+    shown = "none" if best is None else f"{best.best:.4f} (trial {best.number})"
     return f"{ended} of {num_trials} trials have ended; best dev accuracy so far: {shown}"
 
 
@@ -77,10 +76,10 @@ class LogView:
         self._best = -math.inf
         self._seen: set[int] = set()
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """What is the best so far counts from the study's first session."""
         self._seen.update(t.number for t in trials)
-        self._best = max((t.best_dev_accuracy for t in known(trials)), default=-math.inf)
+        self._best = max((t.best for t in known(trials)), default=-math.inf)
         if trials:
             logger.info("%s", standing(trials, self._num_trials))
 
@@ -106,7 +105,7 @@ class LogView:
             mark,
         )
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """A trial ended."""
         early = f"was stopped early{f' at {result.reason}' if result.reason else ''}"
         what = {"COMPLETE": "ran its full budget", "PRUNED": early}
@@ -115,9 +114,7 @@ class LogView:
             "trial %d %s (best dev accuracy %s, %d steps)",
             result.number,
             reason,
-            f"{result.best_dev_accuracy:.4f}"
-            if math.isfinite(result.best_dev_accuracy)
-            else "none",
+            f"{result.best:.4f}" if math.isfinite(result.best) else "none",
             result.steps,
         )
 
@@ -133,7 +130,7 @@ class TensorBoardView:
         self._values: dict[int, dict[str, Any]] = {}
         self._steps: dict[int, int] = {}
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """What was shown before is in the files."""
 
     def _writer(self, number: int) -> RunWriter:
@@ -163,7 +160,7 @@ class TensorBoardView:
             best = trial_folder(self._folder, number) / layout.BEST_DIR
             write_samples(self._writer(number), best, step)
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """The status appears in HParams."""
         self._writer(result.number).end(result.status)
         del self._writers[result.number]
@@ -185,7 +182,7 @@ def _known(value: float | None) -> Any:
 
 
 def trials_table(
-    trials: tuple[TrialResult, ...],
+    trials: tuple[Trial, ...],
     title: str,
     best: int | None,
     objectives: tuple[str, ...] = (),
@@ -198,7 +195,7 @@ def trials_table(
         objectives: of a study with several; each but accuracy has a column.
         front: the trials that are marked with a +.
     """
-    points = {t.number: apply(t.params, t.changes, math.inf) for t in trials}
+    points = {t.number: t.params_at(math.inf) for t in trials}
     params = sorted({key for point in points.values() for key in point})
     varied = [p for p in params if len({repr(v.get(p)) for v in points.values()}) > 1] or params
     costs = [name for name in objectives if name != ACCURACY]
@@ -215,12 +212,12 @@ def trials_table(
     own = (Column(name, right=True) for name in short_names(varied))
     table = FittingTable(title, (*shared, *own), narrow=narrow)
 
-    def key(trial: TrialResult) -> tuple[float, int]:
-        finite = math.isfinite(trial.best_dev_accuracy)
-        return (-trial.best_dev_accuracy if finite else math.inf, trial.number)
+    def key(trial: Trial) -> tuple[float, int]:
+        finite = math.isfinite(trial.best)
+        return (-trial.best if finite else math.inf, trial.number)
 
     for trial in sorted(trials, key=key):
-        accuracy = trial.best_dev_accuracy
+        accuracy = trial.best
         point = points[trial.number]
         style = "bold" if trial.number == best else "green" if trial.number in front else None
         cells = (
@@ -273,7 +270,7 @@ class QuietView(_View):
         logging.getLogger("dmx").setLevel(logging.WARNING)
         return self
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """Nothing."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -282,23 +279,23 @@ class QuietView(_View):
     def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """Nothing."""
 
 
 class JsonView(QuietView):
     """One JSON object a line on standard output, for programs that watch a study."""
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """`{"event": "continues", "trials", "ended", "best", "best_dev_accuracy"}`."""
-        best = best_trial(tuple(trials))
+        best = best_of(tuple(trials))
         if trials:
             write_json(
                 event="continues",
                 trials=len(trials),
                 ended=sum(t.status != "RUNNING" for t in trials),
                 best=None if best is None else best.number,
-                best_dev_accuracy=None if best is None else best.best_dev_accuracy,
+                best_dev_accuracy=None if best is None else best.best,
             )
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -309,13 +306,13 @@ class JsonView(QuietView):
         """`{"event": "reported", "trial", ...metrics}`."""
         write_json(event="reported", trial=number, **metrics)
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """`{"event": "ended", "trial", "status", "best_dev_accuracy", "steps", ...}`."""
         write_json(
             event="ended",
             trial=result.number,
             status=result.status,
-            best_dev_accuracy=result.best_dev_accuracy,
+            best_dev_accuracy=result.best,
             steps=result.steps,
             error=result.error,
             reason=result.reason,
@@ -330,7 +327,7 @@ class LiveView:
         self._started_at = time.monotonic()
         self._points: dict[int, Mapping[str, Any]] = {}
         self._latest: dict[int, Mapping[str, Any]] = {}
-        self._ended: list[TrialResult] = []
+        self._ended: list[Trial] = []
         self._before = 0  # of them, in earlier sessions
         self._best: tuple[float, int] = (-math.inf, -1)
         self._live = Live(
@@ -352,13 +349,13 @@ class LiveView:
     ) -> None:
         self._live.stop()
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """What earlier sessions found counts."""
         self._ended = [t for t in trials if t.status != "RUNNING"]
         self._before = len(self._ended)
-        best = best_trial(tuple(trials))
+        best = best_of(tuple(trials))
         if best is not None:
-            self._best = (best.best_dev_accuracy, best.number)
+            self._best = (best.best, best.number)
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """A row appears."""
@@ -371,7 +368,7 @@ class LiveView:
         if accuracy > self._best[0]:
             self._best = (accuracy, number)
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """A row goes; it is counted."""
         self._ended.append(result)
         self._points.pop(result.number, None)

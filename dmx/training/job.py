@@ -59,7 +59,7 @@ class Workers:
     cpus: float
     gpus: float
 
-    def of_job(self) -> dict[str, Any]:
+    def job_fields(self) -> dict[str, Any]:
         """The fields of runner.Job that say it."""
         return {
             "threads": max(int(self.cpus), 1),

@@ -26,10 +26,11 @@ from bench_cases import peak_mb, write_section
 from soak_study import SPACE, TASK
 
 from dmx.runs import layout
+from dmx.runs.layout import trial_folder
 from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS
-from dmx.search.ledger import Ledger, trial_folder
 from dmx.search.rungs import Brackets
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_log import StudyLog
 from dmx.study.folder import write_trials
 from dmx.study.ray_tune import RecordingScheduler
 from dmx.study.views import TensorBoardView
@@ -37,12 +38,12 @@ from dmx.study.views import TensorBoardView
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
 
 
-def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> Ledger:
+def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> StudyLog:
     """The study's memory."""
-    return Ledger(folder, name="s", space=space, num_trials=trials, seed=0, sampler=sampler)
+    return StudyLog(folder, space=space, num_trials=trials, seed=0, sampler=sampler)
 
 
-def asha(ledger: Ledger) -> RecordingScheduler:
+def asha(ledger: StudyLog) -> RecordingScheduler:
     """As `dmx.tune` builds it."""
     brackets = Brackets("asha", max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
     return RecordingScheduler(ledger, brackets)
@@ -79,7 +80,7 @@ def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
     while True:
         while len(running) < AT_ONCE:
             began = time.perf_counter()
-            found = ledger.next_trial()
+            found = next_trial(ledger)
             spent.add("next trial", began)
             if found is None:
                 break
@@ -129,7 +130,7 @@ def tpe_seconds(folder: Path, space: SearchSpace, trials: int, asks: int = 5) ->
     ledger = open_ledger(copy, space, trials + asks, "tpe")
     began = time.perf_counter()
     for _ in range(asks):
-        ledger.next_trial()
+        next_trial(ledger)
     seconds = (time.perf_counter() - began) / asks
     ledger.close()
     return seconds
@@ -150,9 +151,9 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     asha(ledger)
     made["open it again, s"] = f"{time.perf_counter() - began:.2f}"
     began = time.perf_counter()
-    write_trials(folder, ledger.results(), "made up")
+    write_trials(folder, ledger.trials, "made up")
     made["trials.csv, s"] = f"{time.perf_counter() - began:.2f}"
-    reports = len(ledger.record.history())
+    reports = len(ledger.history)
     ledger.close()
     made["reports"] = f"{reports:,}"
     for name in (layout.JOURNAL_FILE, layout.OPTUNA_FILE):

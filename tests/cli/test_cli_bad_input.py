@@ -373,7 +373,7 @@ space:
 when:
   - if: {attention.block_size: 32}
     then: {optim.weight_decay: {uniform: [0.0, 0.1]}}
-start:
+initial_points:
   - {attention.block_size: 16, optim.learning_rate: 1.0e-3}
 """
 
@@ -394,7 +394,11 @@ def test_a_space_file_that_was_edited_is_another_study(roots, tmp_path, capsys, 
         ),
         ("[0.0, 0.1]", "[0.0, 0.2]", "optim.weight_decay in the search space's `space` was"),
         ("{attention.block_size: 32}", "{attention.block_size: 16}", "`when` of the search space"),
-        ("16, optim.learning_rate", "32, optim.learning_rate", "`start` of the search space was"),
+        (
+            "16, optim.learning_rate",
+            "32, optim.learning_rate",
+            "`initial_points` of the search space was",
+        ),
     ):
         file.write_text(SPACE.replace(old, new))
         for again in ([*words, "--name", "s", "--resume"], ["--resume", "runs/s"]):

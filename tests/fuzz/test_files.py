@@ -24,7 +24,7 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
 from dmx.runs.stages import fold
-from dmx.search.ledger import Ledger
+from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder
 from dmx.training.checkpoint import open_checkpoint
@@ -32,7 +32,7 @@ from scripts.convert_pickles import load_pickle
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn
 from tests.reporting.makers import make_curriculum, make_run, make_study
-from tests.study.helpers import space
+from tests.study.helpers import next_trial, space
 from tests.tiny import TASK, trainer, write_tiny
 
 METRICS = {"steps": 2, "dev_accuracy": 0.5, "best_dev_accuracy": 0.5, "train_loss": 1.0}
@@ -75,9 +75,9 @@ def study(room: Path) -> Path:
     """A study with one finished and one running trial."""
     folder = room / "study"
     with_space = space(room)
-    ledger = Ledger(folder, name="s", space=with_space, num_trials=4, seed=1)
+    ledger = StudyLog(folder, space=with_space, num_trials=4, seed=1)
     for _ in range(2):
-        number, _point = ledger.next_trial() or (0, {})
+        number, _point = next_trial(ledger) or (0, {})
         ledger.report(number, 2, METRICS)
         if number == 0:
             ledger.finish(number, "COMPLETE")
@@ -99,15 +99,15 @@ def test_journals_of_studies(room, study, content):
     (folder / "journal.jsonl").write_bytes(content)
     with held(room):
         try:
-            ledger = Ledger(folder, name="s", space=space(room), num_trials=4, seed=1)
+            ledger = StudyLog(folder, space=space(room), num_trials=4, seed=1)
         except StageError:
             kept = (folder / "journal.jsonl").read_bytes()
             lost = content[len(kept) :]
             assert content.startswith(kept) and lost.count(b"\n") <= 1, "refused and changed"
             raise
         try:
-            ledger.results()
-            ledger.next_trial()
+            ledger.trials
+            next_trial(ledger)
         finally:
             ledger.close()
 
@@ -121,9 +121,9 @@ def test_optunas_file(room, study, data):
     file = folder / "optuna.journal"
     file.write_bytes(data.draw(torn(file.read_bytes())))
     with held(room):
-        ledger = Ledger(folder, name="s", space=space(room), num_trials=4, seed=1)
+        ledger = StudyLog(folder, space=space(room), num_trials=4, seed=1)
         try:
-            ledger.results()
+            ledger.trials
         finally:
             ledger.close()
 

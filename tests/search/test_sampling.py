@@ -16,11 +16,11 @@ from optuna.storages.journal import JournalFileBackend
 from dmx.errors import ConfigError
 from dmx.runs.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
 from dmx.search import samplers
-from dmx.search.ledger import Ledger
 from dmx.search.samplers import SAMPLERS, check_sampler, independent, make_sampler
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_log import StudyLog
 from tests.search.test_space import WAYS
-from tests.study.helpers import space
+from tests.study.helpers import next_trial, remaining, space
 from tests.tiny import TASK, one_sentence
 
 KINDS = [(kind, ("accuracy",)) for kind in SAMPLERS] + [
@@ -32,10 +32,9 @@ def ids(case: tuple[str, tuple[str, ...]]) -> str:
     return f"{case[0]}-{len(case[1])}"
 
 
-def open_ledger(folder: Path, kind: str, objectives: tuple[str, ...], count: int) -> Ledger:
-    return Ledger(
+def open_ledger(folder: Path, kind: str, objectives: tuple[str, ...], count: int) -> StudyLog:
+    return StudyLog(
         folder,
-        name="s",
         space=space(folder.parent),
         num_trials=count,
         seed=3,
@@ -44,7 +43,7 @@ def open_ledger(folder: Path, kind: str, objectives: tuple[str, ...], count: int
     )
 
 
-def finish(ledger: Ledger, number: int, point: dict[str, Any]) -> None:
+def finish(ledger: StudyLog, number: int, point: dict[str, Any]) -> None:
     """A made-up training: a rate near 1e-2 and little dropout are good, large blocks are fast."""
     far = abs(math.log10(point["optim.learning_rate"]) + 2)
     value = round(0.9 - 0.1 * far - point["model.dropout"], 6)
@@ -72,9 +71,9 @@ def play(folder: Path, case: tuple[str, tuple[str, ...]], restarts: set[int], co
             ledger.close()
             ledger = open_ledger(folder, *case, count)
             for number, point in running.items():
-                assert ledger.next_trial() == (number, point), "the interrupted ones come first"
+                assert next_trial(ledger) == (number, point), "the interrupted ones come first"
         if len(running) < 3 and len(seen) < count and draw.random() < 0.7:
-            number, point = ledger.next_trial() or (-1, {})
+            number, point = next_trial(ledger) or (-1, {})
             assert number == len(seen)
             running[number] = seen[number] = point
         elif running:
@@ -82,7 +81,7 @@ def play(folder: Path, case: tuple[str, tuple[str, ...]], restarts: set[int], co
             finish(ledger, number, running.pop(number))
         elif len(seen) == count:
             break
-    assert ledger.next_trial() is None and ledger.remaining() == 0
+    assert next_trial(ledger) is None and remaining(ledger) == 0
     ledger.close()
     return list(seen.values())
 
@@ -109,8 +108,8 @@ def live_points(kind: str, objectives: tuple[str, ...], folder: Path, count: int
     points = []
     for number in range(count):
         study.sampler = _Seeded(proposer, number, [])
-        if number < len(chosen.start):
-            study.enqueue_trial(dict(chosen.start[number]))
+        if number < len(chosen.initial_points):
+            study.enqueue_trial(dict(chosen.initial_points[number]))
         trial = study.ask()
         _ = trial.relative_params
         point = chosen.suggest(trial)
@@ -135,7 +134,7 @@ def test_a_replay_is_the_sampler_that_lived_on(tmp_path, case):
     expected, study = live_points(*case, tmp_path, count)
     ledger = open_ledger(tmp_path / "a", *case, count)
     found = []
-    while (asked := ledger.next_trial()) is not None:
+    while (asked := next_trial(ledger)) is not None:
         found.append(asked[1])
         finish(ledger, *asked)
     ledger.close()
@@ -151,7 +150,7 @@ def test_cmaes_converges(tmp_path):
     def last_errors(kind: str) -> float:
         ledger = open_ledger(tmp_path / kind, kind, ("accuracy",), 40)
         errors = []
-        while (asked := ledger.next_trial()) is not None:
+        while (asked := next_trial(ledger)) is not None:
             point = asked[1]
             errors.append(
                 abs(math.log10(point["optim.learning_rate"]) + 2) + point["model.dropout"]
@@ -177,14 +176,14 @@ def test_nothing_is_pickled_into_or_out_of_the_folder(tmp_path):
     folder = tmp_path / "s"
     ledger = open_ledger(folder, "cmaes", ("accuracy",), 20)
     for _ in range(14):
-        asked = ledger.next_trial()
+        asked = next_trial(ledger)
         assert asked is not None
         finish(ledger, *asked)
     ledger.close()
     log = folder / "optuna.journal"
     assert b"optimizer" not in log.read_bytes()
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(log)))
-    study = optuna.load_study(study_name="s", storage=storage)
+    study = optuna.load_study(study_name=None, storage=storage)
     assert {k for t in study.trials for k in t.system_attrs} == set()
     sprung = tmp_path / "sprung"
     poison = pickle.dumps(Trap(sprung)).hex()
@@ -194,7 +193,7 @@ def test_nothing_is_pickled_into_or_out_of_the_folder(tmp_path):
         storage.set_trial_system_attr(trial._trial_id, f"{prefix}:optimizer:0", poison)
         storage.set_trial_system_attr(trial._trial_id, f"{prefix}:generation", 0)
     ledger = open_ledger(folder, "cmaes", ("accuracy",), 20)
-    while (asked := ledger.next_trial()) is not None:
+    while (asked := next_trial(ledger)) is not None:
         finish(ledger, *asked)
     ledger.close()
     assert not sprung.exists(), "a pickle from the folder was loaded"
@@ -251,19 +250,19 @@ def test_every_sampler_searches_a_setting_with_several_distributions(tmp_path, k
     count = 12
 
     def points(name: str, restarts: set[int]) -> list[dict[str, Any]]:
-        make = {"name": "s", "space": chosen, "num_trials": count, "seed": 2, "sampler": kind}
-        ledger, found = Ledger(tmp_path / name, **make), []
-        while (asked := ledger.next_trial()) is not None:
+        make = {"space": chosen, "num_trials": count, "seed": 2, "sampler": kind}
+        ledger, found = StudyLog(tmp_path / name, **make), []
+        while (asked := next_trial(ledger)) is not None:
             number, point = asked
             found.append(point)
             if number in restarts:
                 ledger.close()
-                ledger = Ledger(tmp_path / name, **make)
-                assert ledger.next_trial() == asked
+                ledger = StudyLog(tmp_path / name, **make)
+                assert next_trial(ledger) == asked
             value = point.get("model.dropout", 0.0) + number / 100
             ledger.report(number, 2, {"steps": 2, "dev_accuracy": value})
             ledger.finish(number, "COMPLETE")
-        assert [dict(r.params) for r in ledger.results()] == found
+        assert [dict(r.params) for r in ledger.trials] == found
         ledger.close()
         return found
 
@@ -330,14 +329,14 @@ def test_a_study_of_several_objectives_is_one_for_optuna(tmp_path):
     objectives = ("accuracy", "latency", "parameters")
     ledger = open_ledger(tmp_path / "s", "tpe", objectives, 9)
     lost = 2
-    while (asked := ledger.next_trial()) is not None:
+    while (asked := next_trial(ledger)) is not None:
         if asked[0] == lost:  # it never measured its speed
             found = {"steps": 2, "dev_accuracy": 0.9, "best_dev_accuracy": 0.9, "parameters": 9}
             ledger.report(lost, 2, found)
             ledger.finish(lost, "COMPLETE")
         else:
             finish(ledger, *asked)
-    results = ledger.results()
+    results = ledger.trials
     ledger.close()
     assert results[lost].status == "FAILED" and results[lost].error == "it reported no latency"
     storage = optuna.storages.JournalStorage(

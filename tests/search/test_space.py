@@ -52,16 +52,16 @@ def test_one_space_per_attention():
 def test_shipped_spaces_load_and_check_for_every_task(task):
     for name in SHIPPED:
         space = load_space(name, task, task_for(task).family)
-        assert space.attention == name and space.start
+        assert space.attention == name and space.initial_points
         space.check(task, {})
         drawn = space.suggest(Fixed())
-        assert set(space.start[0]) == set(drawn), "the first point leaves nothing open"
-        config = space.run_config(task, {"train.seed": 5}, space.start[0])
+        assert set(space.initial_points[0]) == set(drawn), "the first point leaves nothing open"
+        config = space.run_config(task, {"train.seed": 5}, space.initial_points[0])
         assert config.train.seed == 5 and config.attention.name == name
 
 
 def test_the_papers_setting_is_tried_first_for_text():
-    first = load_space("butterfly", "text", "text").start[0]
+    first = load_space("butterfly", "text", "text").initial_points[0]
     assert first["attention.block_size"] == 256 and first["optim.learning_rate"] == 1e-4
     assert first["model.num_layers"] == 2 and first["attention.dropout"] == 0.1
 
@@ -77,7 +77,7 @@ space:
 when:
   - if: {attention.inner: nystrom}
     then: {attention.inner.num_landmarks: {choice: [8, 16]}}
-start: [{attention.inner: nystrom, attention.inner.num_landmarks: 8}]
+initial_points: [{attention.inner: nystrom, attention.inner.num_landmarks: 8}]
 tasks:
   text:
     defaults: {model.num_layers: 3}
@@ -116,7 +116,7 @@ def test_overridden_values_are_not_searched(tmp_path):
         "train.batch_size",
         "model.num_heads",
     }
-    assert fixed.start == ({"attention.inner.num_landmarks": 8},)
+    assert fixed.initial_points == ({"attention.inner.num_landmarks": 8},)
     assert fixed.defaults["model.dropout"] == 0.2
     active = space.without({"attention.inner": "nystrom"})
     assert "attention.inner.num_landmarks" in active.distributions()
@@ -143,14 +143,14 @@ def test_corners_are_what_can_be_drawn_and_nothing_else(tmp_path):
         GOOD,
         # Two conditions on one key, one that rests on the other, and one on a default.
         GOOD.replace(
-            "start: [",
+            "initial_points: [",
             "  - if: {attention.inner: softmax}\n"
             "    then: {model.hidden_dim: {int: [64, 128]}}\n"
             "  - if: {model.hidden_dim: 128}\n"
             "    then: {model.head_dim: {choice: [16, 32]}, attention.dropout: {choice: [0.1]}}\n"
             "  - if: {model.num_layers: 7}\n"
             "    then: {model.embedding_dim: {choice: [1, 2, 3]}}\n"
-            "start: [",
+            "initial_points: [",
         ),
     ):
         space = load(tmp_path, conditions)
@@ -228,7 +228,7 @@ when:
     then: {model.dropout: {uniform: [0.0, 0.5]}}
   - if: {attention.block_size: 64}
     then: {model.dropout: {uniform: [0.2, 0.3]}}
-start:
+initial_points:
   - {attention.block_size: 32, model.dropout: 0.4}
   - {model.dropout: 0.25}
 """
@@ -257,7 +257,7 @@ def test_a_setting_with_another_distribution_under_each_condition(tmp_path):
         "model.dropout if attention.block_size=64": 0.25,
     }
     assert space.holds("model.dropout", 0.4) and not space.holds("model.dropout", 0.6)
-    with pytest.raises(ConfigError, match=r"start gives model\.dropout=0\.6"):
+    with pytest.raises(ConfigError, match=r"initial_points gives model\.dropout=0\.6"):
         load(tmp_path, WAYS.replace("0.25", "0.6"))
     # Only one of them is left: no need for another name.
     one = space.without({"attention.block_size": 32})
@@ -344,23 +344,29 @@ BAD = {
         "when: [{if: {a: 1}, then: {c: {choice: [0.5]}}}]\n",
         "c has two distributions at once, under a=1 and under every condition",
     ),
-    "start-mapping": ("attention: butterfly\nstart: {a: 1}\n", "start must be a list of mappings"),
-    "start-number": ("attention: butterfly\nstart: [1]\n", "start[0] must be a mapping"),
+    "start-mapping": (
+        "attention: butterfly\ninitial_points: {a: 1}\n",
+        "initial_points must be a list of mappings",
+    ),
+    "start-number": (
+        "attention: butterfly\ninitial_points: [1]\n",
+        "initial_points[0] must be a mapping",
+    ),
     "start-unknown": (
-        "attention: butterfly\nspace: {a: {int: [1, 2]}}\nstart: [{b: 1}]\n",
-        "start gives b=1, which the space cannot yield",
+        "attention: butterfly\nspace: {a: {int: [1, 2]}}\ninitial_points: [{b: 1}]\n",
+        "initial_points gives b=1, which the space cannot yield",
     ),
     "start-outside": (
-        "attention: butterfly\nspace: {a: {int: [1, 2]}}\nstart: [{a: 3}]\n",
-        "start gives a=3",
+        "attention: butterfly\nspace: {a: {int: [1, 2]}}\ninitial_points: [{a: 3}]\n",
+        "initial_points gives a=3",
     ),
     "start-half": (
-        "attention: butterfly\nspace: {a: {int: [1, 2]}}\nstart: [{a: 1.5}]\n",
-        "start gives a=1.5",
+        "attention: butterfly\nspace: {a: {int: [1, 2]}}\ninitial_points: [{a: 1.5}]\n",
+        "initial_points gives a=1.5",
     ),
     "start-bool": (
-        "attention: butterfly\nspace: {a: {choice: [1, 2]}}\nstart: [{a: true}]\n",
-        "start gives a=True",
+        "attention: butterfly\nspace: {a: {choice: [1, 2]}}\ninitial_points: [{a: true}]\n",
+        "initial_points gives a=True",
     ),
     "sets-task": (
         "attention: butterfly\ndefaults: {task: image}\n",

@@ -12,8 +12,9 @@ import pytest
 
 from dmx.errors import ConfigError, StageError
 from dmx.runs.layout import WARM_START_FILE
-from dmx.search.ledger import Ledger
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_log import StudyLog
+from dmx.search.study_settings import settings_event
 from dmx.search.warm_start import (
     ObservedTrial,
     TargetStudy,
@@ -25,8 +26,9 @@ from dmx.search.warm_start import (
     rescaled,
 )
 from dmx.storage.journal import encode
+from dmx.study.folder import note_settings
 from tests.search.test_sampling import finish
-from tests.study.helpers import FIXED, space
+from tests.study.helpers import FIXED, next_trial, remaining, space
 from tests.tiny import TASK, one_sentence
 
 COUNT = 16
@@ -45,12 +47,17 @@ def settings(**changes: object) -> dict[str, object]:
 
 def earlier(folder: Path, count: int = COUNT, **changes: object) -> Path:
     """A finished study."""
-    ledger = Ledger(folder, name="old", space=space(folder.parent), num_trials=count, seed=9)
-    while (asked := ledger.next_trial()) is not None:
+    ledger = StudyLog(folder, space=space(folder.parent), num_trials=count, seed=9)
+    while (asked := next_trial(ledger)) is not None:
         finish(ledger, *asked)
     ledger.close()
-    (folder / "settings.json").write_text(json.dumps(settings(**changes)))
+    note(folder, **settings(**changes))
     return folder
+
+
+def note(folder: Path, **found: object) -> None:
+    """The settings of a session, in the study's journal."""
+    note_settings(folder, settings_event("study", found))
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +116,15 @@ def test_a_value_that_was_fixed_then_and_is_searched_now(tmp_path):
     path = tmp_path / "old"
     chosen = space(tmp_path)
     narrow = chosen.without({"attention.block_size": 16})
-    ledger = Ledger(path, name="old", space=narrow, num_trials=4, seed=9)
+    ledger = StudyLog(path, space=narrow, num_trials=4, seed=9)
     for number in range(4):
-        asked = ledger.next_trial()
+        asked = next_trial(ledger)
         assert asked is not None
         ledger.report(number, 2, {"steps": 2, "best_dev_accuracy": 0.5})
         ledger.finish(number, "COMPLETE")
     ledger.close()
     fixed = {**FIXED, "attention.block_size": 16}
-    (path / "settings.json").write_text(json.dumps(settings(overrides=fixed)))
+    note(path, **settings(overrides=fixed))
     taken = json.loads(collect([path], here(chosen)).text)["trials"]
     assert [t["params"]["attention.block_size"] for t in taken] == [16] * 4
 
@@ -131,21 +138,20 @@ def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
     new_file.write_text(
         shared + branch % (16, "{choice: [0.0, 0.05]}") + branch % (32, "{uniform: [0.0, 0.5]}")
     )
-    ledger = Ledger(
+    ledger = StudyLog(
         tmp_path / "old",
-        name="old",
         space=dataclasses.replace(
             load_space(str(old_file), TASK, "pathfinder"),
-            start=({"attention.block_size": 16, "model.dropout": 0.05},),
+            initial_points=({"attention.block_size": 16, "model.dropout": 0.05},),
         ),
         num_trials=1,
         seed=9,
     )
-    assert ledger.next_trial() == (0, {"attention.block_size": 16, "model.dropout": 0.05})
+    assert next_trial(ledger) == (0, {"attention.block_size": 16, "model.dropout": 0.05})
     ledger.report(0, 2, {"steps": 2, "best_dev_accuracy": 0.5})
     ledger.finish(0, "COMPLETE")
     ledger.close()
-    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings()))
+    note(tmp_path / "old", **settings())
     new = load_space(str(new_file), TASK, "pathfinder")
     warm = collect([tmp_path / "old"], here(new))
     assert json.loads(warm.text)["trials"][0]["params"] == {
@@ -199,7 +205,7 @@ def test_values_of_another_study_take_this_ones_quantiles():
 def test_it_informs_and_is_not_counted(old, tmp_path, monkeypatch, sampler):
     """From its first proposal the study draws near the old one's best; numbers begin at 0."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    chosen = dataclasses.replace(space(tmp_path), start=())
+    chosen = dataclasses.replace(space(tmp_path), initial_points=())
     warm = collect([old], here(chosen, sampler=sampler))
     count = 5
 
@@ -209,17 +215,17 @@ def test_it_informs_and_is_not_counted(old, tmp_path, monkeypatch, sampler):
         if warmed:
             (folder / WARM_START_FILE).write_text(warm.text)
         found = []
-        make = {"name": "s", "space": chosen, "num_trials": count, "seed": 1, "sampler": sampler}
-        ledger = Ledger(folder, **make)
-        while (asked := ledger.next_trial()) is not None:
+        make = {"space": chosen, "num_trials": count, "seed": 1, "sampler": sampler}
+        ledger = StudyLog(folder, **make)
+        while (asked := next_trial(ledger)) is not None:
             assert asked[0] == len(found)
-            assert ledger.remaining() == count - len(found)
+            assert remaining(ledger) == count - len(found)
             found.append(asked[1])
             finish(ledger, *asked)
             if restart:
                 ledger.close()
-                ledger = Ledger(folder, **make)
-        assert len(ledger.results()) == count
+                ledger = StudyLog(folder, **make)
+        assert len(ledger.trials) == count
         ledger.close()
         assert len(optuna_trials(folder)) == count, "Optuna's file holds this study alone"
         return found
@@ -279,7 +285,7 @@ def test_foreign_reports_are_one_sentence_and_foreign_fields_no_matter(old, tmp_
     chosen = space(tmp_path)
     assert json.loads(collect([copy], here(chosen)).text)["trials"], "an event of another kind"
     (copy / "journal.jsonl").write_bytes(b"".join([encode(first), encode(event), *lines[1:]]))
-    with pytest.raises(StageError, match=r"journal\.jsonl line 2 is a report without") as caught:
+    with pytest.raises(StageError, match="event 'report' has no sound") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)
 
@@ -294,23 +300,17 @@ def test_bad_runs(old, tmp_path):
     one_sentence(caught.value)
     copy = tmp_path / "copy"
     shutil.copytree(old, copy)
-    (copy / "settings.json").write_text(json.dumps(settings(attention="softmax")))
+    note(copy, **settings(attention="softmax"))
     with pytest.raises(ConfigError, match="searched 'softmax'") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)
-    for damage in ("{", "[]", "[" * 20_000 + "]" * 20_000):
-        (copy / "settings.json").write_text(damage)
-        with pytest.raises(StageError, match=r"settings\.json is damaged; leave this") as caught:
-            collect([copy], here(chosen))
-        one_sentence(caught.value)
-    (copy / "settings.json").write_text(json.dumps(settings(overrides=[1])))
-    with pytest.raises(StageError, match="overrides that are no mapping") as caught:
+    note(copy, **settings(overrides=[1]))
+    with pytest.raises(StageError, match="no sound overrides; leave this") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)
-    (copy / "settings.json").write_text(json.dumps(settings()))
-    text = (copy / "optuna.journal").read_text().splitlines(keepends=True)
-    (copy / "optuna.journal").write_text(text[0] + "rubbish\n" + "".join(text[1:]))
-    with pytest.raises(StageError, match="is damaged") as caught:
+    lines = (copy / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (copy / "journal.jsonl").write_bytes(b"".join([lines[0], b"rubbish\n", *lines[1:]]))
+    with pytest.raises(StageError, match="line 2 is damaged; leave this --warm-start") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)
     empty = earlier(tmp_path / "empty", 0)

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dmx.search.schedulers import Idle, Scheduler
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_log import StudyLog
 from tests.tiny import SETTINGS, TASK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ space:
 when:
   - if: {attention.inner: linear}
     then: {model.mlp_dropout: {uniform: [0.0, 0.2]}}
-start:
+initial_points:
   - {attention.block_size: 16, attention.inner: softmax, optim.learning_rate: 5.0e-3, model.dropout: 0.0}
 """  # noqa: E501
 SEARCHED = [
@@ -49,6 +51,26 @@ def space(folder: Path) -> SearchSpace:
     path = folder / "tiny.yaml"
     path.write_text(SPACE_YAML, encoding="utf-8")
     return load_space(str(path), TASK, "pathfinder")
+
+
+def open_log(folder: Path, **changes: Any) -> StudyLog:
+    """A study of that space, open for writing."""
+    chosen = changes.pop("space", None) or space(folder.parent)
+    return StudyLog(folder, space=chosen, **{"num_trials": 4, "seed": 1, **changes})
+
+
+def next_trial(log: StudyLog) -> tuple[int, dict[str, Any]] | None:
+    """(number, values) of the trial that a study hands out next; None where none is left."""
+    segment = Scheduler(MAX_STEPS).next_segment(log)
+    if isinstance(segment, Idle):
+        return None
+    log.in_flight.add(segment.trial)
+    return segment.trial, log.start(segment.trial)
+
+
+def remaining(log: StudyLog) -> int:
+    """Trials that have not ended."""
+    return log.num_trials - len(log.outcomes)
 
 
 def command(folder: Path, data_root: Path, *more: str, name: str = "study") -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from dmx.search.ledger import trial_folder
 
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
@@ -23,7 +24,6 @@ from dmx.runs.folders import load
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import StudyResult
-from dmx.search.ledger import trial_folder
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import read_claim
 from dmx.storage.layout import SHARED_FILESYSTEM
@@ -246,7 +246,7 @@ attention: butterfly
 space:
   attention.block_size: {int: [16, 17]}
   optim.learning_rate: {choice: [5.0e-3, 1.0e+30]}
-start:
+initial_points:
   - {attention.block_size: 16, optim.learning_rate: 5.0e-3}
   - {attention.block_size: 17, optim.learning_rate: 5.0e-3}
   - {attention.block_size: 16, optim.learning_rate: 1.0e+30}

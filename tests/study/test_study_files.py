@@ -58,7 +58,11 @@ def test_no_room_for_the_new_number_of_trials_is_one_sentence(
         ),
         ("searched.optim.learning_rate", ["loguniform", 1e-4, 1], "optim.learning_rate in the sea"),
         ("when", [], "`when` of the search space was [{'if'"),
-        ("start", [], "`start` of the search space was [{'model.dropout': 0.1}], now []"),
+        (
+            "initial_points",
+            [],
+            "`initial_points` of the search space was [{'model.dropout': 0.1}], now []",
+        ),
         ("objectives", ["accuracy", "latency"], "--objective was not given, now ['accuracy', 'l"),
         ("warm_start.sha256", "2", "--warm-start (sha256) was '1', now '2'"),
         ("data_checksum", "cd", "the data's checksum was 'ab', now 'cd'"),
@@ -74,7 +78,7 @@ def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object,
         "searched": {"optim.learning_rate": ["loguniform", 1e-4, 1e-2]},
         "defaults": {"model.dropout": 0.0},
         "when": [{"if": {"a": 1}, "then": {"b": ["int", 1, 2]}}],
-        "start": [{"model.dropout": 0.1}],
+        "initial_points": [{"model.dropout": 0.1}],
         "warm_start": {"runs": ["a"], "sha256": "1"},
     }
     open_folder(folder, old, resume=False)
@@ -97,7 +101,7 @@ def test_a_study_of_an_earlier_dmx_goes_on(tmp_path: Path) -> None:
     (folder / layout.SETTINGS_FILE).write_text(json.dumps(SETTINGS))
     with pytest.raises(ConfigError, match="--seed was 0, now 1"):
         open_folder(folder, {**SETTINGS, "seed": 1, "defaults": {"a": 1}}, resume=True)
-    new = {**SETTINGS, "defaults": {"a": 1}, "when": [], "start": []}
+    new = {**SETTINGS, "defaults": {"a": 1}, "when": [], "initial_points": []}
     open_folder(folder, new, resume=True)
     assert read_settings(folder) == new
 

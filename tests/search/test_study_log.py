@@ -1,9 +1,11 @@
-"""The ledger without Ray: fresh, restarted at any write, torn, and what Optuna is told."""
+"""A study's record without Ray: fresh, restarted at any write, torn, and what Optuna sees."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +14,23 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from dmx.errors import DmxError, StageError
-from dmx.runs.study import best_trial
-from dmx.search import trial_results
-from dmx.search.ledger import Ledger, trial_folder
+from dmx.runs.layout import trial_folder
+from dmx.search.optuna_view import _ViewFile
 from dmx.search.samplers import make_sampler
-from dmx.search.study_record import StudyRecord
+from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal, encode
-from tests.study.helpers import space
+from tests.study.helpers import next_trial, open_log, remaining, space
 from tests.tiny import one_sentence
 
 NUM_TRIALS = 14
 
 
 @contextmanager
-def opened(folder: Path, **changes: Any) -> Iterator[Ledger]:
-    settings = {"name": "s", "num_trials": NUM_TRIALS, "seed": 7, **changes}
-    made = Ledger(folder, space=settings.pop("space", None) or space(folder.parent), **settings)
+def opened(folder: Path, **changes: Any) -> Iterator[StudyLog]:
+    settings = {"num_trials": NUM_TRIALS, "seed": 7, **changes}
+    made = StudyLog(folder, space=settings.pop("space", None) or space(folder.parent), **settings)
     try:
         yield made
     finally:
@@ -44,16 +44,16 @@ def accuracy(point: dict[str, Any], step: int) -> float:
     return round(0.9 - 0.1 * far - point["model.dropout"] + inner + 0.01 * step, 6)
 
 
-def report(ledger: Ledger, number: int, step: int, value: float) -> bool:
-    best = max([value, *(m["best_dev_accuracy"] for m in ledger.reports.get(number, {}).values())])
+def report(ledger: StudyLog, number: int, step: int, value: float) -> bool:
+    best = max([value, *(m["best_dev_accuracy"] for m in ledger.by_number[number].reports)])
     metrics = {"steps": step, "dev_accuracy": value, "best_dev_accuracy": best, "train_loss": 1.0}
     return ledger.report(number, step, {**metrics, "not_a_report_key": 1})
 
 
-def work(ledger: Ledger, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+def work(ledger: StudyLog, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
     """Run what is left: trials report steps 2, 4, 6; every third is pruned, every fifth fails."""
     seen = []
-    while (found := ledger.next_trial()) is not None:
+    while (found := next_trial(ledger)) is not None:
         number, point = found
         seen.append(found)
         ends = 4 if number % 3 == 2 else 6
@@ -70,7 +70,7 @@ def picture(folder: Path) -> list[tuple[Any, ...]]:
     """All that matters of a study, as Optuna has it."""
     path = str(folder / "optuna.journal")
     storage = optuna.storages.JournalStorage(JournalFileBackend(path))
-    study = optuna.load_study(study_name="s", storage=storage)
+    study = optuna.load_study(study_name=None, storage=storage)
     assert study.metric_names == ["dev accuracy"], "what optuna-dashboard writes at its axes"
     return [
         (t.number, t.state.name, t.params, t.values, t.intermediate_values, t.user_attrs)
@@ -88,17 +88,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fresh_study(uninterrupted, tmp_path):
     with opened(tmp_path / "a") as ledger:
-        assert ledger.remaining() == NUM_TRIALS and ledger.num_interrupted == 0
-        assert ledger.results() == ()
-        number, point = ledger.next_trial() or (None, {})
+        assert remaining(ledger) == NUM_TRIALS
+        assert ledger.trials == ()
+        number, point = next_trial(ledger) or (None, {})
         assert number == 0
-        assert point == dict(ledger.space.start[0]), "start points come first"
-        assert ledger.results()[0].status == "RUNNING"
+        assert point == dict(ledger.space.initial_points[0]), "start points come first"
+        assert ledger.trials[0].status == "RUNNING"
     with opened(uninterrupted) as ledger:
-        assert ledger.next_trial() is None and ledger.remaining() == 0
-        results = ledger.results()
+        assert next_trial(ledger) is None and remaining(ledger) == 0
+        results = ledger.trials
     assert [r.number for r in results] == list(range(NUM_TRIALS))
-    assert [r.trial_id for r in results][:2] == ["0000", "0001"]
 
 
 def test_what_optuna_is_told(uninterrupted):
@@ -124,33 +123,29 @@ def journal_lines(folder: Path, event: str) -> list[str]:
 
 def test_results_say_the_best_and_the_last(tmp_path):
     with opened(tmp_path / "a") as ledger:
-        number, point = ledger.next_trial() or (0, {})
+        number, point = next_trial(ledger) or (0, {})
         for step, value in ((2, 0.5), (4, 0.9), (6, 0.7)):
             assert report(ledger, number, step, value)
         folder = trial_folder(tmp_path / "a", number) / "best"
         folder.mkdir(parents=True)
         ledger.finish(number, "COMPLETE")
-        (result,) = ledger.results()
-        assert result.best_dev_accuracy == 0.9 and result.metrics["dev_accuracy"] == 0.7
-        assert result.steps == 6 and result.params == point and result.checkpoint is not None
-        assert result.checkpoint.path == folder and result.checkpoint.dev_accuracy == 0.9
-        assert "not_a_report_key" not in result.metrics
-        folder.rename(folder.with_name(".best.old"))  # a kill between two renames
-        (again,) = ledger.results()
-        assert again.checkpoint is not None and folder.is_dir()
-        assert best_trial(ledger.results()) == again
+        (result,) = ledger.trials
+        assert result.best == 0.9 and result.last_report["dev_accuracy"] == 0.7
+        assert result.steps == 6 and result.params == point and result.checkpoint == folder
+        assert "not_a_report_key" not in result.last_report
+        assert ledger.best_trial is result
     assert picture(tmp_path / "a")[0][1:4:2] == ("COMPLETE", [0.9]), "Optuna is told the best"
 
 
 def test_a_repeated_report_counts_once(tmp_path):
     with opened(tmp_path / "a") as ledger:
-        number, _ = ledger.next_trial() or (0, {})
+        number, _ = next_trial(ledger) or (0, {})
         assert report(ledger, number, 2, 0.5) is True
         assert report(ledger, number, 2, 0.6) is False
-        assert ledger.reports[number][2]["dev_accuracy"] == 0.5
+        assert ledger.by_number[number].curve[2]["dev_accuracy"] == 0.5
         ledger.finish(number, "COMPLETE")
         ledger.finish(number, "FAILED", "late")
-        assert ledger.results()[0].status == "COMPLETE"
+        assert ledger.trials[0].status == "COMPLETE"
     assert len(journal_lines(tmp_path / "a", "report")) == 1
     assert len(journal_lines(tmp_path / "a", "outcome")) == 1
     assert picture(tmp_path / "a")[0][1:4:2] == ("COMPLETE", [0.5])
@@ -159,16 +154,16 @@ def test_a_repeated_report_counts_once(tmp_path):
 @pytest.mark.parametrize(
     ("event", "part"),
     [
-        ({"event": "outcome", "trial": 0, "status": "LOST", "value": 0.5, "error": ""}, "'LOST'"),
-        ({"event": "compared", "step": 2, "exploits": ["x"]}, "a takeover 'x'"),
-        ({"event": "compared", "step": 2, "exploits": [{"trial": 1}]}, "no sound source"),
+        ({"event": "outcome", "trial": 0, "status": "LOST", "value": 0.5, "error": ""}, "status"),
+        ({"event": "compared", "step": 2, "exploits": ["x"]}, "exploits"),
+        ({"event": "compared", "step": 2, "exploits": [{"trial": 1}]}, "exploits.source"),
     ],
 )
 def test_what_dmx_did_not_write_is_refused_with_a_remedy(tmp_path, event, part):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "journal.jsonl").write_bytes(encode(event))
     with pytest.raises(StageError) as caught:
-        StudyRecord(tmp_path / "a" / "journal.jsonl")
+        open_log(tmp_path / "a")
     assert part in str(caught.value) and "restore the journal from a backup" in str(caught.value)
     one_sentence(caught.value)
 
@@ -176,13 +171,13 @@ def test_what_dmx_did_not_write_is_refused_with_a_remedy(tmp_path, event, part):
 @pytest.mark.parametrize("value", [math.nan, None])
 def test_no_accuracy_is_a_failure(tmp_path, value):
     with opened(tmp_path / "a") as ledger:
-        number, _ = ledger.next_trial() or (0, {})
+        number, _ = next_trial(ledger) or (0, {})
         if value is not None:
             ledger.report(number, 2, {"steps": 2, "dev_accuracy": value})
         ledger.finish(number, "COMPLETE")
-        (result,) = ledger.results()
+        (result,) = ledger.trials
         assert result.status == "FAILED" and result.error == "it reported no dev accuracy"
-        assert best_trial(ledger.results()) is None
+        assert ledger.best_trial is None
     assert picture(tmp_path / "a")[0][1] == "FAIL", "and does not stay RUNNING for ever"
 
 
@@ -195,13 +190,13 @@ def test_a_restart_between_trials_changes_no_proposal(uninterrupted, tmp_path):
     assert picture(tmp_path / "a") == picture(uninterrupted)
     with opened(tmp_path / "b") as ledger:
         work(ledger, limit=5)
-        first, second = ledger.next_trial(), ledger.next_trial()
+        first, second = next_trial(ledger), next_trial(ledger)
         assert first and second
         report(ledger, first[0], 2, accuracy(first[1], 2))
     with opened(tmp_path / "b") as ledger:
-        assert ledger.num_interrupted == 2 and ledger.remaining() == NUM_TRIALS - 5
-        assert ledger.next_trial() == first and ledger.next_trial() == second
-        assert ledger.reports[first[0]][2]["dev_accuracy"] == accuracy(first[1], 2)
+        assert remaining(ledger) == NUM_TRIALS - 5
+        assert next_trial(ledger) == first and next_trial(ledger) == second
+        assert ledger.by_number[first[0]].curve[2]["dev_accuracy"] == accuracy(first[1], 2)
         assert report(ledger, first[0], 2, 0.0) is False
 
 
@@ -216,7 +211,7 @@ def test_killed_at_any_write_it_ends_the_same(uninterrupted, tmp_path, monkeypat
     of one trial are met at three places of the study: at its start, among random proposals, and
     among the sampler's own.
     """
-    real_optuna, real_journal = JournalFileBackend.append_logs, Journal.append
+    real_optuna, real_journal = _ViewFile.append_logs, Journal.append
     count, at, half, dead = [0], [0], [False], [False]
 
     def moment(write_half, write):
@@ -233,7 +228,7 @@ def test_killed_at_any_write_it_ends_the_same(uninterrupted, tmp_path, monkeypat
     def append_logs(self, logs):
         def write_half():
             text = "\n".join(json.dumps(log) for log in logs)
-            with Path(self._file_path).open("a") as file:
+            with self._path.open("a") as file:
                 file.write(text[: len(text) // 2])
 
         moment(write_half, lambda: real_optuna(self, logs))
@@ -246,7 +241,7 @@ def test_killed_at_any_write_it_ends_the_same(uninterrupted, tmp_path, monkeypat
 
         moment(write_half, lambda: real_journal(self, **event))
 
-    monkeypatch.setattr(JournalFileBackend, "append_logs", append_logs)
+    monkeypatch.setattr(_ViewFile, "append_logs", append_logs)
     monkeypatch.setattr(Journal, "append", append)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # a process dies here, not a machine
     with opened(tmp_path / "count") as ledger:
@@ -263,32 +258,47 @@ def test_killed_at_any_write_it_ends_the_same(uninterrupted, tmp_path, monkeypat
         count[0], at[0], dead[0] = 0, 0, False
         with opened(folder) as ledger:
             work(ledger)
-            assert ledger.remaining() == 0
+            assert remaining(ledger) == 0
         assert picture(folder) == expected, f"killed at write {kill} of {total}"
 
 
-def test_a_torn_line_of_optunas_file_is_cut(uninterrupted, tmp_path):
+@pytest.mark.parametrize("harm", ["gone", "torn", "junk", "another"])
+def test_optunas_file_is_a_view(uninterrupted, tmp_path, harm):
+    """Nothing is decided by it, and each session writes it anew."""
     with opened(tmp_path / "a") as ledger:
         work(ledger, limit=6)
     path = tmp_path / "a" / "optuna.journal"
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"op_code":4,"worker_id":"x","stud')
-    (tmp_path / "a" / "optuna.journal.lock").touch()  # its lock was never released either
+    if harm == "gone":
+        path.unlink()
+    elif harm == "torn":
+        path.write_bytes(path.read_bytes() + b'{"op_code":4,"worker_id":"x","stud')
+    elif harm == "junk":
+        path.write_bytes(b"junk" + path.read_bytes())
+    else:
+        shutil.copy(uninterrupted / "optuna.journal", path)
     with opened(tmp_path / "a") as ledger:
+        assert picture(tmp_path / "a") == picture(uninterrupted)[:6]
         work(ledger)
     assert picture(tmp_path / "a") == picture(uninterrupted)
+    with opened(tmp_path / "a"):
+        assert picture(tmp_path / "a") == picture(uninterrupted), "as it is rebuilt at the end"
 
 
-def test_a_damaged_line_of_optunas_file_is_refused(tmp_path):
+def test_a_full_disk_ends_the_view_and_not_the_study(tmp_path, caplog, monkeypatch):
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None: ...
+
     with opened(tmp_path / "a") as ledger:
         work(ledger, limit=2)
-    path = tmp_path / "a" / "optuna.journal"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], b'{"op_code": rubbish\n', *lines[1:]]))
-    for _ in range(2):  # the second time as well: nothing stays locked
-        with pytest.raises(StageError) as caught, opened(tmp_path / "a"):
-            pass
-        assert "is damaged" in one_sentence(caught.value)
+        monkeypatch.setattr(ledger._optuna._file, "_file", Full())
+        work(ledger)
+        assert remaining(ledger) == 0
+    assert caplog.text.count("optuna.journal cannot be written (No space left") == 1
+    with opened(tmp_path / "a"):
+        assert len(picture(tmp_path / "a")) == NUM_TRIALS
 
 
 def test_two_at_once(tmp_path):
@@ -324,44 +334,4 @@ def test_more_trials_may_be_asked_for_later(tmp_path):
     with opened(tmp_path / "a", num_trials=2) as ledger:
         assert len(work(ledger)) == 2
     with opened(tmp_path / "a", num_trials=3) as ledger:
-        assert ledger.remaining() == 1 and [n for n, _ in work(ledger)] == [2]
-
-
-def test_states_are_the_four(tmp_path):
-    assert set(trial_results.STATUS) == set(TrialState)
-
-
-def test_proposals_do_not_scan_for_waiting_trials(tmp_path, monkeypatch):
-    """Once the start points are used up, Optuna's search for waiting trials costs nothing."""
-    from optuna.storages.journal._storage import JournalStorageReplayResult
-
-    scans = []
-    real = JournalStorageReplayResult.get_all_trials
-
-    def get_all_trials(self, study_id, states):
-        scans.append(states)
-        return real(self, study_id, states)
-
-    monkeypatch.setattr(JournalStorageReplayResult, "get_all_trials", get_all_trials)
-    with opened(tmp_path / "a", sampler="random", num_trials=30) as ledger:
-        assert (ledger.next_trial() or (0, {}))[1] == dict(ledger.space.start[0])
-        ledger.next_trial()
-        scans.clear()
-        assert [(ledger.next_trial() or (0,))[0] for _ in range(28)] == list(range(2, 30))
-        assert scans == []
-        ledger.study.enqueue_trial({"model.dropout": 0.125})
-        ledger.num_trials = 31
-        assert (ledger.next_trial() or (0, {}))[1]["model.dropout"] == 0.125
-
-
-def test_a_session_in_the_journal_changes_nothing_of_a_study(tmp_path: Path) -> None:
-    record = StudyRecord(tmp_path / "journal.jsonl")
-    record.begin()
-    record.report(0, 2, {"steps": 2, "dev_accuracy": 0.5})
-    record.close()
-    again = StudyRecord(tmp_path / "journal.jsonl")
-    again.begin()
-    assert list(again.reports) == [0] and not again.outcomes
-    assert again.history() == [(0, 2, {"steps": 2, "dev_accuracy": 0.5})]
-    assert [e["event"] for e in again.journal.events] == ["session", "report", "session"]
-    again.close()
+        assert remaining(ledger) == 1 and [n for n, _ in work(ledger)] == [2]

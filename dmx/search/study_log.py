@@ -1,0 +1,153 @@
+"""The driver's record of a study: the fold that every reader has, and the only writer of it.
+
+Ray's own experiment snapshots are not used: they lag, lose trials and forget ASHA's rungs. Each
+event is in the journal before anything is decided from it, and a decision is a function of the
+events before it. So a study that was killed continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmx.runs import layout
+from dmx.runs.metrics import REPORT_KEYS
+from dmx.runs.objectives import DEFAULT, missing
+from dmx.runs.run import TrialStatus
+from dmx.runs.study import Study
+from dmx.search.optuna_view import OptunaView
+from dmx.search.samplers import Proposer
+from dmx.search.schedulers import Comparison
+from dmx.search.space import SearchSpace
+from dmx.search.warm_start import read_prior
+from dmx.storage.journal import Journal
+
+
+class StudyLog(Study):
+    """A study that is open for writing.
+
+    Args:
+        folder: the study's folder. space: what is searched.
+        num_trials: trials of the whole study. seed: of the sampler.
+        sampler: see samplers.make_sampler. objectives: names, see objectives.OBJECTIVES.
+        storage_timeout: seconds that a write waits for the storage.
+
+    Attributes:
+        in_flight: the trials that train a segment now.
+
+    Raises:
+        StageError: the study is damaged, or another process works on it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        space: SearchSpace,
+        num_trials: int,
+        seed: int,
+        sampler: str = "tpe",
+        objectives: tuple[str, ...] = DEFAULT,
+        storage_timeout: float = 0.0,
+    ) -> None:
+        super().__init__(folder)
+        self.space, self.num_trials = space, num_trials
+        self.in_flight: set[int] = set()
+        self._objectives = objectives
+        self._proposer = Proposer(
+            kind=sampler,
+            space=space,
+            seed=seed,
+            num_trials=num_trials,
+            objectives=objectives,
+            prior=read_prior(folder, space),
+        )
+        self.journal = Journal(folder / layout.JOURNAL_FILE, storage_timeout=storage_timeout)
+        try:
+            for event in self.journal.events:
+                self.add(event)
+            self._optuna = OptunaView(
+                folder / layout.OPTUNA_FILE,
+                folder.name,
+                space=space,
+                objectives=objectives,
+                trials=self.trials,
+                outcomes=self.outcomes,
+            )
+        except BaseException:
+            self.journal.close()
+            raise
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._objectives
+
+    @property
+    def complete(self) -> bool:
+        return len(self.outcomes) >= self.num_trials
+
+    def begin(self) -> None:
+        """Record that a session begins."""
+        self._append(event="session")
+
+    def start(self, number: int) -> dict[str, Any]:
+        """The searched values of a trial; a new one is proposed and recorded.
+
+        A proposal is a function of the seed, the number and the record alone (see samplers), so
+        that a restart changes nothing.
+        """
+        if number not in self.by_number:
+            assert number == len(self.by_number)
+            drawn = self._proposer.propose(self, number)
+            self._append(event="started", trial=number, params=drawn)
+            self._optuna.started(self.by_number[number])
+        return self.by_number[number].params
+
+    def report(self, number: int, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Record one report; False when this step of this trial is already known."""
+        trial = self.by_number[number]
+        if step in trial.curve:
+            return False
+        flat = {k: metrics[k] for k in REPORT_KEYS if k in metrics}
+        self._append(event="report", trial=number, step=step, metrics=flat)
+        self._optuna.reported(trial, step)
+        return True
+
+    def finish(self, number: int, status: TrialStatus, error: str = "") -> None:
+        """Record how a trial ended. A second ending of the same trial is ignored."""
+        if number in self.outcomes:
+            return
+        trial = self.by_number[number]
+        values = [trial.values.get(name, math.nan) for name in self.objectives]
+        if status != "FAILED" and (lacking := missing(self.objectives, values)):
+            status, error = "FAILED", error or lacking
+        several = {"values": values} if len(values) > 1 and status != "FAILED" else {}
+        value = values[0] if math.isfinite(values[0]) else None
+        self._append(
+            event="outcome", trial=number, status=status, value=value, **several, error=error
+        )
+        self._optuna.ended(trial, self.outcomes[number])
+
+    def compare(self, comparison: Comparison) -> None:
+        """Record which trials of a population take over others at a step."""
+        made = [
+            {"trial": e.trial, "source": e.source, "params": dict(e.params)}
+            for e in comparison.exploits
+        ]
+        self._append(event="compared", step=comparison.step, exploits=made)
+
+    def _append(self, **event: Any) -> None:
+        self.journal.append(**event, time=time.time())
+        self.add(self.journal.events[-1])
+
+    def close(self) -> None:
+        """Release the study's folder."""
+        self._optuna.close()
+        self.journal.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ray pickles all it is given into a snapshot that nothing reads: leave nothing there."""
+        return (type(None), ())
