@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dmx.runs.study import TrialResult
+from dmx.runs.run import Trial
 from dmx.study.views import trials_table
 from dmx.terminal import Column, FittingTable
 
@@ -16,14 +16,17 @@ NAMES = (
     *("optim.learning_rate", "model.num_layers", "model.mlp_dropout", "optim.weight_decay"),
 )
 TRIALS = tuple(
-    TrialResult(
-        trial_id=str(n),
+    Trial(
         number=n,
         status="COMPLETE" if n % 2 else "PRUNED",
-        params={p: f"v{n}{i}" for i, p in enumerate(NAMES)},
-        best_dev_accuracy=0.5 + n / 100,
-        steps=62_000 + n,
-        seconds=8000.0 + n,
+        drawn={p: f"v{n}{i}" for i, p in enumerate(NAMES)},
+        curve={
+            62_000 + n: {
+                "steps": 62_000 + n,
+                "best_dev_accuracy": 0.5 + n / 100,
+                "train_seconds": 8000.0 + n,
+            }
+        },
     )
     for n in range(5)
 )

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FixedTrial
+
+from dmx.errors import StageError
 from dmx.runs import layout
 from dmx.runs.metrics import REPORT_KEYS
 from dmx.runs.objectives import DEFAULT, missing
@@ -69,6 +72,7 @@ class StudyLog(Study):
         try:
             for event in self.journal.events:
                 self.add(event)
+            self._check_points()
             self._optuna = OptunaView(
                 folder / layout.OPTUNA_FILE,
                 folder.name,
@@ -80,6 +84,27 @@ class StudyLog(Study):
         except BaseException:
             self.journal.close()
             raise
+
+    def _check_points(self) -> None:
+        """See that every trial was started with a point of the search space.
+
+        Raises:
+            StageError: one was not.
+        """
+        for place, trial in enumerate(self.trials):
+            try:
+                fixed = FixedTrial(dict(trial.drawn))
+                sound = place == trial.number and all(
+                    self.space.holds(k, v) for k, v in self.space.suggest(fixed).items()
+                )
+            except (ValueError, TypeError):
+                sound = False
+            if not sound:
+                raise StageError(
+                    f"{self.journal.path} tells of trial {trial.number} without a point of the "
+                    "search space, so dmx did not write it; restore the journal from a backup, or "
+                    "start under a new name."
+                )
 
     @property
     def objectives(self) -> tuple[str, ...]:

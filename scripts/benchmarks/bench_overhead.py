@@ -30,7 +30,7 @@ from dmx.cluster.capacity import check_request
 from dmx.cluster.connection import connect
 from dmx.data.store import open_store
 from dmx.runs.metrics import PROCESS_SECONDS
-from dmx.runs.study import TrialResult
+from dmx.runs.run import Trial
 from dmx.search.space import load_space
 from dmx.study.results import announce
 from dmx.study.study import StudyConfig, train_trials
@@ -68,7 +68,7 @@ class Clock:
         self.first: tuple[float, dict[tuple[str, int], float]] | None = None
         self.last: tuple[float, dict[tuple[str, int], float]] | None = None
 
-    def continues(self, trials: Sequence[TrialResult]) -> None:
+    def continues(self, trials: Sequence[Trial]) -> None:
         """Nothing."""
 
     def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Clock:
         if self.first is None:
             self.first = (time.perf_counter(), cpu_seconds())
 
-    def ended(self, result: TrialResult) -> None:
+    def ended(self, result: Trial) -> None:
         """Before the processes go, and their times with them."""
         self.left -= 1
         if not self.left:
@@ -111,7 +111,7 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     assert result.complete and clock.first is not None and clock.last is not None
     wall, start = clock.last[0] - clock.first[0], clock.first[0] - began
     done = num_trials - slots  # those at work at the first report are not counted
-    own = sum(float(t.metrics[PROCESS_SECONDS]) for t in result.trials[slots:])
+    own = sum(float(t.last_report[PROCESS_SECONDS]) for t in result.trials[slots:])
     looks = clock.first[1], clock.last[1]
     cpu = {k: used(k, *looks) / done for k in ("driver", "ray", "workers")}
     overhead = (wall * slots - own) / done

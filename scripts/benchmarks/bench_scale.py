@@ -28,14 +28,22 @@ from soak_study import SPACE, TASK
 from dmx.runs import layout
 from dmx.runs.layout import trial_folder
 from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS
-from dmx.search.rungs import Brackets
+from dmx.search.schedulers import Idle, Scheduler, SuccessiveHalving
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
 from dmx.study.folder import write_trials
-from dmx.study.ray_tune import RecordingScheduler
 from dmx.study.views import TensorBoardView
 
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
+
+
+def next_trial(log: StudyLog) -> tuple[int, dict[str, Any]] | None:
+    """(number, values) of the next trial, as a study hands it out."""
+    segment = Scheduler(MAX_STEPS).next_segment(log)
+    if isinstance(segment, Idle):
+        return None
+    log.in_flight.add(segment.trial)
+    return segment.trial, log.start(segment.trial)
 
 
 def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> StudyLog:
@@ -43,10 +51,9 @@ def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> 
     return StudyLog(folder, space=space, num_trials=trials, seed=0, sampler=sampler)
 
 
-def asha(ledger: StudyLog) -> RecordingScheduler:
+def asha() -> SuccessiveHalving:
     """As `dmx.tune` builds it."""
-    brackets = Brackets("asha", max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
-    return RecordingScheduler(ledger, brackets)
+    return SuccessiveHalving("asha", max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
 
 
 def metrics(point: dict[str, Any], step: int, best: float, draw: random.Random) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
     """A whole study with made-up workers."""
     draw, spent = random.Random(0), Times()
     ledger = open_ledger(folder, space, trials, "random")
-    scheduler = asha(ledger)
+    scheduler = asha()
     view = TensorBoardView(folder, {"task": TASK}, tuple(space.distributions()))
     running: dict[int, tuple[dict[str, Any], int, float]] = {}
     while True:
@@ -100,17 +107,18 @@ def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
         ledger.report(number, step, report)
         spent.add("reports", began)
         began = time.perf_counter()
-        action = scheduler._decide(number, step, report)
+        goes_on = scheduler.keep_training(ledger, number, step)
         spent.add("ASHA", began)
         if events:
             began = time.perf_counter()
             view.reported(number, report)
             spent.add("TensorBoard", began)
-        if step >= MAX_STEPS or action == "STOP":
+        if step >= MAX_STEPS or not goes_on:
             del running[number]
             began = time.perf_counter()
             ledger.finish(number, "COMPLETE" if step >= MAX_STEPS else "PRUNED")
-            result = ledger.result(number)
+            ledger.in_flight.discard(number)
+            result = ledger.by_number[number]
             spent.add("ends", began)
             if events:
                 began = time.perf_counter()
@@ -125,8 +133,7 @@ def tpe_seconds(folder: Path, space: SearchSpace, trials: int, asks: int = 5) ->
     """Seconds that TPE needs for one proposal after so many trials."""
     copy = folder.with_name(f"{folder.name}-tpe")
     copy.mkdir()
-    for name in (layout.JOURNAL_FILE, layout.OPTUNA_FILE):
-        shutil.copy(folder / name, copy / name)
+    shutil.copy(folder / layout.JOURNAL_FILE, copy / layout.JOURNAL_FILE)
     ledger = open_ledger(copy, space, trials + asks, "tpe")
     began = time.perf_counter()
     for _ in range(asks):
@@ -148,7 +155,7 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     made["TPE proposal, ms"] = f"{tpe_seconds(folder, space, trials) * 1000:.0f}"
     began = time.perf_counter()
     ledger = open_ledger(folder, space, trials, "random")
-    asha(ledger)
+    asha().stopped(ledger)
     made["open it again, s"] = f"{time.perf_counter() - began:.2f}"
     began = time.perf_counter()
     write_trials(folder, ledger.trials, "made up")

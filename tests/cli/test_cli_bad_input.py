@@ -397,7 +397,7 @@ def test_a_space_file_that_was_edited_is_another_study(roots, tmp_path, capsys, 
         (
             "16, optim.learning_rate",
             "32, optim.learning_rate",
-            "`initial_points` of the search space was",
+            "`initial_points` of the search space",
         ),
     ):
         file.write_text(SPACE.replace(old, new))

@@ -36,12 +36,20 @@ from tests.study.helpers import next_trial, space
 from tests.tiny import TASK, trainer, write_tiny
 
 METRICS = {"steps": 2, "dev_accuracy": 0.5, "best_dev_accuracy": 0.5, "train_loss": 1.0}
+POINT = {
+    "attention.block_size": 16,
+    "attention.inner": "softmax",
+    "optim.learning_rate": 5e-3,
+    "model.dropout": 0.0,
+}
 EVENTS: list[dict[str, Any]] = [
+    {"event": "started", "trial": 0, "params": POINT, "time": 0.5},
+    {"event": "started", "trial": 1, "params": POINT, "time": 0.6},
     {"event": "report", "trial": 0, "step": 2, "metrics": METRICS, "time": 1.0},
     {"event": "outcome", "trial": 0, "status": "COMPLETE", "value": 0.5, "error": "", "time": 2.0},
     {"event": "report", "trial": 1, "step": 2, "metrics": METRICS, "time": 3.0},
     {
-        **{"event": "generation", "step": 2, "time": 4.0},
+        **{"event": "compared", "step": 2, "time": 4.0},
         "exploits": [{"trial": 1, "source": 0, "params": {"optim.learning_rate": 1e-3}}],
     },
 ]
@@ -106,7 +114,7 @@ def test_journals_of_studies(room, study, content):
             assert content.startswith(kept) and lost.count(b"\n") <= 1, "refused and changed"
             raise
         try:
-            ledger.trials
+            assert ledger.trials is not None
             next_trial(ledger)
         finally:
             ledger.close()
@@ -123,7 +131,7 @@ def test_optunas_file(room, study, data):
     with held(room):
         ledger = StudyLog(folder, space=space(room), num_trials=4, seed=1)
         try:
-            ledger.trials
+            assert ledger.trials is not None
         finally:
             ledger.close()
 

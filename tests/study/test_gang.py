@@ -13,6 +13,7 @@ import pytest
 
 from dmx.cluster import connection
 from dmx.cluster.gang import Gang, start, stop, wait_any
+from dmx.runs.layout import trial_folder
 from dmx.runs.metrics import (
     BEST_STEP,
     DEV_ACCURACY,
@@ -26,7 +27,6 @@ from dmx.runs.metrics import (
     UNDER_WAY,
 )
 from dmx.schema import to_dict
-from dmx.search.ledger import trial_folder
 from dmx.storage.journal import read_claim
 from dmx.study.study import train_trials
 from dmx.training.checkpoint import open_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import time
@@ -15,21 +16,21 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from dmx.search.ledger import trial_folder
 
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
 from dmx.reporting.export import to_csv
 from dmx.runs.folders import load
+from dmx.runs.layout import trial_folder
 from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
-from dmx.runs.study import StudyResult
+from dmx.runs.study import Study
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import read_claim
 from dmx.storage.layout import SHARED_FILESYSTEM
-from dmx.study import ray_tune
+from dmx.study import ray_tune, study
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
-from dmx.study.results import evaluate_test
+from dmx.study.results import evaluate_test, front_of
 from dmx.study.study import StudyConfig, train_trials
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
@@ -103,11 +104,8 @@ class Watcher:
         self.heard.append(("ended", result.number, result.status))
 
 
-def facts(result: StudyResult) -> list[tuple[Any, ...]]:
-    return [
-        (t.number, t.status, dict(t.params), t.best_dev_accuracy, t.steps, t.error)
-        for t in result.trials
-    ]
+def facts(result: Study) -> list[tuple[Any, ...]]:
+    return [(t.number, t.status, dict(t.params), t.best, t.steps, t.error) for t in result.trials]
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -164,7 +162,7 @@ def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkey
         def stop_all(self):
             return self.left <= 0
 
-    monkeypatch.setattr(ray_tune, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(study, "SLICE_SECONDS", 0.0)
     monkeypatch.setattr(ray_tune, "OutOfTime", AfterFive)
     result = None
     while result is None or not result.complete:
@@ -264,8 +262,8 @@ def test_points_that_cannot_be_built_or_trained_fail_alone(tiny_store, tmp_path)
     assert [t.status for t in result.trials] == ["COMPLETE", "FAILED", "FAILED", "COMPLETE"]
     assert "block_size is 17" in result.trials[1].error
     assert result.trials[2].error == "the loss is not finite at step 2"
-    assert result.trials[2].best_dev_accuracy != result.trials[2].best_dev_accuracy
-    assert result.best is not None and result.best.number == 0, "the earlier one on a tie"
+    assert math.isnan(result.trials[2].best)
+    assert result.best == 0, "the earlier one on a tie"
     assert facts(result)[0][2:5] == facts(result)[3][2:5], "two slots do not disturb each other"
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
     study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(backend))
@@ -317,16 +315,16 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
             reports[0]["parameters"],
         ]
     assert {t.number: list(t.values.values()) for t in result.trials} == measured
-    assert result.front == pareto_front(objectives, measured) != ()
+    assert front_of(result) == pareto_front(objectives, measured) != ()
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
-    assert sorted(t.number for t in study.best_trials) == list(result.front)
-    assert result.best is not None and result.best.number in result.front
+    assert sorted(t.number for t in study.best_trials) == list(front_of(result))
+    assert result.best in front_of(result)
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
     assert len(pids) == 5, "a process whose memory was another trial's would not do"
     (folder / "settings.json").write_text(json.dumps({"objectives": objectives, "task": "x"}))
     table = csv.DictReader(io.StringIO(to_csv(load(folder))))
-    assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(result.front)
+    assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(front_of(result))
 
 
 def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from dmx.runs.study import StudyResult, TrialResult
+from dmx.runs.run import Trial
+from dmx.runs.study import Study
 from dmx.study import results as study_results
 from dmx.study.views import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
@@ -31,15 +32,9 @@ REPORT = {
 }
 
 
-def result(number: int, status: Any = "COMPLETE", best: float = 0.625) -> TrialResult:
-    return TrialResult(
-        trial_id=str(number),
-        number=number,
-        status=status,
-        params={},
-        best_dev_accuracy=best,
-        steps=4,
-    )
+def result(number: int, status: Any = "COMPLETE", best: float = 0.625) -> Trial:
+    report = {"steps": 4, "best_dev_accuracy": best}
+    return Trial(number=number, status=status, curve={4: report})
 
 
 def speak(view: Any) -> None:
@@ -55,10 +50,9 @@ def choose(output: Any) -> Any:
 
 def test_a_study_of_failures_says_what_failed_most(capsys: pytest.CaptureFixture[str]) -> None:
     errors = ("the loss is not finite at step 3", "x", "the loss is not finite at step 14")
-    trials = tuple(
-        dataclasses.replace(result(n, "FAILED", math.nan), error=e) for n, e in enumerate(errors)
-    )
-    found = StudyResult(name="s", folder=Path("s"), trials=trials, best=None, complete=True)
+    found = Study(Path("s"))
+    for n, error in enumerate(errors):
+        found.by_number[n] = dataclasses.replace(result(n, "FAILED", math.nan), error=error)
     about = {"name": "s", "attention": "none", "task": "text", "data": "tiny", "best": None}
     study_results.show(about, found, None)  # type: ignore[arg-type]
     told = " ".join(capsys.readouterr().out.split())

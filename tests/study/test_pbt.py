@@ -13,21 +13,23 @@ import torch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.nn.optim import build_optimizer
-from dmx.schema import to_dict
-from dmx.search.ledger import Ledger, trial_folder
+from dmx.runs.layout import trial_folder
+from dmx.runs.run import Trial
 from dmx.search.schedulers import (
+    DONE,
     FACTORS,
-    apply,
-    boundaries,
+    Idle,
     changeable,
     check_population,
-    decide,
+    choose_exploits,
+    comparison_steps,
     explore,
 )
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
-from dmx.study.pbt import Population, Segment, copied
+from dmx.study.study import SegmentQueue, StudyConfig, adopted, open_log
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -55,9 +57,9 @@ def rates(folder: Path) -> SearchSpace:
 
 
 def test_when():
-    assert boundaries(every=3, evaluation=2, max_steps=12) == (4, 8, 12)
-    assert boundaries(every=2, evaluation=2, max_steps=7) == (2, 4, 6, 7)
-    assert boundaries(every=50, evaluation=2, max_steps=12) == (12,)
+    assert comparison_steps(every=3, eval_every_steps=2, max_steps=12) == (4, 8, 12)
+    assert comparison_steps(every=2, eval_every_steps=2, max_steps=7) == (2, 4, 6, 7)
+    assert comparison_steps(every=50, eval_every_steps=2, max_steps=12) == (12,)
 
 
 def test_the_worst_fifth_copies_the_best(tmp_path):
@@ -65,15 +67,17 @@ def test_the_worst_fifth_copies_the_best(tmp_path):
     point = {"optim.learning_rate": 1e-3, "optim.weight_decay": 1e-3, "model.dropout": 0.1}
     points = {n: {**point, "model.dropout": 0.01 * n} for n in range(10)}
     scores = {0: 0.5, 1: 0.9, 2: 0.1, 3: 0.6, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.2, 8: 0.6, 9: 0.3}
-    common = {"step": 40, "scores": scores, "points": points, "space": chosen}
-    found = decide(seed=1, **common)
+    common = {"step": 40, "scores": scores, "params": points, "space": chosen}
+    found = choose_exploits(seed=1, **common)
     assert [e.trial for e in found] == [2, 7] and {e.source for e in found} <= {1, 6}
-    assert decide(seed=1, **common) == found, "a function of its arguments"
-    assert decide(seed=2, **common) != found
-    assert decide(seed=1, **{**common, "step": 80}) != found
+    assert choose_exploits(seed=1, **common) == found, "a function of its arguments"
+    assert choose_exploits(seed=2, **common) != found
+    assert choose_exploits(seed=1, **{**common, "step": 80}) != found
     level = dict.fromkeys(range(10), 0.5)
-    assert decide(seed=1, **{**common, "scores": level}) == (), "nobody is better than another"
-    assert decide(seed=1, **{**common, "scores": {3: 0.5}}) == ()
+    assert choose_exploits(seed=1, **{**common, "scores": level}) == (), (
+        "nobody is better than another"
+    )
+    assert choose_exploits(seed=1, **{**common, "scores": {3: 0.5}}) == ()
 
 
 def test_what_changes_stays_in_the_space(tmp_path):
@@ -96,10 +100,8 @@ def test_what_changes_stays_in_the_space(tmp_path):
 
 
 def test_settings_over_time():
-    exploits = {4: {"a": 2}, 8: {"a": 3}}
-    assert [apply({"a": 1, "b": 0}, exploits, s)["a"] for s in (2, 4, 6, 8, 9, 12)] == [
-        *(1, 1, 2, 2, 3, 3)
-    ]
+    trial = Trial(number=0, drawn={"a": 1, "b": 0}, changes={4: {"a": 2}, 8: {"a": 3}})
+    assert [trial.params_at(s)["a"] for s in (2, 4, 6, 8, 9, 12)] == [1, 1, 2, 2, 3, 3]
 
 
 def test_what_it_cannot_search(tmp_path):
@@ -166,80 +168,93 @@ class Killed(BaseException):
     """Stands for kill -9: what runs after it must not write."""
 
 
-def open_population(
-    folder: Path, places: StorageLayout = SHARED_FILESYSTEM
-) -> tuple[Ledger, Population]:
-    ledger = Ledger(
-        folder, name="s", space=rates(folder.parent), num_trials=MEMBERS, seed=5, sampler="random"
+def population(folder: Path, places: StorageLayout = SHARED_FILESYSTEM) -> StudyConfig:
+    return StudyConfig(
+        name="s",
+        task=TASK,
+        space=rates(folder.parent),
+        overrides={**FIXED, "train.num_steps": MAX_STEPS},
+        num_trials=MEMBERS,
+        max_steps=MAX_STEPS,
+        grace_steps=4,
+        scheduler="pbt",
+        sampler="random",
+        seed=5,
+        places=places,
     )
-    return ledger, Population(ledger, steps=(4, 8, 12), seed=5, places=places)
 
 
 def train(
-    folder: Path, store: Store, slots: int = 1, places: StorageLayout = SHARED_FILESYSTEM
+    folder: Path,
+    store: Store,
+    slots: int = 1,
+    places: StorageLayout = SHARED_FILESYSTEM,
+    cut: Cut | None = None,
 ) -> None:
     """What Ray does: `slots` segments are handed out, and end in another order than they began."""
-    ledger, population = open_population(folder, places)
+    study = population(folder, places)
+    log = open_log(study, folder)
+    segments = SegmentQueue(study, log, study.make_scheduler(), store)
     try:
         while True:
-            segments = []
-            while len(segments) < slots and (found := population.next_segment()) is not None:
-                segments.append(found)
-            if not segments:
-                assert population.finished, "somebody can always go on"
+            jobs: list[tuple[int, dict[str, Any]]] = []
+            while len(jobs) < slots and not isinstance(found := segments.next(), Idle):
+                jobs.append(found)
+            if not jobs:
+                assert found is DONE, "some member can always go on"
                 return
-            for segment in reversed(segments):
-                run_segment(folder, store, ledger, segment, places)
-                population.ended(segment.number)
+            for number, job in reversed(jobs):
+                run_segment(log, number, job, cut)
+                log.in_flight.discard(number)
     finally:
-        ledger.close()
+        log.close()
 
 
-def run_segment(
-    folder: Path, store: Store, ledger: Ledger, segment: Segment, places: StorageLayout
-) -> None:
-    number, taken = segment.number, None
-    settings = {**FIXED, "train.num_steps": MAX_STEPS}
-    if segment.adopt is not None:
-        taken = str(copied(folder, number, segment.adopt))
-    runner = Runner(
-        Job(
-            run_config=to_dict(ledger.space.run_config(TASK, settings, segment.point)),
-            data_folder=str(store.folder),
-            folder=str(trial_folder(folder, number)),
-            stop_at=segment.until,
-            adopt=taken,
-            places=places,
-        )
-    )
+class Cut(BaseException):
+    """The end of a session in the middle of a segment, after the report of a trial at a step."""
+
+    def __init__(self, trial: int, step: int, *, kill: bool) -> None:
+        super().__init__()
+        self.at, self.kill = (trial, step), kill
+
+
+def run_segment(log: StudyLog, number: int, fields: dict[str, Any], cut: Cut | None) -> None:
+    job = Job(**{**fields, "takes_over": False})
+    runner = Runner(job)
+    killed = False
     try:
         result: dict[str, Any] = {"done": False}
         while not result["done"]:
             result = runner.step()
             assert "failure" not in result, result
-            ledger.report(number, result["steps"], result)
+            if "under_way" in result:
+                continue
+            log.report(number, result["steps"], result)
+            if cut is not None and (number, result["steps"]) == cut.at:
+                assert not result["done"], "in the middle of a segment"
+                runner._trainer.advance(0)  # a step further than the report
+                killed = cut.kill
+                raise cut
         if not result.get("segment_ended"):
-            ledger.finish(number, "COMPLETE")
+            log.finish(number, "COMPLETE")
     finally:
-        runner.close()
-        if places.run_url is not None:  # the next segment, and the comparison, are elsewhere
-            shutil.rmtree(trial_folder(folder, number))
+        if not killed:
+            runner.close()
+        if job.places.run_url is not None:  # the next segment, and the comparison, are elsewhere
+            shutil.rmtree(job.folder)
 
 
 def picture(folder: Path) -> tuple[Any, ...]:
     """All that matters: generations, curves, and the weights and settings everybody ended with."""
-    ledger, _ = open_population(folder)
+    log = open_log(population(folder), folder)
     generations = [
         {k: v for k, v in e.items() if k != "time"}
-        for e in ledger.record.journal.events
+        for e in log.journal.events
         if e["event"] == "compared"
     ]
-    curves = {
-        n: {s: m["dev_accuracy"] for s, m in sorted(reports.items())}
-        for n, reports in sorted(ledger.reports.items())
-    }
-    results = [(r.status, dict(r.params), dict(r.changes)) for r in ledger.results()]
-    ledger.close()
+    curves = {t.number: {s: m["dev_accuracy"] for s, m in t.curve.items()} for t in log.trials}
+    results = [(t.status, t.params, dict(t.changes)) for t in log.trials]
+    log.close()
     ends = []
     for number in range(MEMBERS):
         for name in ("best", "last"):
@@ -268,13 +283,13 @@ def test_a_population(undisturbed):
         for exploit in generation["exploits"]:
             trial, source = exploit["trial"], exploit["source"]
             assert scores[source] == max(scores.values()) > scores[trial] == min(scores.values())
-            taken = open_checkpoint(copied(undisturbed, trial, step))
+            taken = open_checkpoint(adopted(undisturbed, trial, step))
             assert taken.metrics["steps"] == step
             assert taken.metrics["dev_accuracy"] == scores[source]
     for number, (status, params, changes) in enumerate(results):
         assert status == "COMPLETE"
         last = next(e for e in ends if e[:2] == (number, "last"))
-        now = apply(params, changes, MAX_STEPS)
+        now = Trial(number=number, drawn=params, changes=changes).params_at(MAX_STEPS)
         assert last[4].learning_rate == now["optim.learning_rate"]
         assert last[4].weight_decay == now["optim.weight_decay"]
 
@@ -346,3 +361,17 @@ def test_killed_at_any_write_it_ends_the_same(undisturbed, tiny_store, tmp_path,
         count[0], at[0], dead[0] = 0, 0, False
         train(folder, tiny_store)
         assert picture(folder) == expected, f"killed at write {kill} of {total}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True], ids=["interrupted", "killed"])
+@pytest.mark.parametrize("step", [2, 6, 10])
+def test_a_segment_that_is_cut_is_continued(undisturbed, tiny_store, tmp_path, step, kill):
+    """Of the member that took over another one's weights, and of one that did not."""
+    taker = next(e["trial"] for g in picture(undisturbed)[0] for e in g["exploits"])
+    for member in {taker, (taker + 1) % MEMBERS}:
+        folder = tmp_path / f"study-{member}"
+        with pytest.raises(Cut):
+            train(folder, tiny_store, cut=Cut(member, step, kill=kill))
+        train(folder, tiny_store)
+        assert picture(folder) == picture(undisturbed)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
-from dmx.search.ledger import Ledger
-from dmx.search.rungs import Brackets
-from dmx.study.ray_tune import NUMBER_KEY, RecordingScheduler
-from dmx.study.study import _catch_up
-from tests.study.helpers import space
+from dmx.runs.study import SchedulerKind
+from dmx.search.schedulers import DONE, WAIT, Idle, Scheduler, Segment, SuccessiveHalving
+from dmx.search.study_log import StudyLog
+from dmx.study.ray_tune import NUMBER_KEY, SchedulerAdapter
+from dmx.study.study import catch_up
+from tests.study.helpers import next_trial, open_log
 
 MAX_STEPS, GRACE, FACTOR = 20, 2, 3.0
 TRIALS = 12
@@ -55,19 +56,18 @@ class Rule:
         return values[low] + (place - low) * (values[high] - values[low])
 
 
-def open_ledger(folder: Path) -> Ledger:
-    return Ledger(folder, name="s", space=space(folder.parent), num_trials=TRIALS, seed=1)
+def open_study(folder: Path) -> StudyLog:
+    return open_log(folder, num_trials=TRIALS)
 
 
-def open_asha(ledger: Ledger, kind: str = "asha") -> RecordingScheduler:
-    brackets = Brackets(kind, max_steps=MAX_STEPS, grace_steps=GRACE, reduction_factor=FACTOR)
-    return RecordingScheduler(ledger, brackets)
+def asha(kind: SchedulerKind = "asha") -> SuccessiveHalving:
+    return SuccessiveHalving(kind, max_steps=MAX_STEPS, grace_steps=GRACE, reduction_factor=FACTOR)
 
 
-def rungs(asha: RecordingScheduler) -> list[tuple[int, dict[int, float]]]:
+def rungs(scheduler: SuccessiveHalving) -> list[tuple[int, dict[int, float]]]:
     """(steps, {trial: accuracy}), lowest first."""
-    assert asha._brackets is not None
-    return [(int(r.steps), {e.trial: e.accuracy for e in r.entries}) for r in asha._brackets.rungs]
+    found = scheduler.brackets.rungs
+    return [(int(r.steps), {e.trial: e.accuracy for e in r.entries}) for r in found]
 
 
 def fake_trial(number: int, session: str) -> Any:
@@ -93,34 +93,36 @@ def script(seed: int) -> list[tuple[int, int, float]]:
 
 def play(folder: Path, reports: list[tuple[int, int, float]], restarts: set[int]) -> Any:
     """Decisions by (trial, step), and the rungs; before each report in `restarts` all is lost."""
-    ledger = open_ledger(folder)
-    asha = open_asha(ledger)
+    log, scheduler = open_study(folder), asha()
     decisions: dict[tuple[int, int], bool] = {}
     stopped: set[int] = set()
+    for number in range(TRIALS):
+        log.start(number)
     for place, (number, step, value) in enumerate(reports):
         if place in restarts:
-            before = rungs(asha)
-            ledger.close()
-            ledger = open_ledger(folder)
-            asha = open_asha(ledger)
-            assert rungs(asha) == before, "replayed rungs are the live ones"
-            assert asha.stopped.keys() == stopped
+            before = rungs(scheduler)
+            log.close()
+            log, scheduler = open_study(folder), asha()
+            assert scheduler.stopped(log).keys() == stopped
+            assert rungs(scheduler) == before, "replayed rungs are the live ones"
         if number in stopped:
             continue
+        adapter = SchedulerAdapter(log, scheduler)
         trial = fake_trial(number, f"session{place}")
-        asha.on_trial_add(None, trial)
+        adapter.on_trial_add(None, trial)
         result = {STEPS: step, DEV_ACCURACY: value, "best_dev_accuracy": value}
         if step >= MAX_STEPS:
-            asha.on_trial_complete(None, trial, result)
+            adapter.on_trial_complete(None, trial, result)
             decisions[number, step] = False
         else:
-            decisions[number, step] = asha.on_trial_result(None, trial, result) == "STOP"
-            again = asha.on_trial_result(None, trial, result) == "STOP"
+            decisions[number, step] = adapter.on_trial_result(None, trial, result) == "STOP"
+            again = adapter.on_trial_result(None, trial, result) == "STOP"
             assert again == decisions[number, step], "a repeated report decides the same"
         if decisions[number, step]:
             stopped.add(number)
-    recorded = rungs(asha)
-    ledger.close()
+    assert scheduler.stopped(log).keys() == stopped
+    recorded = rungs(scheduler)
+    log.close()
     return decisions, recorded
 
 
@@ -146,42 +148,59 @@ def test_a_restart_before_any_report_changes_nothing(tmp_path, monkeypatch):
     assert play(tmp_path / "all", reports, set(range(len(reports)))) == expected
 
 
-def test_a_failure_is_not_a_result(tmp_path):
-    ledger = open_ledger(tmp_path / "s")
-    for scheduler in (open_asha(ledger), RecordingScheduler(ledger)):
-        trial = fake_trial(0, "x")
+def test_a_failure_and_training_that_goes_on_are_no_results(tmp_path):
+    log = open_study(tmp_path / "s")
+    log.start(0)
+    for scheduler in (asha(), Scheduler(MAX_STEPS)):
+        adapter, trial = SchedulerAdapter(log, scheduler), fake_trial(0, "x")
         failed = {STEPS: 2, DEV_ACCURACY: 0.0, FAILURE: "it broke", "done": True}
-        scheduler.on_trial_add(None, trial)
-        assert scheduler.on_trial_result(None, trial, failed) == "STOP"
-        scheduler.on_trial_complete(None, trial, failed)
-        assert not ledger.reports and not scheduler.stopped
-    assert all(not recorded for _, recorded in rungs(open_asha(ledger)))
-    ledger.close()
-
-
-def test_training_that_goes_on_is_not_a_result(tmp_path):
-    ledger = open_ledger(tmp_path / "s")
-    for scheduler in (open_asha(ledger), RecordingScheduler(ledger)):
-        result = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
-        scheduler.on_trial_add(None, fake_trial(0, "x"))
-        assert scheduler.on_trial_result(None, fake_trial(0, "x"), result) == "CONTINUE"
-        scheduler.on_trial_complete(None, fake_trial(0, "x"), result)
-        assert not ledger.reports and not scheduler.stopped
-    ledger.close()
+        under_way = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
+        for result, answer in ((failed, "STOP"), (under_way, "CONTINUE")):
+            assert adapter.on_trial_result(None, trial, result) == answer
+            adapter.on_trial_complete(None, trial, result)
+        assert not log.history and not scheduler.stopped(log)
+    log.close()
 
 
 def test_without_a_scheduler_everything_is_recorded(tmp_path):
-    ledger = open_ledger(tmp_path / "s")
-    fifo = RecordingScheduler(ledger)
+    log = open_study(tmp_path / "s")
+    adapter = SchedulerAdapter(log, Scheduler(MAX_STEPS))
     for number in range(3):
+        log.start(number)
         for step in (2, 4):
             result = {STEPS: step, DEV_ACCURACY: -number, "best_dev_accuracy": 0}
-            assert fifo.on_trial_result(None, fake_trial(number, "x"), result) == "CONTINUE"
-        fifo.on_trial_complete(None, fake_trial(number, "x"), {**result, STEPS: 6})
-    assert [(n, s) for n, s, _ in ledger.record.history()] == [
-        (n, s) for n in range(3) for s in (2, 4, 6)
-    ]
-    ledger.close()
+            assert adapter.on_trial_result(None, fake_trial(number, "x"), result) == "CONTINUE"
+        adapter.on_trial_complete(None, fake_trial(number, "x"), {**result, STEPS: 6})
+    assert [r[:2] for r in log.history] == [(n, s) for n in range(3) for s in (2, 4, 6)]
+    log.close()
+
+
+def test_segments_are_a_function_of_the_record(tmp_path):
+    """Interrupted trials come first; a study waits for those that train, and then it is done."""
+    log, scheduler = open_log(tmp_path / "s", num_trials=3), Scheduler(MAX_STEPS)
+
+    def take() -> Segment | Idle:
+        found = scheduler.next_segment(log)
+        assert scheduler.next_segment(log) == found, "asking changes nothing"
+        if isinstance(found, Segment):
+            log.start(found.trial)
+            log.in_flight.add(found.trial)
+        return found
+
+    assert [take() for _ in range(4)] == [*(Segment(n, MAX_STEPS) for n in range(3)), WAIT]
+    log.in_flight.discard(1)  # its process was lost
+    assert take() == Segment(1, MAX_STEPS)
+    log.finish(1, "FAILED", "it broke")
+    log.in_flight.discard(1)
+    assert take() is WAIT
+    log.close()
+    log = open_log(tmp_path / "s", num_trials=3)
+    assert [take(), take(), take()] == [Segment(0, MAX_STEPS), Segment(2, MAX_STEPS), WAIT]
+    for number in (0, 2):
+        log.finish(number, "FAILED", "it broke")
+        log.in_flight.discard(number)
+    assert take() is DONE
+    log.close()
 
 
 class Heard:
@@ -205,29 +224,26 @@ class Heard:
 
 def test_what_a_crash_left_undone_is_carried_out_and_shown(tmp_path):
     """A kill after the journal's line, and before the table and TensorBoard, hides nothing."""
-    ledger = open_ledger(tmp_path / "s")
-    asha, heard = open_asha(ledger), Heard()
-    _catch_up(ledger, asha, (heard,))
+    log, scheduler, heard = open_study(tmp_path / "s"), asha(), Heard()
+    catch_up(log, scheduler, (heard,))
     assert heard.calls == [], "a fresh study has nothing to catch up with"
+    adapter = SchedulerAdapter(log, scheduler)
     for number, value in ((0, 0.9), (1, 0.1)):
-        assert ledger.next_trial() is not None
+        assert next_trial(log) is not None
         result = {STEPS: 2, DEV_ACCURACY: value, "best_dev_accuracy": value}
-        decision = asha.on_trial_result(None, fake_trial(number, "x"), result)
+        decision = adapter.on_trial_result(None, fake_trial(number, "x"), result)
         assert decision == ("STOP" if number else "CONTINUE")
-    ledger.close()  # killed: the trial was not stopped yet
+    log.close()  # killed: the trial was not stopped yet
 
-    ledger = open_ledger(tmp_path / "s")
-    assert ledger.num_interrupted == 2
-    heard = Heard()
-    _catch_up(ledger, open_asha(ledger), (heard,))
+    log, heard = open_study(tmp_path / "s"), Heard()
+    catch_up(log, asha(), (heard,))
     assert heard.calls == [("reported", 1, 2), ("ended", 1, "PRUNED")]
     assert heard.known == [0], "the other one is told of now"
     assert heard.reasons == ["rung 2: 0.1000, and 0.9000 was needed"]
-    assert ledger.num_interrupted == 1 and (ledger.next_trial() or (None,))[0] == 0
-    ledger.close()  # killed: the outcome is written, and was not shown
+    assert (next_trial(log) or (None,))[0] == 0
+    log.close()  # killed: the outcome is written, and was not shown
 
-    ledger = open_ledger(tmp_path / "s")
-    heard = Heard()
-    _catch_up(ledger, open_asha(ledger), (heard,))
+    log, heard = open_study(tmp_path / "s"), Heard()
+    catch_up(log, asha(), (heard,))
     assert heard.calls == [("ended", 1, "PRUNED")]
-    ledger.close()
+    log.close()

@@ -61,7 +61,7 @@ def test_no_room_for_the_new_number_of_trials_is_one_sentence(
         (
             "initial_points",
             [],
-            "`initial_points` of the search space was [{'model.dropout': 0.1}], now []",
+            "`initial_points` of the search space was [{'model.dropout': 0.1}]",
         ),
         ("objectives", ["accuracy", "latency"], "--objective was not given, now ['accuracy', 'l"),
         ("warm_start.sha256", "2", "--warm-start (sha256) was '1', now '2'"),

@@ -10,7 +10,7 @@ from dmx.cli.options import chosen
 from dmx.cli.tune import parser
 from dmx.errors import ConfigError
 from dmx.study.plan import StudyOptions, make_plan
-from dmx.study.ray_tune import LEAST_SECONDS, START_SECONDS, Watchdog, patience
+from dmx.study.ray_tune import LEAST_SECONDS, START_SECONDS, Watchdog, hang_timeout
 from tests.tiny import one_sentence
 
 
@@ -84,10 +84,10 @@ def test_ended_trials_are_not_watched(end):
 
 
 def test_what_is_too_long():
-    assert patience([], None) == LEAST_SECONDS == 1800
-    assert patience([60.0] * 5, None) == 1800
-    assert patience([300.0, 600.0, 4000.0], None) == 6000.0, "ten times the median"
-    assert patience([300.0], 5.0) == 5.0
+    assert hang_timeout([], None) == LEAST_SECONDS == 1800
+    assert hang_timeout([60.0] * 5, None) == 1800
+    assert hang_timeout([300.0, 600.0, 4000.0], None) == 6000.0, "ten times the median"
+    assert hang_timeout([300.0], 5.0) == 5.0
 
 
 @pytest.mark.parametrize(
