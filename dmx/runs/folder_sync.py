@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from dmx.errors import DmxError, StageError
-from dmx.runs.layout import BEST_DIR, JOURNAL_FILE, LAST_DIR, OPTUNA_FILE
+from dmx.runs.layout import BEST_DIR, JOURNAL_FILE, LAST_DIR
 from dmx.storage.files import write_atomic
 from dmx.storage.journal import CLAIM_FILE
 from dmx.storage.layout import StorageLayout
 from dmx.storage.object_storage import FOLDER_SUFFIX, ObjectStorage
 
 logger = logging.getLogger("dmx.storage")
-JOURNALS = (JOURNAL_FILE, OPTUNA_FILE)
-"""What a study is continued from: one folder in object storage, at a moment when they agree."""
+JOURNALS = (JOURNAL_FILE,)
+"""What a run is continued from: one folder in object storage."""
 STATE = "state"
 EVERY_SECONDS = 15.0
 """What the loss of the driver's own disk can cost; the loss of its process costs nothing."""

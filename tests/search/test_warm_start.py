@@ -304,7 +304,9 @@ def test_bad_runs(old, tmp_path):
     with pytest.raises(ConfigError, match="searched 'softmax'") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)
-    note(copy, **settings(overrides=[1]))
+    bad = {**settings_event("study", settings()), "settings": settings(overrides=[1])}
+    with (copy / "journal.jsonl").open("ab") as file:
+        file.write(encode(bad))
     with pytest.raises(StageError, match="no sound overrides; leave this") as caught:
         collect([copy], here(chosen))
     one_sentence(caught.value)

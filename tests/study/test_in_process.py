@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import signal
@@ -26,9 +25,11 @@ from dmx.runs.metrics import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import Study
 from dmx.search.space import SearchSpace, load_space
+from dmx.search.study_settings import settings_event
 from dmx.storage.journal import read_claim
 from dmx.storage.layout import SHARED_FILESYSTEM
 from dmx.study import ray_tune, study
+from dmx.study.folder import note_settings
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
 from dmx.study.results import evaluate_test, front_of
 from dmx.study.study import StudyConfig, train_trials
@@ -322,7 +323,8 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
     assert result.best in front_of(result)
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
     assert len(pids) == 5, "a process whose memory was another trial's would not do"
-    (folder / "settings.json").write_text(json.dumps({"objectives": objectives, "task": "x"}))
+    found = {"objectives": list(objectives), "task": "x", "num_trials": 5}
+    note_settings(folder, settings_event("study", found))
     table = csv.DictReader(io.StringIO(to_csv(load(folder))))
     assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(front_of(result))
 
