@@ -30,7 +30,7 @@ SAMPLERS = get_args(SamplerKind)
 
 SchedulerKind = Literal["asha", "hyperband", "pbt", "none"]
 SCHEDULERS = get_args(SchedulerKind)
-"""What happens to trials that do worse than others; see dmx.study.ray_tune and dmx.study.pbt."""
+"""What happens to trials that do worse than others; see dmx.search.schedulers."""
 
 
 @dataclass(frozen=True, kw_only=True)
