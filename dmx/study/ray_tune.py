@@ -78,6 +78,12 @@ class TrialTrainable(tune.Trainable):
         """Train to the next evaluation and report, or for one slice: then there is no report."""
         return self.runner.step()
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the runner writes its own, and nothing is restored from Ray's."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, likewise."""
+
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
         self.cleanup()
@@ -419,6 +425,7 @@ def fit(
             stop=OutOfTime(deadline),
             callbacks=[recorder, watchdog],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
