@@ -139,3 +139,9 @@ def test_readme_tree_exists():
     assert named >= 25
     packages = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
     assert packages <= set(re.findall(r"(\w+)/(?=[ \n])", tree[1])), "a package is not in README"
+
+
+def test_only_the_commands_know_of_argparse():
+    """What lies below them takes plain arguments, so that it can be called from Python."""
+    users = {package_of(module) for module, path in FILES.items() if "argparse" in imports(path)}
+    assert users <= {"cli", "train"}
