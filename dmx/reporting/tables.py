@@ -11,7 +11,7 @@ from typing import Any
 
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
-from dmx.runs.events import base_name
+from dmx.runs.events import base_name, settings_of
 from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
@@ -19,7 +19,6 @@ from dmx.runs.run import Run, Trial
 from dmx.runs.stages import Attempt, Stage
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
-from dmx.search.space import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)

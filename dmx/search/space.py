@@ -14,26 +14,15 @@ from typing import Any, Protocol
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import ConfigError
 from dmx.registry import find_yaml
-from dmx.schema import flatten, read_yaml, set_dotted
+from dmx.runs.events import BRANCH, setting_of, settings_of
+from dmx.schema import flatten, read_yaml
 from dmx.tasks import TASKS, task_for
 
 Scalar = str | int | float | bool
 
 
-_BRANCH = " if "
-"""Divides a setting's name from the condition under which it is drawn (see SearchSpace.label)."""
 _NUM_DRAWN = 32
 """Points within a space that are built before a search begins, beside all corners."""
-
-
-def setting_of(label: str) -> str:
-    """The setting's name in a name that Optuna knows (see SearchSpace.label)."""
-    return label.partition(_BRANCH)[0]
-
-
-def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Optuna's parameters of one trial under the settings' own names."""
-    return {setting_of(label): value for label, value in params.items()}
 
 
 class Suggests(Protocol):
@@ -121,7 +110,7 @@ class SearchSpace:
         ways: dict[str, dict[str, str]] = {n: {repr(d): n} for n, d in self.space.items()}
         for c in self.conditions:
             for name, dist in c.then.items():
-                label = f"{name}{_BRANCH}{c.key}={c.value}"
+                label = f"{name}{BRANCH}{c.key}={c.value}"
                 ways.setdefault(name, {}).setdefault(repr(dist), label)
         return {
             (name, dist): label if len(found) > 1 else name
@@ -298,14 +287,6 @@ class _Draw:
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
         return min(max(round(self.suggest_float(name, low, high, log=log)), low), high)
-
-
-def nested(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A dotted point as a nested mapping, for printing as YAML."""
-    tree: dict[str, Any] = {}
-    for key, value in point.items():
-        set_dotted(tree, key, value)
-    return tree
 
 
 def _plain(distributions: Mapping[str, Distribution]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import pytest
 from dmx.attention import ATTENTIONS
 from dmx.errors import ConfigError
 from dmx.registry import find_yaml, shipped_names
-from dmx.search.space import SearchSpace, load_space, nested
+from dmx.search.space import SearchSpace, load_space
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence
 
@@ -448,7 +448,3 @@ def test_names_and_paths(tmp_path, monkeypatch):
         with pytest.raises(ConfigError) as caught:
             find_yaml(wrong, "search_spaces")
         assert part in one_sentence(caught.value)
-
-
-def test_nested_prints_as_a_mapping():
-    assert nested({"a.b": 1, "a.c": 2}) == {"a": {"b": 1, "c": 2}}
