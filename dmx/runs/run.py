@@ -27,21 +27,6 @@ if TYPE_CHECKING:
     from dmx.runs.study import Report, Search, Takeover
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointRef:
-    """A checkpoint on disk, with what is needed to choose among several.
-
-    Attributes:
-        path: the checkpoint directory.
-        step: optimizer steps taken when it was written.
-        dev_accuracy: accuracy on the whole dev split at that step, in 0..1, or None.
-    """
-
-    path: Path
-    step: int
-    dev_accuracy: float | None
-
-
 TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 UNKNOWN = "unknown"
 _SAMPLE = ", not LRA"

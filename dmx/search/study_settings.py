@@ -15,6 +15,7 @@ from typing import Any
 from dmx.attention.labels import attention_label, sized
 from dmx.errors import StageError
 from dmx.registry import environment
+from dmx.runs.events import Settings, check
 from dmx.runs.layout import JOURNAL_FILE, SETTINGS_FILE, Kind
 from dmx.schema import flatten
 from dmx.storage.journal import read_journal
@@ -58,28 +59,12 @@ def read_record(folder: Path, remedy: str = "start the study under a new --name"
     """
     path = folder / JOURNAL_FILE
     try:
-        found = [e for e in read_journal(path)[0] if e.get("event") == SETTINGS]
+        found = [e for e in read_journal(path)[0] if check(e, {SETTINGS: Settings})]
     except StageError:
         raise StageError(f"{path} is damaged; {remedy}.") from None
-    if not found:
-        return _of_an_earlier_dmx(folder / SETTINGS_FILE, remedy)
-    for key in ("settings", "options", "environment"):
-        if not isinstance(found[-1].get(key), dict):
-            raise StageError(f"{path} is damaged: its settings have no sound {key}; {remedy}.")
-    return found[-1]
-
-
-def _of_an_earlier_dmx(file: Path, remedy: str) -> dict[str, Any]:
-    """Studies had their settings in a file of its own, without the command."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no mapping")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
-        raise StageError(f"{file} is damaged; {remedy}.") from None
-    return {"kind": "study", "settings": found, "options": {}, "environment": {}}
+    if not found and (folder / SETTINGS_FILE).exists():
+        raise StageError(f"{folder} was written by an earlier dmx; {remedy}.")
+    return found[-1] if found else {}
 
 
 def read_settings(

@@ -19,13 +19,12 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import os
 import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -60,22 +59,6 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return event
 
 
-def expect(event: Mapping[str, Any], **types: type | tuple[type, ...]) -> None:
-    """See that an event has the values that its readers rely on.
-
-    Raises:
-        StageError: one is missing or of another type.
-    """
-    for name, kind in types.items():
-        value = event.get(name)
-        sound = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if name not in event or not sound:
-            raise StageError(
-                f"the journal's event {str(event.get('event'))[:40]!r} has no sound {name}, so dmx "
-                "did not write it; restore the journal from a backup, or start under a new name."
-            )
-
-
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a journal, and the length in bytes of its sound part.
 
@@ -103,22 +86,6 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
         events.append(event)
         sound += len(line)
     return events, sound
-
-
-def wall_seconds(events: Iterable[Mapping[str, Any]]) -> float:
-    """How long a run was worked on: from the begin of each session to its last event.
-
-    NaN for a journal that tells of no session.
-    """
-    total, begun, last = math.nan, math.nan, math.nan
-    for event in events:
-        time = event.get("time")
-        if not isinstance(time, int | float):
-            continue
-        if event.get("event") == "session":
-            total, begun = (0.0 if math.isnan(begun) else total + last - begun), float(time)
-        last = float(time)
-    return total + last - begun
 
 
 class Journal:

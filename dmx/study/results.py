@@ -29,7 +29,7 @@ from dmx.runs.metrics import (
 from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import Study
 from dmx.schema import to_dict
-from dmx.storage.journal import Journal, read_journal, wall_seconds
+from dmx.storage.journal import Journal, read_journal
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
@@ -144,8 +144,10 @@ def summarise(config: StudyConfig, store: Store, study: Study) -> dict[str, Any]
 
 def seconds_so_far(folder: Path) -> float:
     """How long the sessions until now have worked on the study; 0 for a new one."""
-    seconds = wall_seconds(read_journal(folder / layout.JOURNAL_FILE)[0])
-    return seconds if math.isfinite(seconds) else 0.0
+    study = Study(folder)
+    for event in read_journal(folder / layout.JOURNAL_FILE)[0]:
+        study.add(event)
+    return study.seconds if math.isfinite(study.seconds) else 0.0
 
 
 def front_of(study: Study) -> tuple[int, ...]:

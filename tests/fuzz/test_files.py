@@ -25,6 +25,7 @@ from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
 from dmx.runs.stages import fold
 from dmx.search.study_log import StudyLog
+from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder
 from dmx.training.checkpoint import open_checkpoint
@@ -192,11 +193,11 @@ SETTINGS = {"task": TASK, "seed": 0, "overrides": {"model.num_layers": 1}}
 
 
 @share(0.03)
-@given(st.one_of(changed(SETTINGS).map(json.dumps), st.text(max_size=60)))
-def test_settings(room, text):
+@given(changed(settings_event("study", SETTINGS)))
+def test_settings(room, event):
     folder = room / "settings"
     folder.mkdir(exist_ok=True)
-    (folder / "settings.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (folder / "journal.jsonl").write_bytes(encode(event if isinstance(event, dict) else {}))
     with held(room):
         open_folder(folder, SETTINGS, resume=True)
 
