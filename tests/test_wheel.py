@@ -96,7 +96,7 @@ def test_every_line_that_installs_names_this_distribution():
     """PyPI's `dmx` is another package: it would be installed, and with it a stranger's code."""
     found = installs()
     assert {path.name for path, _, extra in found if extra} >= {
-        *("README.md", "search.md", "cluster.md", "reports.md", "sampling.py", "base.py"),
+        *("README.md", "search.md", "cluster.md", "reports.md", "samplers.py", "samples.py"),
         *("ray-cluster.yaml", "rayjob.yaml"),
     }
     for path, name, _ in found:

@@ -145,7 +145,7 @@ def _measure(
 ) -> str:
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    gc.load()
+    gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -346,7 +346,7 @@ def begin_study(words, monkeypatch):
 
     resources = contextlib.nullcontext(capacity.local_resources())
     with monkeypatch.context() as patch:
-        patch.setattr("dmx.study.study.train_trials", stop)
+        patch.setattr("dmx.study.run.train_trials", stop)
         patch.setattr(connection, "connect", lambda address: resources)
         with pytest.raises(Stop):
             tune.main(words)

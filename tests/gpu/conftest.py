@@ -25,7 +25,7 @@ def _full_precision() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized():
         torch.cuda.set_per_process_memory_fraction(1.0)
-        gc.load()
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -39,7 +39,7 @@ WIDE = {
 
 def limit_to(bytes_more: float) -> None:
     """Let torch have so much more than it holds now."""
-    gc.load()
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     allowed = torch.cuda.memory_reserved() + bytes_more
@@ -50,7 +50,7 @@ def need(store, size: int) -> float:
     """Bytes that two steps with so many sequences at once take at their peak, model included."""
     with trainer(store, **WIDE, train__micro_batch_size=size) as made:
         made.advance()  # cuBLAS's workspace is there from then on
-    gc.load()
+    gc.collect()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
@@ -84,7 +84,7 @@ def test_an_evaluation_shrinks_too(gpu, tiny_store):
         expected = made.evaluate("dev")
     quarter, held = 0.0, 0.0
     for size in (32, 8):  # the last one is kept
-        gc.load()
+        gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()

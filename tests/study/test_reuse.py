@@ -80,7 +80,7 @@ def test_memory_threads_and_files_do_not_grow(tiny_store, tmp_path):
         assert report["done"] and report["parameters"] * 12 > 4 * 2**20
         trainer = weakref.ref(made._runner.trainer)
         made.reset_config(trial(tiny_store, tmp_path / str(number), **wide))
-        gc.load()
+        gc.collect()
         assert trainer() is None, "somebody still holds the old trial"
         counts.append((threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))))
         sizes.append(resident_mb())
