@@ -273,7 +273,7 @@ def test_points_that_cannot_be_built_or_trained_fail_alone(tiny_store, tmp_path)
 
 def test_single_runs_survive_their_process(tiny_store, tmp_path):
     config = study_config(tmp_path)
-    plain = config.trial_config(config.space.start[0])
+    plain = config.trial_config(config.space.initial_points[0])
 
     def to_end(name: str, kill_at: int | None) -> dict[str, Any]:
         job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / name))
@@ -305,6 +305,9 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
         tmp_path, scheduler="none", sampler="nsga2", objectives=objectives, num_trials=5
     )
     folder = tmp_path / "study"
+    folder.mkdir()
+    found = {"objectives": list(objectives), "task": "x", "num_trials": 5}
+    note_settings(folder, settings_event("study", found))
     result = train_trials(config, tiny_store, folder, slots=2)
     assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 5
     measured: dict[int, list[float]] = {}
@@ -323,8 +326,6 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
     assert result.best in front_of(result)
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
     assert len(pids) == 5, "a process whose memory was another trial's would not do"
-    found = {"objectives": list(objectives), "task": "x", "num_trials": 5}
-    note_settings(folder, settings_event("study", found))
     table = csv.DictReader(io.StringIO(to_csv(load(folder))))
     assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(front_of(result))
 

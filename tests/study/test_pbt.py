@@ -219,7 +219,7 @@ class Cut(BaseException):
 
 
 def run_segment(log: StudyLog, number: int, fields: dict[str, Any], cut: Cut | None) -> None:
-    job = Job(**{**fields, "takes_over": False})
+    job = Job(**fields)
     runner = Runner(job)
     killed = False
     try:
@@ -238,7 +238,10 @@ def run_segment(log: StudyLog, number: int, fields: dict[str, Any], cut: Cut | N
         if not result.get("segment_ended"):
             log.finish(number, "COMPLETE")
     finally:
-        if not killed:
+        if killed:
+            assert runner._claim is not None
+            runner._claim.release()  # as the end of a process does
+        else:
             runner.close()
         if job.places.run_url is not None:  # the next segment, and the comparison, are elsewhere
             shutil.rmtree(job.folder)
