@@ -41,7 +41,7 @@ def layout_of(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Custom Scalars: category -> chart -> the tags that it shows."""
     reader = EventAccumulator(str(folder))
     reader.Reload()
-    (event,) = reader.Tensors("custom_scalars__config__")
+    *_, event = reader.Tensors("custom_scalars__config__")  # one a session of the trial
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {c.title: {t.title: list(t.multiline.tag) for t in c.chart} for c in layout.category}
 
