@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from dmx.curriculum.backend import SearchView
 from dmx.data.store import Store
 from dmx.errors import StageError
 from dmx.schema import to_dict
-from dmx.storage.journal import Claim, read_claim
+from dmx.storage.journal import Claim, encode, read_claim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import Measurement, measure
@@ -31,19 +30,20 @@ from tests.tiny import one_sentence
 def test_a_search_shows_its_trials_and_the_best_of_all_sessions(tmp_path: Path, caplog) -> None:
     """Lines of the journal as it grows; one that is half written waits for its rest."""
 
-    def report(trial: int, step: int, value: float) -> str:
+    def report(trial: int, step: int, value: float) -> bytes:
         metrics = {"steps": step, "dev_accuracy": value, "best_dev_accuracy": value}
         told = {"event": "report", "trial": trial, "step": step}
-        return json.dumps({**told, "metrics": {**metrics, "train_loss": 0.5}}) + "\n"
+        return encode({**told, "metrics": {**metrics, "train_loss": 0.5}})
 
     end = {"event": "outcome", "trial": 0, "status": "COMPLETE", "value": 0.9, "error": ""}
     journal = tmp_path / "journal.jsonl"
-    journal.write_text(report(0, 2, 0.9) + json.dumps(end) + "\n")
+    journal.write_bytes(report(0, 2, 0.9) + encode(end))
     new = report(1, 2, 0.5) + report(1, 4, 0.95)
     with caplog.at_level(logging.INFO, logger="dmx.study"):
         view = SearchView(tmp_path, 3)
-        for part in (new[:-9], new[-9:], json.dumps({**end, "trial": 1, "status": "PRUNED"}), "\n"):
-            with journal.open("a") as file:
+        last = encode({**end, "trial": 1, "status": "PRUNED"})
+        for part in (new[:-9], new[-9:], last[:-1], last[-1:]):
+            with journal.open("ab") as file:
                 file.write(part)
             view.show()
     assert caplog.messages == [
