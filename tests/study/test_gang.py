@@ -152,9 +152,9 @@ def test_a_study_whose_trials_have_two_workers(two_cpus, tiny_store, tmp_path):
         (t.status, t.steps, t.params) for t in one.trials
     ]
     for mine, theirs in zip(two.trials, one.trials, strict=True):
-        assert mine.best_dev_accuracy == pytest.approx(theirs.best_dev_accuracy, abs=1e-9)
-        assert mine.metrics.keys() == theirs.metrics.keys()
-        assert mine.metrics[NUM_WORKERS] == 2
+        assert mine.best == pytest.approx(theirs.best, abs=1e-9)
+        assert mine.last_report.keys() == theirs.last_report.keys()
+        assert mine.last_report[NUM_WORKERS] == 2
         open_checkpoint(trial_folder(tmp_path / "two", mine.number) / "best").model_state()
     reports = [h for h in watcher.heard if h[0] == "reported"]
     assert len(set(reports)) == len(reports)
