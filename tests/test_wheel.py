@@ -92,6 +92,17 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_every_package_is_in_the_wheel():
+    """setup.cfg lists them one by one: one that it lacks is there in a checkout only."""
+    listed = re.search(r"^packages =\n((?: +\S+\n)+)", (ROOT / "setup.cfg").read_text(), re.M)
+    assert listed
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "dmx").rglob("__init__.py")
+    }
+    assert set(listed[1].split()) == found | {"dmx.search_spaces", "dmx.curricula", "dmx.docs"}
+
+
 def test_every_line_that_installs_names_this_distribution():
     """PyPI's `dmx` is another package: it would be installed, and with it a stranger's code."""
     found = installs()
