@@ -177,7 +177,7 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     space = tmp_path / "space.yaml"
     space.write_text(
         "attention: butterfly\nspace:\n  optim.learning_rate: {choice: [1.0e-9, 1.0e-2]}\n"
-        "start: [{optim.learning_rate: 1.0e-9}, {optim.learning_rate: 1.0e-2}]\n"
+        "initial_points: [{optim.learning_rate: 1.0e-9}, {optim.learning_rate: 1.0e-2}]\n"
     )
     search = {"space": str(space), "num_trials": 2, "scheduler": "none"}
     shared = {"task": TASK, "cpus": 1, **SETTINGS, "train.num_steps": 24}
@@ -225,7 +225,7 @@ def test_a_search_that_is_interrupted_ends_as_the_undisturbed_one(
     space = tmp_path / "space.yaml"
     points = [{"optim.learning_rate": rate} for rate in rates]
     searched = {"optim.learning_rate": {"choice": rates}}
-    written = {"attention": "butterfly", "space": searched, "start": points}
+    written = {"attention": "butterfly", "space": searched, "initial_points": points}
     space.write_text(yaml.safe_dump(written))
     search = {"space": str(space), "num_trials": 3, "scheduler": "none"}
     shared = {"task": TASK, "cpus": 1, **SETTINGS, **CHANGED}
