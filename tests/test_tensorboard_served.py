@@ -132,7 +132,7 @@ def test_columns_are_those_of_all_studies(address: str) -> None:
 def test_a_browser_shows_the_tabs(address: str, tmp_path: Path) -> None:
     tabs = {
         "custom_scalars": ["dev accuracy by training samples", f"Matches ({NUM_TRIALS})"],
-        "hparams": ["optim.learning_rate", "best_dev_accuracy", "0.030000"],
+        "hparams": ["optim.learning_rate", "dev_accuracy", "0.030000"],
         "images": [TAG, "study/trials/0002"],
     }
     trials = {f"study/trials/{number:04d}" for number in range(NUM_TRIALS)}
