@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -23,11 +22,8 @@ from typing import Any
 
 from dmx import terminal
 from dmx.cluster import capacity
-from dmx.runs import layout
 from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
-from dmx.storage.files import copy_folder
 from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
-from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.process_group import TorchProcessGroup
@@ -306,25 +302,12 @@ class Gang:
     # -- what else a Runner does ------------------------------------------------------------
 
     def evaluate(self, folder: Path, split: str) -> dict[str, float]:
-        """evaluation.evaluate_checkpoint by one worker; the members must have ended."""
+        """predictions.evaluate_checkpoint by one worker; the members must have ended."""
         job = self.job
         cpus, gpus = job.cpus_per_worker, job.gpus_per_worker
         return evaluate(
             str(folder), job.data_folder, split, cpus=cpus, gpus=gpus, places=job.places
         )
-
-    def save_into(self, folder: Path) -> None:
-        """Copy the last checkpoint; the members rest, so that it is the present state."""
-        folder_of_last = Path(self.job.folder) / layout.LAST_DIR
-        self.job.places.pull(folder_of_last)
-        last = open_checkpoint(folder_of_last)
-        shutil.copytree(last.folder, folder, dirs_exist_ok=True)
-
-    def load_from(self, folder: Path) -> None:
-        """Go on from another checkpoint."""
-        self.close()
-        self._steps = -1
-        copy_folder(open_checkpoint(folder).folder, Path(self.job.folder) / layout.LAST_DIR)
 
 
 def _reason(error: RayError) -> str:

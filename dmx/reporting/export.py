@@ -27,7 +27,6 @@ from dmx.runs.metrics import (
     STEPS,
     TEST_ACCURACY,
 )
-from dmx.runs.objectives import evaluate
 from dmx.runs.run import Run
 from dmx.schema import finite, flatten
 from dmx.storage.files import write_atomic
@@ -109,9 +108,8 @@ def to_csv(run: Run) -> str:
         row: dict[str, Any] = {"trial": trial.number, "status": trial.status}
         row[BEST_DEV_ACCURACY] = trial.best
         if run.several:
-            values = zip(run.several, evaluate(run.several, trial.reports), strict=True)
             row["front"] = "yes" if trial.number in front else "no"
-            row |= {f"objective.{name}": value for name, value in values}
+            row |= {f"objective.{name}": value for name, value in trial.values.items()}
         rows.append({**common, **row, **last, **trial.params, "error": trial.error})
     return csv(rows)
 

@@ -14,8 +14,8 @@ from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.runs.events import base_name, settings_of
 from dmx.runs.layout import attempt_folder
 from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
-from dmx.runs.objectives import OBJECTIVES, evaluate, pareto_front
-from dmx.runs.run import Run, Trial
+from dmx.runs.objectives import OBJECTIVES
+from dmx.runs.run import Run, ranked
 from dmx.runs.stages import Attempt, Stage
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
@@ -84,12 +84,8 @@ def trials_table(run: Run) -> Table:
     names = list(settings_of(run.search.searched)) if run.search else []
     names += sorted({k for t in run.trials for k in t.params} - set(names))
     varied = [n for n in names if len({repr(t.params.get(n)) for t in run.trials}) > 1]
-
-    def order(trial: Trial) -> tuple[float, int]:
-        return (-trial.best if math.isfinite(trial.best) else math.inf, trial.number)
-
     rows, styles = [], []
-    for trial in sorted(run.trials, key=order):
+    for trial in ranked(run.trials):
         rows.append(
             (
                 str(trial.number),
@@ -329,11 +325,7 @@ def against(run: Run, objective: str) -> list[Costed]:
 
 def study_front(run: Run) -> dict[int, dict[str, float]]:
     """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
-    if not run.several:
-        return {}
-    values = {t.number: evaluate(run.several, t.reports) for t in run.whole}
-    on = pareto_front(run.several, values)
-    return {number: dict(zip(run.several, values[number], strict=True)) for number in on}
+    return {t.number: t.values for t in run.best_trials} if run.several else {}
 
 
 def filled_rungs(run: Run) -> list[Rung]:

@@ -1,7 +1,7 @@
 """The driver's files of a run, kept in object storage while it runs, and brought back from there.
 
 Checkpoints are pushed by the workers that write them (see dmx.storage.layout); here is all else:
-the journals, which a run is rebuilt from, and what is shown of it.
+the journal, which a run is rebuilt from, and what is shown of it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from dmx.storage.layout import StorageLayout
 from dmx.storage.object_storage import FOLDER_SUFFIX, ObjectStorage
 
 logger = logging.getLogger("dmx.storage")
-JOURNALS = (JOURNAL_FILE,)
-"""What a run is continued from: one folder in object storage."""
 STATE = "state"
+"""The journal, which a run is continued from, as a folder in object storage."""
 EVERY_SECONDS = 15.0
 """What the loss of the driver's own disk can cost; the loss of its process costs nothing."""
 
@@ -99,10 +98,12 @@ class FolderSync:
         with self._one_at_a_time:
             for path in _files_below(self._folder):
                 name = path.relative_to(self._folder)
-                if str(name) not in JOURNALS and not _is_workers(name):
+                if str(name) != JOURNAL_FILE and not _is_workers(name):
                     self._send(self._storage, path, name.as_posix())
             if (self._folder / JOURNAL_FILE).is_file():
-                self._send_journals(self._storage)
+                with tempfile.TemporaryDirectory() as temporary:
+                    shutil.copy(self._folder / JOURNAL_FILE, temporary)
+                    self._storage.push(Path(temporary), STATE)
 
     def _send(self, storage: ObjectStorage, path: Path, name: str) -> None:
         try:
@@ -115,19 +116,6 @@ class FolderSync:
             return
         storage.write(name, content)
         self._sent[name] = mark
-
-    def _send_journals(self, storage: ObjectStorage) -> None:
-        """All of them as they are while the journal, which is written first, does not grow."""
-        journal = self._folder / JOURNAL_FILE
-        with tempfile.TemporaryDirectory() as temporary:
-            for _ in range(20):
-                size = journal.stat().st_size
-                for name in JOURNALS:
-                    if (self._folder / name).is_file():
-                        shutil.copyfile(self._folder / name, Path(temporary) / name)
-                if journal.stat().st_size == size:
-                    break
-            storage.push(Path(temporary), STATE)
 
     def __enter__(self) -> Self:
         if self._storage is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -21,6 +21,7 @@ from dmx.runs.metrics import (
     STEPS,
     TRAIN_SECONDS,
 )
+from dmx.runs.objectives import DEFAULT, evaluate
 
 if TYPE_CHECKING:
     from dmx.runs.stages import Stage
@@ -52,7 +53,7 @@ class Trial:
             under several conditions apart.
         curve: step -> flat metrics.
         error: one line of what failed, or "". reason: of an early stop, in this session: the rung.
-        values: of each objective, by name; NaN where it was not measured.
+        objectives: of its study.
         changes: step -> its searched values from then on, where it took over another trial.
         started_after: how many trials had ended when it was proposed.
         folder: where it keeps its checkpoints, or None.
@@ -64,10 +65,16 @@ class Trial:
     curve: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     error: str = ""
     reason: str = ""
-    values: Mapping[str, float] = field(default_factory=dict)
+    objectives: tuple[str, ...] = DEFAULT
     changes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     started_after: int = 0
     folder: Path | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Of each objective, by name; NaN where it was not measured."""
+        found = evaluate(self.objectives, self.reports)
+        return dict(zip(self.objectives, found, strict=True))
 
     @property
     def params(self) -> dict[str, Any]:
@@ -331,6 +338,11 @@ class Run:
         return best_of(self.trials)
 
     @property
+    def best_trials(self) -> tuple[Trial, ...]:
+        """The trials on the Pareto front; with one objective, the best one."""
+        return () if self.best_trial is None else (self.best_trial,)
+
+    @property
     def best(self) -> int | None:
         """The number of the best trial, or None."""
         found = self.best_trial
@@ -435,7 +447,15 @@ class Run:
         return "GPU" if self.environment["gpus"] else "process"
 
 
-def best_of(trials: tuple[Trial, ...]) -> Trial | None:
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The highest dev accuracy first, the earlier one on a tie; last those that have none."""
+
+    def order(trial: Trial) -> tuple[float, int]:
+        return (-trial.best if math.isfinite(trial.best) else math.inf, trial.number)
+
+    return sorted(trials, key=order)
+
+
+def best_of(trials: Iterable[Trial]) -> Trial | None:
     """The trial with the highest finite dev accuracy; the earliest on a tie; or None."""
-    scored = [t for t in trials if math.isfinite(t.best)]
-    return max(scored, key=lambda t: (t.best, -t.number)) if scored else None
+    return next((t for t in ranked(trials) if math.isfinite(t.best)), None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from dmx.errors import StageError
 from dmx.runs import events, layout
 from dmx.runs.metrics import DEV_ACCURACY
-from dmx.runs.objectives import DEFAULT, OBJECTIVES, evaluate, pareto_front
+from dmx.runs.objectives import DEFAULT, OBJECTIVES, pareto_front
 from dmx.runs.run import (
     UNKNOWN,
     FinalSeeds,
@@ -104,21 +104,21 @@ class Study(Run):
         """A trial, known from now on."""
         if number not in self.by_number:
             folder = layout.trial_folder(self.folder, number)
-            self.by_number[number] = Trial(number=number, folder=folder)
+            self.by_number[number] = Trial(number=number, folder=folder, objectives=self.objectives)
         return self.by_number[number]
 
     def _fold(self, name: str, event: Mapping[str, Any]) -> None:
         if name == "settings":
             self._check_settings()
+            for trial in self.by_number.values():
+                trial.objectives = self.objectives
         elif name == "started":
             trial = self.trial(event["trial"])
             trial.drawn, trial.started_after = event["params"], len(self.outcomes)
         elif name == "report":
             number, step, metrics = event["trial"], event["step"], event["metrics"]
             self.history.append(Report(number, step, metrics, event.get("time", 0.0)))
-            trial = self.trial(number)
-            trial.curve[step] = metrics
-            trial.values = self._values(trial)
+            self.trial(number).curve[step] = metrics
         elif name == "outcome":
             trial = self.trial(event["trial"])
             trial.status, trial.error = event["status"], event["error"]
@@ -133,10 +133,6 @@ class Study(Run):
                 self.trial(taken.trial).changes[step] = taken.params
         elif name == "final":
             self._final = event
-
-    def _values(self, trial: Trial) -> dict[str, float]:
-        found = evaluate(self.objectives, trial.reports)
-        return dict(zip(self.objectives, found, strict=True))
 
     def _check_settings(self) -> None:
         """See that the settings are a study's.
@@ -217,11 +213,10 @@ class Study(Run):
 
     @property
     def best_trials(self) -> tuple[Trial, ...]:
-        """The trials on the Pareto front; with one objective, the best one."""
         if not self.several:
             best = best_of(self.trials)
             return () if best is None else (best,)
-        points = {t.number: [t.values[o] for o in self.several] for t in self.whole if t.curve}
+        points = {t.number: tuple(t.values.values()) for t in self.whole}
         return tuple(self.by_number[n] for n in pareto_front(self.several, points))
 
     @property

@@ -20,7 +20,7 @@ from optuna.trial import FixedTrial, create_trial
 
 from dmx.runs.objectives import OBJECTIVES, directions
 from dmx.runs.run import Trial
-from dmx.search.samplers import STATES, accuracies
+from dmx.search.samplers import STATES, accuracies, accuracy_of
 from dmx.search.space import SearchSpace
 
 logger = logging.getLogger("dmx.study")
@@ -75,7 +75,7 @@ class OptunaView:
 
     def reported(self, trial: Trial, step: int) -> None:
         """A point of its curve; Optuna has none for several objectives."""
-        value = accuracies(trial).get(step)
+        value = accuracy_of(trial.curve[step])
         if value is not None and len(self._objectives) == 1:
             self._storage.set_trial_intermediate_value(self._ids[trial.number], step, value)
 

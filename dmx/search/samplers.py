@@ -301,8 +301,14 @@ STATES = {
 
 def accuracies(trial: RecordedTrial) -> dict[int, float]:
     """Step -> dev accuracy, as far as Optuna can take it: it refuses NaN."""
-    found = ((step, metrics.get(DEV_ACCURACY)) for step, metrics in sorted(trial.curve.items()))
-    return {step: v for step, v in found if isinstance(v, float) and math.isfinite(v)}
+    found = ((step, accuracy_of(metrics)) for step, metrics in sorted(trial.curve.items()))
+    return {step: value for step, value in found if value is not None}
+
+
+def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
+    """One report's dev accuracy, or None where Optuna cannot take it."""
+    value = metrics.get(DEV_ACCURACY)
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _counts(past: ObservedTrial) -> bool:

@@ -68,13 +68,18 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Flush all that lies below a folder, and the folder."""
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
+
+
 def copy_folder(source: Path, folder: Path) -> None:
     """Put a copy of `source` in the place of `folder`, as `replace_folder` does."""
     new = folder.parent / f".{folder.name}.new"
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(source, new)
-    for path in (*new.rglob("*"), new):
-        fsync_path(path)
+    fsync_tree(new)
     replace_folder(new, folder)
 
 

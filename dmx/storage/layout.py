@@ -14,7 +14,7 @@ from dmx.schema import is_url
 from dmx.storage.files import (
     MANIFEST_FILE,
     exclusive_lock,
-    fsync_path,
+    fsync_tree,
     replace_folder,
     write_atomic,
 )
@@ -162,8 +162,7 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
             new = target.parent / f".{target.name}.new"
             shutil.rmtree(new, ignore_errors=True)
             _copy_files(source, name, new)
-            for path in (*new.rglob("*"), new):
-                fsync_path(path)
+            fsync_tree(new)
             write_atomic(new / MANIFEST_FILE, manifest)
             replace_folder(new, target)
     except OSError as error:

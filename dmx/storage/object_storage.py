@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmx.errors import CheckpointError, ConfigError, StorageError
-from dmx.storage.files import write_atomic
+from dmx.storage.files import fsync_tree, write_atomic
 
 logger = logging.getLogger("dmx.storage")
 FOLDER_SUFFIX = ".zip"
@@ -182,7 +182,8 @@ class ObjectStorage:
             ) from None
         folder.mkdir(parents=True)
         for file, content in contents.items():
-            write_atomic(folder / file, content)
+            (folder / file).write_bytes(content)
+        fsync_tree(folder)
         return version
 
     def _patiently(self, what: str, once: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import PlacementGroupID, tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -154,23 +154,12 @@ class SegmentSearcher(Searcher):
         """The journal is the state."""
 
 
-class SchedulerAdapter(TrialScheduler):
+class SchedulerAdapter(FIFOScheduler):
     """Records every report, and passes on what the study's scheduler decides."""
 
     def __init__(self, log: StudyLog, scheduler: Scheduler) -> None:
+        super().__init__()
         self._log, self._scheduler = log, scheduler
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        return True
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        pass
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        pass
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        pass
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """A report that is known from before a crash decides nothing new."""
@@ -187,16 +176,6 @@ class SchedulerAdapter(TrialScheduler):
         """The last report reaches a scheduler only here."""
         if is_report(result):
             self._log.report(trial.config[NUMBER_KEY], int(result[STEPS]), result)
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The first trial that waits."""
-        for trial in tune_controller.get_trials():
-            if trial.status in (Trial.PENDING, Trial.PAUSED):
-                return trial
-        return None
-
-    def debug_string(self) -> str:
-        return "dmx decides"
 
 
 class Recorder(tune.Callback):

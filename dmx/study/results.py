@@ -175,9 +175,8 @@ def front_summary(objectives: tuple[str, ...], study: Study) -> dict[str, list[d
             {"name": o.name, "direction": o.direction, "label": o.label} for o in described
         ],
         "front": [
-            {"trial": t.number, "values": dict(t.values), "params": dict(t.params)}
-            for t in study.trials
-            if t.number in front_of(study)
+            {"trial": t.number, "values": t.values, "params": dict(t.params)}
+            for t in study.best_trials
         ],
     }
 

@@ -9,8 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from rich.console import Group
 from rich.live import Live
@@ -30,7 +29,7 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
 )
 from dmx.runs.objectives import ACCURACY, OBJECTIVES
-from dmx.runs.run import Trial, best_of
+from dmx.runs.run import Trial, best_of, ranked
 from dmx.schema import finite, flatten
 from dmx.tensorboard import RunWriter
 from dmx.terminal import SETTINGS, Column, FittingTable
@@ -39,8 +38,11 @@ from dmx.training.predictions import write_samples
 logger = logging.getLogger("dmx.study")
 
 
-class StudyObserver(Protocol):
-    """Whoever shows a study: terminal, TensorBoard. Called in the driver, in order."""
+class StudyObserver:
+    """What shows a study: terminal, TensorBoard. Called in the driver, in order.
+
+    It shows nothing itself.
+    """
 
     def continues(self, trials: Sequence[Trial]) -> None:
         """A session begins; these trials are known from earlier ones."""
@@ -63,12 +65,12 @@ def known(trials: Sequence[Trial]) -> list[Trial]:
 def standing(trials: Sequence[Trial], num_trials: int) -> str:
     """Where a study stands that is continued, in one line."""
     ended = sum(t.status != "RUNNING" for t in trials)
-    best = best_of(tuple(trials))
+    best = best_of(trials)
     shown = "none" if best is None else f"{best.best:.4f} (trial {best.number})"
     return f"{ended} of {num_trials} trials have ended; best dev accuracy so far: {shown}"
 
 
-class LogView:
+class LogView(StudyObserver):
     """One log line per event."""
 
     def __init__(self, num_trials: int) -> None:
@@ -119,7 +121,7 @@ class LogView:
         )
 
 
-class TensorBoardView:
+class TensorBoardView(StudyObserver):
     """Scalars and HParams of each trial, in the trial's folder."""
 
     def __init__(
@@ -129,9 +131,6 @@ class TensorBoardView:
         self._writers: dict[int, RunWriter] = {}
         self._values: dict[int, dict[str, Any]] = {}
         self._steps: dict[int, int] = {}
-
-    def continues(self, trials: Sequence[Trial]) -> None:
-        """What was shown before is in the files."""
 
     def _writer(self, number: int) -> RunWriter:
         if number not in self._writers:
@@ -212,11 +211,7 @@ def trials_table(
     own = (Column(name, right=True) for name in short_names(varied))
     table = FittingTable(title, (*shared, *own), narrow=narrow)
 
-    def key(trial: Trial) -> tuple[float, int]:
-        finite = math.isfinite(trial.best)
-        return (-trial.best if finite else math.inf, trial.number)
-
-    for trial in sorted(trials, key=key):
+    for trial in ranked(trials):
         accuracy = trial.best
         point = points[trial.number]
         style = "bold" if trial.number == best else "green" if trial.number in front else None
@@ -250,12 +245,7 @@ class _View:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Nothing to take down."""
 
 
@@ -263,24 +253,12 @@ class PlainView(_View, LogView):
     """One log line per event; what a log file should hold."""
 
 
-class QuietView(_View):
+class QuietView(_View, StudyObserver):
     """Says nothing until the end."""
 
     def __enter__(self) -> Self:
         logging.getLogger("dmx").setLevel(logging.WARNING)
         return self
-
-    def continues(self, trials: Sequence[Trial]) -> None:
-        """Nothing."""
-
-    def started(self, number: int, point: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def reported(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def ended(self, result: Trial) -> None:
-        """Nothing."""
 
 
 class JsonView(QuietView):
@@ -288,7 +266,7 @@ class JsonView(QuietView):
 
     def continues(self, trials: Sequence[Trial]) -> None:
         """`{"event": "continues", "trials", "ended", "best", "best_dev_accuracy"}`."""
-        best = best_of(tuple(trials))
+        best = best_of(trials)
         if trials:
             write_json(
                 event="continues",
@@ -319,7 +297,7 @@ class JsonView(QuietView):
         )
 
 
-class LiveView:
+class LiveView(StudyObserver):
     """One table that redraws itself: running trials, the best so far, how far, how long."""
 
     def __init__(self, num_trials: int, max_steps: int, title: str) -> None:
@@ -341,19 +319,14 @@ class LiveView:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
     def continues(self, trials: Sequence[Trial]) -> None:
         """What earlier sessions found counts."""
         self._ended = [t for t in trials if t.status != "RUNNING"]
         self._before = len(self._ended)
-        best = best_of(tuple(trials))
+        best = best_of(trials)
         if best is not None:
             self._best = (best.best, best.number)
 

@@ -49,7 +49,15 @@ def save_checkpoint(
     with _replacing(folder, before_replacing) as new:
         for name, text in (notes or {}).items():
             (new / name).write_text(text, encoding="utf-8")
-        write_files(new, model_state, training_state, config, metrics)
+        with (new / MODEL_FILE).open("wb") as file:
+            file.write(safetensors.torch.save({k: v.contiguous() for k, v in model_state.items()}))
+        _torch_save(training_state, new / TRAINING_STATE_FILE)
+        (new / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        (new / METRICS_FILE).write_text(
+            json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8"
+        )
+        for name in _FILES:
+            fsync_path(new / name)
 
 
 def repeat_checkpoint(
@@ -85,23 +93,6 @@ def _replacing(folder: Path, before_replacing: Callable[[], None]) -> Iterator[P
         replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def write_files(
-    folder: Path,
-    model_state: Mapping[str, Tensor],
-    training_state: Mapping[str, Any],
-    config: RunConfig,
-    metrics: Mapping[str, Any],
-) -> None:
-    """The files of a checkpoint, flushed to disk; metrics.json comes last and marks a whole one."""
-    with (folder / MODEL_FILE).open("wb") as file:
-        file.write(safetensors.torch.save({k: v.contiguous() for k, v in model_state.items()}))
-    _torch_save(dict(training_state), folder / TRAINING_STATE_FILE)
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
-    for name in _FILES:
-        fsync_path(folder / name)
 
 
 class _Sink:

@@ -237,14 +237,6 @@ class Runner:
         job = self.job
         return evaluate_checkpoint(str(folder), job.data_folder, split, job.threads, job.places)
 
-    def save_into(self, folder: Path) -> None:
-        """Write a checkpoint into an existing folder whose atomicity is another's job."""
-        self.trainer.save_into(folder)
-
-    def load_from(self, folder: Path) -> None:
-        """Go on from another checkpoint."""
-        self.trainer.load(open_checkpoint(folder))
-
     def _fail(self, error: Exception) -> None:
         """Keep the traceback beside the run, and one line of it for the report."""
         self._lost = isinstance(error, StorageError)

@@ -54,7 +54,7 @@ from dmx.runs.metrics import (
     TRAIN_LOSS,
     TRAIN_SECONDS,
 )
-from dmx.training.checkpoint import Checkpoint, save_checkpoint, write_files
+from dmx.training.checkpoint import Checkpoint, save_checkpoint
 from dmx.training.passes import Evaluation, Interval, Passes
 from dmx.training.process_group import SINGLE_PROCESS, ProcessGroup
 from dmx.training.reference import adopt
@@ -356,23 +356,15 @@ class Trainer:
         before_replacing: Callable[[], None] = lambda: None,
     ) -> None:
         """Write a checkpoint directory, atomically; see save_checkpoint."""
-        parts = self._checkpoint_parts()
-        save_checkpoint(folder, **parts, notes=notes, before_replacing=before_replacing)
-
-    def save_into(self, folder: Path) -> None:
-        """Write the checkpoint's files into an existing folder whose atomicity is another's job."""
-        parts = self._checkpoint_parts()
-        write_files(
-            folder, parts["model_state"], parts["training_state"], parts["config"], parts["metrics"]
+        save_checkpoint(
+            folder,
+            model_state=self.model.state_dict(),
+            training_state=self.state(),
+            config=self.config,
+            metrics={**self.provenance(), **self.metrics},
+            notes=notes,
+            before_replacing=before_replacing,
         )
-
-    def _checkpoint_parts(self) -> dict[str, Any]:
-        return {
-            "model_state": self.model.state_dict(),
-            "training_state": self.state(),
-            "config": self.config,
-            "metrics": {**self.provenance(), **self.metrics},
-        }
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where the checkpoint stopped, bit for bit on a CPU.
