@@ -1,4 +1,4 @@
-"""`dmx.leaderboard`: attentions x tasks over all runs, as markdown, LaTeX or CSV."""
+"""`dmx.leaderboard`: attentions x tasks over all runs, in several formats."""
 
 from __future__ import annotations
 

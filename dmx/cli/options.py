@@ -219,7 +219,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def as_setting(form: str) -> Callable[[str], str]:
-    """A hint for cli.Parser; `form` is how the command takes a setting: `--set {}=VALUE`."""
+    """A hint for Parser; `form` is how the command takes a setting: `--set {}=VALUE`."""
 
     def hint(option: str) -> str:
         from dmx.config import similar_settings  # torch: seconds, which a right command is spared

@@ -1,1 +1,1 @@
-"""Estimating costs: counting and measuring a step, simulating ASHA, adding up."""
+"""Estimating costs: counting and measuring a step, adding up."""

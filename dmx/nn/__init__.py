@@ -1,1 +1,1 @@
-"""The model and its mathematics on real tokens only: packing, operations, encoder, optimizer."""
+"""Mathematics on real tokens only: packing, attention with dropout on a CPU, optimizer, device."""

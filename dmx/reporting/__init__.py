@@ -1,1 +1,1 @@
-"""Reports: read a run folder into typed records, and show them as HTML, markdown, JSON or CSV."""
+"""Reports: a run as a page, markdown, JSON or CSV; the leaderboard of many runs."""

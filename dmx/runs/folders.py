@@ -14,7 +14,7 @@ from dmx.runs.curriculum import Curriculum
 from dmx.runs.layout import Kind
 from dmx.runs.run import Run
 from dmx.runs.study import Study
-from dmx.storage.journal import decode, read_journal
+from dmx.storage.journal import decode
 
 _FILES: dict[Kind, tuple[str, ...]] = {
     "curriculum": (layout.CURRICULUM_FILE, layout.LINEAGE_FILE, layout.STAGES_DIR),
@@ -76,18 +76,14 @@ def load(folder: str | Path) -> Run:
     kind = kind_of(folder) if folder.is_dir() else None
     if kind is None:
         raise _no_run(folder)
-    run = {"study": Study, "curriculum": Curriculum, "run": Run}[kind](folder)
-    path = folder / layout.JOURNAL_FILE
     try:
-        events, _ = read_journal(path)
-        for event in events:
-            run.add(event)
+        run = {"study": Study, "curriculum": Curriculum, "run": Run}[kind].read(folder)
     except StageError as error:
-        said = str(error)
-        raise DataError(said if str(path) in said else f"{path} is damaged: {said}") from None
-    if kind != "run" and not events:
+        raise DataError(str(error)) from None
+    if kind != "run" and run.empty:
         raise DataError(
-            f"{path} is missing or empty, and nothing else tells how the run went"
+            f"{folder / layout.JOURNAL_FILE} is missing or empty, and nothing else tells how the "
+            "run went"
             + ("; an earlier dmx wrote it." if (folder / layout.SETTINGS_FILE).exists() else ".")
         )
     run.check()

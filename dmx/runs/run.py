@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 
+from dmx.errors import StageError
 from dmx.runs import events, layout
 from dmx.runs.files import last_line, read_config, read_json, read_scalars
 from dmx.runs.layout import Kind
@@ -22,6 +23,7 @@ from dmx.runs.metrics import (
     TRAIN_SECONDS,
 )
 from dmx.runs.objectives import DEFAULT, evaluate
+from dmx.storage.journal import read_journal
 
 if TYPE_CHECKING:
     from dmx.runs.stages import Stage
@@ -190,6 +192,7 @@ class Run:
 
     Attributes:
         settings, options: of the latest session. train_seconds: see Curriculum.
+        empty: the journal has no event.
     """
 
     kind: ClassVar[Kind] = "run"
@@ -213,6 +216,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
+        self.empty = True
         self.settings: Mapping[str, Any] = {}
         self.options: Mapping[str, Any] = {}
         self._session: Mapping[str, Any] = {}
@@ -220,12 +224,32 @@ class Run:
 
     # -- folding ----------------------------------------------------------------------------
 
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The run as its journal tells it; what lies in files is read when it is asked for.
+
+        Raises:
+            StageError: the journal is damaged; names it.
+        """
+        run = cls(folder)
+        for event in read_journal(folder / layout.JOURNAL_FILE)[0]:
+            run.add(event)
+        return run
+
     def add(self, event: Mapping[str, Any]) -> None:
         """Take up one more event of the journal.
 
         Raises:
-            StageError: dmx did not write it.
+            StageError: dmx did not write it; names the journal.
         """
+        self.empty = False
+        try:
+            self._take_up(event)
+        except StageError as error:
+            path = self.folder / layout.JOURNAL_FILE
+            raise StageError(f"{path} is damaged: {error}") from None
+
+    def _take_up(self, event: Mapping[str, Any]) -> None:
         name = events.check(event, self.known_events)
         time = event.get("time")
         if isinstance(time, int | float):

@@ -149,8 +149,8 @@ class Study(Run):
                 wrong = f"searched.{name}"
         if wrong or any(o not in OBJECTIVES for o in self.objectives):
             raise StageError(
-                f"{self.folder / layout.JOURNAL_FILE} is damaged: its settings have no sound "
-                f"{wrong or 'objectives'}; restore it from a backup, or start under a new name."
+                f"its settings have no sound {wrong or 'objectives'}; restore it from a backup, or "
+                "start under a new name."
             )
 
     # -- what it is -------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What a study searches and remembers: spaces, samplers, objectives, the journal of trials."""
+"""What a study searches and remembers: spaces, samplers, schedulers, the journal of trials."""

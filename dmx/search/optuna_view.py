@@ -114,6 +114,8 @@ class _ViewFile(BaseJournalBackend):
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             self._give_up(error)
+        finally:
+            new.unlink(missing_ok=True)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         return self._logs[log_number_from:]

@@ -23,7 +23,6 @@ from dmx.runs.objectives import evaluate, missing
 from dmx.runs.study import Study
 from dmx.schema import flatten, local_path, to_dict
 from dmx.search.space import SearchSpace
-from dmx.storage.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +198,8 @@ def prepare(
 
 def _read(run: Path, target: TargetStudy) -> Study:
     """An earlier study, from its journal."""
-    study = Study(run)
     try:
-        for event in read_journal(run / layout.JOURNAL_FILE)[0]:
-            study.add(event)
+        study = Study.read(run)
     except StageError as error:
         reason = str(error).partition(";")[0].removesuffix(".")
         raise StageError(f"{run}: {reason}; leave this --warm-start out.") from None

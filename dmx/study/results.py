@@ -29,7 +29,7 @@ from dmx.runs.metrics import (
 from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import Study
 from dmx.schema import to_dict
-from dmx.storage.journal import Journal, read_journal
+from dmx.storage.journal import Journal
 from dmx.storage.layout import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
@@ -37,6 +37,8 @@ from dmx.study.views import TensorBoardView, trials_table
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job, Workers
+
+logger = logging.getLogger("dmx.study")
 
 
 def finish(
@@ -144,10 +146,8 @@ def summarise(config: StudyConfig, store: Store, study: Study) -> dict[str, Any]
 
 def seconds_so_far(folder: Path) -> float:
     """How long the sessions until now have worked on the study; 0 for a new one."""
-    study = Study(folder)
-    for event in read_journal(folder / layout.JOURNAL_FILE)[0]:
-        study.add(event)
-    return study.seconds if math.isfinite(study.seconds) else 0.0
+    seconds = Study.read(folder).seconds
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def front_of(study: Study) -> tuple[int, ...]:
@@ -213,9 +213,6 @@ def show(summary: Mapping[str, Any], study: Study, store: Store) -> None:
     files = f"({layout.STUDY_FILE}, {layout.TRIALS_FILE}, {layout.BEST_DIR}/)"
     verbatim(f"files: {study.folder}  {files}")  # to be copied in one piece
     verbatim(f"curves: tensorboard --logdir {study.folder.parent}")
-
-
-logger = logging.getLogger("dmx.study")
 
 
 def evaluate_test(

@@ -1,4 +1,4 @@
-"""A job: what a process needs to know to do a run."""
+"""A job: what a process needs to know to do a run, and how cores and GPUs are shared out."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from dmx.model import Classifier
 from dmx.nn.device import autocast, sum_dtype
 from dmx.training.process_group import ProcessGroup
 
+logger = logging.getLogger("dmx.trainer")
+Result = TypeVar("Result")
 _CPU_EVAL_BATCH = 32
 _CUDA_EVAL_TIMES = 8
 """Small training batches need not make the evaluation slow: without gradients memory is cheap."""
@@ -209,9 +211,6 @@ class Passes:
             if smallest < pieces.size:
                 pieces.limit = smallest
 
-
-logger = logging.getLogger("dmx.trainer")
-Result = TypeVar("Result")
 
 # What torch's CUDA allocator says has a type of its own; all else is only known by its text. The
 # driver and the libraries speak up where others hold the memory that torch does not: trials share

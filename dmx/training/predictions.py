@@ -1,4 +1,4 @@
-"""What a model says about a few fixed dev examples; kept beside its checkpoint, shown elsewhere."""
+"""What a checkpoint's model says: its accuracy over a split, and a few fixed examples of dev."""
 
 from __future__ import annotations
 

@@ -60,11 +60,11 @@ class ProcessGroup:
         return value
 
     def broadcast_object(self, value: Any) -> Any:
-        """The leader's value, in every process; the others' is not looked at."""
+        """The main process's value, in every process; the others' is not looked at."""
         return value
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the leader's."""
+        """Overwrite tensors by the main process's."""
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -114,7 +114,7 @@ class TorchProcessGroup(ProcessGroup):
         return found.item()
 
     def broadcast_object(self, value: Any) -> Any:
-        """The leader's value, in every process; the others' is not looked at."""
+        """The main process's value, in every process; the others' is not looked at."""
         box = [value]
         try:
             dist.broadcast_object_list(box, src=0, device=self._device)
@@ -123,7 +123,7 @@ class TorchProcessGroup(ProcessGroup):
         return box[0]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the leader's."""
+        """Overwrite tensors by the main process's."""
         try:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)

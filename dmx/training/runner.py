@@ -58,7 +58,7 @@ class Runner:
 
     Args:
         job: the run. on_step: see Trainer.
-        group: the processes that train it together, each with a Runner; the leader alone claims
+        group: the processes that train it together, each with a Runner; the main one alone claims
             the folder and writes.
 
     Attributes:

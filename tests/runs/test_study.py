@@ -119,8 +119,16 @@ def test_several_objectives_have_a_front(tmp_path):
     ],
 )
 def test_a_foreign_event_is_refused_in_a_sentence(tmp_path, event):
-    with pytest.raises(StageError, match=r"no sound .*\.$"):
+    with pytest.raises(StageError, match=r"no sound .*\.$") as caught:
         fold(tmp_path, event)
+    assert str(caught.value).startswith(f"{tmp_path / 's' / 'journal.jsonl'} is damaged: ")
+
+
+def test_values_follow_the_objectives_whenever_they_become_known(tmp_path):
+    several = {**SETTINGS, "settings": {"objectives": ["accuracy", "parameters"]}}
+    study = fold(tmp_path, started(0, x=1), report(0, 2, 0.5), several)
+    assert list(study.by_number[0].values) == ["accuracy", "parameters"]
+    assert study.best_trials == (), "no trial is whole"
 
 
 def test_what_is_unknown_is_kept_or_skipped(tmp_path):

@@ -284,6 +284,15 @@ def test_optunas_file_is_a_view(uninterrupted, tmp_path, harm):
         assert picture(tmp_path / "a") == picture(uninterrupted), "as it is rebuilt at the end"
 
 
+def test_a_folder_in_the_place_of_the_view_ends_the_view_and_not_the_study(tmp_path, caplog):
+    (tmp_path / "a" / "optuna.journal").mkdir(parents=True)
+    with opened(tmp_path / "a") as ledger:
+        work(ledger)
+        assert remaining(ledger) == 0
+    assert caplog.text.count("optuna.journal cannot be written (Is a directory)") == 1
+    assert not list((tmp_path / "a").glob(".optuna*"))
+
+
 def test_a_full_disk_ends_the_view_and_not_the_study(tmp_path, caplog, monkeypatch):
     class Full:
         def write(self, text: str) -> int:
