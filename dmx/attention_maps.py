@@ -18,7 +18,7 @@ from dmx.data.prepare import open_data
 from dmx.data.show import class_name, pictures, snippet
 from dmx.data.store import Split
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.runs.metrics import STEPS
+from dmx.runs.layout import STEPS
 from dmx.schema import local_path
 from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter

@@ -38,7 +38,7 @@ from dmx.format import command_line
 from dmx.nn.device import pick_device
 from dmx.process import num_cores
 from dmx.runs import layout
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,

@@ -22,8 +22,8 @@ from typing import Any
 
 from dmx import terminal
 from dmx.cluster import capacity
-from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.runs.layout import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.training.job import Job
 from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.process_group import TorchProcessGroup

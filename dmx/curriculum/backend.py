@@ -21,12 +21,12 @@ from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
 from dmx.runs import layout
 from dmx.runs.folder_sync import FolderSync
-from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
+from dmx.runs.layout import FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
 from dmx.runs.study import Study
 from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, decode
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import results as study_results
 from dmx.study.folder import note_settings, write_study
 from dmx.study.study import StudyConfig, train_trials

@@ -12,8 +12,7 @@ from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
 from dmx.errors import CheckpointError, ConfigError, DataError, StageError
 from dmx.runs import layout
-from dmx.runs.layout import attempt_folder
-from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.layout import DEV_ACCURACY, STEPS, attempt_folder
 from dmx.runs.stages import History, Stage
 from dmx.schema import flatten
 from dmx.storage.files import is_there, sha256_file

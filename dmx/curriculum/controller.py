@@ -23,8 +23,7 @@ from dmx.curriculum.resources import Allocation, Key, ResourcePlan, ResourcePool
 from dmx.data.prepare import is_prepared
 from dmx.data.store import Store
 from dmx.errors import DmxError, RunFailedError
-from dmx.runs.layout import attempt_folder
-from dmx.runs.metrics import REPORT_KEYS, STEPS
+from dmx.runs.layout import REPORT_KEYS, STEPS, attempt_folder
 from dmx.runs.stages import History, advance, fold
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal, read_claim

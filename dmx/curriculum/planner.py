@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.stages import History, Stage
 
 NextStep = Literal["promote", "retry", "longer", "stop"]

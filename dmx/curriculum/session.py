@@ -31,7 +31,7 @@ from dmx.runs.stages import History, fold
 from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal, read_journal
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.folder import append_settings
 
 logger = logging.getLogger("dmx.curriculum")

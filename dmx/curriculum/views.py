@@ -19,8 +19,7 @@ from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
 from dmx.format import duration
 from dmx.runs import layout
-from dmx.runs.layout import attempt_folder
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,
@@ -34,6 +33,7 @@ from dmx.runs.metrics import (
     TRAIN_ACCURACY,
     TRAIN_LOSS,
     TRAIN_SECONDS,
+    attempt_folder,
 )
 from dmx.runs.stages import History, Stage, advance, fold
 from dmx.storage.files import write_atomic

@@ -18,7 +18,7 @@ from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
 from dmx.reporting.tables import escape
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     DEV_ACCURACY,
     NUM_WORKERS,

@@ -18,7 +18,7 @@ from dmx.reporting.tables import (
     rungs_title,
     study_front,
 )
-from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.layout import DEV_ACCURACY, STEPS
 from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.run import Run, Trial, number
 from dmx.search.rungs import Rung

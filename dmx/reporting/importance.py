@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx.runs.metrics import STEPS
+from dmx.runs.layout import STEPS
 from dmx.runs.run import Run, Trial
 
 LEAST_TRIALS = 4

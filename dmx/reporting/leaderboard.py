@@ -19,7 +19,7 @@ from dmx.reporting.caveats import budget_differences
 from dmx.reporting.published import COLUMNS, column_of
 from dmx.reporting.tables import Table, escape, make
 from dmx.runs.folders import kind_of, load_all, runs_below
-from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
+from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS
 from dmx.runs.run import Run
 from dmx.schema import finite, flatten
 from dmx.tasks import find_task

@@ -22,7 +22,7 @@ from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
 from dmx.runs import layout
 from dmx.runs.folders import kind_of, load, load_all, runs_below
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     DEV_ACCURACY,
     LEARNING_RATE,
     PARAMETERS,

@@ -12,8 +12,7 @@ from typing import Any
 from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.runs.events import base_name, settings_of
-from dmx.runs.layout import attempt_folder
-from dmx.runs.metrics import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
+from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS, attempt_folder
 from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.run import Run, ranked
 from dmx.runs.stages import Attempt, Stage

@@ -61,7 +61,7 @@ class Session(TypedDict):
 
 
 class Metrics(TypedDict):
-    """Flat metrics at an evaluation (see dmx.runs.metrics), as far as a reader relies on them."""
+    """Flat metrics at an evaluation (see dmx.runs.layout), as far as a reader relies on them."""
 
     steps: int
     dev_accuracy: NotRequired[float]

@@ -1,6 +1,6 @@
 """The driver's files of a run, kept in object storage while it runs, and brought back from there.
 
-Checkpoints are pushed by the workers that write them (see dmx.storage.layout); here is all else:
+Checkpoints are pushed by the workers that write them (see dmx.storage.remote); here is all else:
 the journal, which a run is rebuilt from, and what is shown of it.
 """
 
@@ -19,8 +19,7 @@ from dmx.errors import DmxError, StageError
 from dmx.runs.layout import BEST_DIR, JOURNAL_FILE, LAST_DIR
 from dmx.storage.files import write_atomic
 from dmx.storage.journal import CLAIM_FILE
-from dmx.storage.layout import StorageLayout
-from dmx.storage.object_storage import FOLDER_SUFFIX, ObjectStorage
+from dmx.storage.remote import FOLDER_SUFFIX, ObjectStorage, StorageLayout
 
 logger = logging.getLogger("dmx.storage")
 STATE = "state"

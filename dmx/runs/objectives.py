@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmx.errors import ConfigError
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     DEV_ACCURACY,
     PARAMETERS,

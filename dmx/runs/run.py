@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 from dmx.errors import StageError
 from dmx.runs import events, layout
 from dmx.runs.files import last_line, read_config, read_json, read_scalars
-from dmx.runs.layout import Kind
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,
     REPORT_KEYS,
     STEPS,
     TRAIN_SECONDS,
+    Kind,
 )
 from dmx.runs.objectives import DEFAULT, evaluate
 from dmx.storage.journal import read_journal

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmx.runs import events
-from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, TRAIN_SECONDS
+from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY, TRAIN_SECONDS
 from dmx.runs.run import number
 
 StageStatus = Literal["waiting", "running", "passed", "failed"]

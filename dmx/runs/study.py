@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dmx.errors import StageError
 from dmx.runs import events, layout
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.objectives import DEFAULT, OBJECTIVES, pareto_front
 from dmx.runs.run import (
     UNKNOWN,

@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 
 from dmx.errors import ConfigError, DmxError
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.objectives import DEFAULT, directions
 from dmx.runs.run import Trial as RecordedTrial
 from dmx.runs.study import SAMPLERS, Study

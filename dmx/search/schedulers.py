@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dmx.errors import ConfigError
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.study import SchedulerKind
 from dmx.search.rungs import Brackets
 from dmx.search.space import Distribution, Scalar, SearchSpace

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.study import SchedulerKind
 from dmx.search.schedulers import Scheduler, Segment, SuccessiveHalving
 

@@ -17,7 +17,7 @@ from optuna.trial import FixedTrial
 
 from dmx.errors import StageError
 from dmx.runs import layout
-from dmx.runs.metrics import REPORT_KEYS
+from dmx.runs.layout import REPORT_KEYS
 from dmx.runs.objectives import DEFAULT, missing
 from dmx.runs.run import TrialStatus
 from dmx.runs.study import Study

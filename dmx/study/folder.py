@@ -14,7 +14,7 @@ from typing import Any
 
 from dmx.errors import ConfigError, StorageError
 from dmx.runs import layout
-from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
+from dmx.runs.layout import BEST_DEV_ACCURACY, REPORT_KEYS
 from dmx.runs.run import Trial
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event

@@ -14,8 +14,7 @@ from dmx.data.prepare import default_data_root
 from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.schema import is_url
-from dmx.storage.layout import StorageLayout, copy_store
-from dmx.storage.object_storage import ObjectStorage, join
+from dmx.storage.remote import ObjectStorage, StorageLayout, copy_store, join
 
 _LONGEST_NAME = 255
 

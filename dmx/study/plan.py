@@ -27,7 +27,7 @@ from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_settings import read_settings
 from dmx.storage.files import STORAGE_TIMEOUT
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study import results as study_results
 from dmx.study.budget import Budget, fit_budget

@@ -29,7 +29,7 @@ from dmx.cluster import capacity
 from dmx.cluster.gang import Gang, runner_of
 from dmx.errors import DmxError, StorageError
 from dmx.process import own_signals, terminate_like_interrupt
-from dmx.runs.metrics import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS, UNDER_WAY
+from dmx.runs.layout import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS, UNDER_WAY
 from dmx.runs.run import TrialStatus
 from dmx.search.schedulers import DONE, Idle, Scheduler
 from dmx.search.study_log import StudyLog

@@ -18,7 +18,7 @@ from dmx.errors import RunFailedError
 from dmx.format import describe_failures
 from dmx.registry import environment
 from dmx.runs import layout
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     DEV_ACCURACY,
     FAILURE,
@@ -30,7 +30,7 @@ from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import Study
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal
-from dmx.storage.layout import StorageLayout
+from dmx.storage.remote import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
 from dmx.study.views import TensorBoardView, trials_table

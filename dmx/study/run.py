@@ -19,7 +19,7 @@ from dmx.errors import InterruptedRun
 from dmx.runs.folder_sync import FolderSync
 from dmx.schema import is_url
 from dmx.search.rungs import describe_rungs
-from dmx.storage.layout import StorageLayout
+from dmx.storage.remote import StorageLayout
 from dmx.study import folder as study_folder
 from dmx.study import locations
 from dmx.study import results as study_results

@@ -29,7 +29,7 @@ from dmx.search.schedulers import (
 )
 from dmx.search.space import SearchSpace
 from dmx.storage.files import STORAGE_TIMEOUT, copy_folder, persist, put_back
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.views import StudyObserver
 from dmx.training.job import Workers, share_out
 

@@ -18,8 +18,7 @@ from rich.text import Text
 from dmx import terminal
 from dmx.format import settings_text, short, short_names
 from dmx.runs import layout
-from dmx.runs.layout import trial_folder
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,
@@ -27,6 +26,7 @@ from dmx.runs.metrics import (
     STEPS,
     TEST_ACCURACY,
     TRAIN_LOSS,
+    trial_folder,
 )
 from dmx.runs.objectives import ACCURACY, OBJECTIVES
 from dmx.runs.run import Trial, best_of, ranked

@@ -9,7 +9,7 @@ from typing import Any
 
 from dmx.errors import ConfigError
 from dmx.storage.files import STORAGE_TIMEOUT
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 
 
 @dataclass(frozen=True, kw_only=True)

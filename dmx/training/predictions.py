@@ -21,7 +21,7 @@ from dmx.errors import ConfigError, DmxError
 from dmx.model import Classifier
 from dmx.runs import layout
 from dmx.schema import to_dict
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.tasks import task_for
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import Checkpoint, open_checkpoint

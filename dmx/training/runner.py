@@ -26,7 +26,7 @@ from dmx.errors import DmxError, StorageError, TakenOverError
 from dmx.model import Classifier
 from dmx.nn.device import give_back_memory
 from dmx.runs import layout
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     DEV_ACCURACY,
     FAILURE,
     PROCESS_SECONDS,

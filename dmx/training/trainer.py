@@ -30,7 +30,7 @@ from dmx.nn.device import (
 )
 from dmx.nn.optim import build_optimizer
 from dmx.registry import code_version
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,

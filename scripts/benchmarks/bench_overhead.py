@@ -29,7 +29,7 @@ from soak_study import FIXED, SPACE, TASK, write_data
 from dmx.cluster.capacity import check_request
 from dmx.cluster.connection import connect
 from dmx.data.store import open_store
-from dmx.runs.metrics import PROCESS_SECONDS
+from dmx.runs.layout import PROCESS_SECONDS
 from dmx.runs.run import Trial
 from dmx.search.space import load_space
 from dmx.study.results import announce

@@ -26,8 +26,7 @@ from bench_cases import peak_mb, write_section
 from soak_study import SPACE, TASK
 
 from dmx.runs import layout
-from dmx.runs.layout import trial_folder
-from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS
+from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS, trial_folder
 from dmx.search.schedulers import Idle, Scheduler, SuccessiveHalving
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog

@@ -10,7 +10,7 @@ import pytest
 
 from dmx.cluster import capacity, gang
 from dmx.cluster.capacity import Resources
-from dmx.runs.metrics import FAILURE, RESUMABLE, STEPS, UNDER_WAY
+from dmx.runs.layout import FAILURE, RESUMABLE, STEPS, UNDER_WAY
 from dmx.training.job import Job
 
 Report = dict[str, Any]

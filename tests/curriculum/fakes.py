@@ -14,7 +14,7 @@ from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.curriculum.controller import Controller, Key, Message
 from dmx.curriculum.resources import ResourcePlan
 from dmx.runs import layout
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
     DEV_ACCURACY,

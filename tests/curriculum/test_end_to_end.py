@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dmx.runs import layout
 from dmx.runs.folders import load
-from dmx.runs.metrics import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
+from dmx.runs.layout import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
 from dmx.runs.stages import fold
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal

@@ -30,7 +30,7 @@ from dmx.reporting.leaderboard import leaderboard_rows
 from dmx.reporting.page import write_report
 from dmx.runs import layout
 from dmx.runs.folders import load
-from dmx.runs.metrics import DEV_ACCURACY
+from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.stages import fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmx.errors import RunFailedError
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     DEV_LOSS,
     GRADIENT_NORM,
     MICRO_BATCH_SIZE,

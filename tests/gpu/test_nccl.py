@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmx.runs.metrics import DEV_LOSS, GRADIENT_NORM, NUM_WORKERS, TRAIN_LOSS
+from dmx.runs.layout import DEV_LOSS, GRADIENT_NORM, NUM_WORKERS, TRAIN_LOSS
 from tests.gpu.nccl_process import CHANGES, STEPS
 from tests.tiny import TASK, trainer, write_tiny
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("ray", reason="Ray is not installed here")
 pytest.importorskip("optuna", reason="Optuna is not installed here")
 from dmx.cluster import gpu_packing
-from dmx.runs.metrics import FAILURE
+from dmx.runs.layout import FAILURE
 from dmx.schema import to_dict
 from dmx.study.ray_tune import TrialTrainable
 from tests.study.helpers import command, rows, run

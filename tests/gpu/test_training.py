@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmx.data.batches import make_batch
-from dmx.runs.metrics import DEV_ACCURACY, DEV_LOSS, LEARNING_RATE, STEPS, TRAIN_LOSS
+from dmx.runs.layout import DEV_ACCURACY, DEV_LOSS, LEARNING_RATE, STEPS, TRAIN_LOSS
 from dmx.training.checkpoint import open_checkpoint
 from tests.tiny import trainer
 from tests.training.test_trainer import RANDOM, facts, same_state

@@ -11,11 +11,11 @@ import pytest
 
 from dmx.data.store import Store
 from dmx.errors import RunFailedError, StageError, TakenOverError
-from dmx.runs.metrics import FAILURE, RESUMABLE
+from dmx.runs.layout import FAILURE, RESUMABLE
 from dmx.schema import to_dict
 from dmx.storage import journal
 from dmx.storage.journal import Claim, Journal, read_journal
-from dmx.storage.layout import StorageLayout
+from dmx.storage.remote import StorageLayout
 from dmx.training import checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner

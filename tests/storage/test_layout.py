@@ -11,7 +11,7 @@ import pytest
 from dmx.data.store import open_store
 from dmx.errors import DataError
 from dmx.schema import to_dict
-from dmx.storage.layout import StorageLayout, copy_store
+from dmx.storage.remote import StorageLayout, copy_store
 from dmx.training.job import Job
 from dmx.training.runner import Runner
 from tests import tiny

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import CheckpointError, ConfigError, StorageError, TakenOverError
-from dmx.storage import object_storage
-from dmx.storage.object_storage import ObjectStorage, join
+from dmx.storage import remote
+from dmx.storage.remote import ObjectStorage, join
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_same_contents_are_stored_once(url, folder, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dmx.storage.object_storage import ObjectStorage
+from dmx.storage.remote import ObjectStorage
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 ObjectStorage(sys.argv[1]).push(Path(sys.argv[2]), "last")
 """
@@ -101,7 +101,7 @@ def archive(version: str = "", **files: bytes) -> bytes:
     with zipfile.ZipFile(buffer, "w") as made:
         for name, content in files.items():
             made.writestr(name, content)
-        made.comment = (version or object_storage._version(files)).encode()
+        made.comment = (version or remote._version(files)).encode()
     return buffer.getvalue()
 
 
@@ -124,27 +124,27 @@ def test_what_rotted_is_refused_and_may_be_replaced(url, folder, tmp_path):
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(url, folder, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(object_storage.time, "sleep", waits.append)
-    real, failures = object_storage.write_atomic, [OSError("away"), OSError("away")]
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    real, failures = remote.write_atomic, [OSError("away"), OSError("away")]
 
     def write(path, content):
         if failures:
             raise failures.pop()
         real(path, content)
 
-    monkeypatch.setattr(object_storage, "write_atomic", write)
+    monkeypatch.setattr(remote, "write_atomic", write)
     ObjectStorage(url).write("a", b"1")
     assert waits == [1.0, 4.0]
     assert ObjectStorage(url).read("a") == b"1"
 
 
 def test_a_store_that_stays_away_is_one_sentence(url, monkeypatch):
-    monkeypatch.setattr(object_storage.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
 
     def write(path, content):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(object_storage, "write_atomic", write)
+    monkeypatch.setattr(remote, "write_atomic", write)
     with pytest.raises(StorageError, match=r"cannot write a: no route to host\.$"):
         ObjectStorage(url).write("a", b"1")
 
@@ -160,7 +160,7 @@ def test_join_keeps_the_options():
 
 
 def test_a_small_object_on_s3_is_one_request():
-    one = object_storage._in_one_request
+    one = remote._in_one_request
     assert one("s3://b/runs") == "s3://b/runs?allow_delayed_open=true"
     assert one("s3://b?region=x") == "s3://b?region=x&allow_delayed_open=true"
     for kept in ("s3://b?allow_delayed_open=false", "gs://b", "file:///tmp"):

@@ -60,7 +60,7 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
 
     from dmx.errors import StageError
     from dmx.runs.folder_sync import FolderSync
-    from dmx.storage.layout import StorageLayout
+    from dmx.storage.remote import StorageLayout
 
     def places(node: str) -> StorageLayout:
         return StorageLayout(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")

@@ -17,7 +17,7 @@ def install() -> None:
     The file `0003` holds words: `segv`, `stop`, `sleep`, `nan`; `once` before them removes it.
     Only a process that has made a report already stops or sleeps.
     """
-    from dmx.runs.metrics import BEST_DEV_ACCURACY, DEV_ACCURACY
+    from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY
     from dmx.training.runner import Runner
 
     real = Runner.step

@@ -12,8 +12,7 @@ import pytest
 
 from dmx.cluster import connection
 from dmx.errors import StorageError
-from dmx.runs.layout import trial_folder
-from dmx.runs.metrics import STEPS
+from dmx.runs.layout import STEPS, trial_folder
 from dmx.study.study import train_trials
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.faults import FOLDER

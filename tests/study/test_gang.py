@@ -13,8 +13,7 @@ import pytest
 
 from dmx.cluster import connection
 from dmx.cluster.gang import Gang, start, stop, wait_any
-from dmx.runs.layout import trial_folder
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_STEP,
     DEV_ACCURACY,
     DEV_LOSS,
@@ -25,6 +24,7 @@ from dmx.runs.metrics import (
     TRAIN_ACCURACY,
     TRAIN_LOSS,
     UNDER_WAY,
+    trial_folder,
 )
 from dmx.schema import to_dict
 from dmx.storage.journal import read_claim

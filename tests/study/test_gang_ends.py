@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmx.cluster.gang import Gang
-from dmx.runs.metrics import NUM_WORKERS, STEPS
+from dmx.runs.layout import NUM_WORKERS, STEPS
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.processes import runs, started, wait_until
 from tests.study.test_gang import check_close, job, reports_alone, to_end

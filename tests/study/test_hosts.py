@@ -17,7 +17,7 @@ from soak_net import why_not
 from soak_rounds import LIMIT_SECONDS, Round, judge
 from soak_study import FIXED, TASK, command, journal, write_data
 
-from dmx.runs.metrics import DEV_ACCURACY, DEV_LOSS, NUM_WORKERS, TRAIN_LOSS
+from dmx.runs.layout import DEV_ACCURACY, DEV_LOSS, NUM_WORKERS, TRAIN_LOSS
 from dmx.training.checkpoint import open_checkpoint
 from tests.study.helpers import environment
 

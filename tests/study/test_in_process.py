@@ -20,14 +20,13 @@ from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
 from dmx.reporting.export import to_csv
 from dmx.runs.folders import load
-from dmx.runs.layout import trial_folder
-from dmx.runs.metrics import DEV_ACCURACY, STEPS
+from dmx.runs.layout import DEV_ACCURACY, STEPS, trial_folder
 from dmx.runs.objectives import pareto_front
 from dmx.runs.study import Study
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import read_claim
-from dmx.storage.layout import SHARED_FILESYSTEM
+from dmx.storage.remote import SHARED_FILESYSTEM
 from dmx.study import ray_tune, study
 from dmx.study.folder import note_settings
 from dmx.study.ray_tune import TrialRoom, give_back_rooms

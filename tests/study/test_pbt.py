@@ -28,7 +28,7 @@ from dmx.search.schedulers import (
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal
-from dmx.storage.layout import SHARED_FILESYSTEM, StorageLayout
+from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.study import SegmentQueue, StudyConfig, adopted, open_log
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dmx.runs.metrics import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
+from dmx.runs.layout import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
 from dmx.runs.study import SchedulerKind
 from dmx.search.schedulers import DONE, WAIT, Idle, Scheduler, Segment, SuccessiveHalving
 from dmx.search.study_log import StudyLog

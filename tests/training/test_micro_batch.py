@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmx.errors import RunFailedError
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     DEV_ACCURACY,
     DEV_LOSS,
     FAILURE,

@@ -18,7 +18,7 @@ from dmx.config import parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
-from dmx.runs.metrics import REPORT_KEYS
+from dmx.runs.layout import REPORT_KEYS
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.job import Job

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmx.errors import ConfigError
-from dmx.runs.metrics import (
+from dmx.runs.layout import (
     BEST_STEP,
     DEV_ACCURACY,
     DEV_LOSS,

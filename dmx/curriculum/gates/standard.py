@@ -9,7 +9,7 @@ from typing import ClassVar
 from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message
-from dmx.runs.metrics import BEST_DEV_ACCURACY, REPORT_KEYS
+from dmx.runs.layout import BEST_DEV_ACCURACY, REPORT_KEYS
 from dmx.runs.stages import Attempt
 
 
