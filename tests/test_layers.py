@@ -144,4 +144,4 @@ def test_readme_tree_exists():
 def test_only_the_commands_know_of_argparse():
     """What lies below them takes plain arguments, so that it can be called from Python."""
     users = {package_of(module) for module, path in FILES.items() if "argparse" in imports(path)}
-    assert users <= {"cli", "train"}
+    assert users <= {"cli"}

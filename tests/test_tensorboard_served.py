@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dmx.tensorboard import RunWriter
-from dmx.training.predictions import TAG
+from dmx.training.samples import TAG
 from tests.browser import CHROMIUM, Browser
 
 NUM_TRIALS = 3

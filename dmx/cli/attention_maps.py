@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dmx.cli.options import Parser
+from collections.abc import Sequence
 
-MAPPED_EXAMPLES = 2
-"""Examples whose attention is drawn when none are named."""
+from dmx.cli.options import Parser
+from dmx.errors import EXIT_OK
+from dmx.terminal import verbatim
 
 EXAMPLES = """\
   python -m dmx.attention_maps runs/butterfly-text/best
@@ -30,7 +31,7 @@ def parser() -> Parser:
         type=int,
         nargs="+",
         metavar="N",
-        help=f"examples of the split, by number (default: {MAPPED_EXAMPLES} fixed ones)",
+        help="examples of the split, by number (default: 2 fixed ones)",
     )
     p.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: dev")
     p.add_argument("--layers", type=int, nargs="+", metavar="N", help="from 0 (default: all)")
@@ -46,3 +47,14 @@ def parser() -> Parser:
     p.add_argument("--data-root", help="prepared data (default: where the run found them)")
     p.add_argument("--out", help="folder of the pictures (default: attention_maps/ beside it)")
     return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    from dmx.training.attention_maps import draw_attention_maps
+
+    pictures = draw_attention_maps(**vars(parser().parse_args(argv)))
+    out = pictures[0].parent
+    verbatim(f"{len(pictures)} pictures in {out}")
+    verbatim(f"look: tensorboard --logdir {out}")
+    return EXIT_OK

@@ -88,9 +88,10 @@ def main(argv: Sequence[str]) -> int:
     from dmx.curriculum.views import log_failures, show_end, show_status
 
     p = parser()
-    args = resuming.parse(p, _given(p, argv), "curriculum", default_name=_default_name)
+    given, _ = resuming.resumed(_given(p, argv), "curriculum", default_name=_default_name)
+    args = p.filled(given)
     curriculum = _curriculum(vars(args))
-    options = _options(args, curriculum)
+    options = _options(args, curriculum, given)
     if args.status:
         show_status(curriculum, options.folder)
         return EXIT_OK
@@ -140,7 +141,9 @@ def _curriculum(given: Mapping[str, Any]) -> CurriculumConfig:
     )
 
 
-def _options(args: argparse.Namespace, curriculum: CurriculumConfig) -> Options:
+def _options(
+    args: argparse.Namespace, curriculum: CurriculumConfig, given: Mapping[str, Any]
+) -> Options:
     from dmx.cli import resuming
     from dmx.curriculum.session import Options
     from dmx.study import locations
@@ -153,10 +156,10 @@ def _options(args: argparse.Namespace, curriculum: CurriculumConfig) -> Options:
         data_root=args.data_root,
         node_data=args.node_data,
     )
-    for given, option in ((args.until, "--until"), (args.from_stage, "--from-stage")):
-        if given is not None:
+    for stage, option in ((args.until, "--until"), (args.from_stage, "--from-stage")):
+        if stage is not None:
             try:
-                curriculum.stage(given)
+                curriculum.stage(stage)
             except ConfigError as error:
                 raise ConfigError(f"{option}: {error}") from None
     for value, option in ((args.cpus_per_trial, "--cpus"), (args.gpus_per_trial, "--gpus")):
@@ -177,7 +180,7 @@ def _options(args: argparse.Namespace, curriculum: CurriculumConfig) -> Options:
         gpus=args.gpus_per_trial,
         workers=args.workers_per_trial,
         address=args.address,
-        given=resuming.options_of(args, None if is_url(args.data_root or "") else root),
+        given={"data_root": str(root), **resuming.recorded(given)},
         places=places,
     )
 

@@ -110,11 +110,11 @@ class Parser(argparse.ArgumentParser):
         found = vars(self.parse_intermixed_args(argv, argparse.Namespace(**start)))
         return {k: v for k, v in found.items() if v is not unset and v not in (None, [])}
 
-    def filled(self, values: Mapping[str, Any], **more: Any) -> argparse.Namespace:
+    def filled(self, values: Mapping[str, Any]) -> argparse.Namespace:
         """The arguments with the defaults of those that are not given."""
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
         defaults |= {a.dest: [] for a in self._actions if a.nargs == "*" and a.default is None}
-        return argparse.Namespace(**{**defaults, **values, **more})
+        return argparse.Namespace(**{**defaults, **values})
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""

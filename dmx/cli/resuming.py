@@ -1,14 +1,12 @@
-"""`--resume RUN`: a run's own command, from its journal, under what is given now."""
+"""`--resume RUN`: a run's own options, from its journal, under what is given now."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmx.cli.options import PATHS, Parser
-from dmx.data.store import Store
+from dmx.cli.options import PATHS
 from dmx.errors import ConfigError
 from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
@@ -25,37 +23,35 @@ _OF_ONE_SESSION = frozenset(
     {
         *("resume", "dry_run", "show", "status", "evaluate", "split", "price_per_gpu_hour"),
         *("storage", "name", "output", "fresh", "from_stage", "time_budget"),
+        *("config", "init_from", "reinit"),
     }
 )
-"""Options that a later session does not repeat; where the run lies, its folder says."""
+"""Options that a later session does not repeat: where the run lies, its folder says, and what it
+was begun with, its settings.
+"""
 
 
-def parse(
-    parser: Parser,
-    given: dict[str, Any],
-    kind: Kind,
-    *,
-    default_name: Callable[[Mapping[str, Any]], str | None],
-) -> argparse.Namespace:
-    """The command's arguments. With `--resume` what is not given is as in the run's last session.
+def resumed(
+    given: Mapping[str, Any], kind: Kind, *, default_name: Callable[[Mapping[str, Any]], str | None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are given; with `--resume` over those of the run's last session.
 
     Args:
         given: see Parser.given. default_name: the run's folder by them; None where they do not say.
 
     Returns:
-        Also `given`, the options that were given then or now, `now`, those that are given now, and
-        `record`, see read_record.
+        The options, and what the run's journal says of that session (see read_record).
 
     Raises:
         ConfigError: no run is named, or one of another kind. StageError: its journal is damaged.
     """
     word = given.get("resume")
-    if isinstance(word, str) and "=" in word and not Path(word).exists():
-        given["settings"], word = [word, *given.get("settings", [])], True  # a.b=value after it
-        given["resume"] = True
+    if isinstance(word, str) and "=" in word and not Path(word).exists():  # a.b=value after it
+        given = {**given, "settings": [word, *given.get("settings", [])], "resume": True}
+        word = True
     if not word:
-        return parser.filled(given, given=given, now=given, record={})
-    storage, name = _place(word, given, parser, default_name)
+        return dict(given), {}
+    storage, name = _place(word, given, default_name)
     folder = _folder(storage, name, given)
     record = read_record(folder)
     found = record.get("kind", kind)
@@ -64,24 +60,28 @@ def parse(
             f"{folder} holds a {found}; continue it with python -m {COMMANDS[found]} --resume "
             f"{folder}"
         )
-    merged = {**record.get("options", {}), **given, "storage": storage, "name": name}
+    before = record.get("options", {})
+    merged = {**before, **given, "storage": storage, "name": name, "resume": True}
     for several in ("set", "settings"):
-        old, new = record.get("options", {}).get(several, []), given.get(several, [])
-        changed = {text.partition("=")[0].strip() for text in new}
-        kept = [text for text in old if text.partition("=")[0].strip() not in changed]
+        new = given.get(several, [])
+        changed = {_key(text) for text in new}
+        kept = [text for text in before.get(several, []) if _key(text) not in changed]
         if kept or new:
             merged[several] = [*kept, *new]
-    return parser.filled({**merged, "resume": True}, given=merged, now=given, record=record)
+    return merged, record
+
+
+def _key(assignment: str) -> str:
+    return assignment.partition("=")[0].strip()
 
 
 def _place(
     word: str | bool,
     given: Mapping[str, Any],
-    parser: Parser,
     default_name: Callable[[Mapping[str, Any]], str | None],
 ) -> tuple[str, str]:
     """(storage, name) of the run that is meant."""
-    storage = str(given.get("storage", parser.get_default("storage")))
+    storage = str(given.get("storage", "runs"))
     if isinstance(word, str):
         if is_url(word):
             above, _, name = word.rstrip("/").rpartition("/")
@@ -114,17 +114,9 @@ def _folder(storage: str, name: str, given: Mapping[str, Any]) -> Path:
     return folder
 
 
-def options_of(args: argparse.Namespace, data: Store | Path | None = None) -> dict[str, Any]:
-    """What the record keeps of a command: the options that were given, with whole paths.
-
-    Args:
-        data: what was found without --data-root, whose default depends on where one stands.
-    """
-    kept = {k: v for k, v in args.given.items() if k not in _OF_ONE_SESSION}
-    if isinstance(data, Store):
-        data = None if data.manifest.is_sample else data.folder.parent
-    if data is not None:
-        kept.setdefault("data_root", str(data))
+def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the journal keeps of a command's options for the next session, with whole paths."""
+    kept = {k: v for k, v in given.items() if k not in _OF_ONE_SESSION}
     for name, value in kept.items():
         if name in PATHS and isinstance(value, str) and not is_url(value):
             whole = Path(value).absolute()

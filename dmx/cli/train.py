@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from dmx.cli.options import Parser, add_compute, add_resume, as_setting
+from dmx.cli.options import Parser, add_compute, add_resume, as_setting, chosen
+from dmx.errors import EXIT_INTERRUPTED, EXIT_OK, InterruptedRun
+from dmx.format import command_line
+from dmx.schema import flatten, parse_assignments
+
+logger = logging.getLogger("dmx.train")
 
 EXAMPLES = """\
   python -m dmx.train --attention butterfly-64 --task listops
@@ -71,3 +80,71 @@ def parser() -> Parser:
     p.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     p.add_argument("settings", nargs="*", metavar="a.b=value", help="settings of the run")
     return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    from dmx.cli import resuming
+    from dmx.costs.estimate import check_price
+    from dmx.study import single_run
+
+    p = parser()
+    given, record = resuming.resumed(p.given(argv), "run", default_name=_default_name)
+    args = p.filled(given)
+    settings = flatten(parse_assignments(args.settings))
+    if args.evaluate is not None:
+        return _evaluate(args, settings)
+    config = single_run.configure(
+        args.attention,
+        args.task,
+        settings,
+        base=args.config,
+        init_from=args.init_from,
+        reinit=args.reinit,
+        recorded=record.get("settings", {}).get("config"),
+    )
+    if args.show:
+        sys.stdout.write(config.to_yaml())
+        return EXIT_OK
+    options = chosen(single_run.RunOptions, args) | {"resume": bool(args.resume)}
+    if args.name is None:
+        options["name"] = f"{args.attention or config.attention.name}-{config.task}"
+    if args.dry_run:
+        single_run.dry_run(config, price_per_gpu_hour=args.price_per_gpu_hour, **options)
+        return EXIT_OK
+    check_price(args.price_per_gpu_hour, dry_run=False)
+    try:
+        single_run.run_training(config, recorded=resuming.recorded(given), **options)
+    except InterruptedRun:
+        again = command_line("dmx.train", argv, add="--resume")
+        logger.warning("stopped; what was trained is kept. Continue with:\n%s", again)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _evaluate(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    import yaml
+
+    from dmx.training.evaluation import evaluate
+
+    found = evaluate(
+        args.evaluate,
+        args.split,
+        task=args.task,
+        settings=settings,
+        data_root=args.data_root,
+        prepare=args.prepare,
+        threads=args.threads,
+    )
+    sys.stdout.write(yaml.safe_dump(found, sort_keys=False))
+    return EXIT_OK
+
+
+def _default_name(given: Mapping[str, Any]) -> str | None:
+    attention, task = given.get("attention"), given.get("task")
+    if given.get("config") is not None and not (attention and task):
+        from dmx.study.single_run import configure
+
+        found = configure(attention, task, base=given["config"])
+        attention, task = attention or found.attention.name, found.task
+    return f"{attention}-{task}" if attention and task else None

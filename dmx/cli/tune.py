@@ -183,19 +183,20 @@ def main(argv: Sequence[str]) -> int:
     from dmx.study.run import dry_run, run_study
 
     p = parser()
-    args = resuming.parse(p, p.given(argv), "study", default_name=_default_name)
+    given, record = resuming.resumed(p.given(argv), "study", default_name=_default_name)
+    args = p.filled(given)
     overrides = flatten(parse_assignments(args.set))
     options = StudyOptions(
         overrides=overrides, resume=bool(args.resume), **chosen(StudyOptions, args)
     )
     if args.dry_run:
-        dry_run(options, record=args.record, price_per_gpu_hour=args.price_per_gpu_hour)
+        dry_run(options, record=record, price_per_gpu_hour=args.price_per_gpu_hour)
         return EXIT_OK
     check_price(args.price_per_gpu_hour, dry_run=False)
     again = command_line("dmx.tune", argv, add="--resume")
     try:
         outcome = run_study(
-            options, recorded=resuming.options_of(args), record=args.record, write_page=_write_page
+            options, recorded=resuming.recorded(given), record=record, write_page=_write_page
         )
     except InterruptedRun:
         logger.warning("interrupted. Continue with:\n%s", again)

@@ -19,7 +19,7 @@ from dmx.cluster.gang import Gang
 from dmx.errors import ConfigError, RunFailedError
 from dmx.process import own_signals
 from dmx.registry import page
-from dmx.training.job import Job, Workers
+from dmx.training.job import Job
 
 import ray  # isort: skip
 from ray._private import ray_constants, services  # isort: skip
@@ -270,7 +270,6 @@ def opened(job: Job, address: str | None) -> Iterator[Gang]:
         ConfigError: no cluster answers, or the run does not fit into it.
     """
     with connect(address) as resources:
-        each = Workers(count=job.workers, cpus=job.cpus_per_worker, gpus=job.gpus_per_worker)
-        capacity.check_room(each, resources)
+        capacity.check_room(job.workers, resources)
         with contextlib.closing(Gang(job)) as gang:
             yield gang

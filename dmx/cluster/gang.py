@@ -17,15 +17,14 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from dmx import terminal
 from dmx.cluster import capacity
 from dmx.runs.layout import DEV_ACCURACY, FAILURE, RESUMABLE, STEPS, UNDER_WAY
-from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
-from dmx.training.job import Job
-from dmx.training.predictions import evaluate_checkpoint
+from dmx.training.evaluation import EvaluationJob, evaluate_checkpoint
+from dmx.training.job import Job, Workers
+from dmx.training.passes import Evaluation
 from dmx.training.process_group import TorchProcessGroup
 from dmx.training.runner import Runner
 
@@ -99,7 +98,7 @@ class GangMember:
         use_node_interface()
         # Ray shows each member its own GPU only, so that NCCL and the run find it as `cuda`.
         dist.init_process_group(
-            "nccl" if job.gpus_per_worker else "gloo",
+            "nccl" if job.workers.gpus else "gloo",
             store=self._store or _store(*meet, size),
             rank=rank,
             world_size=size,
@@ -136,7 +135,7 @@ def _store(host: str, port: int, size: int, listener: int | None = None) -> dist
 
 
 class Gang:
-    """A Runner whose work is done by `job.workers` processes, wherever the cluster has room.
+    """A Runner whose work is done by `job.workers.count` processes, wherever the cluster has room.
 
     Each `step` lets the members train to the next evaluation, or for one slice, and no further:
     there they can be closed, and what they have trained is on disk. When one dies, all are started
@@ -213,7 +212,7 @@ class Gang:
         """
         pause = time.monotonic() + (self.job.slice_seconds or math.inf)
         first: str | None = None
-        while len(self._waiting) < self.job.workers:
+        while len(self._waiting) < self.job.workers.count:
             while self._waiting and first is None:
                 for place in ray.wait(list(self._waiting), num_returns=1, timeout=1.0)[0]:
                     first = ray.get(place)
@@ -239,8 +238,8 @@ class Gang:
         if near is not None:
             strategy = NodeAffinitySchedulingStrategy(near, soft=True, _spill_on_unavailable=True)
         member = _RemoteMember.options(
-            num_cpus=self.job.cpus_per_worker,
-            num_gpus=self.job.gpus_per_worker,
+            num_cpus=self.job.workers.cpus,
+            num_gpus=self.job.workers.gpus,
             scheduling_strategy=strategy,
         ).remote()
         self._waiting[member.node.remote()] = member
@@ -250,10 +249,9 @@ class Gang:
         if self._enough is None:
             self._enough = time.monotonic() + self._form_seconds
         while True:
-            fitting = capacity.resources().slots(
-                cpus=self.job.cpus_per_worker, gpus=self.job.gpus_per_worker
-            )
-            wanted = max(min(fitting, self.job.workers), 1)
+            each = self.job.workers
+            fitting = capacity.resources().slots(cpus=each.cpus, gpus=each.gpus)
+            wanted = max(min(fitting, each.count), 1)
             ready, _ = ray.wait(list(self._waiting), num_returns=wanted, timeout=1.0)
             if len(ready) >= wanted or (ready and time.monotonic() > self._enough):
                 self._enough = None
@@ -299,16 +297,6 @@ class Gang:
                 ray.kill(member)
         self._waiting.clear()
 
-    # -- what else a Runner does ------------------------------------------------------------
-
-    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
-        """predictions.evaluate_checkpoint by one worker; the members must have ended."""
-        job = self.job
-        cpus, gpus = job.cpus_per_worker, job.gpus_per_worker
-        return evaluate(
-            str(folder), job.data_folder, split, cpus=cpus, gpus=gpus, places=job.places
-        )
-
 
 def _reason(error: RayError) -> str:
     """The last line of what Ray says: the exception itself."""
@@ -318,30 +306,19 @@ def _reason(error: RayError) -> str:
 
 def runner_of(job: Job) -> Runner | Gang:
     """Whatever runs the job: this process, or several others."""
-    return Runner(job) if job.workers == 1 else Gang(job)
+    return Runner(job) if job.workers.count == 1 else Gang(job)
 
 
-def _evaluate(*arguments: Any) -> dict[str, float]:
+def _evaluate(*arguments: Any) -> Evaluation:
     capacity.hide_unreserved_gpus()
     return evaluate_checkpoint(*arguments)
 
 
-def evaluate(
-    checkpoint_folder: str,
-    data_folder: str,
-    split: str,
-    *,
-    cpus: float,
-    gpus: float,
-    places: StorageLayout = SHARED_FILESYSTEM,
-) -> dict[str, float]:
+def evaluate(wanted: EvaluationJob, worker: Workers) -> Evaluation:
     """evaluate_checkpoint as a Ray task; waits for it. Retried when its process or node dies."""
-    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_evaluate)
-    threads = max(int(cpus), 1)
+    remote: Any = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus, max_retries=3)(_evaluate)
     with capacity.for_task():
-        result: dict[str, float] = ray.get(
-            remote.remote(checkpoint_folder, data_folder, split, threads, places)
-        )
+        result: Evaluation = ray.get(remote.remote(wanted, worker.threads))
     return result
 
 
@@ -392,7 +369,7 @@ def start(job: Job, *, cpus: float, gpus: float) -> Running:
 
 
 def _launch(running: Running) -> None:
-    several = running.job.workers > 1  # then they have the CPUs and GPUs, and this one only waits
+    several = running.job.workers.count > 1  # they have the CPUs and GPUs, and this one only waits
     cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RunActor)
     running.actor = remote.remote(running.job)

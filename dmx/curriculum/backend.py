@@ -32,8 +32,9 @@ from dmx.study.folder import note_settings, write_study
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob, evaluate_checkpoint
 from dmx.training.job import Job
-from dmx.training.predictions import Measurement, measure
+from dmx.training.transfer import MisfitError
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip
@@ -113,7 +114,7 @@ class RayBackend:
         remote = ray.remote(num_cpus=0, max_retries=3)(_prepare)
         self._tasks[remote.remote(task, str(root), dict(options), workers, nice)] = key
 
-    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+    def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
         """A task, retried when its process or node dies."""
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure)
         wanted = dataclasses.replace(wanted, places=self._places)
@@ -206,9 +207,13 @@ def _reason(error: RayError) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _measure(wanted: Measurement, threads: int) -> float | None:
+def _measure(wanted: EvaluationJob, threads: int) -> float | None:
+    """The accuracy; None where the weights do not fit the other stage's model."""
     capacity.hide_unreserved_gpus()
-    return measure(wanted, threads)
+    try:
+        return evaluate_checkpoint(wanted, threads).accuracy
+    except MisfitError:
+        return None
 
 
 def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> float:
@@ -251,7 +256,7 @@ def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConf
         seed=stage.search.seed + launch.retry,
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
-        workers_per_trial=job.workers,
+        workers_per_trial=job.workers.count,
     )
 
 

@@ -27,8 +27,8 @@ from dmx.runs.layout import REPORT_KEYS, STEPS, attempt_folder
 from dmx.runs.stages import History, advance, fold
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal, read_claim
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job
-from dmx.training.predictions import Measurement
 from dmx.training.transfer import weights_checksum
 
 logger = logging.getLogger("dmx.curriculum")
@@ -81,7 +81,7 @@ class Backend(Protocol):
     ) -> None:
         """Prepare a task's data."""
 
-    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+    def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
         """Measure a test accuracy."""
 
     def poll(self, timeout_seconds: float) -> list[Message]:
@@ -216,7 +216,7 @@ class Controller:
             run_config={**config, "init": init},
             data_folder=str(store.folder),
             folder=str(attempt_folder(self.folder, stage.name, launch.number)),
-            **self._pool.plan.workers_for(stage).job_fields(),
+            workers=self._pool.plan.workers_for(stage),
             within=str(self.folder.absolute()),
         )
         key = Key("train", stage.name)
@@ -371,7 +371,7 @@ class Controller:
                 self._break(stage.name, str(error))
                 continue
             store = self._stores[on.task]
-            wanted = Measurement(
+            wanted = EvaluationJob(
                 checkpoint=str(folder),
                 data_folder=str(store.folder),
                 config=None if on is stage else to_dict(checks.resolve(on.config, store)),

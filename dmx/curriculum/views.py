@@ -40,7 +40,7 @@ from dmx.storage.files import write_atomic
 from dmx.storage.journal import read_journal
 from dmx.tensorboard import RunWriter
 from dmx.terminal import Column, FittingTable
-from dmx.training.predictions import write_samples
+from dmx.training.samples import write_samples
 
 logger = logging.getLogger("dmx.curriculum")
 TENSORBOARD_DIR = "tensorboard"

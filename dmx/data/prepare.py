@@ -52,7 +52,7 @@ def prepare_command(task_name: str, data_root: Path) -> str:
 
 def open_data(
     task_name: str,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     *,
     generate: bool = False,
     allow_sample: bool = False,
@@ -81,7 +81,8 @@ def open_data(
             with other options, or the sample's package is not installed.
     """
     task = task_for(task_name)
-    root = (default_data_root() if data_root is None else Path(data_root)).absolute()
+    root = default_data_root() if data_root is None else local_path("--data-root", str(data_root))
+    root = root.absolute()
     prepared = is_prepared(task.name, root)
     if task.generated and generate and (options or not prepared):
         if not prepared:

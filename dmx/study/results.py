@@ -36,7 +36,9 @@ from dmx.study.study import StudyConfig
 from dmx.study.views import TensorBoardView, trials_table
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job, Workers
+from dmx.training.passes import Evaluation
 
 logger = logging.getLogger("dmx.study")
 
@@ -64,9 +66,9 @@ def finish(
     config.places.push(best_folder)
     if study.complete:
         test = evaluate_test(best_folder, store, config.workers, config.places)
-        summary["best"][TEST_ACCURACY] = test["accuracy"]
-        summary["best"][TEST_LOSS] = test["loss"]
-        tensorboard.test(best.number, test["accuracy"], best.best_step)
+        summary["best"][TEST_ACCURACY] = test.accuracy
+        summary["best"][TEST_LOSS] = test.loss
+        tensorboard.test(best.number, test.accuracy, best.best_step)
         if final_seeds:
             summary["final_seeds"] = retrain(
                 best_folder,
@@ -85,7 +87,7 @@ def note_final(
     folder: Path,
     trial: int,
     step: int,
-    test: Mapping[str, float],
+    test: Evaluation,
     retrained: Mapping[str, Any] | None,
 ) -> None:
     """Record the best trial's test in the journal, where that is not what it says already."""
@@ -94,8 +96,8 @@ def note_final(
         "event": "final",
         "trial": trial,
         "step": step,
-        TEST_ACCURACY: test["accuracy"],
-        TEST_LOSS: test["loss"] if math.isfinite(test["loss"]) else None,
+        TEST_ACCURACY: test.accuracy,
+        TEST_LOSS: test.loss if math.isfinite(test.loss) else None,
         **{name: list((retrained or {}).get(name, ())) for name in names},
     }
     with Journal(folder / layout.JOURNAL_FILE) as journal:
@@ -215,18 +217,11 @@ def show(summary: Mapping[str, Any], study: Study, store: Store) -> None:
     verbatim(f"curves: tensorboard --logdir {study.folder.parent}")
 
 
-def evaluate_test(
-    best: Path, store: Store, workers: Workers, places: StorageLayout
-) -> dict[str, float]:
+def evaluate_test(best: Path, store: Store, workers: Workers, places: StorageLayout) -> Evaluation:
     """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
-    return gang.evaluate(
-        str(best),
-        str(store.folder),
-        "test",
-        cpus=workers.cpus,
-        gpus=workers.gpus,
-        places=places,
-    )
+    data = str(store.folder)
+    wanted = EvaluationJob(checkpoint=str(best), data_folder=data, places=places)
+    return gang.evaluate(wanted, workers)
 
 
 def retrain(
@@ -261,7 +256,7 @@ def retrain(
                 data_folder=str(store.folder),
                 folder=str(folder / "final" / f"seed-{seed}"),
                 places=places,
-                **workers.job_fields(),
+                workers=workers,
                 within=str(folder),
             )
         )
@@ -293,9 +288,9 @@ def retrain(
     finally:
         gang.stop(*running)
     tests = [
-        evaluate_test(folder / "final" / f"seed-{s}" / layout.BEST_DIR, store, workers, places)[
-            "accuracy"
-        ]
+        evaluate_test(
+            folder / "final" / f"seed-{s}" / layout.BEST_DIR, store, workers, places
+        ).accuracy
         for s in seeds
     ]
     return {

@@ -163,7 +163,7 @@ class SegmentQueue:
             "folder": str(layout.trial_folder(self._log.folder, number).absolute()),
             "places": self._config.places,
             "storage_timeout": self._config.storage_timeout,
-            **self._config.workers.job_fields(),
+            "workers": self._config.workers,
             "within": str(self._log.folder.absolute()),
             "slice_seconds": SLICE_SECONDS,
             # The study's journal is ours, so whoever still works on a trial was given up.

@@ -33,7 +33,7 @@ from dmx.runs.run import Trial, best_of, ranked
 from dmx.schema import finite, flatten
 from dmx.tensorboard import RunWriter
 from dmx.terminal import SETTINGS, Column, FittingTable
-from dmx.training.predictions import write_samples
+from dmx.training.samples import write_samples
 
 logger = logging.getLogger("dmx.study")
 

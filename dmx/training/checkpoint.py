@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
@@ -46,35 +47,48 @@ def save_checkpoint(
             are not flushed.
         before_replacing: may raise, which leaves the old one; writing can have taken long.
     """
+    state = io.BytesIO()  # a disk that is full is then an OSError, and not a riddle of torch's
+    torch.save(training_state, state)
+    files = {
+        MODEL_FILE: safetensors.torch.save({k: v.contiguous() for k, v in model_state.items()}),
+        TRAINING_STATE_FILE: state.getvalue(),
+        CONFIG_FILE: config.to_yaml().encode(),
+        METRICS_FILE: (json.dumps(dict(metrics), indent=2) + "\n").encode(),
+    }
     with _replacing(folder, before_replacing) as new:
         for name, text in (notes or {}).items():
             (new / name).write_text(text, encoding="utf-8")
-        with (new / MODEL_FILE).open("wb") as file:
-            file.write(safetensors.torch.save({k: v.contiguous() for k, v in model_state.items()}))
-        _torch_save(training_state, new / TRAINING_STATE_FILE)
-        (new / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        (new / METRICS_FILE).write_text(
-            json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8"
-        )
-        for name in _FILES:
+        for name, content in files.items():
+            if name == CONFIG_FILE and _linked(folder / name, new / name, content):
+                continue
+            (new / name).write_bytes(content)
             fsync_path(new / name)
 
 
 def repeat_checkpoint(
     source: Path, folder: Path, *, before_replacing: Callable[[], None] = lambda: None
 ) -> None:
-    """Put the checkpoint `source` in the place of `folder` as well, without its notes.
-
-    The files are linked: they are never written again, only replaced, and their bytes are on the
-    disk already, so that nothing but the folder has to be flushed.
-    """
+    """Put the checkpoint `source` in the place of `folder` as well, without its notes."""
     with _replacing(folder, before_replacing) as new:
         for name in _FILES:
-            try:
-                os.link(source / name, new / name)
-            except OSError:  # no hard links here
+            if not _linked(source / name, new / name):
                 shutil.copyfile(source / name, new / name)
                 fsync_path(new / name)
+
+
+def _linked(source: Path, target: Path, content: bytes | None = None) -> bool:
+    """Make `target` the same file as `source`, where it holds `content`; whether it is.
+
+    A checkpoint's files are never written again, only replaced, and their bytes are on the disk
+    already: nothing but the folder has to be flushed.
+    """
+    try:
+        if content is not None and source.read_bytes() != content:
+            return False
+        os.link(source, target)
+    except OSError:  # it does not exist, or there are no hard links here
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -95,37 +109,6 @@ def _replacing(folder: Path, before_replacing: Callable[[], None]) -> Iterator[P
         shutil.rmtree(new, ignore_errors=True)
 
 
-class _Sink:
-    """A file whose first failure is kept: torch's writer answers it with a riddle of its own."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Pass it on."""
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        """Nothing is held back here."""
-
-
-def _torch_save(value: Mapping[str, Any], path: Path) -> None:
-    """torch.save whose failure on a full disk is the OSError that it is."""
-    with path.open("wb", buffering=0) as file:
-        sink = _Sink(file)
-        try:
-            torch.save(value, cast(IO[bytes], sink))
-        except Exception:
-            if sink.error is not None:
-                raise sink.error from None
-            raise
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory that was read: its config and metrics; weights on demand."""
@@ -140,11 +123,18 @@ class Checkpoint:
         try:
             return safetensors.torch.load(path.read_bytes())
         except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {first_line(error).rstrip('.')}.") from None
+            raise _damaged(path, error) from None
 
     def training_state(self) -> dict[str, Any]:
         """Optimizer, schedule, random generators and data cursor."""
-        return _load(self.folder / TRAINING_STATE_FILE)
+        path = self.folder / TRAINING_STATE_FILE
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no mapping")
+        except Exception as error:  # torch raises many types on damaged files
+            raise _damaged(path, error) from None
+        return content
 
 
 def meant_checkpoint(path: Path) -> Path:
@@ -179,8 +169,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder} is a checkpoint of {missing}, which is not registered here: add the "
                 "file that registers it to this dmx, or take the one that made the checkpoint."
             ) from None
-        reason = first_line(error).rstrip(".")
-        raise CheckpointError(f"{folder} is damaged: {reason}.") from None
+        raise _damaged(folder, error) from None
     return Checkpoint(folder, config, metrics)
 
 
@@ -197,17 +186,31 @@ def _unregistered(plain: Mapping[str, Any]) -> str:
     return ""
 
 
+def _damaged(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {first_line(error).rstrip('.')}.")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type's name."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on damaged files
-        reason = first_line(error).rstrip(".")
-        raise CheckpointError(f"{path} is damaged: {reason}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no mapping.")
-    return content
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict, all of it; a CheckpointError lists the names and shapes that differ."""
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = [f"{n} is missing" for n in own if n not in state]
+    wrong += [f"{n} is unknown" for n in state if n not in own]
+    wrong += [
+        f"{n} is {tuple(state[n].shape)}, not {tuple(own[n])}"
+        for n in own
+        if n in state and state[n].shape != own[n]
+    ]
+    if wrong:
+        raise CheckpointError(f"{where} does not fit the model: {some(wrong, '; ')}.")
+    model.load_state_dict(dict(state))
+
+
+def some(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first four of them, and how many more there are."""
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return separator.join(texts[:4]) + more

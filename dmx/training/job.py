@@ -13,22 +13,33 @@ from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 
 
 @dataclass(frozen=True, kw_only=True)
+class Workers:
+    """`count` processes that share a run's work, with `cpus` CPU cores and `gpus` GPUs each."""
+
+    count: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each."""
+        return max(int(self.cpus), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker needs to know to do a run; plain values, so that it can be sent anywhere.
 
     Attributes:
         run_config: the experiment (RunConfig as a plain dict).
         data_folder: the prepared store. folder: where checkpoints go, on storage all nodes see.
-        threads: CPU threads.
+        workers: the processes that train it; more than one need Ray (see dmx.cluster.gang).
         places: object storage and local copies, where nodes share no file system.
         storage_timeout: how long to wait for a storage that is full, read-only or gone.
-        workers: processes that train it together; more than one need Ray (see
-            dmx.cluster.gang).
-        cpus_per_worker, gpus_per_worker: what each of several workers has; `threads` is each's.
         within: a folder above `folder` that is there while its storage is; None does not look.
         stop_at: end this piece at that optimizer step; the run itself goes on in another job.
         adopt: a checkpoint to go on from with this config's settings, where the run's own last one
-            is not beyond it (see adopt.adopt).
+            is not beyond it (see Trainer.adopt).
         slice_seconds: how long Runner.step trains at most before it comes back; None is to the next
             evaluation.
         takes_over: a former process of the run was given up, or would be by whoever starts this
@@ -38,12 +49,9 @@ class Job:
     run_config: Mapping[str, Any]
     data_folder: str
     folder: str
-    threads: int = 1
+    workers: Workers = Workers()
     places: StorageLayout = SHARED_FILESYSTEM
     storage_timeout: float = STORAGE_TIMEOUT
-    workers: int = 1
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
     within: str | None = None
     stop_at: int | None = None
     adopt: str | None = None
@@ -51,32 +59,11 @@ class Job:
     takes_over: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """`count` processes with `cpus` CPU cores and `gpus` GPUs each."""
-
-    count: int
-    cpus: float
-    gpus: float
-
-    def job_fields(self) -> dict[str, Any]:
-        """The fields of runner.Job that say it."""
-        return {
-            "threads": max(int(self.cpus), 1),
-            "workers": self.count,
-            "cpus_per_worker": self.cpus,
-            "gpus_per_worker": self.gpus,
-        }
-
-
 def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Workers:
     """The workers of a run that has `cpus` cores and `gpus` GPUs in all.
 
     A run with several GPUs has a worker for each. Without a GPU `workers` says how many there are;
     None is one. Part of a GPU, or one, is for one worker.
-
-    Raises:
-        ConfigError: the numbers do not go together.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers-per-trial is {workers}; it must be at least 1.")
@@ -95,11 +82,7 @@ def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Worker
 
 
 def check_device(device: str, workers: Workers) -> None:
-    """Whether the workers have what `train.device` insists on.
-
-    Raises:
-        ConfigError: it is `cuda` and they have no GPU, or `cpu` and each of several has one.
-    """
+    """Refuse workers that lack what `train.device` insists on, or have GPUs that it leaves idle."""
     if device == "cuda" and not workers.gpus:
         raise ConfigError(
             "train.device is cuda, but the run has no GPU; give it some with --gpus-per-trial, or "
@@ -112,11 +95,7 @@ def check_device(device: str, workers: Workers) -> None:
 
 
 def check_batch(batch_size: int, workers: int) -> None:
-    """Whether every worker gets something of each batch.
-
-    Raises:
-        ConfigError: there are more workers than sequences.
-    """
+    """Refuse more workers than a batch has sequences."""
     if workers > batch_size:
         raise ConfigError(
             f"{workers} workers cannot share a batch of {batch_size}; give fewer, or raise "

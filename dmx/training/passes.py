@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -39,8 +40,8 @@ class Evaluation:
 
 
 class Scored:
-    """How far an evaluation has come: sums ([2] of sum_dtype: losses, hits) over so many rounds, in
-    each of which every process takes one batch.
+    """How far an evaluation has come: [2] sums (losses, hits) over so many rounds, in each of which
+    every process takes one batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -118,14 +119,14 @@ class Passes:
         self._train = train
         share = -(-train.batch_size // group.size)
         micro = train.micro_batch_size or train.batch_size
-        self.micro = AdaptiveMicroBatch(min(micro, share), train.batch_size, "training")
+        self.micro = AdaptiveMicroBatch(min(micro, share), train.batch_size, "training", device)
         size = train.eval_batch_size or micro
         if train.eval_batch_size is None and device.type == "cpu":
             size = max(size, _CPU_EVAL_BATCH)
         elif train.eval_batch_size is None and device.type == "cuda" and not model.mixes_examples:
             size *= _CUDA_EVAL_TIMES
         self._eval_batch_size = size
-        self.evaluation = AdaptiveMicroBatch(size, size, "evaluation")
+        self.evaluation = AdaptiveMicroBatch(size, size, "evaluation", device)
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, C] float32."""
@@ -136,12 +137,8 @@ class Passes:
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Leave the gradient of the whole batch's mean loss, as far as it comes from the examples
         here; (their part of that loss, of sum_dtype; how many were right).
-
-        Raises:
-            RunFailedError: not even one sequence fits the memory.
         """
-        random = RandomState(self._device)
-        return self.micro.run(lambda size: self._backward(batch, size), before_retry=random.restore)
+        return self.micro.run(functools.partial(self._backward, batch))
 
     def _backward(self, batch: Batch, size: int) -> tuple[Tensor, Tensor]:
         self._model.zero_grad(set_to_none=True)
@@ -186,16 +183,10 @@ class Passes:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """[2] of sum_dtype: the sum of the losses, and how many were right, in pieces that fit.
-
-        Raises:
-            RunFailedError: not even one sequence fits the memory.
-        """
-        random = RandomState(self._device)
-        return self.evaluation.run(lambda size: self._score(batch, size), random.restore)
+        """[2] of sum_dtype: the sum of the losses, and how many were right, in pieces that fit."""
+        return self.evaluation.run(functools.partial(self._score, batch))
 
     def _score(self, batch: Batch, size: int) -> Tensor:
-        """[2] of sum_dtype: the sum of the losses, and how many were right."""
         sums = torch.zeros(2, device=self._device, dtype=self._sum_dtype)
         for chunk in batch.chunks(size):
             logits = self.logits(chunk)
@@ -248,21 +239,26 @@ class AdaptiveMicroBatch:
         limit: the size that fitted after memory ran out; None while it never did.
     """
 
-    def __init__(self, size: int, batch_size: int, what: str) -> None:
+    def __init__(self, size: int, batch_size: int, what: str, device: torch.device) -> None:
         self._wanted, self._batch_size, self._what = size, batch_size, what
+        self._device = device
         self.limit: int | None = None
 
     @property
     def size(self) -> int:
-        """Sequences at once."""
         return self._wanted if self.limit is None else min(self._wanted, self.limit)
 
-    def run(self, attempt: Callable[[int], Result], before_retry: Callable[[], None]) -> Result:
+    def run(self, attempt: Callable[[int], Result]) -> Result:
         """`attempt(size)`, and from its start again with smaller pieces while memory runs out.
+
+        Each attempt finds torch's random generators as they were.
 
         Raises:
             RunFailedError: not even one sequence fits.
         """
+        cuda = self._device if self._device.type == "cuda" else None
+        state = torch.get_rng_state()
+        cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
         while True:
             size = self.size
             try:
@@ -286,19 +282,6 @@ class AdaptiveMicroBatch:
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-            before_retry()
-
-
-class RandomState:
-    """The default generators as they are now, to be put back before a step is done again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = device if device.type == "cuda" else None
-        self._cuda = None if self._device is None else torch.cuda.get_rng_state(self._device)
-
-    def restore(self) -> None:
-        """Back to that moment."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None and self._device is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+            torch.set_rng_state(state)
+            if cuda is not None and cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state, cuda)

@@ -102,19 +102,16 @@ class TorchProcessGroup(ProcessGroup):
         return bool(any_late)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, the same in each."""
         values = values.clone()
         self._reduce(values)
         return values
 
     def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
         found = torch.tensor(value, dtype=torch.float64, device=self._device)
         self._reduce(found, dist.ReduceOp.MAX)
         return found.item()
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main process's value, in every process; the others' is not looked at."""
         box = [value]
         try:
             dist.broadcast_object_list(box, src=0, device=self._device)
@@ -123,7 +120,6 @@ class TorchProcessGroup(ProcessGroup):
         return box[0]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the main process's."""
         try:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmx.attention import AttentionConfig
 from dmx.errors import CheckpointError, ConfigError
 from dmx.model import Classifier, ModelConfig
+from dmx.training.checkpoint import load_weights
 
 _SIZE_KEYS = {
     "nystrom": {"num_landmarks": "num_landmarks", "conv_kernel_size": "conv_kernel_size"},
@@ -93,7 +94,6 @@ def load_model(
 
     Raises:
         ConfigError: the config asks for what the reference's code does not have either.
-        CheckpointError: names or shapes do not fit the config.
     """
     if config.get("tied_weights"):
         raise ConfigError("tied_weights is true; dmx has no tied layers.")
@@ -123,28 +123,8 @@ def load_model(
     head = state.get("head.0.weight")
     paired = head is not None and head.shape[1] == 4 * model_config.embedding_dim
     model = Classifier(model_config, attention, paired=paired)
-    adopt(model, state, "the reference state dict")
+    load_weights(model, state, "the reference state dict")
     return model.eval()
-
-
-def adopt(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict, all of it.
-
-    Raises:
-        CheckpointError: a name is missing or unknown, or a shape differs; lists them.
-    """
-    own = {k: v.shape for k, v in model.state_dict().items()}
-    wrong = [f"{n} is missing" for n in own if n not in state]
-    wrong += [f"{n} is unknown" for n in state if n not in own]
-    wrong += [
-        f"{n} is {tuple(state[n].shape)}, not {tuple(own[n])}"
-        for n in own
-        if n in state and state[n].shape != own[n]
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CheckpointError(f"{where} does not fit the model: {'; '.join(wrong[:4])}{more}.")
-    model.load_state_dict(dict(state))
 
 
 class _Ignored:

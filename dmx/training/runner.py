@@ -19,31 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.backends import cudnn
 
-from dmx.config import InitConfig, RunConfig, parse_run_config
+from dmx.config import parse_run_config
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError, TakenOverError
-from dmx.model import Classifier
 from dmx.nn.device import give_back_memory
 from dmx.runs import layout
-from dmx.runs.layout import (
-    DEV_ACCURACY,
-    FAILURE,
-    PROCESS_SECONDS,
-    RESUMABLE,
-    SEGMENT_ENDED,
-    STEPS,
-    UNDER_WAY,
-)
 from dmx.storage.files import is_there, persist
 from dmx.storage.journal import Claim
-from dmx.tasks import Task
 from dmx.training.checkpoint import Checkpoint, open_checkpoint, repeat_checkpoint
 from dmx.training.job import Job, check_batch
-from dmx.training.predictions import evaluate_checkpoint, predict_samples
 from dmx.training.process_group import SINGLE_PROCESS, PeerLost, ProcessGroup
-from dmx.training.trainer import Diverged, Trainer
-from dmx.training.transfer import TransferReport, identified, read_weights, transfer
+from dmx.training.samples import predict_samples
+from dmx.training.trainer import Trainer
+from dmx.training.transfer import identified, read_weights
 
 logger = logging.getLogger("dmx.runner")
 
@@ -53,16 +43,13 @@ class Runner:
 
     An exception is the run's own fault: it becomes a report with `failure`, since starting the
     same thing again would end the same way. Only a dead process is worth another try. A storage
-    that fails is waited for; when that takes too long, the report carries `lost` as well: the run
-    is as sound as its last checkpoint.
+    that fails is waited for; when that takes too long, the report carries `resumable` as well: the
+    run is as sound as its last checkpoint.
 
     Args:
         job: the run. on_step: see Trainer.
         group: the processes that train it together, each with a Runner; the main one alone claims
             the folder and writes.
-
-    Attributes:
-        taken_over: it failed since another process continues the run; nobody asks this one.
 
     Raises:
         PeerLost: another process is gone; from every method.
@@ -80,13 +67,11 @@ class Runner:
         self._folder = Path(job.folder)
         self._trainer: Trainer | None = None
         self._claim: Claim | None = None
-        self._failure: str | None = None
-        self._lost = False
-        self.taken_over = False
+        self._failed: dict[str, Any] = {}  # the report of it
         self._resumed = False
         self._unsaved = False  # whole steps since the last checkpoint
         self._busy_seconds = 0.0
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(job.workers.threads)
         started = time.perf_counter()
         try:
             if self._group.is_main:
@@ -123,13 +108,16 @@ class Runner:
             for folder in (last, self._folder / layout.BEST_DIR):
                 places.pull(folder)
             own = open_checkpoint(last) if is_there(last) else None
-            config = self._with_source(config, own)
-            if own is None and config.init is not None:
-                start = functools.partial(_take_weights, config.init, config.task_info)
+            if own is not None and config.init is not None:  # its source may be gone
+                config = dataclasses.replace(config, init=own.config.init or config.init)
+            elif config.init is not None:
+                places.pull(Path(config.init.path))
+                config = identified(config)
+                start = config.init
         store = open_store(places.data(self.job.data_folder))
-        self._trainer = Trainer(
-            config, store, on_step=self._on_step, before_training=start, group=self._group
-        )
+        self._trainer = Trainer(config, store, on_step=self._on_step, group=self._group)
+        if start is not None:
+            self._trainer.start_from(read_weights(Path(start.path)), start.reinit)
         resume = own is not None and self._go_on(self._trainer, own)
         self._trainer.follow_main()
         self._resumed = self._group.broadcast_object(resume)
@@ -144,25 +132,16 @@ class Runner:
             folder = Path(self.job.adopt)
             self.job.places.pull(folder)
             other = open_checkpoint(folder)
-            if own.training_state()["step"] <= other.metrics[STEPS]:
+            if own.training_state()["step"] <= other.metrics[layout.STEPS]:
                 trainer.adopt(other, own)
                 return False
         trainer.load(own)
         return True
 
-    def _with_source(self, config: RunConfig, own: Checkpoint | None) -> RunConfig:
-        """The config with the weights that it starts from identified, now or when it was begun."""
-        if config.init is None:
-            return config
-        if own is not None:  # the source may be gone
-            return dataclasses.replace(config, init=own.config.init or config.init)
-        self.job.places.pull(Path(config.init.path))
-        return identified(config)
-
     @property
     def trainer(self) -> Trainer:
         """The trainer; asserts that the run could be built."""
-        assert self._trainer is not None, self._failure
+        assert self._trainer is not None, self._failed
         return self._trainer
 
     def step(self) -> dict[str, Any]:
@@ -175,8 +154,8 @@ class Runner:
         between the checkpoint and the report. Whoever knows it already ignores it.
         """
         trainer = self._trainer
-        if self._failure is not None or trainer is None:
-            return self._failed()
+        if self._failed or trainer is None:
+            return dict(self._failed)
         if self._resumed and trainer.metrics:
             self._resumed = False
             return {**trainer.metrics, **self._ending(trainer)}
@@ -191,19 +170,19 @@ class Runner:
             raise
         except Exception as error:
             self._fail(error)
-            return self._failed()
+            return dict(self._failed)
         self._busy_seconds += time.perf_counter() - started
         if metrics is None:
             self._unsaved = True
-            under_way = {UNDER_WAY: True, "done": False}
-            return {STEPS: trainer.step, DEV_ACCURACY: 0.0, **under_way}
-        return {**metrics, PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
+            under_way = {layout.UNDER_WAY: True, "done": False}
+            return {layout.STEPS: trainer.step, layout.DEV_ACCURACY: 0.0, **under_way}
+        return {**metrics, layout.PROCESS_SECONDS: self._busy_seconds, **self._ending(trainer)}
 
     def _ending(self, trainer: Trainer) -> dict[str, bool]:
         """Whether this piece ends here, and whether the run goes on later."""
         at = self.job.stop_at
         stop = at is not None and trainer.step >= at and trainer.interval is None
-        waits = {SEGMENT_ENDED: True} if stop and not trainer.finished else {}
+        waits = {layout.SEGMENT_ENDED: True} if stop and not trainer.finished else {}
         return {"done": stop or trainer.finished, **waits}
 
     def _keep(self, trainer: Trainer) -> None:
@@ -227,38 +206,26 @@ class Runner:
             self.job.places.push(best_folder, claim)
         self.job.places.push(last_folder, claim)
 
-    @property
-    def failed(self) -> bool:
-        """Whether the run cannot go on; `step` then says why."""
-        return self._failure is not None
-
-    def evaluate(self, folder: Path, split: str) -> dict[str, float]:
-        """`evaluate_checkpoint` on this run's data."""
-        job = self.job
-        return evaluate_checkpoint(str(folder), job.data_folder, split, job.threads, job.places)
-
     def _fail(self, error: Exception) -> None:
-        """Keep the traceback beside the run, and one line of it for the report."""
-        self._lost = isinstance(error, StorageError)
-        self.taken_over = isinstance(error, TakenOverError)
-        own = isinstance(error, DmxError | Diverged)
+        """Keep the traceback beside the run, and one line of it for the last report."""
+        own = isinstance(error, DmxError)
         text = str(error) if own else f"{type(error).__name__}: {error}"
-        self._failure = next(iter(text.splitlines()), "") or type(error).__name__
-        if self.taken_over:  # the folder is another's
+        self._failed = {
+            layout.STEPS: 0 if self._trainer is None else self._trainer.step,
+            layout.DEV_ACCURACY: 0.0,  # Tune insists on the metric, and nobody counts it
+            layout.FAILURE: text.partition("\n")[0],
+            "done": True,
+            **({layout.RESUMABLE: True} if isinstance(error, StorageError) else {}),
+        }
+        if isinstance(error, TakenOverError):  # the folder is another's
             return
         with contextlib.suppress(OSError):
             (self._folder / layout.ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
 
-    def _failed(self) -> dict[str, Any]:
-        """A last report; Tune insists on the metric, and nobody counts it."""
-        step = 0 if self._trainer is None else self._trainer.step
-        failed = {STEPS: step, DEV_ACCURACY: 0.0, FAILURE: self._failure}
-        return {**failed, "done": True, **({RESUMABLE: True} if self._lost else {})}
-
     def _keep_unsaved(self, trainer: Trainer) -> None:
         """Write the last checkpoint in the middle of an interval; a run that ends does not wait."""
         claim, self._unsaved = self._claim, False
-        if claim is None or self.failed:
+        if claim is None or self._failed:
             return
         try:
             claim.check()
@@ -285,52 +252,49 @@ class Runner:
                 torch.cuda.empty_cache()
 
 
-def _take_weights(init: InitConfig, task: Task, model: Classifier) -> TransferReport:
-    return transfer(model, read_weights(Path(init.path)), task, init.reinit)
-
-
 @functools.cache
 def _pass_over_imports() -> None:
     """Once: what is still there stays, mostly modules; to look through it takes 0.2 s each time."""
     gc.freeze()
 
 
+def _use_deterministic(values: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(values[0], warn_only=values[1])
+
+
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        _use_deterministic,
+    ),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    *(
+        (functools.partial(getattr, cudnn, name), functools.partial(setattr, cudnn, name))
+        for name in ("benchmark", "deterministic")
+    ),
+)
+
+
 @dataclass(frozen=True)
 class ProcessState:
     """torch's process-wide switches. Threads and torch's random state are each run's own to set."""
 
-    deterministic: bool
-    warn_only: bool
-    matmul_precision: str
-    cudnn_benchmark: bool
-    cudnn_deterministic: bool
-    default_dtype: torch.dtype
-    grad_enabled: bool
-    anomaly: bool
+    values: tuple[Any, ...]
 
     @classmethod
     def now(cls) -> ProcessState:
-        """As they are."""
-        return cls(
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-            matmul_precision=torch.get_float32_matmul_precision(),
-            cudnn_benchmark=torch.backends.cudnn.benchmark,
-            cudnn_deterministic=torch.backends.cudnn.deterministic,
-            default_dtype=torch.get_default_dtype(),
-            grad_enabled=torch.is_grad_enabled(),
-            anomaly=torch.is_anomaly_enabled(),
-        )
+        return cls(tuple(read() for read, _ in _SWITCHES))
 
     def restore(self) -> None:
         """As they were; and what a former run compiled, drew or kept is forgotten."""
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark
-        torch.backends.cudnn.deterministic = self.cudnn_deterministic
-        torch.set_default_dtype(self.default_dtype)
-        torch.set_grad_enabled(self.grad_enabled)
-        torch.autograd.set_detect_anomaly(self.anomaly)
+        for (_, put), value in zip(_SWITCHES, self.values, strict=True):
+            put(value)
         random.seed(0)
         np.random.seed(0)  # nothing of ours draws from these two, but an added attention may
         if "torch._dynamo" in sys.modules:  # it takes a second to import, for nothing

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store
-from dmx.errors import CheckpointError, DataError
+from dmx.errors import CheckpointError, DataError, RunFailedError
 from dmx.model import Classifier
 from dmx.nn.device import (
     autocast,
@@ -30,46 +30,21 @@ from dmx.nn.device import (
 )
 from dmx.nn.optim import build_optimizer
 from dmx.registry import code_version
-from dmx.runs.layout import (
-    BEST_DEV_ACCURACY,
-    BEST_STEP,
-    DEV_ACCURACY,
-    DEV_LOSS,
-    DEV_MAJORITY,
-    GRADIENT_NORM,
-    LEARNING_RATE,
-    MICRO_BATCH_SIZE,
-    NUM_DEV,
-    NUM_WORKERS,
-    PARAMETERS,
-    PEAK_MEMORY_MB,
-    REPORT_KEYS,
-    SAMPLES,
-    SAMPLES_PER_SECOND,
-    SAMPLES_PER_SECOND_PER_WORKER,
-    STEP_SECONDS,
-    STEPS,
-    TOKENS_PER_SECOND,
-    TRAIN_ACCURACY,
-    TRAIN_LOSS,
-    TRAIN_SECONDS,
-)
-from dmx.training.checkpoint import Checkpoint, save_checkpoint
+from dmx.runs import layout
+from dmx.training.checkpoint import Checkpoint, load_weights, save_checkpoint
 from dmx.training.passes import Evaluation, Interval, Passes
 from dmx.training.process_group import SINGLE_PROCESS, ProcessGroup
-from dmx.training.reference import adopt
-from dmx.training.transfer import TransferReport
+from dmx.training.transfer import Weights, transfer
 
 _FINITE_CHECK_STEPS = 50
 """Looking at the loss makes a GPU wait; once in so many steps is enough to catch NaN."""
 
 
-class Diverged(Exception):
+class Diverged(RunFailedError):
     """The loss is no longer a number; training on would only waste the machine."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}")
-        self.step = step
 
 
 def build_model(config: RunConfig) -> Classifier:
@@ -85,24 +60,19 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
         ConfigError: a size of the model is too small for them.
         DataError: they are of another length or kind than the task: nothing is cut or padded.
     """
-    task, data = config.task_info, f"data {manifest.label}"
+    task, found = config.task_info, manifest.max_length
     length = config.model.max_length or task.max_length
+    remedy, wrong = f"give the data of {task.name}", ""
     if manifest.paired != task.paired:
         kinds = {True: "pairs of sequences", False: "single sequences"}
-        raise DataError(
-            f"{data} are {kinds[manifest.paired]}, but task {task.name} reads "
-            f"{kinds[task.paired]}; give the data of {task.name}."
-        )
-    if task.image_side is not None and manifest.max_length != task.max_length:
-        raise DataError(
-            f"{data} have {manifest.max_length:,} pixels, but those of task {task.name} have "
-            f"{task.max_length:,}; give the data of {task.name}."
-        )
-    if manifest.max_length > length:
-        raise DataError(
-            f"{data} have up to {manifest.max_length:,} tokens, but the model reads {length:,}; "
-            f"set model.max_length={manifest.max_length}."
-        )
+        wrong = f"are {kinds[manifest.paired]}, but task {task.name} reads {kinds[task.paired]}"
+    elif task.image_side is not None and found != task.max_length:
+        wrong = f"have {found:,} pixels, but those of task {task.name} have {task.max_length:,}"
+    elif found > length:
+        wrong = f"have up to {found:,} tokens, but the model reads {length:,}"
+        remedy = f"set model.max_length={found}"
+    if wrong:
+        raise DataError(f"data {manifest.label} {wrong}; {remedy}.")
     return config.resolved(
         vocab_size=max(task.vocab_size, manifest.vocab_size), num_classes=manifest.num_classes
     )
@@ -123,8 +93,6 @@ class Trainer:
         config: the experiment; open model sizes are filled in from the data.
         store: the prepared data.
         on_step: called after every optimizer step with (step, num_steps); for progress bars.
-        before_training: called once with the fresh model, to start it from other weights; what it
-            returns is kept beside the metrics.
         group: the processes that train the run together; each has a Trainer of its own.
     """
 
@@ -134,7 +102,6 @@ class Trainer:
         store: Store,
         *,
         on_step: Callable[[int, int], None] | None = None,
-        before_training: Callable[[Classifier], TransferReport | None] | None = None,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.config = config = resolve(config, store.manifest)
@@ -145,9 +112,6 @@ class Trainer:
             keep_freed_memory()
         self.model = build_model(config).to(self.device)
         self.transferred: dict[str, Any] | None = None
-        if before_training is not None:
-            moved = before_training(self.model)
-            self.transferred = None if moved is None else dataclasses.asdict(moved)
         run = torch.compile(self.model) if config.train.compile else self.model
         self.optimizer, self.schedule = build_optimizer(
             self.model.parameters(), config.optim, config.train.num_steps
@@ -222,25 +186,25 @@ class Trainer:
         batch_size = self.config.train.batch_size
         speed = (self.step - first) * batch_size / seconds
         self.metrics = {
-            STEPS: self.step,
-            SAMPLES: self.step * batch_size,
-            TRAIN_LOSS: loss,
-            TRAIN_ACCURACY: accuracy,
-            DEV_LOSS: dev.loss,
-            DEV_ACCURACY: dev.accuracy,
-            BEST_DEV_ACCURACY: self.best_accuracy,
-            BEST_STEP: self.best_step,
-            LEARNING_RATE: self.learning_rate,
-            GRADIENT_NORM: interval.norm,
-            TRAIN_SECONDS: self.train_seconds,
-            STEP_SECONDS: seconds / (self.step - first),
-            SAMPLES_PER_SECOND: speed,
-            SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
-            TOKENS_PER_SECOND: tokens / seconds,
-            PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
-            MICRO_BATCH_SIZE: self.passes.micro.size,
-            NUM_WORKERS: self.group.size,
-            PARAMETERS: sum(p.numel() for p in self.model.parameters()),
+            layout.STEPS: self.step,
+            layout.SAMPLES: self.step * batch_size,
+            layout.TRAIN_LOSS: loss,
+            layout.TRAIN_ACCURACY: accuracy,
+            layout.DEV_LOSS: dev.loss,
+            layout.DEV_ACCURACY: dev.accuracy,
+            layout.BEST_DEV_ACCURACY: self.best_accuracy,
+            layout.BEST_STEP: self.best_step,
+            layout.LEARNING_RATE: self.learning_rate,
+            layout.GRADIENT_NORM: interval.norm,
+            layout.TRAIN_SECONDS: self.train_seconds,
+            layout.STEP_SECONDS: seconds / (self.step - first),
+            layout.SAMPLES_PER_SECOND: speed,
+            layout.SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
+            layout.TOKENS_PER_SECOND: tokens / seconds,
+            layout.PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
+            layout.MICRO_BATCH_SIZE: self.passes.micro.size,
+            layout.NUM_WORKERS: self.group.size,
+            layout.PARAMETERS: sum(p.numel() for p in self.model.parameters()),
         }
         return dict(self.metrics)
 
@@ -293,7 +257,7 @@ class Trainer:
         return loss_sum, correct, norm.detach(), late
 
     def train_step(self, batch: Batch) -> None:
-        """One optimizer step on a given batch, outside of the run's own order; for measuring."""
+        """For measuring: on a given batch, outside of the run's own order."""
         self.model.train()
         self._optimizer_step(batch)
 
@@ -336,8 +300,8 @@ class Trainer:
             "is_sample": manifest.is_sample,
             "data_checksum": manifest.checksum,
             "task": self.config.task,
-            NUM_DEV: len(labels),
-            DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
+            layout.NUM_DEV: len(labels),
+            layout.DEV_MAJORITY: float(np.bincount(labels).max() / len(labels)),
             **({"transferred": self.transferred} if self.transferred else {}),
             "environment": {
                 "dmx": __version__,
@@ -374,15 +338,11 @@ class Trainer:
         """
         self.load_weights(checkpoint)
         self.load_state(checkpoint.training_state(), str(checkpoint.folder))
-        self.metrics = {k: v for k, v in checkpoint.metrics.items() if k in REPORT_KEYS}
+        self.metrics = {k: v for k, v in checkpoint.metrics.items() if k in layout.REPORT_KEYS}
         self.transferred = checkpoint.metrics.get("transferred")
 
     def load_state(self, state: Mapping[str, Any], source: str) -> None:
-        """Take all but the weights from what `state` gave.
-
-        Raises:
-            CheckpointError: it belongs to another experiment; names `source`.
-        """
+        """Take all but the weights from what `state` gave; an error names `source`."""
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -443,10 +403,15 @@ class Trainer:
         self.train_seconds = state["train_seconds"]
         self.stale_evaluations = 0
 
+    def start_from(
+        self, source: Weights, reinit: Iterable[str] = (), *, whole: bool = False
+    ) -> None:
+        """Start the fresh model from other weights (see transfer); metrics.json says what moved."""
+        moved = transfer(self.model, source, self.config.task_info, reinit, whole=whole)
+        self.transferred = dataclasses.asdict(moved)
+
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Take the weights only (for evaluation)."""
-        adopt(self.model, checkpoint.model_state(), str(checkpoint.folder))
+        load_weights(self.model, checkpoint.model_state(), str(checkpoint.folder))
 
     def close(self) -> None:
-        """Release the reading thread."""
         self.batches.close()

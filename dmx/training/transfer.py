@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,10 @@ from dmx.model import Classifier
 from dmx.runs.layout import MODEL_FILE
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
-from dmx.training.checkpoint import open_checkpoint
-from dmx.training.reference import adopt, read_output_model
+from dmx.training.checkpoint import Checkpoint, open_checkpoint, some
+from dmx.training.reference import read_output_model
 
 POSITION_KEY = "encoder.embeddings.position.weight"
-REMEDY = "; name what may start afresh in `reinit`"
 
 Shapes = Mapping[str, torch.Size]
 
@@ -41,9 +40,12 @@ class Weights:
     state: Mapping[str, Tensor]
     task: Task | None
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Weights:
+        return cls(checkpoint.model_state(), checkpoint.config.task_info)
+
     @property
     def shapes(self) -> Shapes:
-        """By name."""
         return {name: value.shape for name, value in self.state.items()}
 
 
@@ -66,36 +68,19 @@ class TransferReport:
     def __str__(self) -> str:
         text = f"moved {len(self.moved)} tensors"
         text += f", {self.positions}" if self.positions else ""
-        text += f", afresh: {_some(self.fresh)}" if self.fresh else ""
-        return text + (f", left out: {_some(self.dropped)}" if self.dropped else "")
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """The source's row of each of the target's first positions; further ones stay fresh.
-
-    `words` say what is not row by row; `whole`: no position that the task has stays fresh.
-    """
-
-    rows: Tensor
-    words: str = ""
-    whole: bool = True
+        text += f", afresh: {some(self.fresh)}" if self.fresh else ""
+        return text + (f", left out: {some(self.dropped)}" if self.dropped else "")
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights from a checkpoint directory or a reference `*_output.model` file.
-
-    Raises:
-        CheckpointError: neither, or damaged.
-    """
+    """Weights from a checkpoint directory or a reference `*_output.model` file."""
     if path.is_file():
         return Weights(read_output_model(path), None)
     if not is_there(path):
         raise CheckpointError(
             f"{path} does not exist; expected a checkpoint folder or a .model file."
         )
-    checkpoint = open_checkpoint(path)
-    return Weights(checkpoint.model_state(), checkpoint.config.task_info)
+    return Weights.of(open_checkpoint(path))
 
 
 def shapes_of(config: RunConfig) -> Shapes:
@@ -106,11 +91,7 @@ def shapes_of(config: RunConfig) -> Shapes:
 
 
 def weights_checksum(path: Path) -> str:
-    """SHA-256 of the file that holds the weights of a checkpoint folder, or of the file itself.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """SHA-256 of the file that holds the weights of a checkpoint folder, or of the file itself."""
     file = path / MODEL_FILE if is_there(path) else path
     try:
         return sha256_file(file)
@@ -122,7 +103,7 @@ def identified(config: RunConfig) -> RunConfig:
     """The config with the whole path and the checksum of the weights that it starts from.
 
     Raises:
-        CheckpointError: they cannot be read, or are not those that the config names.
+        CheckpointError: they are not those that the config names.
     """
     if config.init is None:
         return config
@@ -137,13 +118,16 @@ def identified(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init=init)
 
 
+# -- what moves -----------------------------------------------------------------------------
+
+
 def plan_transfer(
     source: Shapes,
     target: Shapes,
     reinit: Iterable[str] = (),
     *,
     tasks: tuple[Task | None, Task],
-    remedy: str = REMEDY,
+    whole: bool = False,
 ) -> TransferReport:
     """Decide from shapes alone what a transfer would do; used before any training, too.
 
@@ -152,36 +136,37 @@ def plan_transfer(
             patterns with `*`, that keep the target's fresh values where shapes differ or the
             source has none.
         tasks: of the source, None where nothing says it, and of the target.
-        remedy: what the message ends with.
+        whole: refuse where any value would stay fresh, as without training after it.
 
     Raises:
         MisfitError: names or shapes that differ and are not named in reinit; lists them.
     """
     moved, fresh, wrong = [], [], []
-    positions, whole = "", True
-    allowed = tuple(reinit)
+    words, covered, allowed = "", True, tuple(reinit)
     for name, shape in target.items():
-        rows = None
+        found = None
         if name == POSITION_KEY and name in source:
-            rows = _position_rows(source[name], shape, tasks)
-        if rows is not None and rows.words:
-            positions, whole = rows.words, rows.whole
-        elif name in source and source[name] == shape and (name != POSITION_KEY or rows):
+            found = _position_rows(source[name], shape, tasks)
+        if found is not None and found[1]:
+            _, words, covered = found
+        elif name in source and source[name] == shape and (name != POSITION_KEY or found):
             moved.append(name)
         elif _named(name, allowed):
             fresh.append(name)
         elif name not in source:
             wrong.append(f"{name} {tuple(shape)} is not in the source")
         else:
-            wrong.append(f"{name} is {tuple(source[name])} in the source, {tuple(shape)} here")
-            if name == POSITION_KEY:
-                wrong[-1] += _why_not(tasks)
+            why = _why_not(tasks) if name == POSITION_KEY else ""
+            wrong.append(f"{name} is {tuple(source[name])} in the source, {tuple(shape)} here{why}")
     left = [n for n in source if n not in target]
     wrong += [f"{n} {tuple(source[n])} has no place here" for n in left if not _named(n, allowed)]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise MisfitError(f"weights cannot be transferred: {'; '.join(wrong[:4])}{more}{remedy}.")
-    return TransferReport(tuple(moved), tuple(fresh), tuple(left), positions, whole and not fresh)
+        remedy = "" if whole else "; name what may start afresh in `reinit` (--reinit)"
+        raise MisfitError(f"weights cannot be transferred: {some(wrong, '; ')}{remedy}.")
+    report = TransferReport(tuple(moved), tuple(fresh), tuple(left), words, covered and not fresh)
+    if whole and not report.whole:
+        raise MisfitError(f"weights cannot be taken over without training: {report}.")
+    return report
 
 
 def transfer(
@@ -192,43 +177,30 @@ def transfer(
     *,
     whole: bool = False,
 ) -> TransferReport:
-    """Start `model`, one for `task`, from other weights.
+    """Start `model`, one for `task`, from other weights; see plan_transfer.
 
     Positions of a picture are enlarged with it: each source entry at (r, c) of an h x h image
     serves the k x k targets (k*r + a, k*c + b) of the k*h x k*h image, as the reference's
     get_resized_pos_emb does. Of any other sequence the first ones are kept, and further ones start
     afresh.
-
-    Args:
-        whole: refuse where any value would stay fresh, as without training after it.
-
-    Raises:
-        MisfitError: see plan_transfer.
     """
     own = model.state_dict()
-    tasks = (source.task, task)
-    shapes = {k: v.shape for k, v in own.items()}
-    remedy = "" if whole else REMEDY
-    report = plan_transfer(source.shapes, shapes, reinit, tasks=tasks, remedy=remedy)
-    if whole and not report.whole:
-        raise MisfitError(f"weights cannot be taken over without training: {report}.")
+    shapes = {name: value.shape for name, value in own.items()}
+    tasks = source.task, task
+    report = plan_transfer(source.shapes, shapes, reinit, tasks=tasks, whole=whole)
     state = {name: source.state[name] for name in report.moved}
     state.update({name: own[name] for name in report.fresh})
     if report.positions:
         found = _position_rows(source.shapes[POSITION_KEY], shapes[POSITION_KEY], tasks)
         assert found is not None
         state[POSITION_KEY] = own[POSITION_KEY].clone()
-        state[POSITION_KEY][: len(found.rows)] = source.state[POSITION_KEY][found.rows]
-    adopt(model, state, "the transferred state")
+        state[POSITION_KEY][: len(found[0])] = source.state[POSITION_KEY][found[0]]
+    model.load_state_dict(state)
     return report
 
 
-def check_reinit(reinit: Iterable[str], names: Iterable[str], where: str = "`reinit`") -> None:
-    """Refuse an entry that stands for no parameter at all: a slip would go unnoticed.
-
-    Raises:
-        CheckpointError: names it, and what it may have meant.
-    """
+def check_reinit(reinit: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse an entry that stands for no parameter at all: a slip would go unnoticed."""
     known = sorted(set(names))
     for entry in reinit:
         if any(_named(name, (entry,)) for name in known):
@@ -238,7 +210,7 @@ def check_reinit(reinit: Iterable[str], names: Iterable[str], where: str = "`rei
         close = difflib.get_close_matches(entry, [*known, *prefixes], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"a name is {known[-1]!r}, for example"
         raise CheckpointError(
-            f"{where} names {entry!r}, which is no parameter; {hint} "
+            f"reinit names {entry!r}, which is no parameter; {hint} "
             "(a name, a prefix that ends in a dot, or a pattern with *)."
         )
 
@@ -250,32 +222,37 @@ def _named(name: str, reinit: tuple[str, ...]) -> bool:
     )
 
 
+# -- positions ------------------------------------------------------------------------------
+
+
 def _position_rows(
     source: torch.Size, target: torch.Size, tasks: tuple[Task | None, Task]
-) -> _Positions | None:
-    """Where the target's positions come from; no words: row by row. None: they cannot."""
+) -> tuple[Tensor, str, bool] | None:
+    """Where the target's first positions come from; None: they cannot.
+
+    Returns:
+        The source's row of each; what is not row by row, in words; whether no position that the
+        task has stays fresh.
+    """
     if len(source) != 2 or len(target) != 2 or source[0] < 1 or source[1:] != target[1:]:
         return None
-    (count, length), (source_task, target_task) = (source[0], target[0]), tasks
-    side, target_side = _side(count, source_task, target_task), target_task.image_side
-    same = count == length
-    if (side is None) != (target_side is None):  # the one is a picture, the other is not
-        return _Positions(torch.arange(count)) if same else None
-    if side is None or target_side is None:
-        rows = torch.arange(min(count, length))
-        if same:
-            return _Positions(rows)
-        if length < count:
-            return _Positions(rows, f"positions 0..{length - 1:,} of {count:,}")
+    count, length = source[0], target[0]
+    side, target_side = _side(count, *tasks), tasks[1].image_side
+    as_they_are = torch.arange(min(count, length)), "", True
+    if side is None and target_side is None and length < count:
+        return torch.arange(length), f"positions 0..{length - 1:,} of {count:,}", True
+    if side is None and target_side is None and length > count:
         words = f"positions 0..{count - 1:,} kept, {count:,}..{length - 1:,} afresh"
-        return _Positions(rows, words, whole=False)
+        return torch.arange(count), words, False
+    if side is None or target_side is None:  # where the one is a picture, the other is not
+        return as_they_are if count == length else None
     if side * side > count or target_side * target_side > length or target_side % side:
         return None
-    if same and side == target_side:
-        return _Positions(torch.arange(count))
+    if count == length and side == target_side:
+        return as_they_are
     grid = torch.arange(side * side)[:, None]
     words = f"positions {side} x {side} to {target_side} x {target_side}"
-    return _Positions(tile_positions(grid, target_side**2).flatten(), words)
+    return tile_positions(grid, target_side**2).flatten(), words, True
 
 
 def _side(count: int, task: Task | None, target: Task) -> int | None:
@@ -284,11 +261,6 @@ def _side(count: int, task: Task | None, target: Task) -> int | None:
         return None if task is None else task.image_side
     side = math.isqrt(count)
     return side if side * side == count else None
-
-
-def _some(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
-    return separator.join(texts[:4]) + more
 
 
 def _why_not(tasks: tuple[Task | None, Task]) -> str:

@@ -33,7 +33,7 @@ from dmx.cluster import connection, gang
 from dmx.config import parse_run_config
 from dmx.schema import to_dict
 from dmx.storage.journal import read_claim
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers
 
 import ray  # isort: skip
 from ray.util.placement_group import placement_group_table  # isort: skip
@@ -105,7 +105,7 @@ def stop_once(folder: Path, number: int, draw: random.Random) -> tuple[str, str,
         run_config=to_dict(parse_run_config(settings)),
         data_folder=str(folder / "data" / TASK),
         folder=str(folder / "runs" / f"stop-{number}"),
-        workers=2,
+        workers=Workers(count=2),
         takes_over=True,
     )
     holder = None

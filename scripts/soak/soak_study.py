@@ -25,8 +25,8 @@ from dmx.data.store_writer import StoreWriter
 from dmx.schema import to_dict
 from dmx.search.space import load_space
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob, evaluate_checkpoint
 from dmx.training.job import Job
-from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.runner import Runner
 
 TASK = "pathfinder16-cl3-d1"
@@ -194,10 +194,12 @@ def _check_best(study: Path, folder: Path) -> Iterator[str]:
     if best["dev_accuracy"] != top:
         yield f"best has {best['dev_accuracy']}, but a trial reached {top}"
     checkpoint = open_checkpoint(study / "best")  # weights only
-    found = evaluate_checkpoint(str(study / "best"), str(folder / "data" / TASK), "dev", 1)
+    best_folder, data = str(study / "best"), str(folder / "data" / TASK)
+    wanted = EvaluationJob(checkpoint=best_folder, data_folder=data, split="dev")
+    found = evaluate_checkpoint(wanted, 1)
     said = checkpoint.metrics["dev_accuracy"]
-    if not math.isclose(found["accuracy"], said) or said != best["dev_accuracy"]:
-        yield f"best/ has dev accuracy {found['accuracy']}, its metrics say {said}"
+    if not math.isclose(found.accuracy, said) or said != best["dev_accuracy"]:
+        yield f"best/ has dev accuracy {found.accuracy}, its metrics say {said}"
 
 
 def retrained(study: Path, folder: Path, number: int) -> Iterator[str]:

@@ -23,10 +23,11 @@ from dmx.config import InitConfig, parse_run_config
 from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
-from dmx.errors import CheckpointError, ConfigError, DataError
+from dmx.errors import CheckpointError, ConfigError, DataError, RunFailedError
 from dmx.reporting.export import train_command
 from dmx.reporting.tables import provenance
 from dmx.runs.folders import load
+from dmx.study import single_run
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer, resolve
@@ -98,7 +99,7 @@ def test_interrupted_and_continued_by_the_last_line(
     tiny_root, tmp_path, capsys, monkeypatch, sent, background, slice_seconds
 ):
     """A job in the background ignores Ctrl-C, but not SIGTERM. The step under way is kept."""
-    monkeypatch.setattr(train, "_SLICE_SECONDS", slice_seconds)
+    monkeypatch.setattr(single_run, "_SLICE_SECONDS", slice_seconds)
 
     class Interrupted(Runner):
         calls = 0
@@ -111,7 +112,7 @@ def test_interrupted_and_continued_by_the_last_line(
             return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Runner", Interrupted)
+        patch.setattr(single_run, "Runner", Interrupted)
         ctrl_c = signal.SIG_IGN if background else signal.default_int_handler
         before = signal.signal(signal.SIGINT, ctrl_c)
         assert main(words(tiny_root, "--name", "part")) == 130
@@ -133,10 +134,10 @@ def test_other_settings_do_not_continue_a_run(tiny_root, tmp_path):
         main(words(tiny_root, "--name", "a", "--resume", "train.seed=5"))
 
 
-def test_a_run_that_diverges(tiny_root, tmp_path, capsys):
+def test_a_run_that_diverges(tiny_root):
     changed = [w for w in words(tiny_root) if not w.startswith("optim.learning_rate")]
-    assert main([*changed, "optim.learning_rate=1e30"]) == 1
-    assert "the run failed: the loss is not finite at step 2" in capsys.readouterr().err
+    with pytest.raises(RunFailedError, match="the run failed: the loss is not finite at step 2"):
+        main([*changed, "optim.learning_rate=1e30"])
 
 
 def test_starting_from_other_weights(tiny_root, tmp_path):
@@ -307,9 +308,9 @@ def test_weights_that_do_not_fit_leave_no_folder(checkpoint, tiny_root, tmp_path
         main([*argv, "model.hidden_dim=24"])
     text = tiny.one_sentence(caught.value)
     assert "encoder.layers.0.mlp.0.weight is (16, 16) in the source, (24, 16) here" in text
-    assert text.endswith("name what may start afresh with --reinit.")
+    assert text.endswith("name what may start afresh in `reinit` (--reinit).")
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(CheckpointError, match=r"--reinit names 'haed\.', .* mean 'head\.'\?"):
+    with pytest.raises(CheckpointError, match=r"reinit names 'haed\.', .* mean 'head\.'\?"):
         main([*argv, "--reinit", "haed."])
     with pytest.raises(ConfigError, match="--reinit is given without --init-from"):
         main(words(tiny_root, "--reinit", "head."))

@@ -23,8 +23,8 @@ from dmx.curriculum import backend
 from dmx.errors import ConfigError, RunFailedError
 from dmx.nn.device import pick_device
 from dmx.study.ray_tune import JOB_KEY, TrialTrainable
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job
-from dmx.training.predictions import Measurement
 from tests.study.helpers import environment
 from tests.tiny import one_sentence
 
@@ -200,15 +200,20 @@ def test_whatever_ray_runs_looks_for_its_gpu_first(monkeypatch):
     done: list[str] = []
     monkeypatch.setattr(capacity, "hide_unreserved_gpus", lambda: done.append("hidden"))
     monkeypatch.setattr(gang, "runner_of", lambda job: done.append("used"))
-    monkeypatch.setattr(gang, "evaluate_checkpoint", lambda *_: done.append("used"))
-    monkeypatch.setattr(backend, "measure", lambda *_: done.append("used"))
+
+    def evaluated(*_: object) -> SimpleNamespace:
+        done.append("used")
+        return SimpleNamespace(accuracy=0.5)
+
+    monkeypatch.setattr(gang, "evaluate_checkpoint", evaluated)
+    monkeypatch.setattr(backend, "evaluate_checkpoint", evaluated)
     job = {"run_config": {}, "data_folder": "", "folder": ""}
     TrialTrainable({JOB_KEY: job})
     gang.GangMember()
     assert done == ["hidden"] * 2
     gang._RunActor(Job(**job))
     gang._evaluate()
-    backend._measure(Measurement(checkpoint="", data_folder=""), 1)
+    backend._measure(EvaluationJob(checkpoint="", data_folder=""), 1)
     assert done[2:] == ["hidden", "used"] * 3
 
 

@@ -11,7 +11,7 @@ import pytest
 from dmx.cluster import capacity, gang
 from dmx.cluster.capacity import Resources
 from dmx.runs.layout import FAILURE, RESUMABLE, STEPS, UNDER_WAY
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers
 
 Report = dict[str, Any]
 
@@ -87,7 +87,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 def members(ray: FakeRay, workers: int = 2, form_seconds: float = 0.0) -> gang.Gang:
-    job = Job(run_config={}, data_folder="", folder="", workers=workers)
+    job = Job(run_config={}, data_folder="", folder="", workers=Workers(count=workers))
     return gang.Gang(job, form_seconds=form_seconds)
 
 
@@ -153,7 +153,8 @@ def test_no_more_are_waited_for_than_the_cluster_can_hold(ray, monkeypatch):
 
 def test_waiting_for_room_comes_back_after_a_slice_and_waits_on(ray):
     """So that whoever runs the gang hears a signal meanwhile."""
-    job = Job(run_config={}, data_folder="", folder="", workers=2, slice_seconds=0.01)
+    two = Workers(count=2)
+    job = Job(run_config={}, data_folder="", folder="", workers=two, slice_seconds=0.01)
     run = gang.Gang(job, form_seconds=60.0)
     for room, started in ((0, 1), (0, 1), (1, 2), (1, 2)):
         ray.room = room

@@ -26,8 +26,8 @@ from dmx.runs.layout import (
 from dmx.runs.stages import History
 from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job
-from dmx.training.predictions import Measurement
 from tests.tiny import SETTINGS, TASK, write_tiny
 
 OTHER_TASK = "pathfinder16-cl2-d0"
@@ -103,7 +103,7 @@ class FakeBackend:
         write_tiny(root, task)
         self.queue.append(Message(key=key, done=True, value=0.0))
 
-    def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+    def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
         self.tested.append((key.stage, key.detail))
         self.queue.append(Message(key=key, done=True, value=0.25))
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from dmx.cli.curriculum import continue_command
-from dmx.curriculum.backend import SearchView
+from dmx.curriculum.backend import SearchView, _measure
 from dmx.data.store import Store
 from dmx.errors import StageError
 from dmx.schema import to_dict
 from dmx.storage.journal import Claim, encode, read_claim
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job
-from dmx.training.predictions import Measurement, measure
 from dmx.training.runner import Runner
 from dmx.training.transfer import POSITION_KEY, tile_positions
 from tests import tiny
@@ -120,8 +120,8 @@ def test_a_checkpoint_is_measured_on_its_own_data(tmp_path: Path, tiny_store: St
             for i in range(len(split)):
                 ids = torch.from_numpy(split.gather([i], tiny.LENGTH)).long()
                 hits += int(trainer.model(ids).argmax()) == int(split.labels[i])
-    wanted = Measurement(checkpoint=str(folder), data_folder=str(tiny_store.folder))
-    assert measure(wanted, 1) == hits / len(split)
+    wanted = EvaluationJob(checkpoint=str(folder), data_folder=str(tiny_store.folder))
+    assert _measure(wanted, 1) == hits / len(split)
 
 
 def test_weights_are_measured_in_a_larger_model(tmp_path: Path, tiny_store: Store) -> None:
@@ -129,15 +129,15 @@ def test_weights_are_measured_in_a_larger_model(tmp_path: Path, tiny_store: Stor
     folder = trained(tmp_path / "best", tiny_store)
     store = tiny.write_tiny(tmp_path / "data", "pathfinder32-cl3-d1", 1024)
     larger = tiny.config(task=store.manifest.task)
-    wanted = Measurement(
+    wanted = EvaluationJob(
         checkpoint=str(folder), data_folder=str(store.folder), config=to_dict(larger)
     )
-    found = measure(wanted, 1)
+    found = _measure(wanted, 1)
     state = open_checkpoint(folder).model_state()
     state[POSITION_KEY] = tile_positions(state[POSITION_KEY], 1024)
     with tiny.trainer(store, task=store.manifest.task) as trainer:
         trainer.model.load_state_dict(state)
         assert trainer.evaluate("test").accuracy == found
     other = to_dict(tiny.config(model__num_layers=2))
-    wanted = Measurement(checkpoint=str(folder), data_folder=str(tiny_store.folder), config=other)
-    assert measure(wanted, 1) is None
+    wanted = EvaluationJob(checkpoint=str(folder), data_folder=str(tiny_store.folder), config=other)
+    assert _measure(wanted, 1) is None

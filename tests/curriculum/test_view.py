@@ -34,7 +34,7 @@ from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.stages import fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
-from dmx.training.predictions import Measurement
+from dmx.training.evaluation import EvaluationJob
 from tests import tiny
 from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
 from tests.tiny import TASK, write_tiny
@@ -171,7 +171,7 @@ def test_weights_that_do_not_fit_the_last_stage_are_healthy_everywhere(
     """Their test accuracy there is null, in the journal and in what is read from it."""
 
     class Unfit(FakeBackend):
-        def test(self, key: Key, wanted: Measurement, *, cpus: float, gpus: float) -> None:
+        def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
             value = 0.25 if key.detail == key.stage else None
             self.queue.append(Message(key=key, done=True, value=value))
 

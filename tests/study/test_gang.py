@@ -30,7 +30,7 @@ from dmx.schema import to_dict
 from dmx.storage.journal import read_claim
 from dmx.study.study import train_trials
 from dmx.training.checkpoint import open_checkpoint
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers
 from dmx.training.runner import Runner
 from tests.study.processes import wait_until
 from tests.study.test_in_process import Watcher, study_config
@@ -86,7 +86,7 @@ def check_close(reports, expected):
 
 def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
     """Kill -9 of the leader; both are started again, from the last checkpoint."""
-    runner = Gang(job(tmp_path / "run", tiny_store, workers=2))
+    runner = Gang(job(tmp_path / "run", tiny_store, workers=Workers(count=2)))
     killed: list[int] = []
 
     def kill(report):
@@ -107,7 +107,7 @@ def test_a_killed_worker_changes_nothing(two_cpus, tiny_store, alone, tmp_path):
 
 def test_closed_between_two_evaluations_it_goes_on_there(two_cpus, tiny_store, alone, tmp_path):
     """Two steps, an evaluation, two steps; then one process does what is left."""
-    wanted = job(tmp_path / "run", tiny_store, workers=2, slice_seconds=0.0)
+    wanted = job(tmp_path / "run", tiny_store, workers=Workers(count=2), slice_seconds=0.0)
     with contextlib.closing(Gang(wanted)) as gang:
         reports = [gang.step() for _ in range(5)]
     assert [r[STEPS] for r in reports] == [1, 2, 2, 3, 4]
@@ -120,7 +120,7 @@ def test_closed_between_two_evaluations_it_goes_on_there(two_cpus, tiny_store, a
 
 def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone, tmp_path):
     """`stop` ends all workers and gives the room back; one process then goes on."""
-    long = job(tmp_path / "run", tiny_store, workers=2)
+    long = job(tmp_path / "run", tiny_store, workers=Workers(count=2))
     running = start(long, cpus=1, gpus=0)
     [(_, report)] = wait_any([running], timeout_seconds=240)
     check_close([report], alone[:1])

@@ -12,6 +12,7 @@ import pytest
 from dmx.cluster.gang import Gang
 from dmx.runs.layout import NUM_WORKERS, STEPS
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.job import Workers
 from tests.study.processes import runs, started, wait_until
 from tests.study.test_gang import check_close, job, reports_alone, to_end
 from tests.tiny import SETTINGS, TASK
@@ -51,7 +52,7 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_result(tiny_store, tmp_pa
     other = nodes.add_node(num_cpus=1)
     try:
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-        runner = Gang(job(tmp_path / "run", tiny_store, workers=2), form_seconds=60)
+        runner = Gang(job(tmp_path / "run", tiny_store, workers=Workers(count=2)), form_seconds=60)
 
         def lose(report):
             if report[STEPS] == 4:

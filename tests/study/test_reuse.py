@@ -46,7 +46,8 @@ def test_switches_and_random_state_of_a_trial_end_with_it(tiny_store, tmp_path):
     random.seed(7)
     np.random.seed(7)
     different = ProcessState.now()
-    assert all(vars(different)[k] != v for k, v in vars(before).items()), "each was turned"
+    turned = zip(different.values, before.values, strict=True)
+    assert all(now != then for now, then in turned), "each was turned"
     assert made.reset_config(trial(tiny_store, tmp_path / "b"))
     assert ProcessState.now() == before
     assert made.runner and torch.get_num_threads() == 1  # its own, from the first step on

@@ -226,6 +226,11 @@ def test_a_repeated_checkpoint_is_the_same_and_is_flushed_once(tmp_path, monkeyp
     assert len(flushed) == 2 * 6 + 2
     for name in FILES:
         assert (tmp_path / "last" / name).read_bytes() == (tmp_path / "best" / name).read_bytes()
+    flushed.clear()
+    save(tmp_path / "last", 2.5)
+    assert len(flushed) == 5, "the config is the same: the new one is the old one's file"
+    assert value_of(tmp_path / "last") == 2.5 and value_of(tmp_path / "best") == 2.0
+    repeat_checkpoint(tmp_path / "best", tmp_path / "last")
     kept = (tmp_path / "last" / FILES[0]).read_bytes()
     save(tmp_path / "best", 3.0)  # replaces its files, and does not write into those of last/
     assert (tmp_path / "last" / FILES[0]).read_bytes() == kept

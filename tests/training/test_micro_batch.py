@@ -58,7 +58,7 @@ def test_another_error_is_not_tried_again():
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        AdaptiveMicroBatch(8, 8, "training").run(attempt, lambda: None)
+        AdaptiveMicroBatch(8, 8, "training", torch.device("cpu")).run(attempt)
     assert calls == [8]
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dmx.errors import CheckpointError, ConfigError
-from dmx.training.reference import adopt, load_model, read_output_model, rename_state
+from dmx.training.checkpoint import load_weights
+from dmx.training.reference import load_model, read_output_model, rename_state
 from tests.golden_files import NAMES, golden
 from tests.tiny import one_sentence
 
@@ -129,7 +130,7 @@ def test_output_files_compiled_or_not(tmp_path, prefix):
     plain = {n: v.clone() for n, v in model.state_dict().items()}
     for parameter in model.parameters():
         parameter.data.zero_()
-    adopt(model, read_output_model(path), str(path))
+    load_weights(model, read_output_model(path), str(path))
     assert all(torch.equal(v, plain[n]) for n, v in model.state_dict().items())
     assert (model(data["input_ids"]) - data["logits"]).abs().max() <= BOUND
 

@@ -20,8 +20,8 @@ from dmx.schema import to_dict
 from dmx.storage.journal import CLAIM_FILE
 from dmx.training import passes
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob, evaluate_checkpoint
 from dmx.training.job import Job
-from dmx.training.predictions import evaluate_checkpoint
 from dmx.training.process_group import SINGLE_PROCESS
 from dmx.training.runner import Runner
 from dmx.training.trainer import Diverged, build_model
@@ -365,9 +365,10 @@ def test_a_cut_run_of_another_process_is_left_alone(tiny_store, tmp_path, caplog
 
 def test_evaluate_checkpoint_is_the_reported_accuracy(tiny_store, tmp_path):
     reports = run_to_end(Runner(job(tiny_store, tmp_path)))
-    found = evaluate_checkpoint(str(tmp_path / "last"), str(tiny_store.folder), "dev", 1)
-    assert found["accuracy"] == reports[-1]["dev_accuracy"] and found["num_examples"] == 37
-    assert found["loss"] == pytest.approx(reports[-1]["dev_loss"], rel=1e-12)
+    last, data = str(tmp_path / "last"), str(tiny_store.folder)
+    found = evaluate_checkpoint(EvaluationJob(checkpoint=last, data_folder=data, split="dev"), 1)
+    assert found.accuracy == reports[-1]["dev_accuracy"] and found.num_examples == 37
+    assert found.loss == pytest.approx(reports[-1]["dev_loss"], rel=1e-12)
 
 
 def test_a_failure_is_a_report(tiny_store, tmp_path):

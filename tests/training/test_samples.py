@@ -22,8 +22,8 @@ from dmx.runs.layout import REPORT_KEYS
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
 from dmx.training.job import Job
-from dmx.training.predictions import TAG, choose_samples, read_samples, write_samples
 from dmx.training.runner import Runner
+from dmx.training.samples import TAG, choose_samples, read_samples, write_samples
 from dmx.training.trainer import Trainer, build_model
 from tests import tiny
 
