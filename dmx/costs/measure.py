@@ -203,7 +203,8 @@ def _count(model: Classifier, batch: Batch) -> tuple[int, int]:
 
     model.zero_grad(set_to_none=True)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    alone = threads(1)  # the counter sees this thread only
+    with alone, flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = model(batch.input_ids, batch.input_ids_1)
         F.cross_entropy(logits.float(), batch.labels).backward()
     model.zero_grad(set_to_none=True)

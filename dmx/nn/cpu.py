@@ -3,13 +3,20 @@
 Torch would draw a mask with its serial Bernoulli generator and keep all weights for the gradient.
 Here 16 random bits serve a weight, pieces of the weights stay in cache, and long rows are computed
 again for the gradient (Vaswani et al. 2017, written out), so that memory is linear in the length.
+Each thread takes some of the groups through all operations: torch would split every single one over
+its threads and wait for all of them, and draw on one of them while the others wait.
 
 Legend: n groups, H heads, l rows of a group, Dh head dimension, c groups of a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +68,54 @@ class _Piece:
         return x[self.groups].flatten(0, 1)
 
 
-def _pieces(shape: torch.Size) -> Iterator[_Piece]:
+def _pieces(shape: torch.Size) -> list[_Piece]:
     count, heads, length, _ = shape
     rows = length if length <= LONGEST_KEPT else SCORES_AT_ONCE // (heads * length)
     rows = max(1, min(rows, length))
     groups = max(1, SCORES_AT_ONCE // (heads * rows * length))
-    number = 0
-    for a in range(0, count, groups):
-        for b in range(0, length, rows):
-            yield _Piece(number, slice(a, min(a + groups, count)), slice(b, min(b + rows, length)))
-            number += 1
+    places = (
+        (slice(a, min(a + groups, count)), slice(b, min(b + rows, length)))
+        for a in range(0, count, groups)
+        for b in range(0, length, rows)
+    )
+    return [_Piece(number, *place) for number, place in enumerate(places)]
+
+
+def _for_each(pieces: list[_Piece], work: Callable[[_Piece], None]) -> None:
+    """Call `work` with all of them; those of the same groups in order, by one thread."""
+    by_groups = [list(g) for _, g in itertools.groupby(pieces, lambda piece: piece.groups.start)]
+    threads = min(torch.get_num_threads(), len(by_groups))
+    each = -(-len(by_groups) // max(threads, 1))
+    shares = [by_groups[i : i + each] for i in range(0, len(by_groups), max(each, 1))]
+
+    @torch.no_grad()  # autograd's mode belongs to the thread
+    def work_through(share: list[list[_Piece]]) -> None:
+        for piece in itertools.chain.from_iterable(share):
+            work(piece)
+
+    if threads > 1:
+        list(_pool(torch.get_num_threads()).map(work_through, shares))
+    else:
+        work_through(by_groups)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch has no threads of its own."""
+    started = threading.Barrier(threads)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread, and the default of threads to come
+        torch.get_num_threads()  # takes the default, once per thread: now, while it is 1
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "dmx", initializer=start)
+    list(pool.map(lambda _: None, range(threads)))
+    torch.set_num_threads(threads)  # puts the default back
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pools, not their threads
 
 
 class _Attention(torch.autograd.Function):
@@ -79,14 +124,18 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, dropout: float, seed: int
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, kept = torch.empty_like(q), []
-        for piece in _pieces(q.shape):
+        out, pieces = torch.empty_like(q), _pieces(q.shape)
+        kept: dict[int, Tensor] = {}
+
+        def work(piece: _Piece) -> None:
             weights = _signed_weights(piece, q, k, keep, dropout, seed)
             mixed = piece.of(out)[:, piece.queries]
             mixed.baddbmm_(weights.relu(), piece.of(v), beta=0, alpha=1 / (1 - dropout))
             if q.shape[2] <= LONGEST_KEPT:
-                kept.append(weights)
-        ctx.save_for_backward(q, k, v, keep, *kept)
+                kept[piece.number] = weights
+
+        _for_each(pieces, work)
+        ctx.save_for_backward(q, k, v, keep, *(kept[n] for n in sorted(kept)))
         ctx.dropout, ctx.seed = dropout, seed
         return out
 
@@ -97,7 +146,8 @@ class _Attention(torch.autograd.Function):
         grad = (grad * (1 / (1 - ctx.dropout))).contiguous()
         grads = tuple(map(torch.zeros_like, (q, k, v)))
         scale = q.shape[3] ** -0.5
-        for piece in _pieces(q.shape):
+
+        def work(piece: _Piece) -> None:
             if kept:
                 weights = kept[piece.number]
             else:
@@ -111,6 +161,8 @@ class _Attention(torch.autograd.Function):
             scores.addcmul_(weights.abs(), total, value=-1)
             dq[:, piece.queries].baddbmm_(scores, piece.of(k), alpha=scale)
             dk.baddbmm_(scores.transpose(1, 2), piece.of(q)[:, piece.queries], alpha=scale)
+
+        _for_each(_pieces(q.shape), work)
         return *grads, None, None, None
 
 

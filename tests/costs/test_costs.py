@@ -25,6 +25,7 @@ from dmx.costs.measure import (
     count_step,
     num_parameters,
     probe_step,
+    threads,
 )
 from dmx.data.batches import Batch
 from dmx.data.store import Store
@@ -111,6 +112,14 @@ def test_twice_the_batch_is_twice_the_work(tiny_store: Store) -> None:
     trainer = Trainer(_config("butterfly-16"), tiny_store)
     assert one.parameters == sum(p.numel() for p in trainer.model.parameters())
     trainer.close()
+
+
+def test_counts_do_not_depend_on_the_threads(tiny_store: Store) -> None:
+    config = _config("softmax", attention__dropout=0.1)
+    with threads(1):
+        alone = count_step(config, tiny_store)
+    with threads(2):
+        assert count_step(config, tiny_store) == alone
 
 
 def test_counting_and_probing_leave_no_trace(tiny_store: Store) -> None:
