@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from dmx.runs.files import read_scalars
+from dmx.runs.run import read_scalars
 from dmx.tensorboard import RunWriter
 from tests.study.events import layout_of
 

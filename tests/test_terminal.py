@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dmx.runs.run import Trial
+from dmx.runs.trial import Trial
 from dmx.study.views import trials_table
 from dmx.terminal import Column, FittingTable
 

@@ -10,8 +10,8 @@ from dmx.cli.options import PATHS
 from dmx.errors import ConfigError
 from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
+from dmx.runs.run import Run
 from dmx.schema import is_url
-from dmx.search.study_settings import read_record
 from dmx.study.locations import find_places
 
 COMMANDS: dict[Kind, str] = {
@@ -40,7 +40,7 @@ def resumed(
         given: see Parser.given. default_name: the run's folder by them; None where they do not say.
 
     Returns:
-        The options, and what the run's journal says of that session (see read_record).
+        The options, and the latest `settings` event of the run's journal.
 
     Raises:
         ConfigError: no run is named, or one of another kind. StageError: its journal is damaged.
@@ -53,7 +53,7 @@ def resumed(
         return dict(given), {}
     storage, name = _place(word, given, default_name)
     folder = _folder(storage, name, given)
-    record = read_record(folder)
+    record = Run.read(folder).session
     found = record.get("kind", kind)
     if found != kind:
         raise ConfigError(

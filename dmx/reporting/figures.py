@@ -19,8 +19,8 @@ from dmx.reporting.tables import (
     study_front,
 )
 from dmx.runs.layout import DEV_ACCURACY, STEPS
-from dmx.runs.objectives import OBJECTIVES
-from dmx.runs.run import Run, Trial, number
+from dmx.runs.run import Run
+from dmx.runs.trial import OBJECTIVES, Trial, number
 from dmx.search.rungs import Rung
 
 MANY_TRIALS = 12

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmx.runs.layout import STEPS
-from dmx.runs.run import Run, Trial
+from dmx.runs.layout import DEV_ACCURACY, STEPS
+from dmx.runs.run import Run
+from dmx.runs.trial import Trial
 
 LEAST_TRIALS = 4
 """Fewer scored trials say nothing about any hyperparameter."""
@@ -63,7 +64,7 @@ def importances(run: Run) -> Importances:
         )
     ended = [t for t in run.trials if t.status in ("COMPLETE", "PRUNED") and t.reports]
     steps = min((t.steps for t in ended), default=0)
-    scored = [(t, a) for t in ended if math.isfinite(a := t.best_within(steps))]
+    scored = [(t, a) for t in ended if math.isfinite(a := t.highest(DEV_ACCURACY, within=steps))]
     trials = [t for t, _ in scored]
     searched = {k: v for k, v in run.search.searched.items() if any(k in t.drawn for t in trials)}
     shared = [k for k in searched if all(k in t.drawn for t in trials)]

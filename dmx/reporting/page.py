@@ -31,9 +31,9 @@ from dmx.runs.layout import (
     TRAIN_LOSS,
     TRAIN_SECONDS,
 )
-from dmx.runs.objectives import ACCURACY
 from dmx.runs.run import Run
 from dmx.runs.stages import Stage
+from dmx.runs.trial import ACCURACY
 
 logger = logging.getLogger("dmx.report")
 

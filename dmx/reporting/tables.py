@@ -13,9 +13,9 @@ from dmx.format import MISSING, duration, percent, scaled, short, short_names, w
 from dmx.reporting.published import CHANCE, TITLES, Published, column_of
 from dmx.runs.events import base_name, settings_of
 from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS, attempt_folder
-from dmx.runs.objectives import OBJECTIVES
-from dmx.runs.run import Run, ranked
+from dmx.runs.run import Run
 from dmx.runs.stages import Attempt, Stage
+from dmx.runs.trial import OBJECTIVES, ranked
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
 
@@ -318,7 +318,7 @@ def front(points: Sequence[Costed]) -> list[Costed]:
 
 def against(run: Run, objective: str) -> list[Costed]:
     """Whole trials with their accuracy and another objective of the study."""
-    found = [Costed(t.number, OBJECTIVES[objective].of(t.reports), t.best) for t in run.whole]
+    found = [Costed(t.number, OBJECTIVES[objective].of(t), t.best) for t in run.whole]
     return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from dmx.runs import events
 from dmx.runs.layout import attempt_folder
-from dmx.runs.run import UNKNOWN, Run, Trial, TrialStatus
+from dmx.runs.run import UNKNOWN, Run
 from dmx.runs.stages import History, Stage, advance
+from dmx.runs.trial import Trial, TrialStatus
 from dmx.schema import flatten
 
 _SEEDS = ("train.seed", "data.seed", "search.seed", "data.root", "train.device", "train.compile")

@@ -3,200 +3,57 @@
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from dmx.errors import StageError
+from dmx.errors import ConfigError, DataError, StageError
 from dmx.runs import events, layout
-from dmx.runs.files import last_line, read_config, read_json, read_scalars
-from dmx.runs.layout import (
-    BEST_DEV_ACCURACY,
-    BEST_STEP,
-    DEV_ACCURACY,
-    REPORT_KEYS,
-    STEPS,
-    TRAIN_SECONDS,
-    Kind,
-)
-from dmx.runs.objectives import DEFAULT, evaluate
+from dmx.runs.layout import DEV_ACCURACY, REPORT_KEYS, STEPS, Kind
+from dmx.runs.trial import Trial, TrialStatus, best_of, number
+from dmx.schema import read_yaml
 from dmx.storage.journal import read_journal
 
 if TYPE_CHECKING:
     from dmx.runs.stages import Stage
-    from dmx.runs.study import Report, Search, Takeover
+    from dmx.runs.study import FinalSeeds, Report, Search, Takeover
 
-
-TrialStatus = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 UNKNOWN = "unknown"
 _SAMPLE = ", not LRA"
 """How the label of data ends that stand in for the published ones (see data.manifest)."""
-
-
-def number(values: Mapping[str, Any], key: str) -> float:
-    """A metric as a float; NaN where it is missing or no number."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value)
-
-
-@dataclass(kw_only=True)
-class Trial:
-    """One trial of a study, or the only one of a single run.
-
-    Attributes:
-        number: in the order of proposal, from 0.
-        status: COMPLETE (full budget), PRUNED (stopped by the scheduler), FAILED, or RUNNING.
-        drawn: the searched values by SearchSpace's labels, which tell a setting's distributions
-            under several conditions apart.
-        curve: step -> flat metrics.
-        error: one line of what failed, or "". reason: of an early stop, in this session: the rung.
-        objectives: of its study.
-        changes: step -> its searched values from then on, where it took over another trial.
-        started_after: how many trials had ended when it was proposed.
-        folder: where it keeps its checkpoints, or None.
-    """
-
-    number: int
-    status: TrialStatus = "RUNNING"
-    drawn: Mapping[str, Any] = field(default_factory=dict)
-    curve: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    error: str = ""
-    reason: str = ""
-    objectives: tuple[str, ...] = DEFAULT
-    changes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    started_after: int = 0
-    folder: Path | None = None
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Of each objective, by name; NaN where it was not measured."""
-        found = evaluate(self.objectives, self.reports)
-        return dict(zip(self.objectives, found, strict=True))
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The searched values by dotted RunConfig path."""
-        return events.settings_of(self.drawn)
-
-    def params_at(self, step: float) -> dict[str, Any]:
-        """The searched values that its weights of a step were trained with."""
-        found = self.params
-        for changed, values in sorted(self.changes.items()):
-            if changed < step:
-                found = {**found, **values}
-        return found
-
-    @property
-    def reports(self) -> tuple[Mapping[str, Any], ...]:
-        """Flat metrics at each evaluation, by rising step."""
-        return tuple(self.curve[step] for step in sorted(self.curve))
-
-    @property
-    def last_report(self) -> Mapping[str, Any]:
-        """Flat metrics at the last evaluation; {} before the first."""
-        return self.curve[max(self.curve)] if self.curve else {}
-
-    @property
-    def best(self) -> float:
-        """The highest dev accuracy, or NaN."""
-        return max(self.highest(DEV_ACCURACY), self.highest(BEST_DEV_ACCURACY), key=_finite_first)
-
-    def best_within(self, steps: int) -> float:
-        """The highest dev accuracy of the first so many steps, or NaN."""
-        found = [number(r, DEV_ACCURACY) for r in self.reports if r[STEPS] <= steps]
-        return max((v for v in found if math.isfinite(v)), default=math.nan)
-
-    @property
-    def best_step(self) -> int:
-        """The step of its best checkpoint."""
-        return int(self.last_report.get(BEST_STEP, 0))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps taken."""
-        value = self.last(STEPS)
-        return int(value) if math.isfinite(value) else 0
-
-    @property
-    def seconds(self) -> float:
-        """Training time, 0 before its first report."""
-        return float(self.last_report.get(TRAIN_SECONDS, 0.0))
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder of its best checkpoint, if there is one."""
-        found = None if self.folder is None else self.folder / layout.BEST_DIR
-        return found if found is not None and found.is_dir() else None
-
-    def last(self, key: str) -> float:
-        """A metric of the last report, or NaN."""
-        return number(self.last_report, key)
-
-    def median(self, key: str) -> float:
-        """The median of a metric over all reports, or NaN; steadier than the last."""
-        found = [v for r in self.reports if math.isfinite(v := number(r, key))]
-        return statistics.median(found) if found else math.nan
-
-    def highest(self, key: str) -> float:
-        """The highest value of a metric over all reports, or NaN."""
-        found = [v for r in self.reports if math.isfinite(v := number(r, key))]
-        return max(found, default=math.nan)
-
-
-def _finite_first(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinalSeeds:
-    """The best setting, trained again from other seeds. Accuracies lie in 0..1."""
-
-    seeds: tuple[int, ...]
-    dev_accuracies: tuple[float, ...]
-    test_accuracies: tuple[float, ...]
-
-
-class CheckpointMetrics(TypedDict, total=False):
-    """metrics.json of a checkpoint, as far as it is read here."""
-
-    steps: int
-    best_step: int | None
-    num_dev: int | None
-    dev_majority: float | None
-    environment: dict[str, Any] | None
-    data: str
-    data_checksum: str | None
-
-
-class RunResult(TypedDict, total=False):
-    """result.json of a single run."""
-
-    data: str
-    best_step: int | None
-    test_accuracy: float | None
-    test_loss: float | None
+_RESULT = {
+    **{"data?": str, "best_step?": (int, None)},
+    **{"test_accuracy?": (float, None), "test_loss?": (float, None)},
+}
+"""result.json of a single run."""
+_METRICS = {
+    **{"steps?": int, "best_step?": (int, None), "num_dev?": (int, None)},
+    **{"dev_majority?": (float, None), "environment?": (dict, None)},
+    **{"data?": str, "data_checksum?": (str, None)},
+}
+"""metrics.json of a checkpoint, as far as it is read here."""
 
 
 class Run:
     """A run of dmx: what its journal and the files beside it say. By itself, a single run.
 
-    Folding an event costs no file; what lies in files is read when it is asked for, once.
+    Folding an event costs no file; what lies in files is read when it is asked for, once. A damaged
+    one is a DataError that names it.
 
     Args:
         folder: of the run; its name is the run's.
 
     Attributes:
-        settings, options: of the latest session. train_seconds: see Curriculum.
-        empty: the journal has no event.
+        session: the latest `settings` event, or {}. settings, options: its own.
+        train_seconds: see Curriculum. empty: the journal has no event.
     """
 
     kind: ClassVar[Kind] = "run"
-    known_events: ClassVar[Mapping[str, type]] = {
+    known_events: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: events.STUDY[name] for name in ("settings", "session")
     }
 
@@ -217,10 +74,10 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
         self.empty = True
+        self.session: Mapping[str, Any] = {}
         self.settings: Mapping[str, Any] = {}
         self.options: Mapping[str, Any] = {}
-        self._session: Mapping[str, Any] = {}
-        self._seconds, self._begun, self._latest = math.nan, math.nan, math.nan
+        self._at_work: list[list[float]] = []  # each session's first and last time
 
     # -- folding ----------------------------------------------------------------------------
 
@@ -229,11 +86,16 @@ class Run:
         """The run as its journal tells it; what lies in files is read when it is asked for.
 
         Raises:
-            StageError: the journal is damaged; names it.
+            StageError: the journal is damaged, or of an earlier dmx; names it.
         """
         run = cls(folder)
         for event in read_journal(folder / layout.JOURNAL_FILE)[0]:
             run.add(event)
+        if run.empty and (folder / layout.SETTINGS_FILE).exists():
+            raise StageError(
+                f"{folder} has no {layout.JOURNAL_FILE}: an earlier dmx wrote it; start the run "
+                "under a new name."
+            )
         return run
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -244,45 +106,29 @@ class Run:
         """
         self.empty = False
         try:
-            self._take_up(event)
+            name = events.check(event, self.known_events)
+            time = event.get("time")
+            if isinstance(time, int | float):
+                if name == "session":
+                    self._at_work.append([time, time])
+                elif self._at_work:
+                    self._at_work[-1][1] = time
+            if name == "settings":
+                self.session = event
+                self.settings, self.options = event["settings"], event["options"]
+            if name:
+                self._fold(name, event)
         except StageError as error:
             path = self.folder / layout.JOURNAL_FILE
             raise StageError(f"{path} is damaged: {error}") from None
 
-    def _take_up(self, event: Mapping[str, Any]) -> None:
-        name = events.check(event, self.known_events)
-        time = event.get("time")
-        if isinstance(time, int | float):
-            if name == "session":
-                self._seconds, self._begun = self._worked(), float(time)
-            self._latest = float(time)
-        if name == "settings":
-            self.settings, self.options = event["settings"], event["options"]
-            self._session = event
-        if name:
-            self._fold(name, event)
-
     def _fold(self, name: str, event: Mapping[str, Any]) -> None:
         """Take up an event of the kind's own; its fields are sound."""
-
-    def _worked(self) -> float:
-        if math.isnan(self._begun):
-            return 0.0
-        return (0.0 if math.isnan(self._seconds) else self._seconds) + self._latest - self._begun
 
     @property
     def seconds(self) -> float:
         """Wall time of all sessions, without the pauses between them; NaN for a single run."""
-        return math.nan if math.isnan(self._begun) else self._worked()
-
-    def check(self) -> None:
-        """Read what lies in files, so that a damaged one is said now.
-
-        Raises:
-            DataError: one is damaged; names it.
-        """
-        for _ in (self.trials, self.config, self.environment, self.complete):
-            pass
+        return sum(last - first for first, last in self._at_work) if self._at_work else math.nan
 
     # -- what it is -------------------------------------------------------------------------
 
@@ -294,13 +140,21 @@ class Run:
     @property
     def attention(self) -> str:
         """As the run is called, with its size where that is fixed: `butterfly-64`."""
-        return str(self._session.get("attention") or UNKNOWN)
+        return str(self.session.get("attention") or UNKNOWN)
 
     @property
     def data(self) -> str:
         """The data's label."""
-        files = ((f or {}).get("data") for f in (self._result, self._metrics, self.settings))
-        return str(next((label for label in files if label), UNKNOWN))
+        return self._recorded("data") or UNKNOWN
+
+    @property
+    def data_checksum(self) -> str:
+        """Of the prepared data, or ""."""
+        return self._recorded("data_checksum")
+
+    def _recorded(self, key: str) -> str:
+        found = (source.get(key) for source in (self._result, self._metrics, self.settings))
+        return str(next((value for value in found if value), ""))
 
     @property
     def is_sample(self) -> bool:
@@ -313,28 +167,22 @@ class Run:
         return data.endswith(_SAMPLE)
 
     @property
-    def data_checksum(self) -> str:
-        """Of the prepared data, or ""."""
-        files = ((f or {}).get("data_checksum") for f in (self._metrics, self.settings))
-        return str(next((checksum for checksum in files if checksum), ""))
-
-    @property
     def environment(self) -> Mapping[str, Any]:
         """Versions and devices of its latest session, then of its checkpoint; `argv`."""
-        argv = {k: self._session[k] for k in ("argv",) if k in self._session}
-        beside = (self._metrics or {}).get("environment") or {}
-        return {**self._session.get("environment", {}), **argv, **beside}
+        argv = {k: self.session[k] for k in ("argv",) if k in self.session}
+        beside = self._metrics.get("environment") or {}
+        return {**self.session.get("environment", {}), **argv, **beside}
 
     # -- what came of it --------------------------------------------------------------------
 
     @functools.cached_property
-    def _result(self) -> Mapping[str, Any] | None:
-        return read_json(self.folder / layout.RESULT_FILE, RunResult)
+    def _result(self) -> Mapping[str, Any]:
+        return read_json(self.folder / layout.RESULT_FILE, _RESULT)
 
     @property
     def complete(self) -> bool:
         """Whether it ran to its end."""
-        return self._result is not None
+        return bool(self._result)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -343,17 +191,14 @@ class Run:
 
     @functools.cached_property
     def _trial(self) -> Trial:
-        curve: dict[int, Mapping[str, Any]] = {
-            step: found
-            for step, found in read_scalars(self.folder).items()
-            if DEV_ACCURACY in found
-        }
-        if not curve and self._metrics is not None and STEPS in self._metrics:
+        scalars = read_scalars(self.folder).items()
+        curve: dict[int, Mapping[str, Any]] = {s: r for s, r in scalars if DEV_ACCURACY in r}
+        if not curve and STEPS in self._metrics:
             values = {k: v for k, v in self._metrics.items() if k in REPORT_KEYS}
-            curve = {self._metrics["steps"]: values}
-        error = last_line(self.folder / layout.ERROR_FILE)
+            curve = {self._metrics[STEPS]: values}
+        error = _last_line(self.folder / layout.ERROR_FILE)
         ended: TrialStatus = "FAILED" if error else "RUNNING"
-        status: TrialStatus = "COMPLETE" if self._result is not None else ended
+        status: TrialStatus = "COMPLETE" if self.complete else ended
         return Trial(number=0, status=status, curve=curve, error=error, folder=self.folder)
 
     @property
@@ -375,18 +220,21 @@ class Run:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint, or None."""
-        found = self._result or self._metrics
-        return None if found is None else found.get("best_step")
+        return (self._result or self._metrics).get("best_step")
 
     @property
     def test_accuracy(self) -> float:
         """Of the best checkpoint, in 0..1; NaN where it was not tested."""
-        return number(self._result or {}, "test_accuracy")
+        return number(self._tested, "test_accuracy")
 
     @property
     def test_loss(self) -> float:
         """Of the best checkpoint; NaN where it was not tested."""
-        return number(self._result or {}, "test_loss")
+        return number(self._tested, "test_loss")
+
+    @property
+    def _tested(self) -> Mapping[str, Any]:
+        return self._result
 
     # -- its best checkpoint ----------------------------------------------------------------
 
@@ -396,16 +244,16 @@ class Run:
         return self.folder / layout.BEST_DIR
 
     @functools.cached_property
-    def _metrics(self) -> Mapping[str, Any] | None:
+    def _metrics(self) -> Mapping[str, Any]:
         """What was written beside the best checkpoint; before the first best one, the last."""
-        found = read_json(self.checkpoint / layout.METRICS_FILE, CheckpointMetrics)
-        last = self.folder / layout.LAST_DIR / layout.METRICS_FILE
-        return read_json(last, CheckpointMetrics) if found is None else found
+        places = (self.checkpoint, self.folder / layout.LAST_DIR)
+        found = (read_json(place / layout.METRICS_FILE, _METRICS) for place in places)
+        return next(filter(None, found), {})
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any] | None:
         """The plain RunConfig of the best checkpoint, or None."""
-        found = read_config(self.checkpoint) or read_config(self.folder / layout.LAST_DIR)
+        found = _read_config(self.checkpoint) or _read_config(self.folder / layout.LAST_DIR)
         return found or self.settings.get("config") or None
 
     @property
@@ -416,12 +264,12 @@ class Run:
     @property
     def num_dev(self) -> int:
         """Examples of the dev split, 0 where unknown."""
-        return (self._metrics or {}).get("num_dev") or 0
+        return self._metrics.get("num_dev") or 0
 
     @property
     def dev_majority(self) -> float:
         """The share of the dev split's largest class: what a model that learnt nothing reaches."""
-        return number(self._metrics or {}, "dev_majority")
+        return number(self._metrics, "dev_majority")
 
     # -- what follows from it ---------------------------------------------------------------
 
@@ -460,26 +308,81 @@ class Run:
     def at_chance(self) -> bool:
         """Whether all accuracies are explained by luck; False where the dev split is unknown."""
         scores = [t.best for t in self.trials if math.isfinite(t.best)]
-        bound = self.by_luck(sum(len(t.reports) for t in self.trials))
+        bound = self.by_luck(sum(len(t.curve) for t in self.trials))
         return bool(scores) and max(scores) <= bound
 
     @property
     def memory_of(self) -> str:
         """What its memory is measured on: "GPU", "process", or "" where no file tells."""
-        if "gpus" not in self.environment:
-            return ""
-        return "GPU" if self.environment["gpus"] else "process"
+        gpus = self.environment.get("gpus")
+        return "" if gpus is None else "GPU" if gpus else "process"
 
 
-def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """The highest dev accuracy first, the earlier one on a tie; last those that have none."""
-
-    def order(trial: Trial) -> tuple[float, int]:
-        return (-trial.best if math.isfinite(trial.best) else math.inf, trial.number)
-
-    return sorted(trials, key=order)
+# -- the files beside a journal -------------------------------------------------------------
 
 
-def best_of(trials: Iterable[Trial]) -> Trial | None:
-    """The trial with the highest finite dev accuracy; the earliest on a tie; or None."""
-    return next((t for t in ranked(trials) if math.isfinite(t.best)), None)
+def read_json(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping in a JSON file, its fields checked as an event's; {} where there is no file.
+
+    Raises:
+        DataError: it cannot be read, is no JSON, or a value is of another type; names it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        reason = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no JSON"
+        raise DataError(
+            f"{path} is damaged ({reason}); the run's command with --resume writes it anew."
+        ) from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: it must hold a mapping.")
+    if wrong := events.unsound(found, fields):
+        raise DataError(f"{path} is damaged: it has no sound {wrong}.")
+    return found
+
+
+def _read_config(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The plain RunConfig beside a checkpoint; None where there is none."""
+    path = checkpoint / layout.CONFIG_FILE
+    try:
+        return read_yaml(path) if path.is_file() else None
+    except ConfigError as error:
+        raise DataError(f"{checkpoint} is damaged: {error}") from None
+
+
+def read_scalars(folder: Path) -> dict[int, dict[str, float]]:
+    """The scalars in a folder's own TensorBoard files, by rising step.
+
+    A run that was resumed may have written a step twice; the later value counts.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    steps: dict[int, dict[str, float]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        try:
+            for raw in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(raw)
+                for value in event.summary.value:
+                    # A tag with a slash counts by something other than optimizer steps.
+                    if value.WhichOneof("value") == "simple_value" and "/" not in value.tag:
+                        steps.setdefault(event.step, {})[value.tag] = value.simple_value
+        except Exception as error:  # whatever a damaged file makes protobuf or TensorBoard raise
+            raise DataError(f"{path} is damaged ({type(error).__name__}).") from None
+    return dict(sorted(steps.items()))
+
+
+def _last_line(path: Path) -> str:
+    """Of a traceback: the error itself."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+    except (OSError, IndexError):
+        return ""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from dmx.runs import events
 from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY, TRAIN_SECONDS
-from dmx.runs.run import number
+from dmx.runs.trial import number
 
 StageStatus = Literal["waiting", "running", "passed", "failed"]
 _PROGRESS = {

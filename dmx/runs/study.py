@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dmx.errors import StageError
 from dmx.runs import events, layout
 from dmx.runs.layout import DEV_ACCURACY
-from dmx.runs.objectives import DEFAULT, OBJECTIVES, pareto_front
-from dmx.runs.run import (
-    UNKNOWN,
-    FinalSeeds,
-    Run,
-    Trial,
-    best_of,
-    number,
-)
+from dmx.runs.run import UNKNOWN, Run
+from dmx.runs.trial import DEFAULT, OBJECTIVES, Trial, best_of, number, pareto_front
 
 if TYPE_CHECKING:
     import pandas
@@ -38,22 +31,31 @@ class Search:
     """How a study searched.
 
     Attributes:
-        searched: Optuna's name -> (kind, *values), as in the search space.
+        searched: Optuna's name -> [kind, *values], as in the search space.
         grace_steps, reduction_factor: of ASHA and Hyperband.
-        objectives: names, see dmx.runs.objectives.
+        objectives: names, see dmx.runs.trial.
         warm_start: the earlier studies it learnt from.
     """
 
-    searched: Mapping[str, tuple[Any, ...]]
-    scheduler: str
-    sampler: str
-    seed: int | None
-    max_steps: int
-    num_trials: int
-    grace_steps: int
-    reduction_factor: float
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = "none"
+    sampler: str = UNKNOWN
+    seed: int | None = None
+    max_steps: int = 1
+    num_trials: int = 0
+    grace_steps: int = 1
+    reduction_factor: float = 3.0
     objectives: tuple[str, ...] = DEFAULT
     warm_start: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalSeeds:
+    """The best setting, trained again from other seeds. Accuracies lie in 0..1."""
+
+    seeds: tuple[int, ...]
+    dev_accuracies: tuple[float, ...]
+    test_accuracies: tuple[float, ...]
 
 
 class Report(NamedTuple):
@@ -135,14 +137,9 @@ class Study(Run):
             self._final = event
 
     def _check_settings(self) -> None:
-        """See that the settings are a study's.
-
-        Raises:
-            StageError: they are not.
-        """
-        wrong = events.unsound(self.settings, events.StudySettings)
+        wrong = events.unsound(self.settings, events.STUDY_SETTINGS)
         for name, found in self.settings.get("searched", {}).items() if not wrong else ():
-            kind, *values = found or ("",)
+            kind, *values = found if isinstance(found, list) and found else ("",)
             numbers = kind == "choice" or not any(isinstance(v, str) for v in values)
             plain = all(isinstance(v, str | int | float) for v in values)
             if not isinstance(kind, str) or not values or not plain or not numbers:
@@ -163,7 +160,7 @@ class Study(Run):
     @property
     def attention(self) -> str:
         """As the study is called, with its size where that is not searched: `butterfly-64`."""
-        return str(self._session.get("attention") or self.settings.get("attention", UNKNOWN))
+        return str(self.session.get("attention") or self.settings.get("attention", UNKNOWN))
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -183,21 +180,11 @@ class Study(Run):
     @property
     def search(self) -> Search:  # type: ignore[override]
         """How it searched."""
-        found = self.settings
-        max_steps = found.get("max_steps", 1)
-        searched = found.get("searched", {})
-        return Search(
-            searched={name: tuple(values) for name, values in searched.items()},
-            scheduler=found.get("scheduler", "none"),
-            sampler=found.get("sampler", UNKNOWN),
-            seed=found.get("seed"),
-            max_steps=max_steps,
-            num_trials=found.get("num_trials", 0),
-            grace_steps=min(max(found.get("grace_steps", 1), 1), max_steps),
-            reduction_factor=found.get("reduction_factor", 3.0),
-            objectives=self.objectives,
-            warm_start=tuple(found.get("warm_start", {}).get("runs", ())),
-        )
+        names = Search.__dataclass_fields__
+        found = {name: value for name, value in self.settings.items() if name in names}
+        found["grace_steps"] = min(max(found.get("grace_steps", 1), 1), found.get("max_steps", 1))
+        found["warm_start"] = tuple(found.get("warm_start", {}).get("runs", ()))
+        return Search(**{**found, "objectives": self.objectives})
 
     # -- what came of it --------------------------------------------------------------------
 
@@ -214,15 +201,14 @@ class Study(Run):
     @property
     def best_trials(self) -> tuple[Trial, ...]:
         if not self.several:
-            best = best_of(self.trials)
-            return () if best is None else (best,)
+            return super().best_trials
         points = {t.number: tuple(t.values.values()) for t in self.whole}
         return tuple(self.by_number[n] for n in pareto_front(self.several, points))
 
     @property
     def best_trial(self) -> Trial | None:
         """The most accurate trial (the earlier one on a tie); of the front, where there is one."""
-        return best_of(self.best_trials or self.trials)
+        return best_of(self.best_trials if self.several else ()) or best_of(self.trials)
 
     @property
     def best_params(self) -> Mapping[str, Any]:
@@ -244,16 +230,6 @@ class Study(Run):
     def _tested(self) -> Mapping[str, Any]:
         """The test of the best trial, if that is the one that was tested."""
         return self._final if self._final and self._final["trial"] == self.best else {}
-
-    @property
-    def test_accuracy(self) -> float:
-        """Of the best checkpoint, in 0..1; NaN where it was not tested."""
-        return number(self._tested, "test_accuracy")
-
-    @property
-    def test_loss(self) -> float:
-        """Of the best checkpoint; NaN where it was not tested."""
-        return number(self._tested, "test_loss")
 
     @property
     def finals(self) -> FinalSeeds | None:  # type: ignore[override]

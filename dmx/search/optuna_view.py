@@ -18,8 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FixedTrial, create_trial
 
-from dmx.runs.objectives import OBJECTIVES, directions
-from dmx.runs.run import Trial
+from dmx.runs.trial import OBJECTIVES, Trial, directions
 from dmx.search.samplers import STATES, accuracies, accuracy_of
 from dmx.search.space import SearchSpace
 

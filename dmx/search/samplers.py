@@ -23,9 +23,9 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_tria
 
 from dmx.errors import ConfigError, DmxError
 from dmx.runs.layout import DEV_ACCURACY
-from dmx.runs.objectives import DEFAULT, directions
-from dmx.runs.run import Trial as RecordedTrial
 from dmx.runs.study import SAMPLERS, Study
+from dmx.runs.trial import DEFAULT, directions
+from dmx.runs.trial import Trial as RecordedTrial
 from dmx.search.space import SearchSpace
 from dmx.search.warm_start import ObservedTrial, as_quantiles, rescaled
 

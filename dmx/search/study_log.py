@@ -18,9 +18,8 @@ from optuna.trial import FixedTrial
 from dmx.errors import StageError
 from dmx.runs import layout
 from dmx.runs.layout import REPORT_KEYS
-from dmx.runs.objectives import DEFAULT, missing
-from dmx.runs.run import TrialStatus
 from dmx.runs.study import Study
+from dmx.runs.trial import DEFAULT, TrialStatus, missing
 from dmx.search.optuna_view import OptunaView
 from dmx.search.samplers import Proposer
 from dmx.search.schedulers import Comparison
@@ -146,9 +145,9 @@ class StudyLog(Study):
         if number in self.outcomes:
             return
         trial = self.by_number[number]
-        values = [trial.values.get(name, math.nan) for name in self.objectives]
-        if status != "FAILED" and (lacking := missing(self.objectives, values)):
+        if status != "FAILED" and (lacking := missing(trial.values)):
             status, error = "FAILED", error or lacking
+        values = list(trial.values.values())
         several = {"values": values} if len(values) > 1 and status != "FAILED" else {}
         value = values[0] if math.isfinite(values[0]) else None
         self._append(

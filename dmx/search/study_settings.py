@@ -9,16 +9,12 @@ import json
 import sys
 import time
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from dmx.attention.labels import attention_label, sized
-from dmx.errors import StageError
 from dmx.registry import environment
-from dmx.runs.events import Settings, check
-from dmx.runs.layout import JOURNAL_FILE, SETTINGS_FILE, Kind
+from dmx.runs.layout import Kind
 from dmx.schema import flatten
-from dmx.storage.journal import read_journal
 
 SETTINGS = "settings"
 
@@ -49,30 +45,6 @@ def _label(settings: Mapping[str, Any]) -> str:
     if "attention" in settings:
         return sized(settings["attention"], flatten(settings.get("overrides", {})))
     return attention_label(settings["config"]) if "config" in settings else ""
-
-
-def read_record(folder: Path, remedy: str = "start the study under a new --name") -> dict[str, Any]:
-    """The last settings event of a run; {} where there is none.
-
-    Raises:
-        StageError: it is damaged; ends with the remedy.
-    """
-    path = folder / JOURNAL_FILE
-    try:
-        found = [e for e in read_journal(path)[0] if check(e, {SETTINGS: Settings})]
-    except StageError:
-        raise StageError(f"{path} is damaged; {remedy}.") from None
-    if not found and (folder / SETTINGS_FILE).exists():
-        raise StageError(f"{folder} was written by an earlier dmx; {remedy}.")
-    return found[-1] if found else {}
-
-
-def read_settings(
-    folder: Path, remedy: str = "start the study under a new --name"
-) -> dict[str, Any]:
-    """The settings in read_record; {} where there are none."""
-    found: dict[str, Any] = read_record(folder, remedy).get("settings", {})
-    return found
 
 
 # -- what changed ---------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from optuna.trial import FixedTrial, TrialState
 
 from dmx.errors import ConfigError, StageError
 from dmx.runs import layout
-from dmx.runs.objectives import evaluate, missing
 from dmx.runs.study import Study
+from dmx.runs.trial import missing
 from dmx.schema import flatten, local_path, to_dict
 from dmx.search.space import SearchSpace
 
@@ -223,13 +223,13 @@ def _points(study: Study, target: TargetStudy) -> Iterator[dict[str, Any] | None
     for trial in study.trials:
         if trial.status not in ("COMPLETE", "PRUNED"):
             continue
-        values = evaluate(target.objectives, trial.reports)
+        values = trial.values_of(target.objectives)
         params = trial.params
         point = _map_into_space(target, {**fixed, **params}, set(params))
-        if point is None or missing(target.objectives, values):
+        if point is None or missing(values):
             yield None
         else:
-            yield {"number": trial.number, "params": point, "values": list(values)}
+            yield {"number": trial.number, "params": point, "values": list(values.values())}
 
 
 def _map_into_space(

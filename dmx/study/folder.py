@@ -15,9 +15,10 @@ from typing import Any
 from dmx.errors import ConfigError, StorageError
 from dmx.runs import layout
 from dmx.runs.layout import BEST_DEV_ACCURACY, REPORT_KEYS
-from dmx.runs.run import Trial
+from dmx.runs.run import Run
+from dmx.runs.trial import Trial
 from dmx.schema import finite
-from dmx.search.study_settings import SETTINGS, changes, read_settings, settings_event
+from dmx.search.study_settings import SETTINGS, changes, settings_event
 from dmx.storage.files import copy_folder, fsync_path, write_atomic
 from dmx.storage.journal import CLAIM_FILE, Claim, Journal, read_journal
 
@@ -32,7 +33,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: it holds none, or another one.
         StageError: its settings are damaged.
     """
-    old = read_settings(folder)
+    old = Run.read(folder).settings
     if not old:
         raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
     changed = changes(old, settings, MAY_CHANGE)

@@ -18,14 +18,14 @@ from dmx.costs.measure import check_memory
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.registry import code_version, shipped_names
-from dmx.runs.objectives import parse_objectives
+from dmx.runs.run import Run
 from dmx.runs.study import SamplerKind, SchedulerKind
+from dmx.runs.trial import parse_objectives
 from dmx.search import warm_start
 from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.samplers import check_sampler, independent
 from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
-from dmx.search.study_settings import read_settings
 from dmx.storage.files import STORAGE_TIMEOUT
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import folder as study_folder
@@ -292,7 +292,7 @@ def check_study(
         objectives=config.objectives,
         sampler=config.sampler,
     )
-    known = read_settings(folder).get("warm_start") if options.resume else None
+    known = Run.read(folder).settings.get("warm_start") if options.resume else None
     identity, files, notes = warm_start.prepare(
         options.warm_start, Path(options.storage), here, folder, known=known, resume=options.resume
     )

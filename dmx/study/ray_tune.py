@@ -30,7 +30,7 @@ from dmx.cluster.gang import Gang, runner_of
 from dmx.errors import DmxError, StorageError
 from dmx.process import own_signals, terminate_like_interrupt
 from dmx.runs.layout import DEV_ACCURACY, FAILURE, RESUMABLE, SEGMENT_ENDED, STEPS, UNDER_WAY
-from dmx.runs.run import TrialStatus
+from dmx.runs.trial import TrialStatus
 from dmx.search.schedulers import DONE, Idle, Scheduler
 from dmx.search.study_log import StudyLog
 from dmx.storage.files import is_storage_error

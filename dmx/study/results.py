@@ -26,8 +26,8 @@ from dmx.runs.layout import (
     TEST_ACCURACY,
     TEST_LOSS,
 )
-from dmx.runs.objectives import OBJECTIVES
 from dmx.runs.study import Study
+from dmx.runs.trial import OBJECTIVES
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout

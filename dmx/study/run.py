@@ -94,7 +94,7 @@ def run_study(
     Args:
         write_page: what writes a complete study's report into its folder.
         recorded: the options that its journal keeps for the next session. record: what the
-            journal of the study that is continued says of it (see study_settings.read_record).
+            journal of the study that is continued says of it (its latest `settings` event).
 
     Raises:
         DmxError: it cannot be run; nothing was started. InterruptedRun: a signal came while the

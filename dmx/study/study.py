@@ -15,8 +15,8 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.format import short
 from dmx.runs import layout
-from dmx.runs.objectives import DEFAULT
 from dmx.runs.study import SamplerKind, SchedulerKind, Study
+from dmx.runs.trial import DEFAULT
 from dmx.schema import to_dict
 from dmx.search.schedulers import (
     Comparison,

@@ -28,8 +28,7 @@ from dmx.runs.layout import (
     TRAIN_LOSS,
     trial_folder,
 )
-from dmx.runs.objectives import ACCURACY, OBJECTIVES
-from dmx.runs.run import Trial, best_of, ranked
+from dmx.runs.trial import ACCURACY, OBJECTIVES, Trial, best_of, ranked
 from dmx.schema import finite, flatten
 from dmx.tensorboard import RunWriter
 from dmx.terminal import SETTINGS, Column, FittingTable

@@ -30,9 +30,9 @@ from dmx.cluster.capacity import check_request
 from dmx.cluster.connection import connect
 from dmx.data.store import open_store
 from dmx.runs.layout import PROCESS_SECONDS
-from dmx.runs.run import Trial
+from dmx.runs.trial import Trial
 from dmx.search.space import load_space
-from dmx.study.results import announce
+from dmx.study.results import tensorboard_view
 from dmx.study.study import StudyConfig, train_trials
 
 STEPS = 4
@@ -105,7 +105,7 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     )
     folder, clock = root / config.name, Clock(num_trials)
     folder.mkdir()
-    view = announce(folder, config, store)
+    view = tensorboard_view(folder, config, store)
     began = time.perf_counter()
     result = train_trials(config, store, folder, slots=slots, observers=(view, clock))
     assert result.complete and clock.first is not None and clock.last is not None

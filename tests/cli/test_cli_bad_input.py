@@ -21,7 +21,7 @@ from dmx.cli.completion import PARSERS
 from dmx.cluster import capacity, connection
 from dmx.costs import estimate as costs
 from dmx.errors import ConfigError, DmxError
-from dmx.search.study_settings import read_settings
+from dmx.runs.run import Run
 from dmx.storage.journal import Journal
 from dmx.study.locations import run_folder
 from tests.tiny import SETTINGS, TASK, one_sentence, write_tiny
@@ -406,7 +406,7 @@ def test_a_space_file_that_was_edited_is_another_study(roots, tmp_path, capsys, 
             assert tree(tmp_path / "runs") == before
     file.write_text("# a comment is no setting\n" + SPACE)
     begin_study(["--resume", "runs/s", "--num-trials", "9"], monkeypatch)
-    assert read_settings(tmp_path / "runs" / "s")["num_trials"] == 9
+    assert Run.read(tmp_path / "runs" / "s").settings["num_trials"] == 9
 
 
 def test_dry_run_shows_and_writes_nothing(roots, tmp_path, capsys, monkeypatch):

@@ -24,7 +24,8 @@ from dmx.reporting.importance import importances
 from dmx.reporting.page import render_page as render
 from dmx.reporting.tables import escape as markdown_escape
 from dmx.runs.folders import load
-from dmx.runs.run import Run, Trial
+from dmx.runs.run import Run
+from dmx.runs.trial import Trial
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 from tests.tiny import one_sentence
 

@@ -14,7 +14,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from dmx.errors import ConfigError
-from dmx.runs.objectives import OBJECTIVES, directions, pareto_front, parse_objectives
+from dmx.runs.trial import OBJECTIVES, Trial, directions, pareto_front, parse_objectives
 from dmx.search import samplers
 from dmx.search.samplers import SAMPLERS, check_sampler, independent, make_sampler
 from dmx.search.space import SearchSpace, load_space
@@ -285,14 +285,12 @@ def test_objectives_are_measured_as_they_are_described():
         {"best_dev_accuracy": 0.8, "samples_per_second": 50.0, "peak_memory_mb": 9.0},
         {"best_dev_accuracy": 0.8, "samples_per_second": 40.0, "peak_memory_mb": 8.0},
     ]
-    reports = [{**r, "parameters": 1234} for r in reports]
-    assert OBJECTIVES["accuracy"].of(reports) == 0.8
-    assert OBJECTIVES["latency"].of(reports) == 20.0, "the median of 10, 20 and 25 ms"
-    assert OBJECTIVES["memory"].of(reports) == 9.0
-    assert OBJECTIVES["parameters"].of(reports) == 1234
-    for objective in OBJECTIVES.values():
-        assert math.isnan(objective.of([])) and math.isnan(objective.of([{"parameters": None}]))
-    assert math.isnan(OBJECTIVES["latency"].of([{"samples_per_second": 0.0}]))
+    trial = Trial(number=0, curve=dict(enumerate({**r, "parameters": 1234} for r in reports)))
+    found = {"accuracy": 0.8, "latency": 20.0, "memory": 9.0, "parameters": 1234}
+    assert trial.values_of(OBJECTIVES) == found, "latency: the median of 10, 20 and 25 ms"
+    for curve in ({}, {1: {"parameters": None}}, {1: {"samples_per_second": 0.0}}):
+        values = Trial(number=0, curve=curve).values_of(OBJECTIVES)
+        assert all(map(math.isnan, values.values()))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from dmx.cluster.gang import start, wait_any
 from dmx.reporting.export import to_csv
 from dmx.runs.folders import load
 from dmx.runs.layout import DEV_ACCURACY, STEPS, trial_folder
-from dmx.runs.objectives import pareto_front
 from dmx.runs.study import Study
+from dmx.runs.trial import pareto_front
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import read_claim

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from dmx.runs.run import Trial
 from dmx.runs.study import Study
+from dmx.runs.trial import Trial
 from dmx.study import results as study_results
 from dmx.study.views import JsonView, LiveView, PlainView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run

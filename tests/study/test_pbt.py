@@ -14,7 +14,7 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.nn.optim import build_optimizer
 from dmx.runs.layout import trial_folder
-from dmx.runs.run import Trial
+from dmx.runs.trial import Trial
 from dmx.search.schedulers import (
     DONE,
     FACTORS,

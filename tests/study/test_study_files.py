@@ -12,7 +12,7 @@ import pytest
 from dmx.errors import ConfigError, StageError
 from dmx.registry import code_version
 from dmx.runs import layout
-from dmx.search.study_settings import read_record, read_settings
+from dmx.runs.run import Run
 from dmx.storage.journal import Journal, read_journal
 from dmx.study.folder import open_folder
 
@@ -22,9 +22,9 @@ SETTINGS = {"task": "text", "seed": 0, "num_trials": 4, "grace_steps": 10}
 def test_more_trials_may_be_asked_for_later(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     open_folder(folder, SETTINGS, resume=False)
-    assert read_settings(folder) == SETTINGS
+    assert Run.read(folder).settings == SETTINGS
     open_folder(folder, {**SETTINGS, "num_trials": 9}, resume=True)
-    assert read_settings(folder) == {**SETTINGS, "num_trials": 9}
+    assert Run.read(folder).settings == {**SETTINGS, "num_trials": 9}
 
 
 def test_no_room_for_the_new_number_of_trials_is_one_sentence(
@@ -40,7 +40,7 @@ def test_no_room_for_the_new_number_of_trials_is_one_sentence(
     open_folder(folder, SETTINGS, resume=True)  # nothing to write
     with pytest.raises(ConfigError, match=r"cannot be written .*No space left on device"):
         open_folder(folder, {**SETTINGS, "num_trials": 9}, resume=True)
-    assert read_settings(folder) == SETTINGS
+    assert Run.read(folder).settings == SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_anything_else_is_another_study(tmp_path: Path, key: str, value: object,
         open_folder(folder, new, resume=True)
     assert said in str(caught.value)
     assert (folder / layout.JOURNAL_FILE).read_bytes() == before
-    assert read_settings(folder) == old
+    assert Run.read(folder).settings == old
 
 
 def test_a_study_of_an_earlier_dmx_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     folder.mkdir()
     (folder / layout.SETTINGS_FILE).write_text(json.dumps(SETTINGS))
-    with pytest.raises(StageError, match="was written by an earlier dmx; start the study under"):
+    with pytest.raises(StageError, match="an earlier dmx wrote it; start the run under"):
         open_folder(folder, SETTINGS, resume=True)
 
 
@@ -112,7 +112,7 @@ def test_the_command_is_on_record_from_the_start(tmp_path: Path) -> None:
     open_folder(folder, SETTINGS, resume=True, options=options)
     assert len(read_journal(folder / layout.JOURNAL_FILE)[0]) == 1, "nothing is new"
     open_folder(folder, SETTINGS, resume=True, options={**options, "num_trials": 9})
-    assert read_record(folder)["options"]["num_trials"] == 9
+    assert Run.read(folder).options["num_trials"] == 9
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_a_failed_start_left_blocks_nothing(
         (folder / name).write_text("")
     if free:
         open_folder(folder, SETTINGS, resume=False)
-        assert read_settings(folder) == SETTINGS
+        assert Run.read(folder).settings == SETTINGS
         return
     with pytest.raises(ConfigError, match="already exists; add --resume"):
         open_folder(folder, SETTINGS, resume=False)
