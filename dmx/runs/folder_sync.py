@@ -7,6 +7,7 @@ the journal, which a run is rebuilt from, and what is shown of it.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -37,11 +38,11 @@ class FolderSync:
         layout: the run's folder and its counterpart; without one nothing is done.
     """
 
-    def __init__(self, layout: StorageLayout, every_seconds: float = EVERY_SECONDS) -> None:
+    def __init__(self, layout: StorageLayout) -> None:
         self.layout = layout
         self._folder = Path(layout.run or "")
         self._storage = ObjectStorage(layout.run_url) if layout.run_url else None
-        self._every, self._sent = every_seconds, dict[str, tuple[int, int]]()
+        self._sent: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -62,7 +63,7 @@ class FolderSync:
             state = Path(temporary) / STATE
             if self._storage.pull(STATE, state) is None or not self._is_newer(state):
                 return
-            for name in self._storage.names():
+            for name in self._storage.names(""):
                 if name.endswith(FOLDER_SUFFIX):  # the run's own best/ is stored file by file
                     if checkpoints and name.endswith(f"/{BEST_DIR}{FOLDER_SUFFIX}"):
                         self.layout.pull(self._folder / name.removesuffix(FOLDER_SUFFIX))
@@ -95,13 +96,13 @@ class FolderSync:
         if self._storage is None or not self._folder.is_dir():
             return
         with self._one_at_a_time:
-            for path in _files_below(self._folder):
-                name = path.relative_to(self._folder)
-                if str(name) != JOURNAL_FILE and not _is_workers(name):
-                    self._send(self._storage, path, name.as_posix())
-            if (self._folder / JOURNAL_FILE).is_file():
+            journal = self._folder / JOURNAL_FILE
+            for path in _drivers_files(self._folder):
+                if path != journal and path.is_file():
+                    self._send(self._storage, path, path.relative_to(self._folder).as_posix())
+            if journal.is_file():
                 with tempfile.TemporaryDirectory() as temporary:
-                    shutil.copy(self._folder / JOURNAL_FILE, temporary)
+                    shutil.copy(journal, temporary)
                     self._storage.push(Path(temporary), STATE)
 
     def _send(self, storage: ObjectStorage, path: Path, name: str) -> None:
@@ -124,7 +125,7 @@ class FolderSync:
         return self
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every):
+        while not self._stop.wait(EVERY_SECONDS):
             try:
                 self.sync()
             except (DmxError, OSError) as error:
@@ -147,23 +148,17 @@ class FolderSync:
             logger.warning("%s; what is on this node's disk is complete", failed)
 
 
-def _is_workers(name: Path) -> bool:
-    """Checkpoints of trials and stages are pushed by their workers; the run's own best/ is not."""
-    parts = name.parts
-    if name.name == CLAIM_FILE:  # of this node; object storage has that of the node at work
-        return True
-    return bool({LAST_DIR, "ray"} & set(parts)) or (BEST_DIR in parts and len(parts) > 2)
+def _drivers_files(folder: Path) -> Iterator[Path]:
+    """All below a run's folder but what its workers push: checkpoints of trials and stages.
 
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All plain files below a folder that are not hidden, sorted."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files_below(path)
-        elif path.is_file():
-            yield path
+    The run's own best/ is the driver's. A claim is this node's: object storage has that of the node
+    at work.
+    """
+    for place, folders, files in os.walk(folder):
+        skipped = {LAST_DIR, "ray", *([] if Path(place) == folder else [BEST_DIR])}
+        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+        shown = (f for f in sorted(files) if f != CLAIM_FILE and not f.startswith("."))
+        yield from (Path(place) / name for name in shown)
 
 
 def _whole_lines(path: Path) -> bytes:

@@ -212,18 +212,15 @@ def persist(action: Callable[[], T], place: Path | str, *, seconds: float) -> T:
             return result
 
 
-def os_error(error: OSError, path: Path, doing: str) -> DataError:
-    """The error as one sentence with the remedy: disk full, no permission, read-only, other."""
-    remedy = {
-        errno.ENOSPC: "the disk is full; free space or choose another --data-root",
-        errno.EDQUOT: "the disk quota is used up; free space or choose another --data-root",
-        errno.EROFS: "the file system is read-only; choose another --data-root",
-        errno.EACCES: "permission denied; choose another --data-root or fix its permissions",
-        errno.EPERM: "operation not permitted; choose another --data-root or fix its permissions",
-        errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
-        errno.EISDIR: "it is a folder where a file is needed",
-    }.get(error.errno or 0, error.strerror or str(error))
-    return DataError(f"Cannot {doing} {path}: {remedy}.")
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free space or choose another --data-root",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another --data-root",
+    errno.EROFS: "the file system is read-only; choose another --data-root",
+    errno.EACCES: "permission denied; choose another --data-root or fix its permissions",
+    errno.EPERM: "operation not permitted; choose another --data-root or fix its permissions",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "it is a folder where a file is needed",
+}
 
 
 @contextmanager
@@ -232,5 +229,6 @@ def explained(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = Path(os.fsdecode(error.filename)) if error.filename else path
-        raise os_error(error, named, doing) from error
+        named = os.fsdecode(error.filename) if error.filename else path
+        remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+        raise DataError(f"Cannot {doing} {named}: {remedy}.") from error

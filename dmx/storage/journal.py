@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -102,7 +103,8 @@ class Journal:
         self._storage_timeout = storage_timeout
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._claim = persist(self._claimed, path, seconds=storage_timeout)
+            claim = functools.partial(Claim, path.parent, 0.0, f".{path.name}.lock")
+            self._claim = persist(claim, path, seconds=storage_timeout)
         except StageError:
             raise StageError(
                 f"{path.parent} is in use by another dmx process; wait or stop it."
@@ -119,9 +121,6 @@ class Journal:
         self._size = sound
         if fresh:
             fsync_path(path.parent)
-
-    def _claimed(self) -> Claim:
-        return Claim(self.path.parent, wait_seconds=0.0, file=f".{self.path.name}.lock")
 
     def check(self) -> None:
         """See that no other process has opened it since, whatever became of the lock.
@@ -262,7 +261,8 @@ class Claim:
                 would go elsewhere.
             TakenOverError: another process has claimed it since.
         """
-        if not _same_file(self._file.fileno(), self.path):
+        own, found = os.fstat(self._file.fileno()), self.path.stat()
+        if (own.st_dev, own.st_ino) != (found.st_dev, found.st_ino):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         # Opened anew: that is when a network file system asks its server.
         content = self.path.read_text(encoding="utf-8", errors="replace")
@@ -293,9 +293,3 @@ def _parsed(content: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether `path` still leads to the open file: not to another storage under the same name."""
-    own, found = os.fstat(descriptor), path.stat()
-    return (own.st_dev, own.st_ino) == (found.st_dev, found.st_ino)

@@ -1,4 +1,4 @@
-"""Object storage (s3://, gs://, any URL that pyarrow opens): single objects, and folders as one.
+"""Object storage (s3://, gs://, any URL that pyarrow opens), and where a node finds a run's files.
 
 An object store replaces one object at once, but not a folder. So a folder is one zip archive,
 `<folder>.zip`: a reader never meets half of one, and a push that was cut short leaves the former
@@ -8,6 +8,7 @@ one as it was. The archive's comment is a checksum of its contents, and its vers
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from dmx.errors import CheckpointError, ConfigError, DataError, StorageError
 from dmx.schema import is_url
@@ -39,7 +40,33 @@ RETRY_SECONDS = (1.0, 4.0, 15.0, 60.0)
 _BLOCK_BYTES = 1 << 24
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
+P = ParamSpec("P")
 T = TypeVar("T")
+_Method = Callable[Concatenate["ObjectStorage", str, P], T]
+
+
+def _patiently(verb: str) -> Callable[[_Method[P, T]], _Method[P, T]]:
+    """Do a method of ObjectStorage again after each of RETRY_SECONDS while it fails."""
+
+    def decorate(once: _Method[P, T]) -> _Method[P, T]:
+        @functools.wraps(once)
+        def again(self: ObjectStorage, name: str, *args: P.args, **more: P.kwargs) -> T:
+            what = f"{verb} {name or 'the storage'}"
+            for wait in (*RETRY_SECONDS, None):
+                try:
+                    return once(self, name, *args, **more)
+                except OSError as error:
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    if wait is None:
+                        raise StorageError(f"{self.url}: cannot {what}: {reason}.") from None
+                    again_in = "%s: cannot %s (%s); again in %g s"
+                    logger.warning(again_in, self.url, what, reason, wait)
+                    time.sleep(wait)
+            raise AssertionError
+
+        return again
+
+    return decorate
 
 
 def join(url: str, name: str) -> str:
@@ -56,7 +83,7 @@ def _in_one_request(url: str) -> str:
 
 
 class ObjectStorage:
-    """The objects below one URL.
+    """The objects below one URL. A StorageError says that it does not answer for a minute and more.
 
     Args:
         url: s3://bucket/prefix, gs://..., file:///...; options in its query as pyarrow has them
@@ -73,63 +100,50 @@ class ObjectStorage:
         self.url = url
         self._fs = fs
         try:
-            self._files, root = fs.FileSystem.from_uri(_in_one_request(url))
+            files, root = fs.FileSystem.from_uri(_in_one_request(url))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"{url} is no storage URL that pyarrow can open: {reason}.") from None
-        self._root = root.rstrip("/")
+        self._files = fs.SubTreeFileSystem(root.rstrip("/"), files)
+        self._disk = Path(root) if isinstance(files, fs.LocalFileSystem) else None
 
     # -- single objects ---------------------------------------------------------------------
 
+    @_patiently("write")
     def write(self, name: str, content: bytes) -> None:
         """Replace one object at once."""
+        if self._disk is not None:  # pyarrow writes into the old file
+            path = self._disk / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+            return
+        with self._files.open_output_stream(name) as stream:
+            stream.write(content)
 
-        def once() -> None:
-            path = f"{self._root}/{name}"
-            if isinstance(self._files, self._fs.LocalFileSystem):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(Path(path), content)  # pyarrow writes into the old file
-                return
-            with self._files.open_output_stream(path) as stream:
-                stream.write(content)
+    def _is_there(self, name: str) -> bool:
+        return bool(self._files.get_file_info(name).type == self._fs.FileType.File)
 
-        self._patiently(f"write {name}", once)
-
+    @_patiently("read")
     def read(self, name: str) -> bytes | None:
         """One object's content, or None where there is none."""
+        if not self._is_there(name):
+            return None
+        with self._files.open_input_stream(name) as stream:
+            return bytes(stream.read())
 
-        def once() -> bytes | None:
-            path = f"{self._root}/{name}"
-            if self._files.get_file_info(path).type != self._fs.FileType.File:
-                return None
-            with self._files.open_input_stream(path) as stream:
-                return bytes(stream.read())
-
-        return self._patiently(f"read {name}", once)
-
+    @_patiently("read")
     def download(self, name: str, path: Path) -> None:
         """Copy one object, of any size, to a new file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._files.open_input_stream(name) as stream, path.open("wb") as file:
+            shutil.copyfileobj(stream, file, _BLOCK_BYTES)
 
-        def once() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            source = self._files.open_input_stream(f"{self._root}/{name}")
-            with source as stream, path.open("wb") as file:
-                while block := stream.read(_BLOCK_BYTES):
-                    file.write(block)
-
-        self._patiently(f"read {name}", once)
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Names of all objects below a folder, sorted."""
-
-        def once() -> list[str]:
-            base = f"{self._root}/{prefix}".rstrip("/")
-            selector = self._fs.FileSelector(base, recursive=True, allow_not_found=True)
-            infos = self._files.get_file_info(selector)
-            skip = len(self._root) + 1
-            return sorted(i.path[skip:] for i in infos if i.type == self._fs.FileType.File)
-
-        return self._patiently(f"list {prefix or 'the storage'}", once)
+    @_patiently("list")
+    def names(self, folder: str) -> list[str]:
+        """Names of all objects below a folder ("" for all), sorted."""
+        selector = self._fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        infos = self._files.get_file_info(selector)
+        return sorted(info.path for info in infos if info.type == self._fs.FileType.File)
 
     # -- folders ----------------------------------------------------------------------------
 
@@ -151,21 +165,17 @@ class ObjectStorage:
             self.write(name + FOLDER_SUFFIX, buffer.getvalue())
         return version
 
+    @_patiently("read the version of")
     def version(self, name: str) -> str | None:
         """Of the stored folder `name`, from the end of its archive; None where there is none."""
-
-        def once() -> str | None:
-            path = f"{self._root}/{name}{FOLDER_SUFFIX}"
-            if self._files.get_file_info(path).type != self._fs.FileType.File:
-                return None
-            with self._files.open_input_file(path) as file:
-                try:
-                    with zipfile.ZipFile(file) as archive:
-                        return archive.comment.decode()
-                except (zipfile.BadZipFile, ValueError):
-                    return ""
-
-        return self._patiently(f"read {name}{FOLDER_SUFFIX}", once)
+        if not self._is_there(name + FOLDER_SUFFIX):
+            return None
+        with self._files.open_input_file(name + FOLDER_SUFFIX) as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    return archive.comment.decode()
+            except (zipfile.BadZipFile, ValueError):
+                return ""
 
     def pull(self, name: str, folder: Path, known: str | None = None) -> str | None:
         """Write the stored folder `name` into the new folder `folder`; None if there is none.
@@ -199,24 +209,15 @@ class ObjectStorage:
         fsync_tree(folder)
         return version
 
-    def _patiently(self, what: str, once: Callable[[], T]) -> T:
-        for wait in (*RETRY_SECONDS, None):
-            try:
-                return once()
-            except OSError as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                if wait is None:
-                    raise StorageError(f"{self.url}: cannot {what}: {reason}.") from None
-                logger.warning("%s: cannot %s (%s); again in %g s", self.url, what, reason, wait)
-                time.sleep(wait)
-        raise AssertionError
-
 
 def _version(contents: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
     for file in sorted(contents):
         digest.update(f"{file} {hashlib.sha256(contents[file]).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+# -- where a node finds a run's files -------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +243,9 @@ class StorageLayout:
             return self
         return dataclasses.replace(self, run=str(folder), run_url=join(self.run_url, name))
 
-    # -- checkpoints ------------------------------------------------------------------------
-
     def claim(self, folder: Path, claim: Claim) -> None:
         """Write the claim of a folder to object storage as well."""
-        name = self._name(folder)
-        if name is not None:
+        if (name := self._name(folder)) is not None:
             self._storage().write(f"{name}/{CLAIM_FILE}", json.dumps(claim.holder).encode())
 
     def push(self, folder: Path, claim: Claim | None = None) -> None:
@@ -285,8 +283,7 @@ class StorageLayout:
         """Bring a checkpoint folder to this node if another node has a newer one, or any.
 
         Raises:
-            StorageError: object storage does not answer.
-            CheckpointError: what it holds is damaged.
+            StorageError: object storage does not answer. CheckpointError: what it holds is damaged.
         """
         name = self._name(folder)
         if name is None:
@@ -309,14 +306,9 @@ class StorageLayout:
 
     def _name(self, folder: Path) -> str | None:
         """The folder's name below the run, where the run has object storage."""
-        if self.run is None or self.run_url is None:
-            return None
-        try:
-            return folder.relative_to(self.run).as_posix()
-        except ValueError:  # weights from elsewhere, given as a path
-            return None
-
-    # -- data -------------------------------------------------------------------------------
+        if self.run is None or self.run_url is None or not folder.is_relative_to(self.run):
+            return None  # also of weights from elsewhere, given as a path
+        return folder.relative_to(self.run).as_posix()
 
     def data(self, folder: str) -> Path:
         """The store's folder on this node, copied there once from the source where need be.
@@ -339,6 +331,11 @@ SHARED_FILESYSTEM = StorageLayout()
 """All nodes see all paths."""
 
 
+def _note(folder: Path) -> Path:
+    """Which version a node's copy is."""
+    return folder.parent / f".{folder.name}.version"
+
+
 def copy_store(source: str, name: str, target_root: Path) -> Path:
     """Copy store `name` from below `source` to `target_root`, once per node and content.
 
@@ -350,7 +347,7 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
     """
     target = target_root / name
     try:
-        manifest = _source_manifest(source, name)
+        manifest = _read_manifest(source, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(target.parent / f".{target.name}.lock", str(target)):
             here = target / MANIFEST_FILE
@@ -370,11 +367,11 @@ def copy_store(source: str, name: str, target_root: Path) -> Path:
     return target
 
 
-def _source_manifest(source: str, name: str) -> bytes:
+def _read_manifest(source: str, name: str) -> bytes:
+    path = Path(source) / name / MANIFEST_FILE
     if is_url(source):
         found = ObjectStorage(source).read(f"{name}/{MANIFEST_FILE}")
     else:
-        path = Path(source) / name / MANIFEST_FILE
         found = path.read_bytes() if path.is_file() else None
     if found is None:
         raise DataError(
@@ -391,8 +388,3 @@ def _copy_files(source: str, name: str, new: Path) -> None:
     storage = ObjectStorage(source)
     for file in storage.names(name):
         storage.download(file, new / Path(file).relative_to(name))
-
-
-def _note(folder: Path) -> Path:
-    """Which version a node's copy is."""
-    return folder.parent / f".{folder.name}.version"

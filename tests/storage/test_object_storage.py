@@ -49,7 +49,7 @@ def test_only_the_newest_version_is_kept(url, folder, tmp_path):
     storage.push(folder, "last")
     (folder / "model.pt").write_bytes(b"better")
     version = storage.push(folder, "last")
-    assert storage.names() == ["last.zip"]
+    assert storage.names("") == ["last.zip"]
     assert storage.version("last") == version
     storage.pull("last", tmp_path / "there")
     assert contents(tmp_path / "there")["model.pt"] == b"better"
