@@ -77,7 +77,7 @@ class RunWriter:
         shown = {k: _cell(v) for k, v in values.items()}
         self._writer.add_summary(hp.hparams_pb(shown, trial_id=group or None))
         self._writer.add_summary(_layout())
-        self.flush()
+        self._writer.flush()
 
     def scalars(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write all numbers of `metrics` at an optimizer step, and the main ones by samples.
@@ -94,7 +94,7 @@ class RunWriter:
         if SAMPLES in numbers:
             shown = {BY_SAMPLES + k: numbers[k] for k in _BY_SAMPLES_KEYS if k in numbers}
             self._numbers(shown, int(numbers[SAMPLES]))
-        self.flush()
+        self._writer.flush()
 
     def _numbers(self, numbers: Mapping[str, float], step: int) -> None:
         values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
@@ -105,7 +105,7 @@ class RunWriter:
         from torch.utils.tensorboard.summary import text as text_summary
 
         self._writer.add_summary(text_summary(tag, text), step)
-        self.flush()
+        self._writer.flush()
 
     def image(self, tag: str, picture: Image.Image, step: int = 0) -> None:
         """Write a picture at an optimizer step."""
@@ -118,34 +118,28 @@ class RunWriter:
             encoded_image_string=content.getvalue(),
         )
         self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-        self.flush()
+        self._writer.flush()
 
     def end(self, status: str) -> None:
         """Announce how the run ended, and close the file."""
         info = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
-        data = metadata.create_summary_metadata(
-            plugin_data_pb2.HParamsPluginData(session_end_info=info)
+        data = plugin_data_pb2.HParamsPluginData(session_end_info=info)
+        value = Summary.Value(
+            tag=metadata.SESSION_END_INFO_TAG,
+            metadata=metadata.create_summary_metadata(data),
+            tensor=metadata.NULL_TENSOR,
         )
-        tag = metadata.SESSION_END_INFO_TAG
-        value = Summary.Value(tag=tag, metadata=data, tensor=metadata.NULL_TENSOR)
         self._writer.add_summary(Summary(value=[value]))
         self.close()
 
-    def flush(self) -> None:
-        """Make what was written visible."""
-        self._writer.flush()
-
     def close(self) -> None:
-        """Close the file."""
         self._writer.close()
 
 
 def _cell(value: Any) -> str | bool | float:
     if isinstance(value, bool | str):
         return value
-    if isinstance(value, int | float):
-        return float(value)
-    return str(value)
+    return float(value) if isinstance(value, int | float) else str(value)
 
 
 def _layout() -> Summary:

@@ -105,62 +105,39 @@ def _median(values: Iterable[float]) -> float:
 Direction = Literal["maximize", "minimize"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Objective:
     """One thing to optimise.
 
     Attributes:
         name: as in --objective. label: with its unit, for tables and axes.
         direction: which values are better. of: its value of what was trained, or NaN.
-        help: what is measured.
     """
 
     name: str
     label: str
     direction: Direction
     of: Callable[[Trained], float]
-    help: str
 
 
 def _latency(trained: Trained) -> float:
+    """Milliseconds of training (forward, backward, update) per sequence."""
     speeds = (number(r, SAMPLES_PER_SECOND) for r in trained.curve.values())
     return _median(1000 / speed for speed in speeds if 0 < speed < math.inf)
 
 
-OBJECTIVES: Mapping[str, Objective] = {
-    o.name: o
-    for o in (
-        Objective(
-            name="accuracy",
-            label="dev accuracy",
-            direction="maximize",
-            of=lambda trained: trained.best,
-            help="the highest accuracy on the dev split, in 0..1",
-        ),
-        Objective(
-            name="latency",
-            label="latency, ms per sample",
-            direction="minimize",
-            of=_latency,
-            help="milliseconds of training (forward, backward, update) per sequence: the median "
-            "over the trial's evaluations of 1000 / samples_per_second",
-        ),
-        Objective(
-            name="memory",
-            label="peak memory, MiB",
-            direction="minimize",
-            of=lambda trained: trained.highest(PEAK_MEMORY_MB),
-            help="the highest peak_memory_mb: of the GPU, or of the trial's process without one",
-        ),
-        Objective(
-            name="parameters",
-            label="parameters",
-            direction="minimize",
-            of=lambda trained: trained.highest(PARAMETERS),
-            help="trainable numbers of the model",
-        ),
-    )
-}
+def _memory(trained: Trained) -> float:
+    """Of the GPU, or of the trial's process without one."""
+    return trained.highest(PEAK_MEMORY_MB)
+
+
+_ALL = (
+    Objective("accuracy", "dev accuracy", "maximize", lambda trained: trained.best),
+    Objective("latency", "latency, ms per sample", "minimize", _latency),
+    Objective("memory", "peak memory, MiB", "minimize", _memory),
+    Objective("parameters", "parameters", "minimize", lambda trained: trained.highest(PARAMETERS)),
+)
+OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _ALL}
 ACCURACY = "accuracy"
 DEFAULT = (ACCURACY,)
 
