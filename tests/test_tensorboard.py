@@ -71,7 +71,7 @@ def test_a_writer_on_a_full_disk_prints_nothing_and_tells_the_next_write(tmp_pat
     inner.join(timeout=60)
     assert not inner.is_alive()
     with pytest.raises(OSError, match="no space"):
-        writer.flush()
+        writer.scalars({"a": 1.0}, 1)
     assert shown == []
     other = threading.Thread(target=lambda: 1 / 0)
     other.start()

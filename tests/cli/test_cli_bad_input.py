@@ -331,7 +331,7 @@ def test_resuming_another_study_is_refused_with_the_difference(
     log = journal.path.read_bytes()
     journal.path.write_bytes(b"x" + log + log)
     text = refused("dmx.tune", tune.main, [*words, "--resume"], roots, capsys)
-    assert "journal.jsonl is damaged" in text
+    assert "journal.jsonl line 1 is damaged" in text
     assert tree(Path(run) / "trials") == {} and before
 
 
