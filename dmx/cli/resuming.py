@@ -33,7 +33,7 @@ was begun with, its settings.
 
 def resumed(
     given: Mapping[str, Any], kind: Kind, *, default_name: Callable[[Mapping[str, Any]], str | None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The options that are given; with `--resume` over those of the run's last session.
 
     Args:

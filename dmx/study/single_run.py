@@ -25,7 +25,7 @@ from dmx.nn.device import pick_device
 from dmx.runs import layout
 from dmx.runs.run import Run
 from dmx.schema import finite, flatten, is_url, local_path, read_yaml, to_dict
-from dmx.search.study_settings import changes, read_settings, settings_event
+from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
 from dmx.study import folder as study_folder
 from dmx.study.locations import run_folder
@@ -197,7 +197,7 @@ def run_training(
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < _LEAST_FREE:
         raise ConfigError(f"{folder} has {free >> 20} MB free; give a --storage with room.")
-    before = read_settings(folder) if asked.resume else {}
+    before = Run.read(folder).settings if asked.resume else {}
     config, start = _source(config, before)
     root = asked.data_root or config.data.root
     store = open_data(config.task, root, allow_sample=True, generate=asked.prepare)
@@ -244,7 +244,8 @@ def dry_run(config: RunConfig, *, price_per_gpu_hour: float | None = None, **opt
     check_price(price_per_gpu_hour)
     asked.workers(config)
     default = f"{config.attention.name}-{config.task}"
-    config, start = _source(config, read_settings(asked.folder(default)) if asked.resume else {})
+    before = Run.read(asked.folder(default)).settings if asked.resume else {}
+    config, start = _source(config, before)
     root = asked.data_root or config.data.root
 
     def opened(temporary: Path) -> Store:
