@@ -11,12 +11,21 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from dmx.attention import AttentionConfig, MixerContext
+from dmx.attention import AttentionConfig
 from dmx.attention.butterfly import ButterflyConfig
 from dmx.errors import ConfigError
 from dmx.model import ModelConfig
 from dmx.nn.optim import OptimConfig
-from dmx.schema import UnknownSettingError, expand, flatten, from_dict, merge, set_dotted, to_dict
+from dmx.schema import (
+    UnknownSettingError,
+    check_range,
+    expand,
+    flatten,
+    from_dict,
+    merge,
+    set_dotted,
+    to_dict,
+)
 from dmx.tasks import Task, task_for
 
 
@@ -38,8 +47,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.root is not None:
             object.__setattr__(self, "root", expand("root", self.root))
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative.")
+        check_range(self, "seed", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +83,15 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_steps", "eval_every_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("micro_batch_size", "eval_batch_size", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        check_range(self, "batch_size", "micro_batch_size", "eval_batch_size", least=1)
+        check_range(self, "num_steps", "eval_every_steps", "patience", least=1)
+        check_range(self, "clip_gradient_norm", above=0)
+        check_range(self, "seed", least=0, below=2**63)  # torch's generators take no larger one
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"micro_batch_size is {self.micro_batch_size}; it must divide batch_size "
                 f"{self.batch_size}."
             )
-        if self.clip_gradient_norm is not None and not self.clip_gradient_norm > 0:
-            raise ConfigError(
-                f"clip_gradient_norm is {self.clip_gradient_norm}; it must be positive."
-            )
-        if not 0 <= self.seed < 2**63:  # torch's generators take no larger one
-            raise ConfigError(f"seed is {self.seed}; it must lie in 0..2^63-1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,24 +147,14 @@ class RunConfig:
             )
         # Strides repeat after log2(length) layers at the latest.
         for layer_index in range(min(self.model.num_layers, length.bit_length())):
-            context = MixerContext(
-                length=length,
-                num_heads=self.model.num_heads,
-                head_dim=self.model.head_dim,
-                layer_index=layer_index,
-            )
+            context = self.model.context(length, layer_index)
             try:
                 self.attention.check(context)
             except ConfigError as error:
                 raise ConfigError(f"attention.{error}") from None
         if self.model.execution == "packed":
             with torch.random.fork_rng(devices=[]):
-                packs = self.attention.build(context).packs
-            if not packs:
-                raise ConfigError(
-                    f"model.execution is packed, but attention {self.attention.name!r} needs "
-                    "every position; use auto or dense."
-                )
+                self.model.check_packs(self.attention, self.attention.build(context))
 
     @property
     def task_info(self) -> Task:
@@ -202,14 +191,13 @@ def parse_run_config(*layers: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from mappings (nested or dotted), later ones winning over earlier ones.
 
     The task's preset (the reference's values) lies under all of them. When a layer names another
-    attention than the one below it, the lower one's sizes are dropped.
-
-    Raises:
-        ConfigError: unknown key, wrong type or impossible combination, with the dotted path.
+    attention than the one below it, the lower one's sizes are dropped. A ConfigError names the
+    dotted path of an unknown key, a wrong type or an impossible combination.
     """
     tree: dict[str, Any] = {}
     for layer in (_DEFAULTS, *layers):
-        layer = {("attention.name" if _names_attention(k, v) else k): v for k, v in layer.items()}
+        if isinstance(named := layer.get("attention"), str):
+            layer = {**layer, "attention": {"name": named}}
         _drop_replaced_attention(tree, layer)
         for path, value in flatten(layer).items():
             set_dotted(tree, path, value)
@@ -278,13 +266,9 @@ _ALSO_CALLED = {
 
 def similar_settings(name: str, attention: str) -> str:
     """The settings that `name` may mean, with `or` between them; "" where none is like it."""
-    known = []
-    for section, kind in (
-        *(("model", ModelConfig), ("optim", OptimConfig)),
-        *(("data", DataConfig), ("train", TrainConfig)),
-    ):
-        known += [f"{section}.{f.name}" for f in dataclasses.fields(kind) if f.init]
-    known += [f"attention.{key}" for key in to_dict(AttentionConfig.parse(attention, "attention"))]
+    chosen = AttentionConfig.parse(attention, "attention")
+    parts = {"model": ModelConfig(), "optim": OptimConfig(), "data": DataConfig()}
+    known = list(flatten(to_dict({**parts, "train": TrainConfig(), "attention": chosen})))
     last = name.rpartition(".")[2].lower().replace("-", "_")
     last = _ALSO_CALLED.get(last, last)
     ends = {key.rpartition(".")[2] for key in known}
@@ -294,10 +278,6 @@ def similar_settings(name: str, attention: str) -> str:
 
 _DEFAULTS = {"attention.name": "butterfly"}
 _MAX_LAYERS = 1024
-
-
-def _names_attention(key: str, value: object) -> bool:
-    return key == "attention" and isinstance(value, str)
 
 
 def _drop_replaced_attention(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:

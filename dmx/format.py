@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,12 +21,8 @@ def percent(value: float, digits: int = 2) -> str:
 def mean_and_deviation(values: tuple[float, ...]) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for fewer than two values)."""
     finite = [v for v in values if math.isfinite(v)]
-    if not finite:
-        return math.nan, math.nan
-    mean = math.fsum(finite) / len(finite)
-    if len(finite) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (len(finite) - 1))
+    mean = statistics.fmean(finite) if finite else math.nan
+    return mean, statistics.stdev(finite) if len(finite) > 1 else math.nan
 
 
 def with_spread(values: tuple[float, ...]) -> str:
@@ -69,11 +67,10 @@ def scaled(value: float, unit: str = "", base: int = 1000) -> str:
     """`1.23 G` and the like; base 1024 for memory."""
     if not math.isfinite(value):
         return MISSING
-    prefixes = ("", "k", "M", "G", "T", "P", "E")
     power = 0
-    while abs(value) >= base and power < len(prefixes) - 1:
+    while abs(value) >= base and power < 6:
         value, power = value / base, power + 1
-    prefix = prefixes[power]
+    prefix = ("", "k", "M", "G", "T", "P", "E")[power]
     if base == 1024 and prefix:
         prefix = prefix.upper() + "i"
     digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -92,29 +89,21 @@ def settings_text(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{n}={short(v)}" for n, v in zip(names, point.values(), strict=True))
 
 
-_HELP = (
-    (
-        r"out of memory|allocate memory|OutOfMemory|does not fit",
+_HELP = {
+    r"out of memory|allocate memory|OutOfMemory|does not fit": (
         "a smaller model or train.micro_batch_size needs less memory, and so do fewer trials at "
-        "once (--max-concurrent-trials)",
+        "once (--max-concurrent-trials)"
     ),
-    (
-        r"not finite",
-        "search smaller learning rates, or set train.clip_gradient_norm=1.0",
-    ),
-    (
-        r"made no progress",
-        "allow more time (--trial-timeout), or search smaller models",
-    ),
-    (
-        r"actor died|ActorDied|worker died|WorkerCrashed|NodeDied|SIGKILL",
+    r"not finite": "search smaller learning rates, or set train.clip_gradient_norm=1.0",
+    r"made no progress": "allow more time (--trial-timeout), or search smaller models",
+    r"actor died|ActorDied|worker died|WorkerCrashed|NodeDied|SIGKILL": (
         "the system ended its process, mostly for want of memory: run fewer trials at once "
-        "(--max-concurrent-trials) or smaller models",
+        "(--max-concurrent-trials) or smaller models"
     ),
-    (r"No space left|Disk quota", "make room on the disk, or give another --storage"),
-    (r"reported no", "leave that objective out"),
-)
-"""(what an error says, what would help)."""
+    r"No space left|Disk quota": "make room on the disk, or give another --storage",
+    r"reported no": "leave that objective out",
+}
+"""What an error says -> what would help."""
 
 
 class Ended(Protocol):
@@ -136,19 +125,17 @@ def describe_failures(trials: Sequence[Ended]) -> str:
     failed = [t for t in trials if t.status == "FAILED"]
     if not failed:
         return ""
-    kinds: dict[str, list[Ended]] = {}
-    for trial in failed:
-        kinds.setdefault(re.sub(r"\d[\d.,e+-]*", "#", trial.error), []).append(trial)
-    most = max(kinds.values(), key=len)
-    first = most[0]
+    kinds = [re.sub(r"\d[\d.,e+-]*", "#", trial.error) for trial in failed]
+    ((most, times),) = Counter(kinds).most_common(1)
+    first = failed[kinds.index(most)]
     error = first.error.rstrip(". ") or "it left no message"
     total = "All" if len(failed) == len(trials) else f"{len(failed)} of {len(trials)}"
     text = f"{total} {'trials' if len(trials) > 1 else 'trial'} failed"
-    if len(kinds) > 1:
-        text += f", {len(most)} of them"
-    text += f" as trial {first.number}: {error}"
-    default = f"trials/{first.number:04d}/error.txt may tell more"
-    return f"{text}; {next((h for said, h in _HELP if re.search(said, error)), default)}."
+    if times < len(failed):
+        text += f", {times} of them"
+    helps = (remedy for said, remedy in _HELP.items() if re.search(said, error))
+    remedy = next(helps, f"trials/{first.number:04d}/error.txt may tell more")
+    return f"{text} as trial {first.number}: {error}; {remedy}."
 
 
 def command_line(module: str, argv: Sequence[str], *, add: str = "") -> str:

@@ -5,6 +5,7 @@ Shape legend: B batch, L length, D embedding_dim, H heads, Dh head_dim, T real t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmx.attention import AttentionConfig, MixerContext
+from dmx.attention import AttentionConfig, MixerContext, TokenMixer
 from dmx.attention.base import MultiHead
 from dmx.errors import ConfigError, DataError
 from dmx.nn.packing import Layout, pack, reorder
+from dmx.schema import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,27 @@ class ModelConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "head_dim", "embedding_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("dropout", "embedding_dropout", "mlp_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
-        for name, least in (("vocab_size", 2), ("max_length", 1), ("num_classes", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        sizes = ("num_layers", "num_heads", "head_dim", "embedding_dim", "hidden_dim")
+        check_range(self, *sizes, "max_length", least=1)
+        check_range(self, "vocab_size", "num_classes", least=2)
+        check_range(self, "dropout", "embedding_dropout", "mlp_dropout", least=0, below=1)
+
+    def context(self, length: int, layer_index: int = 0) -> MixerContext:
+        """What the mixer of a layer is built for."""
+        return MixerContext(
+            length=length,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            layer_index=layer_index,
+        )
+
+    def check_packs(self, attention: AttentionConfig, mixer: TokenMixer) -> None:
+        """Refuse `execution: packed` where the mixer cannot."""
+        if self.execution == "packed" and not mixer.packs:
+            raise ConfigError(
+                f"model.execution is packed, but attention {attention.name!r} needs every "
+                "position; use auto or dense."
+            )
 
 
 class Embeddings(nn.Module):
@@ -115,43 +128,22 @@ class Encoder(nn.Module):
         assert config.vocab_size and config.max_length and config.num_classes
         self.config = config
         self.embeddings = Embeddings(config)
-        shared: dict[str, object] = {}
-        self.layers = nn.ModuleList(
-            Block(
-                config,
-                attention,
-                MixerContext(
-                    length=config.max_length,
-                    num_heads=config.num_heads,
-                    head_dim=config.head_dim,
-                    layer_index=index,
-                    shared=shared,
-                ),
-            )
-            for index in range(config.num_layers)
-        )
+        first = config.context(config.max_length)
+        layers = (dataclasses.replace(first, layer_index=i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention, layer) for layer in layers)
         self.norm = nn.LayerNorm(config.embedding_dim)
-        mixers = [block.attention.mixer for block in self.blocks()]
-        can_pack = all(mixer.packs for mixer in mixers)
-        if config.execution == "packed" and not can_pack:
-            raise ConfigError(
-                f"model.execution is packed, but attention {attention.name!r} needs every "
-                "position; use auto or dense."
-            )
-        self.packs = can_pack and config.execution != "dense"
-        few = all(mixer.packs_on_accelerators for mixer in mixers)
-        self.packs_on_accelerators = self.packs and (few or config.execution == "packed")
+        mixer = self.blocks()[0].attention.mixer
+        config.check_packs(attention, mixer)
+        self.packs = mixer.packs and config.execution != "dense"
+        few = mixer.packs_on_accelerators or config.execution == "packed"
+        self.packs_on_accelerators = self.packs and few
 
     def blocks(self) -> list[Block]:
         """The layers, typed."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids of any integer type -> [B, D].
-
-        Raises:
-            DataError: L is more than the model's positions.
-        """
+        """[B, L] ids of any integer type -> [B, D]; DataError where L is more than max_length."""
         assert self.config.max_length
         if input_ids.shape[1] > self.config.max_length:
             raise DataError(
@@ -195,13 +187,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder and MLP head.
-
-    Args:
-        config: sizes; vocab_size, max_length and num_classes are set.
-        attention: the mixer of every layer.
-        paired: two sequences per example, compared through [a, b, a * b, a - b].
-    """
+    """Encoder and MLP head; `paired`: two sequences are compared by [a, b, a * b, a - b]."""
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig, *, paired: bool) -> None:
         super().__init__()

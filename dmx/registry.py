@@ -11,13 +11,14 @@ import os
 import pkgutil
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from dmx import __version__
 from dmx.errors import ConfigError
-from dmx.schema import expand
+from dmx.schema import expand, from_dict, to_dict
 
 T = TypeVar("T")
 
@@ -31,13 +32,10 @@ def choices_message(value: object, choices: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps names to values of one kind.
+    """Maps names to values of one kind ("attention").
 
-    Args:
-        kind: what the values are, for messages ("attention").
-        package: a package whose modules register themselves on import; it is scanned once, so a
-            new file in it is enough to add a value. Plug-ins (see load_plugins) are loaded then,
-            and register theirs.
+    The modules of `package` register themselves on import; it is scanned once, so a new file in it
+    is enough to add a value. Plug-ins (see load_plugins) are loaded then, and register theirs.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -47,23 +45,21 @@ class Registry(Generic[T]):
         self._scanned = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the decorated value under `name`."""
+        """Decorator that files the decorated value under `name`; a NamedConfig is called so."""
 
         def add(value: T) -> T:
-            assert name not in self._values, f"{self.kind} {name!r} is registered twice"
+            if name in self._values:
+                raise ConfigError(f"{self.kind} {name!r} is registered twice.")
+            if isinstance(value, type) and issubclass(value, NamedConfig):
+                value.name = name
             self._values[name] = value
             return value
 
         return add
 
     def get(self, name: str) -> T:
-        """The value called `name`.
-
-        Raises:
-            ConfigError: no such name; the message lists the choices.
-        """
-        self._scan()
-        if name not in self._values:
+        """The value called `name`; a ConfigError lists the choices."""
+        if name not in self:
             raise ConfigError(f"{self.kind} {choices_message(name, self._values)}.")
         return self._values[name]
 
@@ -87,12 +83,42 @@ class Registry(Generic[T]):
         load_plugins()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedConfig:
+    """Base of a kind of configs of which YAML chooses one by its name; the kind has a registry."""
+
+    name: ClassVar[str] = ""
+    registry: ClassVar[Registry[Any]]
+
+    @classmethod
+    def find(cls, name: str) -> tuple[type[Any], dict[str, Any]]:
+        """The class that `name` means, and the settings that the name itself gives."""
+        return cls.registry.get(name), {}
+
+    @classmethod
+    def parse(cls, value: object, path: str) -> Self:
+        """From a name, or from a mapping with `name` and settings; the inverse of to_plain."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            kind = cls.registry.kind
+            raise ConfigError(f"{path} must be the {kind}'s name or a mapping with `name`.")
+        settings = dict(value)
+        try:
+            found, given = cls.find(settings.pop("name"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return from_dict(found, {**given, **settings}, path)
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"name": self.name, **{k: to_dict(v) for k, v in vars(self).items()}}
+
+
 @functools.cache
 def load_plugins() -> None:
     """Import the modules that installed packages announce in the entry-point group `dmx.plugins`.
 
-    Raises:
-        ConfigError: one cannot be imported.
+    A ConfigError names the one that cannot be imported, and its package.
     """
     for entry in importlib.metadata.entry_points(group="dmx.plugins"):
         try:
@@ -120,64 +146,58 @@ def shipped_names(kind: str) -> list[str]:
 
 
 def find_yaml(name: str, kind: str) -> Path:
-    """`name` as a path, or as the name of a shipped file (with or without folder and ending).
-
-    Raises:
-        ConfigError: neither exists; lists the shipped names.
-    """
+    """`name` as a path, or as the name of a shipped file (with or without folder and ending)."""
     what = {"search_spaces": "search space", "curricula": "curriculum"}.get(kind, kind)
-    path = Path(expand(what, name))
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        shipped = shipped_folder(kind) / path.name
-        if path.parent.name in ("", kind) and shipped.is_file():
-            return shipped
-        raise ConfigError(
-            f"{name} does not exist; shipped in {kind}: {', '.join(shipped_names(kind))}."
-        )
-    shipped = shipped_folder(kind) / f"{name}.yaml"
-    if "/" in name or not shipped.is_file():
-        raise ConfigError(f"{what} {choices_message(name, shipped_names(kind))}.")
-    return shipped
+    path, shipped = Path(expand(what, name)), shipped_names(kind)
+    is_path = path.suffix in (".yaml", ".yml")
+    if is_path and path.is_file():
+        return path
+    stem = path.stem if is_path and path.parent.name in ("", kind) else name
+    if stem in shipped:
+        return shipped_folder(kind) / f"{stem}.yaml"
+    if is_path:
+        raise ConfigError(f"{name} does not exist; shipped in {kind}: {', '.join(shipped)}.")
+    raise ConfigError(f"{what} {choices_message(name, shipped)}.")
 
 
-_KINDS = ("search_spaces", "curricula")
+_FOLDERS = ("dmx", "search_spaces", "curricula")
 _SOURCES = (".py", ".yaml", ".css", ".j2")
 
 
 @functools.cache
 def code_version() -> str:
     """The code that runs: see source_version."""
-    return source_version(Path(__file__).resolve().parent)
+    return source_version(Path(__file__).resolve().parents[1])
 
 
-def source_version(package: Path) -> str:
-    """`9fa9d03`: the commit of the checkout that the package is in.
+def source_version(root: Path) -> str:
+    """`9fa9d03`: the commit of the checkout in `root`.
 
     `9fa9d03+1a2b3c4d`: with a digest of the sources, one of which was changed or is not tracked.
     `0.1.0 (1a2b3c4d)`: an installed package.
     """
-    root = package.parent
-    folders = [package, *(root / kind for kind in _KINDS)]
-    blobs = {
-        path.relative_to(root).as_posix(): _blob(path.read_bytes())
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.suffix in _SOURCES and path.is_file()
-    }
-    listed = "".join(f"{name} {blob}\n" for name, blob in sorted(blobs.items()))
-    digest = hashlib.sha256(listed.encode()).hexdigest()[:8]
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in _FOLDERS for p in (root / folder).rglob("*")):
+        if path.suffix in _SOURCES and path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root)} {len(content)}\0".encode() + content)
+    short = digest.hexdigest()[:8]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout
+
     try:
         if not (root / ".git").exists():
             raise OSError
-        commit = _git(root, "rev-parse", "--short", "HEAD").strip()
-        tree = _git(root, "ls-tree", "-r", "-z", "HEAD", package.name, *_KINDS)
+        commit = git("rev-parse", "--short", "HEAD").strip()
+        changed = git("diff", "-z", "--name-only", "HEAD", "--", *_FOLDERS)
+        untracked = git("ls-files", "-z", "--others", "--", *_FOLDERS)  # ignored ones as well
     except (OSError, subprocess.SubprocessError):
-        return f"{__version__} ({digest})"
-    entries = (line.split("\t", 1) for line in tree.split("\0") if line)
-    tracked = {name: facts.split()[2] for facts, name in entries if name.endswith(_SOURCES)}
-    return commit if tracked == blobs else f"{commit}+{digest}"
+        return f"{__version__} ({short})"
+    named = not any(name.endswith(_SOURCES) for name in (changed + untracked).split("\0"))
+    return commit if named else f"{commit}+{short}"
 
 
 def environment() -> dict[str, Any]:
@@ -195,15 +215,3 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout
-
-
-def _blob(content: bytes) -> str:
-    """The name that git gives to a file's content."""
-    header = f"blob {len(content)}\0".encode()
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()

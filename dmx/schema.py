@@ -1,6 +1,6 @@
-"""Values that a user gives: strict YAML, frozen dataclasses, dotted overrides, paths.
+"""Values that a user gives: strict YAML, frozen dataclasses, dotted overrides, ranges, paths.
 
-Errors name the dotted path of what is wrong.
+Whatever is wrong is a ConfigError that names its file and line, or its dotted path.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -30,49 +30,46 @@ class _StrictLoader(yaml.SafeLoader):
     differently (0100, 1:30) is refused.
     """
 
-
-def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *defaults`
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        try:
-            twice = key in seen
-        except TypeError:
+    def mapping(self, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *defaults`
+                continue
             line = key_node.start_mark.line + 1
-            raise ConfigError(f"line {line}: a key must be a plain value.") from None
-        if twice:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice.")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"line {line}: a key must be a plain value.")
+            if key in seen:
+                raise ConfigError(f"line {line}: key {key!r} is given twice.")
+            seen.add(key)
+        return self.construct_mapping(node, deep=True)
+
+    def number(self, node: yaml.ScalarNode) -> Any:
+        """An int or a float, in base 10 unless it says 0x or 0b."""
+        text = node.value
+        if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: {text} is no plain decimal number (YAML 1.1 "
+                "reads another one); write it without a leading zero or a colon, or in quotes as "
+                "a text."
+            )
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+    def true_or_false(self, node: yaml.ScalarNode) -> bool | str:
+        return {"true": True, "false": False}.get(node.value.lower(), node.value)
 
 
-def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
-    """An int or a float, in base 10 unless it says 0x or 0b."""
-    text = node.value
-    if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
-        raise ConfigError(
-            f"line {node.start_mark.line + 1}: {text} is no plain decimal number (YAML 1.1 reads "
-            "another one); write it without a leading zero or a colon, or in quotes as a text."
-        )
-    whole = node.tag.endswith(":int")
-    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
-
-
-def _true_or_false(loader: _StrictLoader, node: yaml.ScalarNode) -> bool | str:
-    text: str = node.value
-    return text.lower() == "true" if text.lower() in ("true", "false") else text
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _number)
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
-_StrictLoader.add_constructor("tag:yaml.org,2002:bool", _true_or_false)
-_FLOAT = r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"
+for _tag, _construct in (
+    ("map", _StrictLoader.mapping),
+    ("int", _StrictLoader.number),
+    ("float", _StrictLoader.number),
+    ("bool", _StrictLoader.true_or_false),
+):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    typing.cast(Any, re.compile(_FLOAT)),
+    cast(Any, re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$")),
     list("-+0123456789"),
 )
 
@@ -94,22 +91,15 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text safely.
-
-    Raises:
-        ConfigError: not YAML, or a key given twice; names `where` and the line.
-    """
+    """The value of a YAML text; errors begin with `where`."""
     try:
         loader = _StrictLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            if _expanded(node, {}) > _MAX_NODES:
-                raise ConfigError(f"its aliases stand for more than {_MAX_NODES:,} values.")
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > _MAX_NODES:
+            raise ConfigError(f"its aliases stand for more than {_MAX_NODES:,} values.")
+        return loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -122,11 +112,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: unreadable, malformed, or not a mapping.
-    """
+    """The mapping in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -147,34 +133,24 @@ class UnknownSettingError(ConfigError):
 
 
 def from_dict(cls: type[T], data: object, path: str = "") -> T:
-    """Build dataclass `cls` from a mapping; unknown keys and wrong types are errors.
-
-    Raises:
-        ConfigError: with the dotted path of the offending value, the value, and what is allowed.
-    """
+    """Build dataclass `cls` from a mapping; unknown keys and wrong types are errors."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path or cls.__name__} must be a mapping, not {data!r}.")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
-    for key in data:
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
+    for key in map(str, data):
         if key not in fields:
-            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {join(path, close[0])}? " if close else ""
             raise UnknownSettingError(
-                join(path, str(key)),
-                f"{join(path, str(key))} is not a setting; {hint}"
-                f"allowed: {', '.join(sorted(fields))}.",
+                join(path, key),
+                f"{join(path, key)} is not a setting; {hint}allowed: {', '.join(sorted(fields))}.",
             )
-    values = {k: convert(hints[k], v, join(path, str(k))) for k, v in data.items()}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{join(path, missing[0])} is required and has no value.")
+    values = {k: convert(hints[k], v, join(path, k)) for k, v in data.items()}
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{join(path, name)} is required and has no value.")
     try:
         return cls(**values)
     except ConfigError as error:
@@ -182,50 +158,35 @@ def from_dict(cls: type[T], data: object, path: str = "") -> T:
         raise ConfigError(f"{prefix}{error}") from None
 
 
-def convert(hint: Any, value: object, path: str) -> Any:
-    """`value` as type `hint`; ints pass for floats, nothing else is coerced.
+_NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
-    Raises:
-        ConfigError: the value has another type.
-    """
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        errors = []
-        for option in options:
-            if option is type(None):
-                continue
-            try:
-                return convert(option, value, path)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
+
+def convert(hint: Any, value: object, path: str) -> Any:
+    """`value` as type `hint`; ints pass for floats, nothing else is coerced."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # of a type and None
+        (wanted,) = set(args) - {types.NoneType}
+        return None if value is None else convert(wanted, value, path)
     if origin is typing.Literal:
-        if value in typing.get_args(hint) and type(value) is not bool:
+        if value in args and type(value) is not bool:
             return value
-        allowed = ", ".join(str(a) for a in typing.get_args(hint))
-        raise ConfigError(f"{path} is {value!r}; allowed: {allowed}.")
+        raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, args))}.")
     if origin in (tuple, list):
-        item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} must be a list, not {value!r}.")
-        items = [convert(item, v, f"{path}[{i}]") for i, v in enumerate(value)]
-        return tuple(items) if origin is tuple else items
-    if origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):
+        return origin(convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, not {value!r}.")
-        item = typing.get_args(hint)[1]
-        return {str(k): convert(item, v, join(path, str(k))) for k, v in value.items()}
+        return {str(k): convert(args[1], v, join(path, str(k))) for k, v in value.items()}
     if hint is Any or hint is object:
         return value
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, typing.cast(type, hint)):
+        if isinstance(value, cast(type, hint)):
             return value
-        parse = getattr(hint, "parse", None)  # polymorphic configs choose their own class
-        return parse(value, path) if parse else from_dict(typing.cast(Any, hint), value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        parse = getattr(hint, "parse", None)  # such a config has shorthands, or chooses its class
+        return parse(value, path) if parse else from_dict(cast(Any, hint), value, path)
+    if hint is float and type(value) is int:
         try:
             return float(value)
         except OverflowError:
@@ -233,39 +194,58 @@ def convert(hint: Any, value: object, path: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise ConfigError(f"{path} must be {names.get(hint, hint)}, not {value!r}.")
+        raise ConfigError(f"{path} must be {_NOUNS.get(hint, hint)}, not {value!r}.")
     return value
 
 
-def to_dict(value: Any) -> Any:
-    """Plain YAML-ready data of a dataclass tree; the inverse of `from_dict`."""
+def to_dict(value: Any, *, finite: bool = False) -> Any:
+    """Plain YAML-ready data of a dataclass tree; the inverse of `from_dict`.
+
+    Args:
+        finite: NaN and the infinities, which JSON does not have, become None.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         custom = getattr(value, "to_plain", None)
-        if custom is not None:
-            return custom()
-        return {
-            f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-        }
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        value = custom() if custom else fields
     if isinstance(value, Mapping):
-        return {str(k): to_dict(v) for k, v in value.items()}
+        return {str(k): to_dict(v, finite=finite) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [to_dict(v) for v in value]
+        return [to_dict(v, finite=finite) for v in value]
+    if finite and isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON can hold it: NaN becomes null, paths and dataclasses become plain."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return finite(fields)
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    """`to_dict`, as JSON can hold it."""
+    return to_dict(value, finite=True)
+
+
+def check_number(
+    name: str,
+    value: float | None,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuse a number that is NaN, infinite or outside of a range; None passes."""
+    if value is None or (value >= least and above < value < below):
+        return
+    if below < math.inf:
+        wanted = f"lie in [{least}, {below})"
+    else:
+        wanted = f"be above {above}" if above > least else f"be at least {least}"
+    wanted = {"be above 0": "be positive", "be at least 0": "not be negative"}.get(wanted, wanted)
+    also = " and finite" if value == math.inf else ""
+    raise ConfigError(f"{name} is {value}; it must {wanted}{also}.")
+
+
+def check_range(config: object, *names: str, **bounds: float) -> None:
+    """`check_number` of fields of a config, for its `__post_init__`."""
+    for name in names:
+        check_number(name, getattr(config, name), **bounds)
 
 
 def join(path: str, key: str) -> str:
@@ -274,16 +254,12 @@ def join(path: str, key: str) -> str:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["optim.learning_rate=1e-3"]` -> `{"optim.learning_rate": 0.001}`; values are read as YAML.
-
-    Raises:
-        ConfigError: no `=`, an empty key, a malformed or empty value, or a key given twice.
-    """
+    """`["optim.learning_rate=1e-3"]` -> `{"optim.learning_rate": 0.001}`; values are YAML."""
     flat: dict[str, Any] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         key = key.strip()
-        if not equals or not key or any(not part for part in key.split(".")):
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"override {text!r} must look like a.b=value.")
         if key in flat:
             raise ConfigError(f"override {key} is given twice.")
@@ -293,33 +269,20 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return flat
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` -> `{"a": {"b": 1}}`; keys that are not dotted stay."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        set_dotted(tree, key, value)
-    return tree
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`; empty mappings vanish."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, path))
-        else:
-            flat[path] = value
+        path = join(prefix, str(key))
+        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
     return flat
 
 
 def set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the dotted `path` in `tree` to `value`, in place, making the mappings on the way.
 
-    A text on the way is a shorthand for a mapping with that `name` (`attention: butterfly`).
-
-    Raises:
-        ConfigError: something else on the way is no mapping.
+    A text on the way is a shorthand for a mapping with that `name` (`attention: butterfly`);
+    anything else that is no mapping is an error.
     """
     *parents, last = path.split(".")
     node = tree
@@ -333,12 +296,7 @@ def set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
             raise ConfigError(f"{parent} is {child!r}, so {path} cannot be set; it has settings.")
         node[parent] = child
         node = child
-    existing = node.get(last)
-    if isinstance(value, Mapping) and isinstance(existing, dict):
-        for key, item in value.items():
-            set_dotted(existing, str(key), item)
-    else:
-        node[last] = dict(value) if isinstance(value, Mapping) else value
+    node[last] = value
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,12 +312,7 @@ def expand(what: str, text: str) -> str:
     """`text`, a path that a user gave, with `~` and `~user` as a shell would write them out.
 
     A shell itself leaves `--option=~/x`, quoted texts, variables and YAML as they are.
-
-    Raises:
-        ConfigError: no such user; names `what`.
     """
-    if not text.startswith("~"):
-        return text
     found = os.path.expanduser(text)  # noqa: PTH111  pathlib raises, and drops a final slash
     if not found.startswith("~"):
         return found
@@ -374,12 +327,7 @@ def is_url(text: str) -> bool:
 
 
 def local_path(option: str, text: str, remedy: str = "copy it here and name the copy") -> Path:
-    """`text` as a path on this machine.
-
-    Raises:
-        ConfigError: it is a URL, of which pathlib would make a folder `s3:` here; names the option
-            and ends with the remedy.
-    """
+    """`text` as a path on this machine; a URL, of which pathlib would make a folder, is refused."""
     if is_url(text):
         raise ConfigError(f"{option} {text} is in object storage; {remedy}.")
     return Path(text)

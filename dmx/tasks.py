@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -44,8 +44,7 @@ class Published:
     def unbalanced(self, classes: Mapping[str, Sequence[int]]) -> str:
         """`83 % of train are class 1` where no random part of the set has such labels, else "".
 
-        Args:
-            classes: split -> examples of each class.
+        `classes`: split -> examples of each class.
         """
         for split, counts in classes.items():
             total = sum(counts)
@@ -92,42 +91,18 @@ class Task:
     cpu_batch_size: int = 32
 
 
-@dataclass(frozen=True)
-class TaskFamily:
-    """Tasks that are made from their names.
-
-    Attributes:
-        find: takes a name; its task if the name belongs to the family, else None. It raises
-            ConfigError where the name plainly belongs to the family but asks for the impossible.
-        members: the usual names.
-    """
-
-    find: Callable[[str], Task | None]
-    members: tuple[str, ...] = ()
-
-
-TASKS: Registry[Task | TaskFamily] = Registry("task")
+TASKS: Registry[Task] = Registry("task")
 
 
 def task_for(name: str) -> Task:
-    """The task called `name`.
-
-    Raises:
-        ConfigError: no task has that name.
-    """
+    """The task called `name`; a ConfigError lists the choices."""
     if name in TASKS:
-        value = TASKS.get(name)
-        if isinstance(value, Task):
-            return value
+        return TASKS.get(name)
     if (ours := _OTHER_NAMES.get(re.sub("[-_ ]", "", name.lower()))) is not None:
         raise ConfigError(f"task {name!r} is called {ours} here.")
-    for key in TASKS.names():
-        value = TASKS.get(key)
-        if not isinstance(value, Task):
-            task = value.find(name)
-            if task is not None:
-                return task
-    raise ConfigError(f"task {choices_message(name, task_names())}.")
+    if (task := _custom_pathfinder(name)) is not None:
+        return task
+    raise ConfigError(f"task {choices_message(name, TASKS.names())}.")
 
 
 _OTHER_NAMES = {
@@ -140,22 +115,22 @@ _OTHER_NAMES = {
 """What other papers and programs call the tasks, in small letters and without hyphens."""
 
 
+def task_names() -> list[str]:
+    """The names of the published tasks and of those that plug-ins add, sorted."""
+    return TASKS.names()
+
+
+def task_families() -> set[str]:
+    """What tasks may be called together, in a search space."""
+    return {TASKS.get(name).family for name in TASKS.names()}
+
+
 def find_task(name: str) -> Task | None:
     """The task, or None for a name that this version of dmx does not know."""
     try:
         return task_for(name)
     except ConfigError:
         return None
-
-
-def task_names() -> list[str]:
-    """The names of the published tasks, sorted; families (pathfinder) list their usual members."""
-    names = [n for n in TASKS.names() if isinstance(TASKS.get(n), Task)]
-    for key in TASKS.names():
-        value = TASKS.get(key)
-        if not isinstance(value, Task):
-            names.extend(value.members)
-    return sorted(names)
 
 
 def _preset(batch_size: int, num_steps: int, evaluate: int, warmup: int) -> dict[str, object]:
@@ -172,98 +147,51 @@ def _preset(batch_size: int, num_steps: int, evaluate: int, warmup: int) -> dict
     }
 
 
-# Nested MIN/MAX/MED/SM expressions over digits.
-TASKS.register("listops")(
-    Task(
-        name="listops",
-        family="listops",
-        max_length=2048,
-        vocab_size=32,
-        num_classes=10,
-        generated=True,
-        published=Published(counts=((96000, 2000, 2000),), shares=(0.06, 0.18)),
-        cpu_steps=160,
-        cpu_batch_size=16,
-        preset=_preset(32, 5000, 50, 1000),
-    )
+_TABLE = (
+    # max_length, vocab_size, num_classes; examples; the least and the largest share of a class;
+    # batch size, steps, steps between evaluations, steps of warm-up
+    ("listops", (2048, 32, 10), (96000, 2000, 2000), (0.06, 0.18), (32, 5000, 50, 1000)),
+    ("text", (4096, 512, 2), (25000, 25000, 25000), (0.5, 0.5), (32, 20000, 500, 8000)),
+    ("retrieval", (4096, 512, 2), (147086, 18090, 17437), (0.4, 0.6), (32, 30000, 300, 800)),
+    ("image", (1024, 512, 10), (45000, 5000, 10000), (0.1, 0.1), (256, 35000, 175, 175)),
 )
+"""Nested MIN/MAX/MED/SM expressions over digits; byte-level IMDB sentiment; whether one ACL
+Anthology paper cites the other, two byte-level texts; CIFAR-10 in grey, one token a pixel."""
+_OTHER_COUNTS = {"image": [(45002, 5000, 10000)]}
+"""The reference's pickles have two training images more (docs/quirks.md)."""
+_ON_CPU = {"listops": (160, 16), "text": (320, 16), "retrieval": (80, 8), "image": (200, 32)}
+"""cpu_steps, cpu_batch_size."""
 
-# Byte-level IMDB sentiment.
-TASKS.register("text")(
-    Task(
-        name="text",
-        family="text",
-        max_length=4096,
-        vocab_size=512,
-        num_classes=2,
-        published=Published(counts=((25000, 25000, 25000),), shares=(0.5, 0.5)),
-        cpu_steps=320,
-        cpu_batch_size=16,
-        preset=_preset(32, 20000, 500, 8000),
+for _name, (_length, _vocabulary, _classes), _counts, _shares, _steps in _TABLE:
+    TASKS.register(_name)(
+        Task(
+            name=_name,
+            family=_name,
+            max_length=_length,
+            vocab_size=_vocabulary,
+            num_classes=_classes,
+            paired=_name == "retrieval",
+            image_side=32 if _name == "image" else None,
+            generated=_name == "listops",
+            published=Published(counts=(_counts, *_OTHER_COUNTS.get(_name, ())), shares=_shares),
+            preset=_preset(*_steps),
+            cpu_steps=_ON_CPU[_name][0],
+            cpu_batch_size=_ON_CPU[_name][1],
+        )
     )
-)
-
-# Does one ACL Anthology paper cite the other? Two byte-level texts.
-TASKS.register("retrieval")(
-    Task(
-        name="retrieval",
-        family="retrieval",
-        max_length=4096,
-        vocab_size=512,
-        num_classes=2,
-        paired=True,
-        published=Published(counts=((147086, 18090, 17437),), shares=(0.4, 0.6)),
-        cpu_steps=80,
-        cpu_batch_size=8,
-        preset=_preset(32, 30000, 300, 800),
-    )
-)
-
-# CIFAR-10 in grey, one token a pixel.
-TASKS.register("image")(
-    Task(
-        name="image",
-        family="image",
-        max_length=1024,
-        vocab_size=512,
-        num_classes=10,
-        image_side=32,
-        # The reference's pickles have two training images more (docs/quirks.md).
-        published=Published(counts=((45000, 5000, 10000), (45002, 5000, 10000)), shares=(0.1, 0.1)),
-        preset=_preset(256, 35000, 175, 175),
-    )
-)
 
 
 # Pathfinder: are two marked ends on the same dashed contour?
-_RELEASED = re.compile(r"pathfinder(\d+)-curv_(\w+)")
+_SIDES, _CUSTOM_SIDES = (32, 64, 128, 256), (16, 32, 64, 128, 256)
+_LEVELS = ("baseline", "contour_length_9", "contour_length_14")
 _PATHX = re.compile(r"pathX-cl14_(nogap|alpha\d+(?:\.\d+)?)")
 _CUSTOM = re.compile(r"pathfinder(\d+)-cl(\d+)-d(\d+)")
-
-SIDES = (32, 64, 128, 256)
-LEVELS = ("baseline", "contour_length_9", "contour_length_14")
 NUM_IMAGES = 200_000
 """In every published set, counted with the image files that are empty."""
 EMPTY_IMAGES = {"pathfinder32-curv_baseline": 1}
-_SHARES = (0.5, 0.5)
-"""A fair coin is tossed for each image."""
-MEMBERS = (
-    *(f"pathfinder{side}-curv_{level}" for side in SIDES for level in LEVELS),
-    "pathX-cl14_nogap",
-    *(f"pathX-cl14_alpha{alpha}" for alpha in ("0.0", "0.5", "0.75", "1.0", "1.25", "1.5")),
-)
-"""The published Pathfinder sets."""
 
 
-def _published(name: str) -> Published | None:
-    if name not in MEMBERS:
-        return None
-    images = NUM_IMAGES - EMPTY_IMAGES.get(name, 0)
-    train, dev = int(images * 0.8), int(images * 0.9)
-    return Published(counts=((train, dev - train, images - dev),), shares=_SHARES)
-
-
-def _task(name: str, side: int) -> Task:
+def _pathfinder(name: str, side: int, published: Published | None = None) -> Task:
     return Task(
         name=name,
         family="pathfinder",
@@ -272,29 +200,22 @@ def _task(name: str, side: int) -> Task:
         num_classes=2,
         image_side=side,
         generated=True,
-        published=_published(name),
+        published=published,
         preset=_preset(256, 62400, 312, 312),
     )
 
 
-def pathfinder(name: str) -> Task | None:
-    """The Pathfinder task called `name`, or None when the name is of another family.
+def _custom_pathfinder(name: str) -> Task | None:
+    """A Pathfinder task that is made from its name, or None for a name of another family.
 
-    Names: `pathfinder{32,64,128,256}-curv_{baseline,contour_length_9,contour_length_14}` (as
-    released), `pathX-cl14_{nogap,alpha<float>}` (128 x 128, as generated by Sapkota), and
-    `pathfinder<side>-cl<paddles>-d<distractors>` (generated, for curricula of one's own).
-
-    Raises:
-        ConfigError: the name starts like a Pathfinder set but names no such set.
+    `pathX-cl14_alpha<number>` (128 x 128, as generated by Sapkota), and
+    `pathfinder<side>-cl<paddles>-d<distractors>`, for curricula of one's own.
     """
     if _PATHX.fullmatch(name):
-        return _task(name, 128)
-    released = _RELEASED.fullmatch(name)
-    if released and int(released[1]) in SIDES and released[2] in LEVELS:
-        return _task(name, int(released[1]))
+        return _pathfinder(name, 128)
     custom = _CUSTOM.fullmatch(name)
-    if custom and int(custom[1]) in (16, *SIDES):
-        return _task(name, int(custom[1]))
+    if custom and int(custom[1]) in _CUSTOM_SIDES:
+        return _pathfinder(name, int(custom[1]))
     if name.startswith(("pathfinder", "pathX")):
         raise ConfigError(
             f"task {name!r} names no Pathfinder set; allowed: "
@@ -305,4 +226,14 @@ def pathfinder(name: str) -> Task | None:
     return None
 
 
-TASKS.register("pathfinder")(TaskFamily(pathfinder, MEMBERS))
+_ALPHAS = ("0.0", "0.5", "0.75", "1.0", "1.25", "1.5")
+_SETS = {f"pathfinder{side}-curv_{level}": side for side in _SIDES for level in _LEVELS}
+_SETS |= dict.fromkeys(("pathX-cl14_nogap", *(f"pathX-cl14_alpha{a}" for a in _ALPHAS)), 128)
+
+for _name, _side in _SETS.items():
+    _images = NUM_IMAGES - EMPTY_IMAGES.get(_name, 0)
+    _train, _dev = int(_images * 0.8), int(_images * 0.9)
+    # A fair coin is tossed for each image.
+    _counts = (_train, _dev - _train, _images - _dev)
+    _published = Published(counts=(_counts,), shares=(0.5, 0.5))
+    TASKS.register(_name)(_pathfinder(_name, _side, _published))

@@ -123,7 +123,7 @@ def test_overrides_win_over_layers_and_presets():
         ({"task": "text", "train.batch_size": 0}, "train.batch_size is 0"),
         ({"task": "text", "train": 5}, "train must be a mapping"),
         ({"task": "text", "model": None}, "model must be a mapping"),
-        ({"task": "text", "attention": 5}, "attention must be an attention's name"),
+        ({"task": "text", "attention": 5}, "attention must be the attention's name"),
         ({"task": "text", "attention": "fancy"}, "attention: attention 'fancy' is unknown"),
         ({"task": "text", "attention.block_size": 48}, "attention.block_size is 48"),
         ({"task": "text", "attention.block_size": 8192}, "attention.block_size is 8192"),

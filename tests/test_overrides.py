@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmx.errors import ConfigError
-from dmx.schema import flatten, merge, nest, parse_assignments, set_dotted
+from dmx.schema import flatten, merge, parse_assignments, set_dotted
 from tests.tiny import one_sentence
 
 
@@ -44,10 +44,10 @@ def test_malformed(words, message):
     assert one_sentence(caught.value).startswith(message)
 
 
-def test_flatten_and_nest_are_inverse():
+def test_flatten_and_merge_are_inverse():
     tree = {"a": {"b": 1, "c": {"d": [2]}}, "e": None}
     flat = {"a.b": 1, "a.c.d": [2], "e": None}
-    assert flatten(tree) == flat and nest(flat) == tree
+    assert flatten(tree) == flat and merge(flat) == tree
     assert flatten({"a": {}}) == {}
 
 

@@ -37,7 +37,7 @@ def test_unknown_name_lists_the_choices_and_guesses():
 def test_a_name_is_given_once():
     registry: Registry[int] = Registry("number")
     registry.register("one")(1)
-    with pytest.raises(AssertionError, match="twice"):
+    with pytest.raises(ConfigError, match="number 'one' is registered twice"):
         registry.register("one")(2)
 
 

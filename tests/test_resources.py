@@ -34,7 +34,7 @@ def test_a_commit_names_all_of_a_clean_checkout(checkout: Path) -> None:
     (checkout / "dmx" / "__pycache__").mkdir()
     (checkout / "dmx" / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"")
     (checkout / "notes.py").write_text("outside of the package\n")
-    assert source_version(checkout / "dmx") == git(checkout, "rev-parse", "--short", "HEAD")
+    assert source_version(checkout) == git(checkout, "rev-parse", "--short", "HEAD")
 
 
 @pytest.mark.parametrize(
@@ -51,27 +51,27 @@ def test_a_commit_names_all_of_a_clean_checkout(checkout: Path) -> None:
 def test_what_the_commit_does_not_name_changes_the_version(
     checkout: Path, name: str, content: str | None
 ) -> None:
-    clean, path = source_version(checkout / "dmx"), checkout / name
+    clean, path = source_version(checkout), checkout / name
     before = path.read_text() if path.exists() else None
     path.unlink() if content is None else path.write_text(content)
-    found = source_version(checkout / "dmx")
+    found = source_version(checkout)
     commit, plus, digest = found.partition("+")
     assert (commit, plus, len(digest)) == (clean, "+", 8)
     if content is not None:
         path.write_text(content + "# more\n")
-        assert source_version(checkout / "dmx") not in (found, clean)
+        assert source_version(checkout) not in (found, clean)
     path.unlink() if before is None else path.write_text(before)
-    assert source_version(checkout / "dmx") == clean
+    assert source_version(checkout) == clean
 
 
 def test_an_installed_package_has_its_version_and_a_digest(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name / "dmx").mkdir(parents=True)
         (tmp_path / name / "dmx" / "a.py").write_text("one = 1\n")
-    one, two = (source_version(tmp_path / name / "dmx") for name in ("one", "two"))
+    one, two = (source_version(tmp_path / name) for name in ("one", "two"))
     assert one == two and one.startswith(f"{__version__} (") and len(one) == len(__version__) + 11
     (tmp_path / "two" / "dmx" / "a.py").write_text("one = 2\n")
-    assert source_version(tmp_path / "two" / "dmx") != one
+    assert source_version(tmp_path / "two") != one
 
 
 def test_the_running_code_is_asked_once() -> None:

@@ -8,10 +8,9 @@ groups, l real tokens of a group.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from dmx.errors import ConfigError
 from dmx.nn.cpu import dropout_attention
 from dmx.nn.packing import Grouping, Layout
-from dmx.registry import Registry
-from dmx.schema import from_dict, to_dict
+from dmx.registry import NamedConfig, Registry
+from dmx.runs.run import UNKNOWN
+from dmx.schema import check_range
 
 ATTENTIONS: Registry[type[AttentionConfig]] = Registry("attention", "dmx.attention")
 
@@ -32,9 +32,7 @@ class MixerContext:
 
     Attributes:
         length: positions it mixes (the sequence length, or a butterfly group's block_size).
-        num_heads: H.
-        head_dim: Dh.
-        layer_index: 0 for the first layer.
+        num_heads: H. head_dim: Dh. layer_index: 0 for the first layer.
         shared: one dict per model, for parameters that layers share (linformer).
     """
 
@@ -46,55 +44,41 @@ class MixerContext:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(NamedConfig):
     """Base of every attention's config; subclasses add their sizes and implement `build`.
 
     Attributes:
         dropout: dropout of the attention weights, where the attention has such weights.
     """
 
-    name: ClassVar[str] = ""
+    registry: ClassVar[Registry[type[AttentionConfig]]] = ATTENTIONS
     size_field: ClassVar[str | None] = None
     """The size that a curriculum doubles with the image side, and `NAME-SIZE` sets."""
 
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        check_range(self, "dropout", least=0, below=1)
 
     def check(self, context: MixerContext) -> None:
         """Raise ConfigError where the sizes do not fit the context; called before any training."""
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer for one layer."""
+        """The mixer of one layer."""
         raise NotImplementedError
 
     @classmethod
-    def parse(cls, value: object, path: str) -> AttentionConfig:
-        """Config from `name`, `name-size` or a mapping with `name`.
-
-        Raises:
-            ConfigError: unknown attention or setting.
-        """
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ConfigError(f"{path} must be an attention's name or a mapping with `name`.")
-        settings = dict(value)
-        try:
-            config_class, size = split_name(settings.pop("name"))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        if size is not None:
-            assert config_class.size_field is not None
-            settings.setdefault(config_class.size_field, size)
-        return from_dict(config_class, settings, path)
-
-    def to_plain(self) -> dict[str, Any]:
-        """The YAML-ready mapping that `parse` reads back."""
-        fields = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"name": self.name, **fields}
+    def find(cls, name: str) -> tuple[type[AttentionConfig], dict[str, Any]]:
+        """`butterfly-64` -> (ButterflyConfig, {"block_size": 64})."""
+        base, dash, size = name.rpartition("-")
+        if name in ATTENTIONS or not (dash and size.isdecimal()):
+            return ATTENTIONS.get(name), {}
+        found = ATTENTIONS.get(base)
+        if found.size_field is None:
+            raise ConfigError(
+                f"attention {base!r} has no size; write {base!r} instead of {name!r}."
+            )
+        return found, {found.size_field: int(size)}
 
     @property
     def has_map(self) -> bool:
@@ -112,24 +96,21 @@ class AttentionConfig:
         return self.name if self.size is None else f"{self.name}-{self.size}"
 
 
-def split_name(name: str) -> tuple[type[AttentionConfig], int | None]:
-    """`butterfly-64` -> (ButterflyConfig, 64); `butterfly` -> (ButterflyConfig, None).
-
-    Raises:
-        ConfigError: no such attention, or a size where the attention has none.
-    """
-    base, dash, size = name.rpartition("-")
-    if name in ATTENTIONS or not (dash and size.isdecimal()):
-        return ATTENTIONS.get(name), None
-    config_class = ATTENTIONS.get(base)
-    if config_class.size_field is None:
-        raise ConfigError(f"attention {base!r} has no size; write {base!r} instead of {name!r}.")
-    return config_class, int(size)
+def sized(attention: str, values: Mapping[str, Any]) -> str:
+    """`butterfly-64`, where the dotted `values` fix the size; else the name alone."""
+    size_field = ATTENTIONS.get(attention).size_field if attention in ATTENTIONS else None
+    size = None if size_field is None else values.get(f"attention.{size_field}")
+    return attention if size is None else f"{attention}-{size}"
 
 
-def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32 at least: the reference's attention leaves mixed precision."""
-    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+def attention_label(config: Mapping[str, Any] | None) -> str:
+    """How reports call the attention of a plain RunConfig."""
+    attention = (config or {}).get("attention")
+    if isinstance(attention, str):
+        return attention
+    if not isinstance(attention, Mapping) or not isinstance(attention.get("name"), str):
+        return UNKNOWN
+    return sized(attention["name"], {f"attention.{k}": v for k, v in attention.items()})
 
 
 MOST_GROUPS = 65535
@@ -159,30 +140,46 @@ def fused_attention(
     )
 
 
+def kept_keys(mask: Tensor) -> Tensor:
+    """[B, L] -> [B, 1, 1, L]: the keys that count; all where none is real, for finite results."""
+    return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def zero_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Each [B, H, L, Dh] with zero vectors at masked tokens."""
+    hidden = ~mask[:, None, :, None]
+    return [x.masked_fill(hidden, 0.0) for x in tensors]
+
+
+Heads: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The real tokens of n equally long groups: q, k, v [n, H, l, Dh], and their positions in the
+group [n, l], ascending."""
+
+
 class TokenMixer(nn.Module):
-    """Mixes information between tokens, head by head.
+    """Mixes information between tokens, head by head, in float32 (or float64).
 
     `forward` is the formula over all L positions. A mixer whose result at real tokens can be
-    computed from real tokens alone sets `packs = True` and implements `mix_real`. The faster
-    `mix_rows` is optional: None leaves the work to `mix_buckets`.
+    computed from real tokens alone sets `packs = True` and implements `mix_real`, or `mix_buckets`
+    where it does something once for a whole batch (a statistic over it, a draw of hashes). The
+    faster `mix_rows` is optional.
     """
 
-    packs: ClassVar[bool] = False
-    packs_on_accelerators: ClassVar[bool] = False
+    packs: bool = False
+    packs_on_accelerators: bool = False
     """Whether `mix_rows` does its work in a number of operations that does not grow with the number
     of distinct lengths; else `execution: auto` computes all positions on an accelerator, where a
     few operations for each length cost more than the positions that they save."""
-    mixes_examples: ClassVar[bool] = False
+    mixes_examples: bool = False
     """Whether an example's result depends on the others of its batch, in evaluation too."""
-    projection_bias: ClassVar[bool] = True
+    projection_bias: bool = True
     """False: the projections' biases do not enter q, k and v (Reformer)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Mix.
 
         Args:
-            q, k, v: [B, H, L, Dh].
-            mask: [B, L], 1 (or True) = real token.
+            q, k, v: [B, H, L, Dh]. mask: [B, L] bool, True = real token.
 
         Returns:
             [B, H, L, Dh]; rows of masked tokens are finite and otherwise undefined.
@@ -199,9 +196,6 @@ class TokenMixer(nn.Module):
     def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """The probabilities by which `forward` weighs v, where the config's `has_map` is true.
 
-        Args:
-            q, k: [B, H, L, Dh]. mask: [B, L].
-
         Returns:
             [B * L / n, H, n, n] for groups of n positions, in the order of packing.to_groups; a row
             is a query and sums to 1; masked keys are 0 in a group with any real key.
@@ -212,41 +206,37 @@ class TokenMixer(nn.Module):
         """Which positions mix with each other; by default all of a sequence."""
         return Grouping(size=length)
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """The same result, from real tokens only.
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
+        """What `forward` gives at real tokens, [n, H, l, Dh], wherever in their group they stand.
 
         Args:
             q, k, v: [n, H, l, Dh], the l real tokens of each of n equally long groups.
-            slot: [n, l], their positions in the group, ascending, in 0..full_length-1.
             full_length: positions of the group, masked ones included.
-
-        Returns:
-            [n, H, l, Dh], what `forward` gives at these tokens when all others are masked.
         """
         raise NotImplementedError
 
-    def mix_buckets(
-        self,
-        buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-        full_length: int,
-    ) -> list[Tensor]:
-        """`mix_real` over all (q, k, v, slot) buckets of a batch.
-
-        A mixer that does something once for the whole batch overrides this (a statistic over it,
-        a draw of hashes); every other one leaves it.
-        """
-        return [self.mix_real(q, k, v, slot, full_length) for q, k, v, slot in buckets]
+    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
+        """`mix_real` of every bucket of a batch, whose groups all have `full_length` positions."""
+        return [self.mix_real(q, k, v, full_length) for q, k, v, _ in buckets]
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
-        """All buckets in few calls, [T, 3 * H * Dh] -> [T, H * Dh], or None."""
+        """All buckets in few calls, [T, 3 * H * Dh] -> [T, H * Dh]; None leaves it to mix_buckets.
+
+        The rows are as precise as the projections left them: bf16 in mixed precision.
+        """
         return None
 
 
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class MultiHead(nn.Module):
-    """Projections around a TokenMixer."""
+    """Projections around a TokenMixer, which leaves mixed precision, as the reference's do."""
 
     def __init__(self, embedding_dim: int, config: AttentionConfig, context: MixerContext) -> None:
         super().__init__()
+        self.config = config
         self.num_heads, self.head_dim = context.num_heads, context.head_dim
         inner_dim = self.num_heads * self.head_dim
         self.query = nn.Linear(embedding_dim, inner_dim)
@@ -255,42 +245,51 @@ class MultiHead(nn.Module):
         self.mixer: TokenMixer = config.build(context)
         self.output = nn.Linear(inner_dim, embedding_dim)
 
-    def _weights(self) -> tuple[Tensor, Tensor | None]:
-        """The projections to q, k and v as one: [3 * H * Dh, D] and their bias."""
+    def _project(self, x: Tensor) -> Tensor:
+        """[..., D] -> q, k and v, [..., 3 * H * Dh], by one product."""
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         if not self.mixer.projection_bias:
-            return weight, None
-        return weight, torch.cat([layer.bias for layer in layers])
+            return F.linear(x, weight)
+        return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, l, 3 * H * Dh] -> q, k, v [n, H, l, Dh], views."""
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D], [B, L] -> [B, L, D]."""
-        qkv = F.linear(x, *self._weights())
-        qkv = qkv.view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = self.mixer(q, k, v, mask)  # [B, H, L, Dh]
+        """[B, L, D], [B, L] bool -> [B, L, D]."""
+        qkv = self._project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.mixer(*self._heads(_widen(qkv)), mask)  # [B, H, L, Dh]
         return self.output(out.transpose(1, 2).flatten(2))
 
     def packed(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] in the layout's order -> [T, D]."""
-        qkv = F.linear(x, *self._weights())  # [T, 3 * H * Dh]
-        mixed = self.mixer.mix_rows(qkv, layout, self.num_heads)
-        return self.output(self._mix_buckets(qkv, layout) if mixed is None else mixed)
+        qkv = self._project(x)  # [T, 3 * H * Dh]
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = self.mixer.mix_rows(qkv, layout, self.num_heads)
+            if mixed is None:
+                mixed = self._mix_buckets(_widen(qkv), layout)
+        return self.output(mixed)
 
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""
-        buckets = []
-        sizes = [bucket.count * bucket.length for bucket in layout.buckets]
+        sizes = [bucket.rows for bucket in layout.buckets]
         # `split` and not slices: the gradient of each slice would be a whole matrix of zeros.
         # A split of one part would still cost a copy of its gradient.
         parts = qkv.split(sizes) if len(sizes) > 1 else [qkv] * len(sizes)
-        slots = layout.slot.split(sizes)
-        for bucket, rows, slot in zip(layout.buckets, parts, slots, strict=True):
+        buckets: list[Heads] = []
+        for bucket, rows, slot in zip(layout.buckets, parts, layout.slot.split(sizes), strict=True):
             shape = (bucket.count, bucket.length)
-            q, k, v = rows.view(*shape, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            buckets.append((q, k, v, slot.view(shape)))
+            buckets.append((*self._heads(rows.view(*shape, -1)), slot.view(shape)))
         outs = self.mixer.mix_buckets(buckets, layout.grouping.size)
         mixed = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in outs]
         if len(mixed) == 1:
             return mixed[0]
         return torch.cat(mixed) if mixed else qkv.new_zeros(0, self.output.in_features)
+
+    def extra_repr(self) -> str:
+        """The attention's settings, for print(model)."""
+        return repr(self.config)

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer
+from dmx.attention.base import ATTENTIONS, AttentionConfig, Heads, MixerContext, TokenMixer
 from dmx.attention.softmax import SoftmaxConfig
 from dmx.errors import ConfigError
 from dmx.nn.packing import Grouping, Layout, from_groups, to_groups
+from dmx.schema import check_range
 
 
 def butterfly_stride(length: int, block_size: int, layer_index: int) -> int:
@@ -39,7 +40,6 @@ class ButterflyConfig(AttentionConfig):
         inner: the attention inside a group. Its dropout is this config's dropout.
     """
 
-    name: ClassVar[str] = "butterfly"
     size_field: ClassVar[str | None] = "block_size"
 
     block_size: int = 64
@@ -47,8 +47,7 @@ class ButterflyConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 2:
-            raise ConfigError(f"block_size is {self.block_size}; it must be at least 2.")
+        check_range(self, "block_size", least=2)
         if isinstance(self.inner, ButterflyConfig):
             raise ConfigError("inner is butterfly; a butterfly cannot run inside a butterfly.")
         if self.inner.dropout != self.dropout:
@@ -77,11 +76,9 @@ class ButterflyConfig(AttentionConfig):
 
     @property
     def has_map(self) -> bool:
-        """Where the inner attention has one."""
         return self.inner.has_map
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer of one layer."""
         stride = butterfly_stride(context.length, self.block_size, context.layer_index)
         inner = self.inner.build(dataclasses.replace(context, length=self.block_size))
         return ButterflyMixer(inner, Grouping(size=self.block_size, stride=stride))
@@ -94,13 +91,12 @@ class ButterflyMixer(TokenMixer):
         super().__init__()
         self.inner = inner
         self._grouping = grouping
-        self.packs = inner.packs  # type: ignore[misc]
-        self.packs_on_accelerators = inner.packs_on_accelerators  # type: ignore[misc]
-        self.mixes_examples = inner.mixes_examples  # type: ignore[misc]
-        self.projection_bias = inner.projection_bias  # type: ignore[misc]
+        self.packs = inner.packs
+        self.packs_on_accelerators = inner.packs_on_accelerators
+        self.mixes_examples = inner.mixes_examples
+        self.projection_bias = inner.projection_bias
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Regroup, mix within the groups, and put everything back."""
         length = q.shape[2]
         groups = to_groups(mask, self._grouping)
         out = self.inner(self._split(q), self._split(k), self._split(v), groups)
@@ -111,28 +107,21 @@ class ButterflyMixer(TokenMixer):
         return to_groups(x.transpose(1, 2), self._grouping).transpose(1, 2)
 
     def at_step(self, step: int, seed: int) -> None:
-        """The inner mixer's."""
         self.inner.at_step(step, seed)
 
     def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        """The inner attention's map of every group."""
         groups = to_groups(mask, self._grouping)
         return self.inner.attention_map(self._split(q), self._split(k), groups)
 
     def grouping(self, length: int) -> Grouping:
-        """The groups of this layer."""
         return self._grouping
 
-    def mix_buckets(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
+    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
         """Buckets already are groups: the inner mixer takes them as they are."""
         return self.inner.mix_buckets(buckets, full_length)
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor | None:
-        """The inner mixer's, where it has one."""
         return self.inner.mix_rows(qkv, layout, num_heads)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
         return f"block_size={self._grouping.size}, stride={self._grouping.stride}"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, zero_masked
 from dmx.nn.packing import Layout
 
 
@@ -22,10 +20,7 @@ class LinearConfig(AttentionConfig):
     paper divides by phi(q) sum_j phi(k_j). It has no attention weights, so dropout does nothing.
     """
 
-    name: ClassVar[str] = "linear"
-
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer; it has no parameters."""
         return LinearMixer()
 
 
@@ -35,21 +30,15 @@ class LinearMixer(TokenMixer):
     packs = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense: a masked key has a zero value, so it adds nothing to phi(k)^T v."""
-        v = v.masked_fill(~mask.bool()[:, None, :, None], 0.0)
-        return self._attend(q, k, v, q.shape[2])
+        """A masked key has a zero value, so it adds nothing to phi(k)^T v."""
+        return self.mix_real(q, k, *zero_masked(mask, v), q.shape[2])
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
         """The sum runs over real tokens; only the scale knows of the others."""
-        return self._attend(q, k, v, full_length)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = widen(q, k, v)
-            # One factor L^-1/4 on each side, as in the reference: neither product grows large.
-            scale = full_length**-0.25
-            context = ((F.elu(k) + 1) * scale).transpose(-1, -2) @ v  # [B, H, Dh, Dh]
-            return ((F.elu(q) + 1) * scale) @ context
+        # One factor L^-1/4 on each side, as in the reference: neither product grows large.
+        scale = full_length**-0.25
+        context = ((F.elu(k) + 1) * scale).transpose(-1, -2) @ v  # [n, H, Dh, Dh]
+        return ((F.elu(q) + 1) * scale) @ context
 
 
 @ATTENTIONS.register("none")
@@ -60,10 +49,7 @@ class NoneConfig(AttentionConfig):
     There are no attention weights, so dropout does nothing.
     """
 
-    name: ClassVar[str] = "none"
-
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer; it has no parameters."""
         return NoneMixer()
 
 
@@ -74,13 +60,10 @@ class NoneMixer(TokenMixer):
     packs_on_accelerators = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """[B, H, L, Dh] values, unchanged."""
         return v
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """[n, H, l, Dh] values, unchanged."""
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
         return v
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-        """[T, 3 * H * Dh] -> the values [T, H * Dh], unchanged."""
         return qkv.chunk(3, dim=1)[2]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from dmx.attention.base import (
     ATTENTIONS,
     AttentionConfig,
+    Heads,
     MixerContext,
     TokenMixer,
     fused_attention,
-    widen,
+    zero_masked,
 )
 from dmx.errors import ConfigError
+from dmx.schema import check_range
 
 
 @ATTENTIONS.register("linformer")
@@ -35,15 +37,13 @@ class LinformerConfig(AttentionConfig):
         projection_dim: k, the length to which keys and values are projected.
     """
 
-    name: ClassVar[str] = "linformer"
     size_field: ClassVar[str | None] = "projection_dim"
 
     projection_dim: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.projection_dim < 1:
-            raise ConfigError(f"projection_dim is {self.projection_dim}; it must be at least 1.")
+        check_range(self, "projection_dim", least=1)
 
     def check(self, context: MixerContext) -> None:
         """A projection to more positions than there are saves nothing."""
@@ -63,11 +63,7 @@ class LinformerConfig(AttentionConfig):
 
 
 class LinformerMixer(TokenMixer):
-    """See LinformerConfig.
-
-    Args:
-        projection: E [H, k, L].
-    """
+    """See LinformerConfig; `projection` is E [H, k, L]."""
 
     packs = True
 
@@ -76,35 +72,20 @@ class LinformerMixer(TokenMixer):
         self.E = projection
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense: masked tokens enter the projection as zeros; no projected key is masked."""
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = widen(q, k, v)
-            hidden = ~mask.bool()[:, None, :, None]
-            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-            return fused_attention(q, self.E @ k, self.E @ v)
+        """Masked tokens enter the projection as zeros; no projected key is masked."""
+        k, v = zero_masked(mask, k, v)
+        return fused_attention(q, self.E @ k, self.E @ v)
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """One bucket; see mix_buckets."""
-        return self.mix_buckets([(q, k, v, slot)], full_length)[0]
-
-    def mix_buckets(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
+    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
         """Only the columns of E at real tokens have something to multiply."""
         num_heads, size, _ = self.E.shape
         # Columns as rows, once: a row of H * k numbers is gathered (and scattered) in one piece.
         columns = self.E.permute(2, 0, 1).reshape(-1, num_heads * size)  # [L, H * k]
         outs = []
         for q, k, v, slot in buckets:
-            with torch.autocast(q.device.type, enabled=False):
-                q, k, v = widen(q, k, v)
-                near: Tensor = self.E
-                if k.shape[2] < full_length:
-                    near = F.embedding(slot, columns).view(*slot.shape, num_heads, size)
-                    near = near.permute(0, 2, 3, 1)  # [n, H, k, l]
-                outs.append(fused_attention(q, near @ k, near @ v))
+            near: Tensor = self.E
+            if k.shape[2] < full_length:
+                near = F.embedding(slot, columns).view(*slot.shape, num_heads, size)
+                near = near.permute(0, 2, 3, 1)  # [n, H, k, l]
+            outs.append(fused_attention(q, near @ k, near @ v))
         return outs
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"projection_dim={self.E.shape[1]}"

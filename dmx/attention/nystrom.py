@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from dmx.attention.base import (
     ATTENTIONS,
     AttentionConfig,
+    Heads,
     MixerContext,
     TokenMixer,
     fused_attention,
-    widen,
+    kept_keys,
+    zero_masked,
 )
 from dmx.errors import ConfigError
+from dmx.schema import check_range
 
 _ITERATIONS = 6
 """Steps of the pseudo-inverse, as in the paper's experiments."""
@@ -47,7 +50,6 @@ class NystromConfig(AttentionConfig):
             runs), or of each matrix (`per_matrix`: an example does not depend on its batch).
     """
 
-    name: ClassVar[str] = "nystrom"
     size_field: ClassVar[str | None] = "num_landmarks"
 
     num_landmarks: int = 64
@@ -56,15 +58,10 @@ class NystromConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_landmarks < 1:
-            raise ConfigError(f"num_landmarks is {self.num_landmarks}; it must be at least 1.")
+        check_range(self, "num_landmarks", least=1)
         taps = self.conv_kernel_size
         if taps is not None and (taps < 1 or taps % 2 == 0):
             raise ConfigError(f"conv_kernel_size is {taps}; it must be odd and positive, or null.")
-        if self.inverse_init not in ("original", "per_matrix"):
-            raise ConfigError(
-                f"inverse_init is {self.inverse_init!r}; allowed: original, per_matrix."
-            )
 
     def check(self, context: MixerContext) -> None:
         """Segments are equally long."""
@@ -75,7 +72,6 @@ class NystromConfig(AttentionConfig):
             )
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer of one layer."""
         return NystromMixer(self, context)
 
 
@@ -87,45 +83,28 @@ class NystromMixer(TokenMixer):
     def __init__(self, config: NystromConfig, context: MixerContext) -> None:
         super().__init__()
         self.num_landmarks = config.num_landmarks
-        self.inverse_init = config.inverse_init
-        approximate = config.num_landmarks < context.length
-        original = config.inverse_init == "original"
-        self.mixes_examples = approximate and original  # type: ignore[misc]
-        self.conv: nn.Conv2d | None = None
+        self.original_init = config.inverse_init == "original"
+        self.mixes_examples = self.original_init and config.num_landmarks < context.length
+        self.conv: PositionConvolution | None = None
         if config.conv_kernel_size is not None:
-            taps, heads = config.conv_kernel_size, context.num_heads
-            self.conv = nn.Conv2d(
-                heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False
-            )
+            self.conv = PositionConvolution(context.num_heads, config.conv_kernel_size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense; a row without any real key attends to all, so that it stays finite."""
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = widen(q, k, v)
-            length = q.shape[2]
-            keep = mask.bool()
-            hidden = ~keep[:, None, :, None]
-            keep = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None, :]
-            q, k = q.masked_fill(hidden, 0.0), k.masked_fill(hidden, 0.0)
-            if self.num_landmarks == length:
-                out = fused_attention(q, k, v, keep)
-            else:
-                segments = (self.num_landmarks, length // self.num_landmarks)
-                q_m = q.unflatten(2, segments).mean(dim=3)  # [B, H, m, Dh]
-                k_m = k.unflatten(2, segments).mean(dim=3)
-                summary = fused_attention(q_m, k, v, keep)
-                out = fused_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
-            if self.conv is None:
-                return out
-            return out + self._convolve_all(v.masked_fill(hidden, 0.0))
+        """Landmarks are means of whole segments, in which masked tokens are zeros."""
+        length = q.shape[2]
+        keep = kept_keys(mask)
+        q, k = zero_masked(mask, q, k)
+        if self.num_landmarks == length:
+            out = fused_attention(q, k, v, keep)
+        else:
+            segments = (self.num_landmarks, length // self.num_landmarks)
+            q_m = q.unflatten(2, segments).mean(dim=3)  # [B, H, m, Dh]
+            k_m = k.unflatten(2, segments).mean(dim=3)
+            summary = fused_attention(q_m, k, v, keep)
+            out = fused_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
+        return out if self.conv is None else out + self.conv(*zero_masked(mask, v))
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """One bucket; see mix_buckets."""
-        return self.mix_buckets([(q, k, v, slot)], full_length)[0]
-
-    def mix_buckets(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
+    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
         """Landmarks and inverses of all groups at once, the rest bucket by bucket.
 
         The original initialisation takes a maximum over the batch. A group without real tokens
@@ -134,33 +113,20 @@ class NystromMixer(TokenMixer):
         """
         if not buckets:
             return []
-        with torch.autocast(buckets[0][0].device.type, enabled=False):
-            wide = []
-            for q, k, v, slot in buckets:
-                q, k, v = widen(q, k, v)
-                wide.append((q, k, v, slot))
-            if self.num_landmarks == full_length:
-                outs = [fused_attention(q, k, v) for q, k, v, _ in wide]
-            else:
-                outs = self._through_landmarks(wide, full_length)
-            if self.conv is not None:
-                outs = [
-                    out + self._convolve(v, slot, full_length)
-                    for out, (_, _, v, slot) in zip(outs, wide, strict=True)
-                ]
+        if self.num_landmarks == full_length:
+            outs = [fused_attention(q, k, v) for q, k, v, _ in buckets]
+        else:
+            q_ms = [self._landmarks(q, slot, full_length) for q, _, _, slot in buckets]
+            k_ms = [self._landmarks(k, slot, full_length) for _, k, _, slot in buckets]
+            inverses = self._inverse(torch.cat(q_ms), torch.cat(k_ms)).split(list(map(len, q_ms)))
+            outs = []
+            for (q, k, v, _), q_m, k_m, inverse in zip(buckets, q_ms, k_ms, inverses, strict=True):
+                summary = fused_attention(q_m, k, v)
+                outs.append(fused_attention(q, k_m, inverse @ summary))
+        if self.conv is None:
             return outs
-
-    def _through_landmarks(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
-        q_ms = [self._landmarks(q, slot, full_length) for q, _, _, slot in buckets]
-        k_ms = [self._landmarks(k, slot, full_length) for _, k, _, slot in buckets]
-        inverses = self._inverse(torch.cat(q_ms), torch.cat(k_ms)).split([len(x) for x in q_ms])
-        outs = []
-        for (q, k, v, _), q_m, k_m, inverse in zip(buckets, q_ms, k_ms, inverses, strict=True):
-            summary = fused_attention(q_m, k, v)
-            outs.append(fused_attention(q, k_m, inverse @ summary))
-        return outs
+        convolved = (self.conv.at(v, slot, full_length) for _, _, v, slot in buckets)
+        return [out + near for out, near in zip(outs, convolved, strict=True)]
 
     def _landmarks(self, x: Tensor, slot: Tensor, full_length: int) -> Tensor:
         """[n, H, l, Dh] real tokens -> [n, H, m, Dh] means over full segments."""
@@ -181,7 +147,7 @@ class NystromMixer(TokenMixer):
         """
         kernel = (q_m @ k_m.transpose(-1, -2) * q_m.shape[-1] ** -0.5).softmax(dim=-1)
         sums = kernel.sum(dim=-2)
-        top = sums.max() if self.inverse_init == "original" else sums.amax(-1)[..., None, None]
+        top = sums.max() if self.original_init else sums.amax(-1)[..., None, None]
         inverse = kernel.transpose(-1, -2) / top
         eye = torch.eye(kernel.shape[-1], device=kernel.device, dtype=kernel.dtype)
         for _ in range(_ITERATIONS):
@@ -190,48 +156,48 @@ class NystromMixer(TokenMixer):
             inverse = 0.25 * inverse @ (13 * eye - product @ inner)
         return inverse
 
-    def _convolve(self, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """self.conv over positions, [n, H, l, Dh] -> same, as banded matrix products.
 
-        Not F.conv2d: on CPU oneDNN gets its weight gradient wrong by some 10 % (torch 2.13,
-        float32, depthwise, batch above 1), and it is several times slower.
-        """
-        if v.shape[2] == full_length:
-            return self._convolve_all(v)
-        if v.shape[2] * _SPARSE < full_length:
-            return self._convolve_some(v, slot)
-        index = slot[:, None, :, None].expand_as(v)
-        full = v.new_zeros(*v.shape[:2], full_length, v.shape[3]).scatter(2, index, v)
-        return self._convolve_all(full).gather(2, index)
+class PositionConvolution(nn.Conv2d):
+    """Every head's own taps over positions, as banded matrix products.
 
-    def _taps(self, distance: Tensor) -> Tensor:
-        """The taps at distances of a key from a query, [...] -> [..., H]; 0 beyond their reach."""
-        assert self.conv is not None
-        num_heads, taps = self.conv.weight.shape[0], self.conv.kernel_size[0]
-        tap = distance + taps // 2
-        tap = tap.where((tap >= 0) & (tap < taps), taps)
-        return F.embedding(tap, F.pad(self.conv.weight.view(num_heads, taps), (0, 1)).T)
+    Not F.conv2d: on CPU oneDNN gets its weight gradient wrong by some 10 % (torch 2.13, float32,
+    depthwise, batch above 1), and it is several times slower.
+    """
 
-    def _convolve_all(self, v: Tensor) -> Tensor:
-        """One band for all windows of positions: a matrix product for each head."""
-        assert self.conv is not None
+    def __init__(self, num_heads: int, taps: int) -> None:
+        sizes = {"kernel_size": (taps, 1), "padding": (taps // 2, 0)}
+        super().__init__(num_heads, num_heads, **sizes, groups=num_heads, bias=False)
+        self.taps, self.reach = taps, taps // 2
+
+    def forward(self, v: Tensor) -> Tensor:
+        """[n, H, L, Dh] -> same; one band for all windows of positions, a product for each head."""
         count, num_heads, length, head_dim = v.shape
-        reach, block = self.conv.kernel_size[0] // 2, min(_BLOCK, length)
+        block = min(_BLOCK, length)
         fill = -length % block
         row = torch.arange(block, device=v.device)
-        column = torch.arange(-reach, block + reach, device=v.device)
+        column = torch.arange(-self.reach, block + self.reach, device=v.device)
         band = self._taps(column[:, None] - row).permute(2, 0, 1)  # [H, w, b]
-        near = F.pad(v.transpose(2, 3), (reach, reach + fill)).unfold(3, len(column), block)
-        near = near.transpose(0, 1).reshape(num_heads, -1, len(column))  # [H, n * Dh * N, w]
+        near = F.pad(v.transpose(2, 3), (self.reach, self.reach + fill))
+        near = near.unfold(3, len(column), block).transpose(0, 1)
+        near = near.reshape(num_heads, -1, len(column))  # [H, n * Dh * N, w]
         out = (near @ band).view(num_heads, count, head_dim, -1)
         return out.permute(1, 0, 3, 2)[:, :, :length]
 
-    def _convolve_some(self, v: Tensor, slot: Tensor) -> Tensor:
+    def at(self, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
+        """[n, H, l, Dh] of real tokens at positions `slot` [n, l] -> same."""
+        if v.shape[2] == full_length:
+            return self(v)
+        if v.shape[2] * _SPARSE < full_length:
+            return self._at_few(v, slot)
+        index = slot[:, None, :, None].expand_as(v)
+        full = v.new_zeros(*v.shape[:2], full_length, v.shape[3]).scatter(2, index, v)
+        return self(full).gather(2, index)
+
+    def _at_few(self, v: Tensor, slot: Tensor) -> Tensor:
         """A band of its own for each block of rows; masked positions cost nothing."""
-        assert self.conv is not None
-        length, reach = v.shape[2], self.conv.kernel_size[0] // 2
-        whole = length <= _BLOCK_OF_SOME + 2 * reach
-        block, border = (length, 0) if whole else (_BLOCK_OF_SOME, reach)
+        length = v.shape[2]
+        whole = length <= _BLOCK_OF_SOME + 2 * self.reach
+        block, border = (length, 0) if whole else (_BLOCK_OF_SOME, self.reach)
         fill = -length % block
         far = 1 << 30  # beyond the reach of any tap, for rows and columns that pad
         row = F.pad(slot, (0, fill), value=far).unflatten(1, (-1, block))  # [n, N, b]
@@ -242,6 +208,8 @@ class NystromMixer(TokenMixer):
         out = band.permute(0, 4, 1, 2, 3) @ near.transpose(-1, -2)
         return out.flatten(2, 3)[:, :, :length]
 
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"num_landmarks={self.num_landmarks}, inverse_init={self.inverse_init}"
+    def _taps(self, distance: Tensor) -> Tensor:
+        """The taps at distances of a key from a query, [...] -> [..., H]; 0 beyond their reach."""
+        tap = distance + self.reach
+        tap = tap.where((tap >= 0) & (tap < self.taps), self.taps)
+        return F.embedding(tap, F.pad(self.weight.flatten(1), (0, 1)).T)

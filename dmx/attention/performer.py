@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
-from dmx.errors import ConfigError
+from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, zero_masked
+from dmx.schema import check_range
 
 _EPSILON = {"softmax": 1e-4, "relu": 1e-3, "exp": 1e-4}
 """Added to every feature, so that no normaliser vanishes."""
@@ -37,7 +37,6 @@ class PerformerConfig(AttentionConfig):
             ones, as the reference does.
     """
 
-    name: ClassVar[str] = "performer"
     size_field: ClassVar[str | None] = "num_features"
 
     num_features: int = 256
@@ -46,17 +45,10 @@ class PerformerConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_features < 1:
-            raise ConfigError(f"num_features is {self.num_features}; it must be at least 1.")
-        if self.kernel not in _EPSILON:
-            raise ConfigError(f"kernel is {self.kernel!r}; allowed: {', '.join(_EPSILON)}.")
-        if self.redraw_every_steps < 0:
-            raise ConfigError(
-                f"redraw_every_steps is {self.redraw_every_steps}; it must be at least 0."
-            )
+        check_range(self, "num_features", least=1)
+        check_range(self, "redraw_every_steps", least=0)
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer of one layer, with directions of its own."""
         return PerformerMixer(self, context)
 
 
@@ -84,8 +76,7 @@ class PerformerMixer(TokenMixer):
 
     def __init__(self, config: PerformerConfig, context: MixerContext) -> None:
         super().__init__()
-        self.kernel = config.kernel
-        self.redraw_every_steps = config.redraw_every_steps
+        self.config = config
         self._layer, self._drawn = context.layer_index, 0
         directions = orthogonal_directions(config.num_features, context.head_dim)
         self.register_buffer("projection", directions)
@@ -95,35 +86,29 @@ class PerformerMixer(TokenMixer):
 
         The first ones, number 0, are those it was built with or started from.
         """
-        number = step // self.redraw_every_steps if self.redraw_every_steps else 0
+        every = self.config.redraw_every_steps
+        number = step // every if every else 0
         again, self._drawn = number == self._drawn, number
         if again or number == 0:
             return
         words = np.random.SeedSequence([seed, self._layer, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0] >> 1))
-        count, dim = self.projection.shape
-        self.projection = orthogonal_directions(count, dim, generator).to(self.projection)
+        directions = orthogonal_directions(*self.projection.shape, generator)
+        self.projection = directions.to(self.projection)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense: masked keys and values are zero vectors."""
-        hidden = ~mask.bool()[:, None, :, None]
-        return self._attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), 0)
+        return self.mix_real(q, *zero_masked(mask, k, v), q.shape[2])
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """All masked keys have the same features, so their number is enough."""
-        return self._attend(q, k, v, full_length - q.shape[2])
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_masked: int) -> Tensor:
-        """[n, H, l, Dh] with num_masked more keys that are zero vectors, and their values too."""
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = widen(q, k, v)
-            q_phi, _ = self._features(q, -1, False)
-            k_phi, zero_phi = self._features(k, (-1, -2), num_masked > 0)
-            total = k_phi.sum(dim=-2, keepdim=True)  # [n, H, 1, M]
-            if num_masked:
-                total = total + num_masked * zero_phi
-            context = k_phi.transpose(-1, -2) @ v  # [n, H, M, Dh]
-            return (q_phi @ context) / (q_phi @ total.transpose(-1, -2))
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
+        """Of masked keys, zero vectors with the same features, the number is enough."""
+        num_masked = full_length - q.shape[2]
+        q_phi, _ = self._features(q, -1, False)
+        k_phi, zero_phi = self._features(k, (-1, -2), num_masked > 0)
+        total = k_phi.sum(dim=-2, keepdim=True)  # [n, H, 1, M]
+        if num_masked:
+            total = total + num_masked * zero_phi
+        context = k_phi.transpose(-1, -2) @ v  # [n, H, M, Dh]
+        return (q_phi @ context) / (q_phi @ total.transpose(-1, -2))
 
     def _features(
         self, x: Tensor, over: int | tuple[int, int], with_zero: bool
@@ -136,19 +121,15 @@ class PerformerMixer(TokenMixer):
             with_zero: zero vectors belong to the set, so their exponent 0 counts in the maximum.
         """
         x = x * x.shape[-1] ** -0.5
-        dots = x @ self.projection.to(x.dtype).T
-        epsilon = _EPSILON[self.kernel]
-        if self.kernel == "relu":
+        dots = x @ self.projection.T
+        epsilon = _EPSILON[self.config.kernel]
+        if self.config.kernel == "relu":
             return dots.relu() + epsilon, epsilon
         # The stabiliser is no function of x to the gradient, as in the reference.
         top = dots.detach().amax(dim=over, keepdim=True)
         if with_zero:
             top = top.clamp(min=0.0)
         exponents = dots - top
-        if self.kernel == "softmax":
+        if self.config.kernel == "softmax":
             exponents = exponents - x.square().sum(dim=-1, keepdim=True) / 2
         return exponents.exp() + epsilon, (-top).exp() + epsilon
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"num_features={self.projection.shape[0]}, kernel={self.kernel}"

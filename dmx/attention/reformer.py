@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, widen
+from dmx.attention.base import ATTENTIONS, AttentionConfig, Heads, MixerContext, TokenMixer
 from dmx.errors import ConfigError
+from dmx.schema import check_range
 
 _MASKED = -1e9
 _ITSELF = -1e5
@@ -34,11 +35,9 @@ class ReformerConfig(AttentionConfig):
     so `dropout` does nothing.
 
     Attributes:
-        num_hashes: rounds of hashing.
-        chunk_length: tokens of a chunk.
+        num_hashes: rounds of hashing. chunk_length: tokens of a chunk.
     """
 
-    name: ClassVar[str] = "reformer"
     size_field: ClassVar[str | None] = "num_hashes"
 
     num_hashes: int = 2
@@ -46,9 +45,7 @@ class ReformerConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_hashes", "chunk_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_range(self, "num_hashes", "chunk_length", least=1)
 
     def check(self, context: MixerContext) -> None:
         """Chunks tile the sequence."""
@@ -59,7 +56,6 @@ class ReformerConfig(AttentionConfig):
             )
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer; it has no parameters."""
         return ReformerMixer(self)
 
 
@@ -83,20 +79,13 @@ class ReformerMixer(TokenMixer):
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
-        self.num_hashes = config.num_hashes
-        self.chunk_length = config.chunk_length
+        self.num_hashes, self.chunk_length = config.num_hashes, config.chunk_length
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense: masked tokens have a bucket of their own, after all others."""
-        return self._mix(q, v, mask.bool(), self._rotations(q, q.shape[2]), q.shape[2])
+        """Masked tokens have a bucket of their own, after all others."""
+        return self._mix(q, v, mask, self._rotations(q, q.shape[2]), q.shape[2])
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """One bucket; see mix_buckets."""
-        return self.mix_buckets([(q, k, v, slot)], full_length)[0]
-
-    def mix_buckets(
-        self, buckets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], full_length: int
-    ) -> list[Tensor]:
+    def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
         """One draw of hashes for all buckets, as for all rows of a dense batch.
 
         Sorting puts masked tokens behind all real ones, so the chunks of the real ones are those
@@ -120,44 +109,41 @@ class ReformerMixer(TokenMixer):
         if full_length <= self.chunk_length:
             return None
         pairs = sum(bucket_factors(full_length, self.chunk_length)) // 2
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         shape = (q.shape[1], q.shape[3], self.num_hashes, pairs)
-        return torch.randn(shape, device=q.device, dtype=dtype)
+        return torch.randn(shape, device=q.device, dtype=q.dtype)
 
     def _mix(
         self, q: Tensor, v: Tensor, keep: Tensor, rotations: Tensor | None, full_length: int
     ) -> Tensor:
         """[n, H, l, Dh] x 2, keep [n, l] -> [n, H, l, Dh]."""
-        with torch.autocast(q.device.type, enabled=False):
-            q, v = widen(q, v)
-            k = q * torch.rsqrt(q.square().mean(dim=-1, keepdim=True) + 1e-6) * q.shape[-1] ** -0.5
-            token = torch.arange(q.shape[2], device=q.device).expand(keep.shape)
-            key_token = token.masked_fill(~keep, -1)[:, None, :]  # [n, 1, l]
-            if rotations is None:
-                return _attend(q, k, v, token[:, None, :], key_token)[0]
-            order = self._sorted(q, keep, rotations, full_length)  # [n, H, R, l]
-            inverse = order.argsort(dim=-1)
+        k = q * torch.rsqrt(q.square().mean(dim=-1, keepdim=True) + 1e-6) * q.shape[-1] ** -0.5
+        token = torch.arange(q.shape[2], device=q.device).expand(keep.shape)
+        key_token = token.masked_fill(~keep, -1)[:, None, :]  # [n, 1, l]
+        if rotations is None:
+            return _attend(q, k, v, token[:, None, :], key_token)[0]
+        order = self._sorted(q, keep, rotations, full_length)  # [n, H, R, l]
+        inverse = order.argsort(dim=-1)
 
-            def chunks(x: Tensor) -> Tensor:
-                """[n, H, l, Dh] -> [n, H, R * N, c, Dh], sorted by hash."""
-                index = order.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-                return x.gather(2, index).unflatten(2, (-1, self.chunk_length))
+        def chunks(x: Tensor) -> Tensor:
+            """[n, H, l, Dh] -> [n, H, R * N, c, Dh], sorted by hash."""
+            index = order.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+            return x.gather(2, index).unflatten(2, (-1, self.chunk_length))
 
-            key_token = chunks(key_token[..., None].expand_as(q[..., :1])).squeeze(-1)
-            key_token = _with_previous(key_token)  # [n, H, R * N, 2 c]
-            if q.shape[2] < full_length:
-                # The chunk before a round's first one is the last of the previous round, and in
-                # the full sequence that one holds masked tokens only.
-                starts = key_token.unflatten(2, (self.num_hashes, -1))[:, :, :, 0]
-                starts[..., : self.chunk_length] = -1
-            query_token = order.flatten(2).unflatten(2, (-1, self.chunk_length))
-            k, v = _with_previous(chunks(k)), _with_previous(chunks(v))
-            out, logits = _attend(chunks(q), k, v, query_token, key_token)
-            # Back to the tokens' order, then the rounds' average, weighted by normaliser.
-            logits = logits.flatten(2).view_as(order).gather(3, inverse)
-            out = out.flatten(2, 3).unflatten(2, (self.num_hashes, -1))
-            out = out.gather(3, inverse[..., None].expand_as(out))
-            return (out * logits.softmax(dim=2)[..., None]).sum(dim=2)
+        key_token = chunks(key_token[..., None].expand_as(q[..., :1])).squeeze(-1)
+        key_token = _with_previous(key_token)  # [n, H, R * N, 2 c]
+        if q.shape[2] < full_length:
+            # The chunk before a round's first one is the last of the previous round, and in the
+            # full sequence that one holds masked tokens only.
+            starts = key_token.unflatten(2, (self.num_hashes, -1))[:, :, :, 0]
+            starts[..., : self.chunk_length] = -1
+        query_token = order.flatten(2).unflatten(2, (-1, self.chunk_length))
+        k, v = _with_previous(chunks(k)), _with_previous(chunks(v))
+        out, logits = _attend(chunks(q), k, v, query_token, key_token)
+        # Back to the tokens' order, then the rounds' average, weighted by normaliser.
+        logits = logits.flatten(2).view_as(order).gather(3, inverse)
+        out = out.flatten(2, 3).unflatten(2, (self.num_hashes, -1))
+        out = out.gather(3, inverse[..., None].expand_as(out))
+        return (out * logits.softmax(dim=2)[..., None]).sum(dim=2)
 
     def _sorted(self, q: Tensor, keep: Tensor, rotations: Tensor, full_length: int) -> Tensor:
         """[n, H, R, l] token numbers by round, in the order of their buckets, masked ones last."""
@@ -170,10 +156,6 @@ class ReformerMixer(TokenMixer):
             total, start = total * factor, start + factor // 2
         buckets = buckets.masked_fill(~keep[:, None, None, :], total)
         return buckets.argsort(dim=-1, stable=True)
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f"num_hashes={self.num_hashes}, chunk_length={self.chunk_length}"
 
 
 def _with_previous(x: Tensor) -> Tensor:

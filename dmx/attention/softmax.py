@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from dmx.attention.base import (
     MixerContext,
     TokenMixer,
     fused_attention,
+    kept_keys,
 )
 from dmx.nn.packing import Layout, pad_rows, unpad_rows
 
@@ -24,15 +24,11 @@ from dmx.nn.packing import Layout, pad_rows, unpad_rows
 class SoftmaxConfig(AttentionConfig):
     """softmax(q k^T / sqrt(Dh)) v over all keys that are real."""
 
-    name: ClassVar[str] = "softmax"
-
     @property
     def has_map(self) -> bool:
-        """Yes: the softmax itself."""
         return True
 
     def build(self, context: MixerContext) -> TokenMixer:
-        """The mixer; it has no parameters."""
         return SoftmaxMixer(self.dropout)
 
 
@@ -47,24 +43,21 @@ class SoftmaxMixer(TokenMixer):
         self.dropout = dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Dense attention; a row without any real key attends to all, so that it stays finite.
-
-        The reference subtracts 1e6 from masked keys, which in fp32 is an exact zero weight beside
-        any real key. Rows of masked tokens differ, and nothing reads them.
+        """The reference subtracts 1e6 from masked keys, which in fp32 is an exact zero weight
+        beside any real key. Rows of masked tokens differ, and nothing reads them.
         """
-        return self._attend(q, k, v, _kept_keys(mask))
+        return self._attend(q, k, v, kept_keys(mask))
 
     def attention_map(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(Dh)) in float32, [B, H, L, L]; without dropout."""
-        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
-        return scores.masked_fill(~_kept_keys(mask), -math.inf).softmax(dim=-1)
+        """softmax(q k^T / sqrt(Dh)), [B, H, L, L]; without dropout."""
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return scores.masked_fill(~kept_keys(mask), -math.inf).softmax(dim=-1)
 
-    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, full_length: int) -> Tensor:
-        """Attention among the real tokens of each group; positions do not matter."""
+    def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
         return self._attend(q, k, v, None)
 
     def mix_rows(self, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
-        """[T, 3 * H * Dh] -> [T, H * Dh] in few calls: groups of similar length run together.
+        """Groups of similar length run together.
 
         Many small operations for each length would cost more than the padding, which is masked as
         a key. Nothing in it makes the host wait for a GPU.
@@ -84,13 +77,4 @@ class SoftmaxMixer(TokenMixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        with torch.autocast(q.device.type, enabled=False):
-            # fp32, as in the reference: its attention leaves mixed precision.
-            return fused_attention(q.float(), k.float(), v.float(), keep, dropout)
-
-
-def _kept_keys(mask: Tensor) -> Tensor:
-    """[B, L] -> [B, 1, 1, L] bool: the keys that count; all of them where none is real."""
-    keep = mask.bool()
-    keep = keep | ~keep.any(dim=1, keepdim=True)
-    return keep[:, None, None, :]
+        return fused_attention(q.float(), k.float(), v.float(), keep, dropout)

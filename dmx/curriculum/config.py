@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmx.attention import AttentionConfig
-from dmx.attention.base import split_name
 from dmx.config import RunConfig, parse_run_config
 from dmx.curriculum.gates import Gate
 from dmx.curriculum.gates.standard import AlwaysGate
@@ -289,9 +288,10 @@ def _sizes(stages: list[StageSettings], attention: str | None) -> list[int | Non
     given = [s.size for s in stages]
     if attention is None:
         return given
-    _, first = split_name(attention)
-    if first is None:
+    _, given_size = AttentionConfig.find(attention)
+    if not given_size:
         return given
+    (first,) = given_size.values()
     base = next((s for s in given if s is not None), None)
     if base is None:
         return [first for _ in given]
@@ -328,7 +328,6 @@ def load_curriculum(
         ConfigError: anything unknown, of the wrong type or impossible, with file and dotted path.
     """
     if attention is not None:  # before the file, which would be blamed for it
-        split_name(attention)
         AttentionConfig.parse(attention, "attention")
     if isinstance(source, Mapping):
         return _parse(source, "curriculum", attention, overrides or {})
@@ -435,7 +434,7 @@ def _run_config(
         if value is not None:
             layers.append({path: value})
     if attention is not None:
-        layers.append({"attention.name": split_name(attention)[0].name})
+        layers.append({"attention.name": AttentionConfig.find(attention)[0].name})
     chosen = overrides.get("attention", overrides.get("attention.name"))
     if isinstance(chosen, str):
         layers.append({"attention.name": chosen})

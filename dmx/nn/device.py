@@ -38,10 +38,14 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def precision_of(device: torch.device, precision: str) -> str:
-    """What `train.precision` comes to: bf16 where it is asked for, or by `auto` on a GPU that
-    computes in it, else fp32. Older GPUs (T4, V100) emulate bf16, slower than fp32.
+    """What `train.precision` comes to: `auto` is bf16 on a GPU that computes in it, else fp32.
+
+    Older GPUs (T4, V100) emulate bf16, slower than fp32; torch.cuda.is_bf16_supported counts them.
     """
-    return ("bf16" if _has_bf16(device) else "fp32") if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -49,11 +53,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision_of(device, precision) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Not torch.cuda.is_bf16_supported, which counts emulation."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def total_memory(device: torch.device) -> float:

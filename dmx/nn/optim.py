@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dmx.errors import ConfigError
+from dmx.schema import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +38,10 @@ class OptimConfig:
     final_div_factor: float = 1.0e4
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be positive.")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ConfigError(f"weight_decay is {self.weight_decay}; it must not be negative.")
-        if self.warmup_steps < 2:  # OneCycleLR divides by warmup_steps - 1
-            raise ConfigError(f"warmup_steps is {self.warmup_steps}; it must be at least 2.")
-        for name in ("beta2", "base_momentum", "max_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
-        for name in ("eps", "div_factor", "final_div_factor"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
+        check_range(self, "learning_rate", "eps", "div_factor", "final_div_factor", above=0)
+        check_range(self, "weight_decay", least=0)
+        check_range(self, "warmup_steps", least=2)  # OneCycleLR divides by warmup_steps - 1
+        check_range(self, "beta2", "base_momentum", "max_momentum", least=0, below=1)
 
 
 def build_optimizer(

@@ -19,6 +19,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,8 @@ class Bucket:
     length: int
 
     @property
-    def stop(self) -> int:
-        """The first row after the bucket."""
-        return self.start + self.count * self.length
+    def rows(self) -> int:
+        return self.count * self.length
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,6 @@ class Packing:
     position: Tensor
     _layouts: dict[Grouping, Layout] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def num_tokens(self) -> int:
-        """T, the number of real tokens."""
-        return self.sequence.shape[0]
-
     def layout(self, grouping: Grouping) -> Layout:
         """The layout for a grouping; computed once per batch and kept."""
         if grouping not in self._layouts:
@@ -140,13 +135,12 @@ def _lay_out(packing: Packing, grouping: Grouping) -> Layout:
     inverse = torch.empty_like(order)
     ascending = torch.arange(order.shape[0], device=order.device)
     inverse[order] = ascending
-    buckets = []
-    start = 0
     sizes = torch.bincount(counts, minlength=grouping.size + 1).tolist()
+    buckets, start = [], 0
     for length, count in enumerate(sizes):
         if length and count:
             buckets.append(Bucket(start, count, length))
-            start += count * length
+            start += buckets[-1].rows
     in_order = len(buckets) <= 1 and torch.equal(order, ascending)
     lengths = counts[by_count][sizes[0] :]
     return Layout(grouping, order, inverse, slot, tuple(buckets), in_order, lengths)
@@ -201,7 +195,7 @@ def _pad(layout: Layout) -> Iterator[Padded]:
     for width, members in itertools.groupby(layout.buckets, lambda b: padded_width(b.length)):
         same = list(members)
         first, count = same[0].start, sum(bucket.count for bucket in same)
-        rows = same[-1].stop - first
+        rows = sum(bucket.rows for bucket in same)
         mine = slice(group, group + count)
         group += count
         if len(same) == 1:
@@ -219,10 +213,9 @@ def _pad(layout: Layout) -> Iterator[Padded]:
 
 def pad_rows(x: Tensor, padded: Padded) -> Tensor:
     """[rows, N] -> [count, width, N]; what pads is some row again, and gets no gradient."""
-    if padded.index is None:
-        return x.view(padded.count, padded.width, -1)
-    out = _Gather.apply(x, padded.index, padded.place, None)
-    return out.view(padded.count, padded.width, -1)
+    if padded.index is not None:
+        x = _Gather.apply(x, padded.index, padded.place, None)
+    return x.view(padded.count, padded.width, -1)
 
 
 def unpad_rows(x: Tensor, padded: Padded) -> Tensor:
@@ -237,22 +230,13 @@ class _Gather(torch.autograd.Function):
     """x[index], whose gradient is a gather as well: torch's own would be a sum by atomics."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,
-        index: Tensor,
-        back: Tensor,
-        real: Tensor | None,
-    ) -> Tensor:
-        ctx.back, ctx.real = back, real  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, real: Tensor | None) -> Tensor:
+        ctx.back, ctx.real = back, real
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        grad = grads[0].index_select(0, ctx.back)  # type: ignore[attr-defined]
-        real = ctx.real  # type: ignore[attr-defined]
-        if real is not None:
-            grad = grad.masked_fill_(~real.flatten()[:, None], 0.0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.index_select(0, ctx.back)
+        if ctx.real is not None:
+            grad = grad.masked_fill_(~ctx.real.flatten()[:, None], 0.0)
         return grad, None, None, None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmx.attention.labels import attention_label
+from dmx.attention.base import attention_label
 from dmx.errors import ConfigError
 from dmx.format import MISSING
 from dmx.reporting import tables

@@ -16,7 +16,7 @@ from dmx.errors import ConfigError
 from dmx.registry import find_yaml
 from dmx.runs.events import BRANCH, setting_of, settings_of
 from dmx.schema import flatten, read_yaml
-from dmx.tasks import TASKS, task_for
+from dmx.tasks import task_families, task_for
 
 Scalar = str | int | float | bool
 
@@ -313,7 +313,7 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
         raise ConfigError(f"{where}: attention must name an attention, not {attention!r}.")
     tasks = _mapping(raw.get("tasks"), f"{where}: tasks")
     for key in tasks:
-        if key not in TASKS:
+        if key not in task_families():
             try:
                 task_for(key)
             except ConfigError as error:

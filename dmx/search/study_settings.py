@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dmx.attention.labels import attention_label, sized
+from dmx.attention.base import attention_label, sized
 from dmx.registry import environment
 from dmx.runs.layout import Kind
 from dmx.schema import flatten

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dmx.attention.base import split_name
+from dmx.attention import AttentionConfig
 from dmx.cluster import gpu_packing
 from dmx.cluster.capacity import Resources
 from dmx.costs.measure import check_memory
@@ -189,10 +189,10 @@ def make_plan(options: StudyOptions, known: Mapping[str, Any]) -> Plan:
     if options.attention is None or options.task is None:
         raise ConfigError("give --attention and --task, or --resume RUN.")
     task = task_for(options.task)
-    config_class, size = split_name(options.attention)
+    config_class, given = AttentionConfig.find(options.attention)
     overrides = dict(options.overrides)
-    if size is not None:
-        key = f"attention.{config_class.size_field}"
+    for size_field, size in given.items():
+        key = f"attention.{size_field}"
         if overrides.setdefault(key, size) != size:
             raise ConfigError(f"--attention {options.attention} and --set {key} contradict.")
     name = options.space or config_class.name

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dmx.attention import AttentionConfig
+from dmx.attention.base import MultiHead
+from dmx.nn.packing import pack
 from tests.attention.cases import (
     CASES,
     HEAD_DIM,
@@ -51,15 +53,6 @@ def test_output_is_finite_and_shaped(name, kind):
     out = run(name, *qkv(), masks()[kind])
     assert out.shape == (4, HEADS, LENGTH, HEAD_DIM)
     assert out.isfinite().all()
-
-
-@every
-def test_any_number_type_is_a_mask(name):
-    q, k, v = qkv()
-    mask = masks()["random"]
-    out = run(name, q, k, v, mask)
-    for dtype in (torch.float32, torch.int64, torch.uint8):
-        assert torch.equal(run(name, q, k, v, mask.to(dtype)), out)
 
 
 @every
@@ -136,15 +129,39 @@ def test_gradients_match_finite_differences(name):
 
 
 @every
-def test_leaves_bf16_autocast(name):
-    q, k, v = (x.bfloat16() for x in qkv())
-    mask = masks()["random"]
-    expected = run(name, q.float(), k.float(), v.float(), mask)
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixed_precision_ends_at_the_projections(name, packed):
+    """Mixers get float32 outside of autocast; `none`, packed, hands on what it got."""
+    torch.manual_seed(0)
+    heads, mask = MultiHead(16, config(name), context()).eval(), masks()["random"]
+    mix, seen = heads.mixer, []
+    if packed and not mix.packs:
+        return
+    inner, kind = heads.output.register_forward_pre_hook, "mix_buckets" if packed else "forward"
+    real = getattr(mix, kind)
+
+    def look(*args):
+        tensors = args[0][0][:3] if packed else args[:3]
+        seen.append(torch.is_autocast_enabled("cpu"))
+        assert all(x.dtype == torch.float32 for x in tensors)
+        return real(*args)
+
+    setattr(mix, kind, look)
+    inner(lambda _, args: seen.append(args[0].dtype))
+    x = torch.randn(4, LENGTH, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        out = run(name, q, k, v, mask)
-    assert torch.equal(out.float(), expected)
-    if base_name(name) != "none":
-        assert out.dtype == torch.float32
+        if packed:
+            packing = pack(mask)
+            heads.packed(x[mask], packing.layout(mix.grouping(LENGTH)))
+        else:
+            heads(x, mask)
+    rows = packed and base_name(name) in (
+        "none",
+        "softmax",
+        "butterfly",
+    )  # mix_rows, which widens for itself
+    assert seen[:-1] == ([] if rows else [False])
+    assert seen[-1] == (torch.bfloat16 if packed and base_name(name) == "none" else torch.float32)
 
 
 @every

@@ -33,7 +33,7 @@ def flops(run):
 def mixing_flops(name, length):
     mixer = settings_of(name).build(MixerContext(length=length, num_heads=2, head_dim=8))
     q = torch.randn(1, 2, length, 8)
-    return flops(lambda: mixer(q, q, q, torch.ones(1, length)))
+    return flops(lambda: mixer(q, q, q, torch.ones(1, length, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -71,7 +71,7 @@ def test_convolution_and_its_gradient(taps, length):
             expected = expected.index_add(2, torch.arange(length)[to], part)
     probe = torch.randn_like(v)
     (expected * probe).sum().backward()
-    out = mix._convolve_all(v)
+    out = mix.conv(v)
     (out * probe).sum().backward()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mix.conv.weight.grad, weight.grad, rtol=1e-4, atol=1e-3)
@@ -85,8 +85,8 @@ def test_convolution_of_real_tokens_only(length, share):
     slot = torch.stack([torch.randperm(length)[: length // share].sort().values for _ in range(2)])
     place = slot[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
     sparse = torch.zeros_like(v).scatter(2, place, v.gather(2, place))
-    expected = mix._convolve_all(sparse).gather(2, place)
-    torch.testing.assert_close(mix._convolve(v.gather(2, place), slot, length), expected)
+    expected = mix.conv(sparse).gather(2, place)
+    torch.testing.assert_close(mix.conv.at(v.gather(2, place), slot, length), expected)
 
 
 @pytest.mark.parametrize("init", ["original", "per_matrix"])

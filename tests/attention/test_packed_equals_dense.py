@@ -131,7 +131,7 @@ def test_a_batch_of_nothing(name):
 
 @every
 def test_a_single_group_without_the_batch(name):
-    """mix_real by itself, which butterfly and others may call."""
+    """One bucket by itself, whatever the mixer implements."""
     if name.startswith("butterfly"):
         pytest.skip("butterfly hands its buckets to the inner mixer")
     q, k, v = qkv(batch=1)
@@ -141,7 +141,7 @@ def test_a_single_group_without_the_batch(name):
     torch.manual_seed(2)
     dense = mix(q, k, v, mask)[:, :, slot[0]]
     torch.manual_seed(2)
-    packed = mix.mix_real(*(x[:, :, slot[0]] for x in (q, k, v)), slot, LENGTH)
+    (packed,) = mix.mix_buckets([(*(x[:, :, slot[0]] for x in (q, k, v)), slot)], LENGTH)
     torch.testing.assert_close(packed, dense, rtol=1e-5, atol=1e-6)
 
 
@@ -181,6 +181,6 @@ def test_the_comparison_can_fail():
     for block in packed.encoder.blocks():
         mix = block.attention.mixer
         real = mix.mix_real
-        mix.mix_real = lambda q, k, v, s, full, real=real: real(q, k, v, s, q.shape[2])
+        mix.mix_real = lambda q, k, v, full, real=real: real(q, k, v, q.shape[2])
     with pytest.raises(AssertionError):
         assert_same((dense, packed), ids_of(masks()["random"]))

@@ -41,7 +41,7 @@ def test_more_rounds_come_closer_to_exact_attention():
     centres = torch.randn(8, HEAD_DIM) * 2
     q = centres[torch.randint(8, (2, HEADS, 256))] + 0.3 * torch.randn(2, HEADS, 256, HEAD_DIM)
     v = torch.randn(2, HEADS, 256, HEAD_DIM)
-    mask = torch.ones(2, 256)
+    mask = torch.ones(2, 256, dtype=torch.bool)
     exact = shared_qk_attention(q, v, mask)
     errors = [
         (build(num_hashes=rounds, chunk_length=16)(q, q, v, mask) - exact).square().mean().sqrt()
@@ -61,7 +61,7 @@ def test_rounds_are_weighted_by_their_normalisers(monkeypatch):
     order = torch.stack([torch.randperm(length) for _ in range(2 * rounds)]).view(1, 2, rounds, -1)
     mix = build(num_hashes=rounds, chunk_length=chunk)
     monkeypatch.setattr(mix, "_sorted", lambda *_: order)
-    out = mix(q, k, v, torch.ones(1, length))
+    out = mix(q, k, v, torch.ones(1, length, dtype=torch.bool))
     for head in range(2):
         chunks = order[0, head].flatten().split(chunk)
         keys = q[0, head] / (q[0, head].square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -85,7 +85,9 @@ def test_tokens_far_apart_in_angle_do_not_meet():
     q = torch.cat([side.expand(128, -1), -side.expand(128, -1)])
     q = q[torch.randperm(256)].expand(1, HEADS, 256, HEAD_DIM) + 0.01 * torch.randn(256, HEAD_DIM)
     sign = (q[..., :1] > 0).float() * 2 - 1
-    out = build(num_hashes=1, chunk_length=16)(q, q, sign.expand_as(q), torch.ones(1, 256))
+    out = build(num_hashes=1, chunk_length=16)(
+        q, q, sign.expand_as(q), torch.ones(1, 256, dtype=torch.bool)
+    )
     assert (out * sign).mean() > 0.9
 
 

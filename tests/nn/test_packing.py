@@ -28,7 +28,7 @@ def test_a_layout_is_what_its_definition_says(grouping, seed):
     packing = pack(mask)
     layout = packing.layout(grouping)
     total = int(mask.sum())
-    assert packing.num_tokens == total
+    assert packing.sequence.shape[0] == total
     assert sorted(layout.order.tolist()) == list(range(total))
     assert layout.order[layout.inverse].tolist() == list(range(total))
 
@@ -57,7 +57,7 @@ def test_a_layout_is_what_its_definition_says(grouping, seed):
             assert (sequence, block, offset) not in seen
             seen.add((sequence, block, offset))
             row += bucket.length
-        assert row == bucket.stop
+        assert row == bucket.start + bucket.rows
     assert row == total
     lengths = [bucket.length for bucket in layout.buckets]
     assert lengths == sorted(set(lengths))
@@ -94,14 +94,14 @@ def test_groups_are_rows_and_come_back():
 def test_reorder_moves_rows_and_gradients(mask):
     """Each row keeps its token's number through every layout, and its own gradient comes back."""
     packing = pack(mask)
-    numbers = torch.arange(packing.num_tokens, dtype=torch.float64)[:, None].requires_grad_()
+    numbers = torch.arange(packing.sequence.shape[0], dtype=torch.float64)[:, None].requires_grad_()
     x, current = numbers, None
     for grouping in (*GROUPINGS, GROUPINGS[0]):
         wanted = packing.layout(grouping)
         x = reorder(x, current, wanted)
         current = wanted
         assert torch.equal(x[:, 0].detach(), wanted.order.double())
-    weight = torch.randn(packing.num_tokens, 1, dtype=torch.float64)
+    weight = torch.randn(packing.sequence.shape[0], 1, dtype=torch.float64)
     (x * weight).sum().backward()
     expected = torch.empty_like(weight)
     expected[current.order] = weight

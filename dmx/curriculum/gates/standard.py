@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from dmx.curriculum.gates.base import GATES, Decision, Gate
 from dmx.errors import ConfigError
@@ -17,8 +16,6 @@ from dmx.runs.stages import Attempt
 @dataclass(frozen=True, kw_only=True)
 class AlwaysGate(Gate):
     """Passes whatever has a checkpoint: the seeds' recipe, which looks at no number."""
-
-    name: ClassVar[str] = "always"
 
     def decide(self, attempt: Attempt) -> Decision:
         return Decision(passed=True, reason=f"always: best dev accuracy {_best(attempt):.4f}")
@@ -33,8 +30,6 @@ class ThresholdGate(Gate):
         metric: a key of the stage's reports; the default is the promoted checkpoint's accuracy.
         at_least, at_most: the bounds, both included; one of them or both.
     """
-
-    name: ClassVar[str] = "threshold"
 
     metric: str = BEST_DEV_ACCURACY
     at_least: float | None = None
@@ -64,8 +59,6 @@ class ThresholdGate(Gate):
 class AboveChanceGate(Gate):
     """Passes when the best dev accuracy is `margin` above 1 / num_classes, whatever the task."""
 
-    name: ClassVar[str] = "above_chance"
-
     margin: float = 0.05
 
     def __post_init__(self) -> None:
@@ -90,8 +83,6 @@ class PlateauGate(Gate):
         evaluations: how many of the last evaluations are looked at.
         min_gain: dev accuracy that counts as a gain.
     """
-
-    name: ClassVar[str] = "plateau"
 
     evaluations: int = 5
     min_gain: float = 0.002
@@ -121,8 +112,6 @@ class BudgetGate(Gate):
     Attributes:
         max_steps: optimizer steps. max_seconds: wall seconds of the attempt's training.
     """
-
-    name: ClassVar[str] = "budget"
 
     max_steps: int | None = None
     max_seconds: float | None = None
@@ -154,8 +143,6 @@ class _Combination(Gate):
 class AllGate(_Combination):
     """Passes when every one of `gates` passes."""
 
-    name: ClassVar[str] = "all"
-
     def decide(self, attempt: Attempt) -> Decision:
         decisions = [gate.decide(attempt) for gate in self.gates]
         refused = [d for d in decisions if not d.passed]
@@ -166,8 +153,6 @@ class AllGate(_Combination):
 @dataclass(frozen=True, kw_only=True)
 class AnyGate(_Combination):
     """Passes when at least one of `gates` passes."""
-
-    name: ClassVar[str] = "any"
 
     def decide(self, attempt: Attempt) -> Decision:
         decisions = [gate.decide(attempt) for gate in self.gates]
