@@ -31,18 +31,6 @@ LONGEST_KEPT = 256
 """Up to this group length the weights are kept for the gradient, else they are computed again."""
 
 
-def random_int16(shape: torch.Size, seed: int) -> Tensor:
-    """Uniform int16, four from each draw: `bernoulli_` takes seven times as long."""
-    words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
-    return words.view(torch.int16)[: shape.numel()].view(shape)
-
-
-def int16_threshold(probability: float) -> int:
-    """A uniform int16 is below it with this probability, to within 1 / 65536."""
-    return min(round(probability * 65536) - 32768, 32767)
-
-
 def dropout_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, dropout: float
 ) -> Tensor:
@@ -181,5 +169,10 @@ def _signed_weights(
         by_group = scores.unflatten(0, (-1, q.shape[1]))
         by_group.masked_fill_(~keep[piece.groups], -torch.inf)
     torch._softmax(scores, -1, False, out=scores)
-    bits = random_int16(scores.shape, seed + piece.number).to(scores.dtype)
-    return scores.copysign_(bits.sub_(int16_threshold(dropout) - 0.5))
+    # Uniform int16, four from each draw: `bernoulli_` takes seven times as long. One is below the
+    # threshold with the probability of dropout, to within 1 / 65536.
+    words = torch.empty(-(-scores.numel() // 4), dtype=torch.int64)
+    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed + piece.number))
+    bits = words.view(torch.int16)[: scores.numel()].view(scores.shape).to(scores.dtype)
+    threshold = min(round(dropout * 65536) - 32768, 32767)
+    return scores.copysign_(bits.sub_(threshold - 0.5))

@@ -35,6 +35,9 @@ def test_softmax_drops_weights_in_training_only():
     ("length", "block", "strides"),
     [
         (16384, 128, [1, 128, 1, 128]),
+        (1024, 128, [1, 8, 1, 8]),  # 128 * 128 > 1024: cut to 1024 / 128
+        (4096, 256, [1, 16, 1]),
+        (2048, 64, [1, 32, 1]),
         (256, 16, [1, 16, 1]),
         (256, 32, [1, 8, 1]),  # 32 * 32 > 256: cut to 256 / 32
         (256, 64, [1, 4, 1]),
@@ -49,10 +52,11 @@ def test_strides(length, block, strides):
     assert [butterfly_stride(length, block, i) for i in range(len(strides))] == strides
 
 
-def test_all_layers_together_connect_everything():
-    length, block = 64, 4
+@pytest.mark.parametrize(("length", "block", "layers"), [(125, 5, 3), (1024, 32, 2), (64, 4, 3)])
+def test_all_layers_together_connect_everything(length, block, layers):
+    """After one round each position has heard of each: the reason for the strides."""
     reach = torch.eye(length)
-    for layer in range(3):
+    for layer in range(layers):
         reach = group_matrix(length, block, butterfly_stride(length, block, layer)) @ reach
     assert (reach > 0).all()
 

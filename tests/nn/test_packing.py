@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmx.attention.butterfly import butterfly_stride
 from dmx.nn.packing import Grouping, from_groups, pack, reorder, to_groups
 
 LENGTH = 48
@@ -111,35 +110,3 @@ def test_reorder_moves_rows_and_gradients(mask):
 def test_a_layout_is_computed_once():
     packing = pack(random_mask(1))
     assert packing.layout(Grouping(8)) is packing.layout(Grouping(size=8, stride=1))
-
-
-@pytest.mark.parametrize(
-    ("length", "block", "strides"),
-    [
-        # ceil(log_5 125) = 3 layers; a float logarithm says 3.0000000000000004, so 4.
-        (125, 5, [1, 5, 25, 1, 5, 25]),
-        (16384, 128, [1, 128, 1, 128]),
-        (1024, 128, [1, 8, 1, 8]),  # 128 * 128 > 1024: cut to 1024 / 128
-        (1024, 32, [1, 32, 1]),
-        (4096, 256, [1, 16, 1]),
-        (2048, 64, [1, 32, 1]),
-        (64, 64, [1, 1]),
-        (243, 3, [1, 3, 9, 27, 81, 1]),
-    ],
-)
-def test_butterfly_strides(length, block, strides):
-    assert [butterfly_stride(length, block, i) for i in range(len(strides))] == strides
-
-
-@pytest.mark.parametrize(("length", "block", "layers"), [(125, 5, 3), (1024, 32, 2), (64, 4, 3)])
-def test_butterfly_layers_connect_every_pair(length, block, layers):
-    """After one round each position has heard of each: the reason for the strides."""
-    reach = torch.eye(length, dtype=torch.bool)
-    for layer in range(layers):
-        stride = butterfly_stride(length, block, layer)
-        groups = to_groups(torch.arange(length)[None], Grouping(block, stride))
-        linked = torch.zeros(length, length)
-        for group in groups:
-            linked[group[:, None], group] = 1
-        reach = (linked @ reach.float()) > 0
-    assert reach.all()
