@@ -56,7 +56,7 @@ class _StrictLoader(yaml.SafeLoader):
         whole = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
-    def true_or_false(self, node: yaml.ScalarNode) -> bool | str:
+    def true_or_false(self, node: yaml.ScalarNode) -> Any:
         return {"true": True, "false": False}.get(node.value.lower(), node.value)
 
 

@@ -31,7 +31,8 @@ class LinearMixer(TokenMixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """A masked key has a zero value, so it adds nothing to phi(k)^T v."""
-        return self.mix_real(q, k, *zero_masked(mask, v), q.shape[2])
+        (v,) = zero_masked(mask, v)
+        return self.mix_real(q, k, v, q.shape[2])
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
         """The sum runs over real tokens; only the scale knows of the others."""

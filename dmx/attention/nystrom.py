@@ -165,8 +165,7 @@ class PositionConvolution(nn.Conv2d):
     """
 
     def __init__(self, num_heads: int, taps: int) -> None:
-        sizes = {"kernel_size": (taps, 1), "padding": (taps // 2, 0)}
-        super().__init__(num_heads, num_heads, **sizes, groups=num_heads, bias=False)
+        super().__init__(num_heads, num_heads, (taps, 1), groups=num_heads, bias=False)
         self.taps, self.reach = taps, taps // 2
 
     def forward(self, v: Tensor) -> Tensor:

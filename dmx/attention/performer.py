@@ -93,11 +93,12 @@ class PerformerMixer(TokenMixer):
             return
         words = np.random.SeedSequence([seed, self._layer, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0] >> 1))
-        directions = orthogonal_directions(*self.projection.shape, generator)
-        self.projection = directions.to(self.projection)
+        count, dim = self.projection.shape
+        self.projection = orthogonal_directions(count, dim, generator).to(self.projection)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return self.mix_real(q, *zero_masked(mask, k, v), q.shape[2])
+        k, v = zero_masked(mask, k, v)
+        return self.mix_real(q, k, v, q.shape[2])
 
     def mix_real(self, q: Tensor, k: Tensor, v: Tensor, full_length: int) -> Tensor:
         """Of masked keys, zero vectors with the same features, the number is enough."""

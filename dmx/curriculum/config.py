@@ -328,6 +328,7 @@ def load_curriculum(
         ConfigError: anything unknown, of the wrong type or impossible, with file and dotted path.
     """
     if attention is not None:  # before the file, which would be blamed for it
+        AttentionConfig.find(attention)
         AttentionConfig.parse(attention, "attention")
     if isinstance(source, Mapping):
         return _parse(source, "curriculum", attention, overrides or {})

@@ -37,7 +37,7 @@ def test_softmax_by_hand() -> None:
     mixer = ATTENTIONS.get("softmax")().build(CONTEXT)
     q = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1]])[None, None]
     k = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0], [9, 9, 9, 9]])[None, None]
-    found = mixer.attention_map(q, k, torch.tensor([[1, 1, 0]]))[0, 0]
+    found = mixer.attention_map(q, k, torch.tensor([[True, True, False]]))[0, 0]
     scores = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5)]  # q k^T / 2
     for row, (a, b) in zip(found.tolist(), scores, strict=True):
         total = math.exp(a) + math.exp(b)
