@@ -76,6 +76,8 @@ _ATTEMPT = {"stage": str, "attempt": int}
 CURRICULUM: Mapping[str, Mapping[str, Any]] = {
     "settings": _SETTINGS,
     "created": {"time": float},
+    # A session came to its end, or was cut off.
+    **{name: {"time": float} for name in ("closed", "interrupted")},
     # `stages`: those of the file. `last_stage`: that which all are measured on.
     "session": {
         **{"time": float, "host": str, "pid": int, "argv?": [str], "last_stage?": str},

@@ -49,7 +49,8 @@ class Run:
 
     Attributes:
         session: the latest `settings` event, or {}. settings, options: its own.
-        train_seconds: see Curriculum. empty: the journal has no event.
+        latest: time of the latest event, or NaN. train_seconds: see Curriculum.
+        empty: the journal has no event.
     """
 
     kind: ClassVar[Kind] = "run"
@@ -77,7 +78,8 @@ class Run:
         self.session: Mapping[str, Any] = {}
         self.settings: Mapping[str, Any] = {}
         self.options: Mapping[str, Any] = {}
-        self._at_work: list[list[float]] = []  # each session's first and last time
+        self.latest = math.nan
+        self._spans: list[list[float]] = []  # each session's first and last time
 
     # -- folding ----------------------------------------------------------------------------
 
@@ -109,10 +111,11 @@ class Run:
             name = events.check(event, self.known_events)
             time = event.get("time")
             if isinstance(time, int | float):
+                self.latest = float(time)
                 if name == "session":
-                    self._at_work.append([time, time])
-                elif self._at_work:
-                    self._at_work[-1][1] = time
+                    self._spans.append([self.latest, self.latest])
+                elif self._spans:
+                    self._spans[-1][1] = self.latest
             if name == "settings":
                 self.session = event
                 self.settings, self.options = event["settings"], event["options"]
@@ -128,7 +131,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Wall time of all sessions, without the pauses between them; NaN for a single run."""
-        return sum(last - first for first, last in self._at_work) if self._at_work else math.nan
+        return sum(last - first for first, last in self._spans) if self._spans else math.nan
 
     # -- what it is -------------------------------------------------------------------------
 
