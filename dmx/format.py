@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 import shlex
@@ -87,6 +89,18 @@ def settings_text(point: Mapping[str, Any]) -> str:
     """`{"attention.block_size": 64, ...}` as `block_size=64, ...`."""
     names = short_names(list(point))
     return ", ".join(f"{n}={short(v)}" for n, v in zip(names, point.values(), strict=True))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with every column that any of them has; a cell is empty where there is no number."""
+    text = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        missing = {k: "" for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        writer.writerow({**row, **missing})
+    return text.getvalue()
 
 
 _HELP = {

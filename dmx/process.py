@@ -15,8 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from dmx.errors import EXIT_INTERRUPTED
@@ -32,7 +31,7 @@ def begin() -> None:
     """Before a command's imports: open what is closed of 0, 1 and 2, and leave at a signal."""
     _began.append(True)
     _open_streams()
-    _handle(_leave)
+    _handle(dict.fromkeys(_heeded(), _leave))
 
 
 def _open_streams() -> None:
@@ -47,25 +46,97 @@ def _open_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
-def heeded() -> tuple[signal.Signals, ...]:
+# -- signals ----------------------------------------------------------------------------------
+
+
+def _heeded() -> list[signal.Signals]:
     """The signals that end this process."""
-    return tuple(s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)
+    return [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
 
-def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler: all of them are Ctrl-C."""
-    raise KeyboardInterrupt
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(number: int, frame: object) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"\ninterrupted; nothing was started.\n")
     os._exit(EXIT_INTERRUPTED)  # an exception is lost in some modules' imports
 
 
-def _handle(handler: Any) -> None:
-    for number in heeded():
-        signal.signal(number, handler)
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
+    """Set handlers; those that were there, or {} in a thread whose business signals are not."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # One that was not set from Python, None, cannot be set again.
+    return {n: signal.signal(n, handler) for n, handler in handlers.items() if handler is not None}
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Handlers that are set within the block, by foreign code too, are gone after it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _handle(before)
+
+
+@contextlib.contextmanager
+def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
+    """Within the block SIGTERM (a batch system's preemption) and SIGHUP act like Ctrl-C.
+
+    It yields a check that raises KeyboardInterrupt once either has come. A loop around foreign
+    code calls it: an exception that a signal raises in the middle of that may be lost there.
+    """
+    asked = threading.Event()
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    def terminate(number: int, frame: object) -> None:
+        asked.set()
+        act = signal.getsignal(signal.SIGINT)  # that of foreign code, if it has set one since
+        # A shell's job in the background ignores Ctrl-C, but not this.
+        (act if callable(act) else _interrupt)(signal.SIGINT, frame)  # type: ignore[arg-type]
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.set()
+        first(number, frame)
+
+    with own_signals():
+        first: Any = signal.getsignal(signal.SIGINT)
+        others = (s for s in _heeded() if s is not signal.SIGINT)
+        _handle(dict.fromkeys(others, terminate))
+        if callable(first):
+            _handle({signal.SIGINT: interrupt})
+        yield check
+
+
+@contextlib.contextmanager
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Within the block the first signal to stop is only noted; one more acts as it did before.
+
+    It yields what says whether one has come. Work that can be stopped without loss between two of
+    its steps asks there.
+    """
+    asked = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        asked.set()
+        logger.warning("stopping at the next step; once more stops at once")
+        _handle(before)
+
+    before = {number: signal.getsignal(number) for number in _heeded()}
+    _handle(dict.fromkeys(before, note))
+    try:
+        yield asked.is_set
+    finally:
+        _handle(before)
+
+
+# -- streams ----------------------------------------------------------------------------------
 
 
 class Stream:
@@ -79,24 +150,24 @@ class Stream:
 
     def write(self, text: str) -> int:
         """Write, or find out that nobody will read it."""
-        try:
-            return int(self._stream.write(text) or 0)
-        except OSError as error:
-            self._lose(error)
-            return len(text)
+        with self._losing():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """Flush, or find out that nobody will read it."""
-        try:
+        with self._losing():
             self._stream.flush()
-        except OSError as error:
-            self._lose(error)
 
-    def _lose(self, error: OSError) -> None:
-        self.lost = self.lost or error
-        null = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and for Python's last flush
-        os.dup2(null, self._number)
-        os.close(null)
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or error
+            null = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and Python's last flush
+            os.dup2(null, self._number)
+            os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -115,19 +186,15 @@ def running() -> Iterator[Stream]:
     held = Stream(out, 1)
     _files_decide.clear()
     sys.stdout, sys.stderr = held, Stream(err, 2)
-    try:
-        before = {number: signal.getsignal(number) for number in heeded()}
-        _handle(interrupt)
-    except ValueError:  # not the main thread: signals are someone else's business
-        before = {}
+    before = _handle(dict.fromkeys(_heeded(), _interrupt))
     try:
         yield held
     finally:
         held.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = out, err
-        for number, handler in before.items():  # what the exit code says is decided
-            signal.signal(number, signal.SIG_IGN if _began else handler or signal.SIG_DFL)
+        # Of a process that ends what the exit code says is decided.
+        _handle(dict.fromkeys(before, signal.SIG_IGN) if _began else before)
 
 
 def files_decide() -> None:
@@ -140,97 +207,9 @@ def output_counts() -> bool:
     return not _files_decide
 
 
-@contextlib.contextmanager
-def own_signals() -> Iterator[None]:
-    """Handlers that foreign code sets within the block are gone after it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # one that was not set from Python cannot be set again
-                signal.signal(number, handler)
-
-
 def num_cores() -> int:
     """CPU cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def terminate_like_interrupt() -> Iterator[Callable[[], None]]:
-    """Within the block SIGTERM (a batch system's preemption) and SIGHUP act like Ctrl-C.
-
-    It yields a check that raises KeyboardInterrupt once either has come. A loop around foreign
-    code calls it: an exception that a signal raises in the middle of that may be lost there.
-    """
-    asked = threading.Event()
-
-    def check() -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        act = signal.getsignal(signal.SIGINT)
-        if not callable(act):  # a shell's job in the background ignores Ctrl-C, but not this
-            raise KeyboardInterrupt
-        act(signal.SIGINT, frame)
-
-    try:
-        before = {s: signal.getsignal(s) for s in SIGNALS}
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if before[number] is not signal.SIG_IGN:  # nohup
-                signal.signal(number, terminate)
-    except ValueError:  # not the main thread: signals are someone else's business
-        yield check
-        return
-    act = before[signal.SIGINT]
-    if callable(act):
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            asked.set()
-            act(number, frame)
-
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # one that was not set from Python cannot be set again
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Within the block the first signal to stop is only noted; one more acts as it did before.
-
-    It yields what says whether one has come. Work that can be stopped without loss between two of
-    its steps asks there.
-    """
-    asked = threading.Event()
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        logger.warning("stopping at the next step; once more stops at once")
-        put_back()
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
-
-    for number in heeded():
-        with contextlib.suppress(ValueError):  # not the main thread
-            before[number] = signal.signal(number, note)
-    try:
-        yield asked.is_set
-    finally:
-        put_back()

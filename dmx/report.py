@@ -5,4 +5,4 @@ from dmx.cli.options import run
 from dmx.cli.report import main
 
 if __name__ == "__main__":
-    run("dmx.report", main, needs="dmx.reporting.page")
+    run("dmx.report", main, needs="dmx.reporting.report")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import logging
 import os
 import re
@@ -20,16 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 _CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dmx_log_context", default="")
-
-
-class _ContextFilter(logging.Filter):
-    """Puts the current trial or stage in front of each message."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Attach the context; never drops a record."""
-        context = _CONTEXT.get()
-        record.context = f"[{context}] " if context else ""
-        return True
+_WIDEST = 10_000
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -45,14 +37,10 @@ def verbatim(text: str) -> None:
     console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-_shared: list[Console] = []
-
-
+@functools.cache
 def shared_console() -> Console:
     """The one console on standard error that log lines and live displays share."""
-    if not _shared:
-        _shared.append(console(stderr=True))
-    return _shared[0]
+    return console(stderr=True)
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -60,21 +48,24 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger = logging.getLogger("dmx")
     for old in list(logger.handlers):
         logger.removeHandler(old)
-    handler: logging.Handler
     if sys.stderr.isatty():
-        handler = RichHandler(console=shared_console(), show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(context)s%(message)s", datefmt="[%X]"))
+        handler: logging.Handler = RichHandler(console=shared_console(), show_path=False)
+        form = logging.Formatter("%(context)s%(message)s", "[%X]")
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(
-            logging.Formatter(
-                "%(asctime)s %(levelname)s %(context)s%(message)s", "%Y-%m-%d %H:%M:%S"
-            )
-        )
-    handler.addFilter(_ContextFilter())
+        line = "%(asctime)s %(levelname)s %(context)s%(message)s"
+        form = logging.Formatter(line, "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(form)
+    handler.addFilter(_add_context)
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+
+
+def _add_context(record: logging.LogRecord) -> bool:
+    context = _CONTEXT.get()
+    record.context = f"[{context}] " if context else ""
+    return True
 
 
 @contextmanager
@@ -85,9 +76,6 @@ def log_context(name: str) -> Iterator[None]:
         yield
     finally:
         _CONTEXT.reset(token)
-
-
-_WIDEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,6 @@ class FittingTable:
     Texts are what they are, not markup: errors and paths hold brackets.
 
     Args:
-        title: above the table. columns: see Column.
         narrow: the same rows told otherwise, which takes this one's place where it does not fit
             with all its columns.
         see: where the columns are that had no room.
@@ -133,23 +120,18 @@ class FittingTable:
         narrow: FittingTable | None = None,
         see: str = "",
     ) -> None:
-        self.title, self.columns, self.narrow, self.see = title, tuple(columns), narrow, see
-        self.rows: list[tuple[tuple[str, ...], str | None]] = []
-        self.sections: set[int] = set()
-
-    @property
-    def row_count(self) -> int:
-        """Rows so far."""
-        return len(self.rows)
+        self._title, self._columns, self._narrow, self._see = title, columns, narrow, see
+        self._rows: list[tuple[tuple[str, ...], str | None]] = []
+        self._sections: set[int] = set()
 
     def add_row(self, *cells: str, style: str | None = None) -> None:
         """One cell a column."""
-        assert len(cells) == len(self.columns), (cells, self.columns)
-        self.rows.append((cells, style))
+        assert len(cells) == len(self._columns), (cells, self._columns)
+        self._rows.append((cells, style))
 
     def add_section(self) -> None:
         """A line below the last row."""
-        self.sections.add(len(self.rows))
+        self._sections.add(len(self._rows))
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -164,37 +146,37 @@ class FittingTable:
 
     def _forms(self) -> Iterator[tuple[Table, int]]:
         """Ever narrower tables, and how many characters narrower each still is when folded."""
-        shown = list(range(len(self.columns)))
+        shown = list(range(len(self._columns)))
         yield self._table(shown, tight=False)
         yield self._table(shown, tight=True)
-        if self.narrow is not None:
-            yield from self.narrow._forms()
+        if self._narrow is not None:
+            yield from self._narrow._forms()
             return
-        while any(self.columns[i].spare for i in shown):
-            shown.remove(max(shown, key=lambda i: self.columns[i].spare))
+        spare = [i for i in shown if self._columns[i].spare]
+        for i in sorted(spare, key=lambda i: -self._columns[i].spare):
+            shown.remove(i)
             yield self._table(shown, tight=True)
 
     def _table(self, shown: Sequence[int], *, tight: bool) -> tuple[Table, int]:
-        table, spare = Table(title=escape(self.title), title_justify="left"), 0
+        table, spare = Table(title=escape(self._title), title_justify="left"), 0
         if tight:
             table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
             table.padding = (0, 1, 0, 0)
         for i in shown:
-            column = self.columns[i]
-            head = re.sub(r" |(?<=_)", "\n", column.title) if tight else column.title
+            column = self._columns[i]
             table.add_column(
-                head,
+                re.sub(r" |(?<=_)", "\n", column.title) if tight else column.title,
                 justify="right" if column.right else "left",
                 no_wrap=not column.fold,
                 overflow="fold",
             )
             if column.fold:
-                widths = [cell_len(cells[i]) for cells, _ in self.rows]
-                spare += max(max(widths, default=0) - column.width, 0)
-        for number, (cells, style) in enumerate(self.rows, 1):
-            end = number in self.sections
+                widest = max((cell_len(cells[i]) for cells, _ in self._rows), default=0)
+                spare += max(widest - column.width, 0)
+        for number, (cells, style) in enumerate(self._rows, 1):
+            end = number in self._sections
             table.add_row(*(Text(cells[i]) for i in shown), style=style, end_section=end)
-        if gone := [c.title for i, c in enumerate(self.columns) if i not in shown]:
-            table.caption = f"no room for {', '.join(gone)}{self.see}"
+        if gone := [c.title for i, c in enumerate(self._columns) if i not in shown]:
+            table.caption = f"no room for {', '.join(gone)}{self._see}"
             table.caption_justify = "left"
         return table, spare

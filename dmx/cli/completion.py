@@ -8,6 +8,7 @@ gets here before anything heavy is imported, prints the possible words and exits
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
@@ -15,27 +16,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dmx.cli.leaderboard import LEADERBOARD_FORMATS
-from dmx.cli.report import REPORT_FORMATS
 from dmx.errors import DmxError
 from dmx.registry import find_yaml, shipped_names
 from dmx.schema import read_yaml
 from dmx.tasks import task_names
 
-COMMANDS = ("tune", "train", "curriculum", "data", "report", "leaderboard", "attention_maps")
-PARSERS = {f"dmx.{name}": f"dmx.cli.{name}" for name in COMMANDS}
+_COMMANDS = ("tune", "train", "curriculum", "data", "report", "leaderboard", "attention_maps")
+PARSERS = {f"dmx.{name}": f"dmx.cli.{name}" for name in _COMMANDS}
 """Command -> the module with its `parser`."""
-
-Completer = Callable[..., Iterable[str]]
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """A command's parser, each of its arguments with the words it may take."""
     parser: argparse.ArgumentParser = importlib.import_module(PARSERS[command]).parser()
     for action in parser._actions:  # argparse lists them nowhere else
-        found = _BY_COMMAND.get((command, action.dest)) or _BY_NAME.get(action.dest)
-        if found is not None and not action.choices:
-            action.completer = found  # type: ignore[attr-defined]
+        if action.dest in _COMPLETERS and not action.choices:
+            action.completer = _COMPLETERS[action.dest]  # type: ignore[attr-defined]
     return parser
 
 
@@ -51,25 +47,18 @@ def answer() -> None:
     os._exit(1)
 
 
-def _attentions(**_: Any) -> Iterable[str]:
-    """Those that ship with a search space, which are all that dmx has."""
-    return shipped_names("search_spaces")
+def _shipped_or_file(kind: str, prefix: str, **_: Any) -> Iterable[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return [*shipped_names(kind), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
-def _tasks(**_: Any) -> Iterable[str]:
-    return task_names()
-
-
-def _shipped_or_file(kind: str) -> Completer:
-    def complete(prefix: str, **_: Any) -> Iterable[str]:
-        return [*shipped_names(kind), *_paths(prefix, (".yaml", ".yml"))]
-
-    return complete
-
-
-def _runs(prefix: str, **_: Any) -> Iterable[str]:
+def _runs(prefix: str, **more: Any) -> Iterable[str]:
     """Folders, from the shell's working directory on; `runs/` and what is in it come first."""
-    return _paths(prefix or "runs/", ()) or _paths(prefix, ())
+    from argcomplete.completers import DirectoriesCompleter
+
+    folders = DirectoriesCompleter()
+    return list(folders(prefix or "runs/", **more)) or folders(prefix, **more)
 
 
 def _run_names(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
@@ -89,42 +78,22 @@ def _settings(**_: Any) -> Iterable[str]:
 def _stages(parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Names of the given curriculum's stages; a stage without a name has its task's."""
     try:
-        content = read_yaml(find_yaml(str(parsed_args.curriculum), "curricula"))
+        found = read_yaml(find_yaml(str(parsed_args.curriculum), "curricula")).get("stages")
     except DmxError:
         return []
-    stages = content.get("stages") if isinstance(content, dict) else None
-    found = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
-    return [str(s.get("name") or s.get("task")) for s in found]
+    stages = [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
+    return [str(s.get("name") or s.get("task")) for s in stages]
 
 
-def _paths(prefix: str, endings: tuple[str, ...]) -> list[str]:
-    """Folders, and files with one of the endings, that begin with `prefix`."""
-    head, tail = os.path.split(prefix)
-    found = []
-    for path in sorted(Path(head or ".").expanduser().glob("[!.]*")):
-        if path.name.startswith(tail) and (path.is_dir() or path.suffix in endings):
-            found.append(os.path.join(head, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
-    return found
-
-
-_BY_NAME: dict[str, Completer] = {
-    "attention": _attentions,
-    "task": _tasks,
-    "space": _shipped_or_file("search_spaces"),
-    "curriculum": _shipped_or_file("curricula"),
+_COMPLETERS: dict[str, Callable[..., Iterable[str]]] = {
+    "attention": lambda **_: shipped_names("search_spaces"),  # which are all that dmx has
+    "task": lambda **_: task_names(),
+    "what": lambda **_: ["all", "list", "show", *task_names()],
+    "space": functools.partial(_shipped_or_file, "search_spaces"),
+    "curriculum": functools.partial(_shipped_or_file, "curricula"),
     "name": _run_names,
-    "run": _runs,
-    "runs": _runs,
-    "warm_start": _runs,
-    "checkpoint": _runs,
-    "evaluate": _runs,
-    "set": _settings,
-    "settings": _settings,
-    "until": _stages,
-    "from_stage": _stages,
+    **dict.fromkeys(("run", "runs", "warm_start", "checkpoint", "evaluate"), _runs),
+    **dict.fromkeys(("set", "settings"), _settings),
+    **dict.fromkeys(("until", "from_stage"), _stages),
 }
-_BY_COMMAND: dict[tuple[str, str], Completer] = {
-    ("dmx.data", "what"): lambda **_: ["all", "list", "show", *task_names()],
-    ("dmx.report", "format"): lambda **_: REPORT_FORMATS,
-    ("dmx.leaderboard", "format"): lambda **_: LEADERBOARD_FORMATS,
-}
+"""By the argument's name."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmx.cli.options import Parser, add_compute, add_places, add_resume, as_setting
+from dmx.cli.options import Parser, add_compute, add_places, add_resume
 from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
 from dmx.format import command_line
 from dmx.registry import shipped_names
@@ -43,7 +43,7 @@ def parser() -> Parser:
         prog=PROG,
         description="Train a curriculum: stages, each from the best checkpoint of another.",
         examples=EXAMPLES,
-        hint=as_setting("--set {}=VALUE"),
+        settings="--set {}=VALUE",
     )
     p.add_argument(
         "curriculum",

@@ -71,15 +71,32 @@ def parser() -> Parser:
     return p
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what was asked; the exit code."""
-    from dmx.data.prepare import default_data_root, prepare_all, prepare_data
-
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit code says whether a store is damaged, or data are lacking."""
+    p = parser()
+    args = p.parse_args(argv)
+    if (args.what == "show") != (args.task is not None):
+        p.error("show needs a task" if args.what == "show" else f"unexpected {args.task!r}")
+    if args.what == "all" and args.source is None:
+        p.error("all needs --source PATH")
     root = args.data_root.absolute() if args.data_root else None
     if args.what == "list":
-        return list_stores(root or default_data_root(), verify=args.verify)
+        return _list(root, verify=args.verify)
     if args.what == "show":
-        return run_show(args, root)
+        return _show(args, root)
+    process.files_decide()
+    try:
+        with process.terminate_like_interrupt():
+            return _prepare(args, root)
+    except KeyboardInterrupt:
+        again = command_line("dmx.data", argv)
+        logger.error("interrupted; finished parts are kept, continue with: %s", again)
+        return EXIT_INTERRUPTED
+
+
+def _prepare(args: argparse.Namespace, root: Path | None) -> int:
+    from dmx.data.prepare import prepare_all, prepare_data
+
     if args.what == "all":
         _, failed = prepare_all(args.source, root, force=args.force)
         return EXIT_BAD_INPUT if failed else EXIT_OK
@@ -96,74 +113,49 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def list_stores(root: Path, *, verify: bool) -> int:
-    """Print the table of what is prepared; the exit code says whether a store is damaged."""
+def _list(root: Path | None, *, verify: bool) -> int:
     from dmx.data import show
+    from dmx.data.prepare import default_data_root
 
+    root = root or default_data_root()
     rows = show.stores(root, verify=verify)
     if not rows:
         terminal.verbatim(f"nothing is prepared in {root}")
         return EXIT_OK
     folded = ("data", "origin")
-    table = FittingTable(
-        f"prepared in {root}",
-        [
-            Column(name, fold=name in folded, right=name not in (*folded, "checksum"))
-            for name in show.StoreRow._fields
-        ],
-    )
+    columns = [
+        Column(name, fold=name in folded, right=name not in (*folded, "checksum"))
+        for name in show.StoreRow._fields
+    ]
+    table = FittingTable(f"prepared in {root}", columns)
     for row in rows:
         table.add_row(*row, style="red" if row.damaged else None)
     terminal.console().print(table)
     return EXIT_BAD_INPUT if any(row.damaged for row in rows) else EXIT_OK
 
 
-def run_show(args: argparse.Namespace, root: Path | None) -> int:
+def _show(args: argparse.Namespace, root: Path | None) -> int:
     """Print what the data look like, and write the picture if one is asked for."""
-    from rich.text import Text
-
     from dmx.data import show
     from dmx.data.prepare import open_data
 
     store = open_data(args.task, root, allow_sample=True)
-    split = store.split(args.split)
+    split, length = store.split(args.split), store.manifest.max_length
     image = task_for(args.task).image_side is not None
-    texts = [] if image else list(show.snippets(store, args.split, args.num))
-    pictured = show.strip(store, args.split, args.num) if image else None
-    out = terminal.console()
-    out.print(show.headline(store, args.split), markup=False)
-    out.print(show.classes(store, args.split))
-    if pictured is not None:
-        dark = (split.gather(range(min(len(split), 1000)), store.manifest.max_length) == 0).mean()
-        out.print(f"black pixels (masked by the reference): {dark:.1%}")
-        path = args.out or Path(f"{store.manifest.task}-{args.split}.png")
-        picture = pictured
+    path = args.out
+    lines = [show.headline(store, args.split), show.classes(store, args.split)]
+    if image:
+        picture = show.strip(store, args.split, args.num)
+        dark = (split.gather(range(min(len(split), 1000)), length) == 0).mean()
+        lines.append(f"black pixels (masked by the reference): {dark:.1%}")
+        path = path or Path(f"{store.manifest.task}-{args.split}.png")
     else:
-        out.print(show.histogram(split.lengths, store.manifest.max_length))
-        for line in texts:
-            out.print(Text(line))  # a text, not markup: snippets hold brackets
-        path, picture = args.out, show.length_picture(split, store.manifest)
+        picture = show.length_picture(split, store.manifest)
+        lines.append(show.histogram(split.lengths, length))
+        lines += show.snippets(store, args.split, args.num)
+    for line in lines:
+        terminal.console().print(line, markup=False, highlight=False)  # snippets hold brackets
     if path is not None:
         show.save(picture, path)
         terminal.verbatim(f"wrote {path}")
     return EXIT_OK
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command."""
-    p = parser()
-    args = p.parse_args(argv)
-    if (args.what == "show") != (args.task is not None):
-        p.error("show needs a task" if args.what == "show" else f"unexpected {args.task!r}")
-    if args.what == "all" and args.source is None:
-        p.error("all needs --source PATH")
-    if args.what in ("list", "show"):
-        return run(args)
-    process.files_decide()
-    try:
-        with process.terminate_like_interrupt():
-            return run(args)
-    except KeyboardInterrupt:
-        again = command_line("dmx.data", argv)
-        logger.error("interrupted; finished parts are kept, continue with: %s", again)
-        return EXIT_INTERRUPTED

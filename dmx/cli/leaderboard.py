@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dmx.cli.options import Parser
-from dmx.errors import EXIT_OK, ConfigError
-from dmx.registry import choices_message
+from dmx.errors import EXIT_OK
 from dmx.schema import local_path
 
-LEADERBOARD_FORMATS = ("md", "latex", "csv", "html", "json")
+LEADERBOARD_FORMATS = ("md", "latex", "html", "csv", "json")
 
 EXAMPLES = """\
   python -m dmx.leaderboard
@@ -31,18 +30,17 @@ def parser() -> Parser:
     p.add_argument(
         "runs", nargs="*", metavar="RUN", help="runs, or folders of runs (default: runs)"
     )
-    p.add_argument("--format", default="md", help="md, latex, csv, html or json (default: md)")
+    p.add_argument("--format", choices=LEADERBOARD_FORMATS, default="md", help="default: md")
     p.add_argument("--out", metavar="FILE", help="where to (default: -, the terminal)")
     return p
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
+    args = parser().parse_args(argv)
+
     from dmx.reporting.leaderboard import write_leaderboard
 
-    args = parser().parse_args(argv)
-    if args.format not in LEADERBOARD_FORMATS:
-        raise ConfigError(f"--format {choices_message(args.format, LEADERBOARD_FORMATS)}.")
     folders = [local_path("RUN", path) for path in args.runs or ["runs"]]
     write_leaderboard(folders, args.format, args.out)
     return EXIT_OK

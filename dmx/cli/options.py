@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,26 +22,11 @@ from dmx.errors import (
 )
 from dmx.schema import expand
 
-logger = logging.getLogger("dmx")
-
-
 PATHS = (
     *("storage", "data_root", "space", "warm_start", "config", "init_from", "evaluate", "out"),
-    *(
-        "source",
-        "run",
-        "runs",
-        "resume",
-        "checkpoint",
-        "curriculum",
-        "scratch",
-        "node_data",
-        "folder",
-    ),
+    *("source", "run", "runs", "resume", "checkpoint", "curriculum", "scratch", "node_data"),
 )
 """Arguments that may be a path."""
-
-
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -66,21 +50,15 @@ def chosen(options: type, args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def no_hint(option: str) -> str:
-    """What a parser knows to say of an option that it does not know."""
-    return ""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, and whose help shows examples as they are.
 
     Args:
-        hint: of an unknown option, what else may be meant; "" where nothing is.
+        settings: how the command takes a setting, which an unknown option may mean:
+            `--set {}=VALUE`; "" where it takes none.
     """
 
-    def __init__(
-        self, *, prog: str, description: str, examples: str, hint: Callable[[str], str] = no_hint
-    ) -> None:
+    def __init__(self, *, prog: str, description: str, examples: str, settings: str = "") -> None:
         super().__init__(
             prog=prog,
             description=description,
@@ -88,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._hint = hint
+        self._settings = settings
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Write `~` out, and refuse an empty path: a shell variable that was not set, no folder."""
@@ -118,11 +96,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage text would bury the sentence."""
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         if unknown:
-            like = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            meant = self._hint(unknown[1].removeprefix("--")) or " ".join(like)
-            message += f"; did you mean {meant}?" if meant else ""
+            meant = difflib.get_close_matches(f"--{unknown[1]}", self._option_string_actions, n=1)
+            if self._settings:
+                from dmx.config import similar_settings  # torch: seconds, spared a right command
+
+                names = similar_settings(unknown[1], attention="none")
+                meant = [self._settings.format(names)] if names else meant
+            message += f"; did you mean {meant[0]}?" if meant else ""
         sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
         raise SystemExit(EXIT_BAD_INPUT)
 
@@ -140,11 +122,21 @@ def run(
         needs: the module that it calls, whose import takes seconds; within them a signal leaves at
             once (see process.begin), since an exception may be lost in a foreign import.
     """
-    if needs and not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+    argv = sys.argv[1:] if argv is None else argv
+    if needs and not {"-h", "--help"} & set(argv):
         importlib.import_module(needs)
     with process.running() as out:
         terminal.setup_logging()
-        code = _call(prog, main, sys.argv[1:] if argv is None else argv)
+        try:
+            code = main(argv)
+        except DmxError as error:
+            sys.stderr.write(f"{prog}: {error}\n")
+            code = EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            sys.stderr.write(f"\n{prog}: interrupted.\n")
+            code = EXIT_INTERRUPTED
+        except SystemExit as ended:  # of argparse
+            code = ended.code if isinstance(ended.code, int) else EXIT_OK
         out.flush()
         if out.lost is not None and not out.broken:
             said = f"{prog}: standard output cannot be written ({out.lost.strerror})"
@@ -154,19 +146,6 @@ def run(
             else:
                 sys.stderr.write(f"{said}; the files hold everything.\n")
     raise SystemExit(code)
-
-
-def _call(prog: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    try:
-        return main(argv)
-    except DmxError as error:
-        sys.stderr.write(f"{prog}: {error}\n")
-        return EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{prog}: interrupted.\n")
-        return EXIT_INTERRUPTED
-    except SystemExit as ended:  # of argparse
-        return ended.code if isinstance(ended.code, int) else EXIT_OK
 
 
 def add_resume(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -216,15 +195,3 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="each node copies the data it uses from --data-root (a path or URL) there, once",
     )
-
-
-def as_setting(form: str) -> Callable[[str], str]:
-    """A hint for Parser; `form` is how the command takes a setting: `--set {}=VALUE`."""
-
-    def hint(option: str) -> str:
-        from dmx.config import similar_settings  # torch: seconds, which a right command is spared
-
-        names = similar_settings(option, attention="none")
-        return form.format(names) if names else ""
-
-    return hint

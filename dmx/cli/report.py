@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dmx.cli.options import Parser
-from dmx.errors import EXIT_OK, ConfigError
-from dmx.registry import choices_message
+from dmx.errors import EXIT_OK
 from dmx.schema import local_path
 
-REPORT_FILE = "report.html"
 REPORT_FORMATS = ("html", "md", "json", "csv")
 
 EXAMPLES = """\
@@ -32,21 +30,20 @@ def parser() -> Parser:
         examples=EXAMPLES,
     )
     p.add_argument("run", metavar="RUN", help="the run's folder, such as runs/butterfly-text")
-    p.add_argument("--format", default="html", help="html, md, json or csv (default: html)")
+    p.add_argument("--format", choices=REPORT_FORMATS, default="html", help="default: html")
     p.add_argument(
         "--out",
         metavar="FILE",
-        help=f"where to (default: RUN/{REPORT_FILE} for html, else -, the terminal)",
+        help="where to (default: RUN/report.html for html, else -, the terminal)",
     )
     return p
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    from dmx.reporting.page import write_report
-
     args = parser().parse_args(argv)
-    if args.format not in REPORT_FORMATS:
-        raise ConfigError(f"--format {choices_message(args.format, REPORT_FORMATS)}.")
+
+    from dmx.reporting.report import write_report
+
     write_report(local_path("RUN", args.run), args.format, args.out)
     return EXIT_OK

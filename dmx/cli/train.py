@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmx.cli.options import Parser, add_compute, add_resume, as_setting, chosen
+from dmx.cli.options import Parser, add_compute, add_resume, chosen
 from dmx.errors import EXIT_INTERRUPTED, EXIT_OK, InterruptedRun
 from dmx.format import command_line
 from dmx.schema import flatten, parse_assignments
@@ -37,7 +37,7 @@ def parser() -> Parser:
         prog="dmx.train",
         description="Train one configuration, or evaluate a checkpoint.",
         examples=EXAMPLES,
-        hint=as_setting("{}=VALUE"),
+        settings="{}=VALUE",
     )
     p.add_argument("--attention", help="butterfly, butterfly-64, softmax, ...")
     p.add_argument("--task", help="text, listops, pathfinder32-curv_baseline, ...")

@@ -13,7 +13,6 @@ from dmx.cli.options import (
     add_compute,
     add_places,
     add_resume,
-    as_setting,
     chosen,
     duration,
 )
@@ -58,7 +57,7 @@ def parser() -> Parser:
         prog="dmx.tune",
         description="Search an attention's hyperparameters with Optuna on Ray Tune.",
         examples=EXAMPLES,
-        hint=as_setting("--set {}=VALUE"),
+        settings="--set {}=VALUE",
     )
     p.add_argument(
         "--attention", help="butterfly, softmax, ...; NAME-SIZE fixes its size (required)"
@@ -214,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write_page(folder: Path) -> Path | None:
-    from dmx.reporting.page import write_page  # seconds that a refusal need not wait
+    from dmx.reporting.report import write_page  # seconds that a refusal need not wait
 
     return write_page(folder)
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from dmx.format import describe_failures, short
 from dmx.runs.run import UNKNOWN, Run
 from dmx.schema import flatten
 from dmx.tasks import find_task
 
-_BUDGET = {
-    "train.num_steps": "optimizer steps",
-    "train.batch_size": "sequences per step",
-}
+_BUDGET = {"train.num_steps": "optimizer steps", "train.batch_size": "sequences per step"}
 """Preset values that decide how much a run has seen."""
 _EDGE = 0.05
 """Of a range, or of its logarithm: nearer to a bound than this share is at its edge."""
@@ -31,27 +27,19 @@ class Caveat:
     text: str
 
 
-def budget_differences(
-    task_name: str, config: Mapping[str, Any] | None
-) -> dict[str, tuple[Any, Any]]:
-    """{setting: (ours, the task preset's)} where a run saw more or less than the preset."""
-    task = find_task(task_name)
-    if task is None or config is None:
-        return {}
-    ours = flatten(config)
-    found = {}
-    for key in _BUDGET:
-        preset = task.preset.get(key)
-        if preset is not None and ours.get(key) != preset:
-            found[key] = (ours.get(key), preset)
-    return found
+def budget_difference(run: Run) -> str:
+    """`16 of 20,000 optimizer steps (0.08 %), 4 instead of 32 sequences per step`.
 
-
-def budget_sentence(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    """`16 of 20,000 optimizer steps (0.08 %), 4 instead of 32 sequences per step`."""
-    parts = []
-    for key, (ours, preset) in differences.items():
-        what = _BUDGET[key]
+    "" where a run saw what the task's preset gives.
+    """
+    task, parts = find_task(run.task), []
+    if task is None or run.config is None:
+        return ""
+    settings = flatten(run.config)
+    for key, what in _BUDGET.items():
+        ours, preset = settings.get(key), task.preset.get(key)
+        if preset is None or ours == preset:
+            continue
         if not isinstance(ours, int) or not isinstance(preset, int):
             parts.append(f"{ours!r} instead of {preset!r} {what}")
         elif key == "train.num_steps" and ours < preset:
@@ -68,32 +56,28 @@ def comparable(run: Run) -> bool:
 
 def caveats(run: Run) -> tuple[Caveat, ...]:
     """All of them, the severe ones first."""
-    severe, notes = [], []
-    task = find_task(run.task)
+    severe: list[str] = []
+    notes: list[str] = []
+    failed = describe_failures(run.trials) if run.kind == "study" else ""
     if run.is_sample:
         severe.append(
             f"The data are {run.data}: a stand-in for {run.task}. The accuracies say nothing about "
             "LRA and must not stand beside published numbers."
         )
-    elif run.task != UNKNOWN and (task is None or task.published is None):
+    elif run.task != UNKNOWN and not is_published(run.task):
         severe.append(
             f"{run.task} is no published task: no published number belongs beside its accuracies. "
             f"The data are {run.data}."
         )
     elif run.data not in (run.task, UNKNOWN):
         severe.append(f"The data are {run.data}, not the whole set of {run.task}.")
-    differences = budget_differences(run.task, run.config)
-    if differences:
+    if difference := budget_difference(run):
         whose = f" of stage {run.shown}" if run.stages else ""
-        severe.append(
-            f"The budget{whose} differs from the preset of {run.task}: "
-            f"{budget_sentence(differences)}."
-        )
+        severe.append(f"The budget{whose} differs from the preset of {run.task}: {difference}.")
     if not run.complete:
         severe.append(_incomplete(run))
-    if run.kind == "study" and (failed := describe_failures(run.trials)):
-        severe += [failed] if run.count("FAILED") == len(run.trials) else []
-        notes += [failed] if run.count("FAILED") < len(run.trials) else []
+    if failed:
+        (severe if run.count("FAILED") == len(run.trials) else notes).append(failed)
     if run.task == "text" and not run.is_sample:
         notes.append(
             "Text has no validation set of its own: dev is test, as in the reference, so the best "
@@ -122,6 +106,12 @@ def caveats(run: Run) -> tuple[Caveat, ...]:
         )
     notes += [*_noise(run), *_edges(run)]
     return (*(Caveat("severe", t) for t in severe), *(Caveat("note", t) for t in notes))
+
+
+def is_published(name: str) -> bool:
+    """Whether there are published results on a task."""
+    task = find_task(name)
+    return task is not None and task.published is not None
 
 
 def _noise(run: Run) -> list[str]:
@@ -154,20 +144,14 @@ def _edges(run: Run) -> list[str]:
     for name, value in best.drawn.items():
         kind, *values = run.search.searched.get(name, ("",))
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        if not numbers or len(values) < (3 if kind == "choice" else 2):
+        if not numbers or len(set(values)) < (3 if kind == "choice" else 2):
             continue
         low, high = min(values), max(values)
-        place = (value - low) / (high - low)
-        if kind.startswith("log"):
-            place = math.log(value / low) / math.log(high / low)
-        discrete = kind in ("choice", "int", "logint")
-        if place <= 0 or (place < _EDGE and not discrete):
-            end = "lower"
-        elif place >= 1 or (place > 1 - _EDGE and not discrete):
-            end = "upper"
-        else:
-            continue
-        if end == "lower" and low == 0:  # a dropout, a weight decay: there is nothing below
+        on = math.log if kind.startswith("log") else float
+        place = (on(value) - on(low)) / (on(high) - on(low))
+        near = 0 if kind in ("choice", "int", "logint") else _EDGE
+        end = "lower" if place <= near else "upper" if place >= 1 - near else ""
+        if not end or (end == "lower" and low == 0):  # below no dropout there is nothing
             continue
         among = f"{short(low)} to {short(high)}"
         found.append(

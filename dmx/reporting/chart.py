@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -26,7 +26,7 @@ COLOURS = {
     "rule": "#e2e6eb",
 }
 """What page.css calls --complete and so on; a picture that stands alone has them as they are."""
-_NAMES = {colour: name for name, colour in COLOURS.items()}
+_VARIABLES = {colour: f"var(--{name},{colour})" for name, colour in COLOURS.items()}
 _RC: Any = {
     "figure.dpi": 72,
     "svg.fonttype": "none",
@@ -49,11 +49,9 @@ _RC: Any = {
 _NAME_ROOM = (30, 11)
 """Width and height of a point's name, such as `#123`."""
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+_SVG = "http://www.w3.org/2000/svg"
 
 Point = tuple[float, float]
-Key = tuple[tuple[str, str], ...]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -62,25 +60,25 @@ class Figure:
 
     svg: Markup
     caption: str = ""
-    key: Key = ()
+    key: tuple[tuple[str, str], ...] = ()
 
 
-def drawing(draw: Callable[P, R]) -> Callable[P, R]:
-    """Call a function with the style of all figures, which is nobody else's."""
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """The style of all figures, which is nobody else's; decorates what draws one."""
+    import matplotlib
 
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        import matplotlib
-
-        with matplotlib.rc_context(_RC), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of glyphs that the measuring font lacks
-            return draw(*args, **kwargs)
-
-    return styled
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the measuring font lacks
+        yield
 
 
 class Chart:
-    """A pair of axes, in pixels; within `drawing` only."""
+    """A pair of axes, in pixels; within `drawing` only.
+
+    Args:
+        left: room for the names of the y axis' ticks, and for its own.
+    """
 
     def __init__(
         self,
@@ -95,17 +93,15 @@ class Chart:
         from matplotlib.figure import Figure as Canvas
 
         self._title, self._width = clean(title), width
-        self._tips: dict[str, list[str]] = {}
+        self._tips: list[list[str]] = []
         self._named: list[Point] = []
         self._canvas = Canvas(figsize=(width / 72, height / 72))
         self._canvas.subplots_adjust(left / width, 46 / height, 1 - 14 / width, 1 - 14 / height)
-        self.axes = self._canvas.add_subplot()
-        self.axes.set_xlabel(clean(x))
-        self.axes.set_ylabel(clean(y))
+        self.axes = self._canvas.add_subplot(xlabel=clean(x), ylabel=clean(y))
         self.axes.yaxis.set_label_coords(-(left - 14) / (width - left - 14), 0.5)
-        self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
-        self.axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
-        self.axes.yaxis.set_major_locator(locator(5))
+        self.axes.xaxis.set_major_formatter(_tick)
+        self.axes.yaxis.set_major_formatter(_tick)
+        self.axes.yaxis.set_major_locator(_round_ticks(5))
 
     def line(
         self,
@@ -119,17 +115,15 @@ class Chart:
         """A line through finite points; `steps`: level until the next point."""
         finite = [p for p in points if all(map(math.isfinite, p))]
         look: dict[str, Any] = {
-            "color": COLOURS[{"running": "complete"}.get(style, style)],
+            "color": _colour(style),
             "linewidth": {"best": 2.4, "pruned": 1.2}.get(style, 1.8),
             "linestyle": (0, (4, 3)) if style == "pruned" else "-",
             "drawstyle": "steps-post" if steps else "default",
             "zorder": 3 if style == "best" else 2,
         }
         if finite:
-            xs, ys = zip(*finite, strict=True)
-            self.axes.plot(
-                xs, ys, clip_on=False, gid=self._tip([tip] if tip else []), **look | more
-            )
+            gid = self._tip([tip] if tip else [])
+            self.axes.plot(*zip(*finite, strict=True), clip_on=False, gid=gid, **look | more)
 
     def points(self, found: Iterable[tuple[float, float, str, str]], size: float = 7) -> None:
         """(x, y, style, tip) of each point; those of one style together, the best on top."""
@@ -138,26 +132,25 @@ class Chart:
             if math.isfinite(x) and math.isfinite(y):
                 styles.setdefault(style, []).append((x, y, tip))
         for style, points in styles.items():
-            colour = COLOURS[{"running": "complete"}.get(style, style)]
-            hollow = style in ("pruned", "running")
+            xs, ys, tips = zip(*points, strict=True)
+            thin = style in ("pruned", "running", "failed")  # hollow, or a cross
             self.axes.plot(
-                [x for x, _, _ in points],
-                [y for _, y, _ in points],
+                xs,
+                ys,
                 linestyle="none",
                 marker="x" if style == "failed" else "o",
                 markersize=size,
-                markerfacecolor=COLOURS["card"] if hollow else colour,
-                markeredgecolor=colour if hollow or style == "failed" else COLOURS["card"],
-                markeredgewidth=1.6 if hollow or style == "failed" else 1,
+                markerfacecolor=COLOURS["card"] if thin else _colour(style),
+                markeredgecolor=_colour(style) if thin else COLOURS["card"],
+                markeredgewidth=1.6 if thin else 1,
                 zorder=5 if style == "best" else 4,
                 clip_on=False,
-                gid=self._tip([tip for _, _, tip in points]),
+                gid=self._tip(tips),
             )
 
-    def _tip(self, texts: list[str]) -> str:
-        gid = f"tips{len(self._tips)}"
-        self._tips[gid] = texts
-        return gid
+    def _tip(self, texts: Sequence[str]) -> str:
+        self._tips.append(list(texts))
+        return f"tips{len(self._tips) - 1}"
 
     def name(self, point: Point, text: str, offset: Point = (6, 5), **more: Any) -> None:
         """A point's name beside it; one that would cover an earlier one is left out."""
@@ -179,17 +172,16 @@ class Chart:
     def whole_x(self, low: float, high: float) -> None:
         """The x axis from `low` to `high`, with ticks at whole numbers."""
         self.axes.set_xlim(low, high)
-        self.axes.xaxis.set_major_locator(locator(6, integer=True))
+        self.axes.xaxis.set_major_locator(_round_ticks(6, integer=True))
 
     def range_x(
-        self, values: Iterable[float], *, log: bool = False, whole: bool = False, count: int = 6
+        self, values: Sequence[float], *, log: bool = False, whole: bool = False, count: int = 6
     ) -> float:
         """The x axis with some room around the values, linear or logarithmic; returns its end."""
         from matplotlib.ticker import LogLocator, NullLocator
 
-        found = list(values)
-        low, high = min(found), max(found)
-        ticks = locator(count, integer=whole)
+        low, high = min(values), max(values)
+        ticks = _round_ticks(count, integer=whole)
         if log:
             room = max((high / low) ** 0.06, 1.15)
             low, high = low / room, high * room
@@ -199,7 +191,7 @@ class Chart:
                 subs = (1,) if decades > 2 else (1, 3) if decades > 1.2 else (1, 2, 5)
                 ticks = LogLocator(subs=subs)
             self.axes.xaxis.set_minor_locator(NullLocator())
-            self.axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+            self.axes.xaxis.set_major_formatter(_tick)
         else:
             room = (high - low) * 0.07 or abs(high) * 0.1 or 0.5
             low, high = low - room, high + room
@@ -214,46 +206,34 @@ class Chart:
         self.axes.set_xlim(-0.6, len(names) - 0.4)
 
     def svg(self) -> Markup:
-        """The picture for a page of HTML; it scales with its place."""
-        return Markup(ElementTree.tostring(self._tree(), encoding="unicode"))
-
-    def standalone(self) -> str:
-        """The picture as a file of its own."""
-        root = self._tree()
-        root.set("xmlns", "http://www.w3.org/2000/svg")
-        return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-    def _tree(self) -> ElementTree.Element:
+        """The picture, inline or as a file of its own; it scales with its place."""
         import matplotlib
 
         buffer = io.StringIO()
         # The salt makes ids that are the same on every run, and another figure's differ.
         with matplotlib.rc_context({"svg.hashsalt": self._title}):
             self._canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        root = ElementTree.fromstring(buffer.getvalue())
         used = set(re.findall(r"#([\w-]+)", buffer.getvalue()))
+        root = ElementTree.fromstring(buffer.getvalue())
         for part in list(root)[:2]:  # metadata, and CSS that would hold for the whole page
             root.remove(part)
         for node in root.iter():
             node.tag = node.tag.rpartition("}")[2]
-            for key in [k for k in node.attrib if k.startswith("{")]:
-                node.set(key.rpartition("}")[2], node.attrib.pop(key))
-            if "style" in node.attrib:
-                node.set("style", _themed(node.attrib["style"]))
-            for key in {"d", "x", "y", "transform"} & set(node.attrib):  # a tenth of a pixel
-                node.set(key, re.sub(r"(\d\.\d)\d+", r"\1", node.attrib[key]))
-            if texts := self._tips.get(node.attrib.get("id", "")):
-                _add_tips(node, texts)
-            if node.attrib.get("id") not in used:
+            node.attrib = {key.rpartition("}")[2]: _tidy(key, v) for key, v in node.attrib.items()}
+            name = node.get("id", "")
+            if name.startswith("tips"):
+                _add_tips(node, self._tips[int(name.removeprefix("tips"))])
+            if name not in used:
                 node.attrib.pop("id", None)
-        for key in ("width", "height", "version"):
-            del root.attrib[key]
         title = ElementTree.Element("title")
         title.text = self._title
         root.insert(0, title)
         size = f"min-width:{min(self._width, 330)}px;max-width:{self._width * 1.25:.0f}px"
-        root.attrib |= {"class": "chart", "role": "img", "style": size}
-        return root
+        root.attrib = {
+            **{"xmlns": _SVG, "viewBox": root.attrib["viewBox"]},
+            **{"class": "chart", "role": "img", "style": size},
+        }
+        return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def clean(text: object) -> str:
@@ -261,31 +241,32 @@ def clean(text: object) -> str:
     return _UNFIT.sub("\ufffd", str(text))
 
 
-def _themed(style: str) -> str:
-    """A style with the page's font, and its colours where it has them."""
-    style = re.sub(r"font-family: [^;]*;? ?", "", style)
-    return re.sub(
-        r"#[0-9a-f]{6}",
-        lambda m: f"var(--{_NAMES[m[0]]},{m[0]})" if m[0] in _NAMES else m[0],
-        style,
-    )
+def _colour(style: str) -> str:
+    return COLOURS["complete" if style == "running" else style]
+
+
+def _tidy(key: str, value: str) -> str:
+    """An attribute with the page's font and colours, in tenths of a pixel."""
+    if key == "style":
+        value = re.sub(r"font-family: [^;]*;? ?", "", value)
+        return re.sub(r"#[0-9a-f]{6}", lambda m: _VARIABLES.get(m[0], m[0]), value)
+    return re.sub(r"(\d\.\d)\d+", r"\1", value) if key in ("d", "x", "y", "transform") else value
 
 
 def _add_tips(node: ElementTree.Element, texts: list[str]) -> None:
     """Titles, which a browser shows at the pointer: of each marker, or of a whole line."""
     marks = [inner for inner in node.iter() if inner.tag.endswith("use")] or [node]
-    for mark, text in zip(marks, texts, strict=True):
+    for mark, text in zip(marks, texts, strict=bool(texts)):  # a line may have none
         ElementTree.SubElement(mark, "title").text = clean(text)
 
 
-def _tick(value: float) -> str:
+def _tick(value: float, _: object = None) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.6g}"
 
 
-def locator(count: int, **more: Any) -> Any:
-    """About `count` round ticks."""
+def _round_ticks(count: int, **more: Any) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], **more)

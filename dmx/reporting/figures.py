@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from dmx.format import percent, short, short_names
 from dmx.reporting.chart import COLOURS, Chart, Figure, clean, drawing
 from dmx.reporting.importance import Importances
 from dmx.reporting.tables import (
-    Costed,
-    against,
     best_so_far,
     costed,
+    describe_trial,
     front,
     reports_of,
     rungs_title,
-    study_front,
 )
-from dmx.runs.layout import DEV_ACCURACY, STEPS
+from dmx.runs.layout import (
+    DEV_ACCURACY,
+    LEARNING_RATE,
+    PEAK_MEMORY_MB,
+    STEP_SECONDS,
+    STEPS,
+    TRAIN_LOSS,
+)
 from dmx.runs.run import Run
-from dmx.runs.trial import OBJECTIVES, Trial, number
+from dmx.runs.trial import ACCURACY, OBJECTIVES, Trial, number
+from dmx.schema import flatten
 from dmx.search.rungs import Rung
 
-MANY_TRIALS = 12
+_MANY_POINTS = 24
 """Beyond so many, points carry no numbers."""
 _MEANINGS = {
     "best": "best trial",
@@ -32,11 +39,10 @@ _MEANINGS = {
     "running": "not ended",
     "failed": "failed",
 }
-_STYLE = {"COMPLETE": "complete", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "running"}
 
 
 def _style(run: Run, trial: Trial) -> str:
-    return "best" if trial.number == run.best else _STYLE[trial.status]
+    return "best" if trial.number == run.best else trial.status.lower()
 
 
 def _key(run: Run, trials: Iterable[Trial], kind: str = "point") -> tuple[tuple[str, str], ...]:
@@ -44,13 +50,21 @@ def _key(run: Run, trials: Iterable[Trial], kind: str = "point") -> tuple[tuple[
     return tuple((f"{kind} {s}", words) for s, words in _MEANINGS.items() if s in used)
 
 
-def _tip(trial: Trial) -> str:
-    names = short_names(list(trial.params))
-    values = ", ".join(f"{n} {short(v)}" for n, v in zip(names, trial.params.values(), strict=True))
-    return f"trial {trial.number}: {percent(trial.best)} %, {trial.steps:,} steps; {values}"
+def curves(run: Run) -> list[Figure]:
+    """How a study, or a single run, went."""
+    if run.kind == "curriculum" or not any(t.reports for t in run.trials):
+        return []
+    found = [
+        learning_curves(run, DEV_ACCURACY, "dev accuracy, %", 100),
+        learning_curves(run, TRAIN_LOSS, "training loss"),
+    ]
+    if run.kind == "run":
+        return [*found, learning_curves(run, LEARNING_RATE, "learning rate")]
+    more = best_for_compute(run)
+    return [optimisation_history(run), *found, *([more] if more else [])]
 
 
-@drawing
+@drawing()
 def optimisation_history(run: Run) -> Figure:
     """Accuracy by trial number, and the best so far."""
     scored = [t for t in run.trials if math.isfinite(t.best)]
@@ -62,7 +76,7 @@ def optimisation_history(run: Run) -> Figure:
         best = max(best, 100 * trial.best)
         so_far.append((trial.number, best))
     chart.line([*so_far, (last, best)], "best", steps=True, alpha=0.5, linewidth=1.3)
-    chart.points((t.number, 100 * t.best, _style(run, t), _tip(t)) for t in scored)
+    chart.points((t.number, 100 * t.best, _style(run, t), describe_trial(t)) for t in scored)
     caption = (
         "Each point is a trial; the line is the best so far. It goes flat when further trials stop "
         "helping."
@@ -70,7 +84,7 @@ def optimisation_history(run: Run) -> Figure:
     return Figure(chart.svg(), caption, _key(run, scored))
 
 
-@drawing
+@drawing()
 def learning_curves(run: Run, metric: str, label: str, scale: float = 1.0) -> Figure:
     """A metric against optimizer steps, the best trial on top."""
     curves = [
@@ -83,64 +97,17 @@ def learning_curves(run: Run, metric: str, label: str, scale: float = 1.0) -> Fi
     for trial, curve in drawn:
         style = _style(run, trial)
         faint = style != "best" and len(drawn) > 6
-        chart.line(curve, style, _tip(trial), alpha=0.5 if faint else 1)
+        chart.line(curve, style, describe_trial(trial), alpha=0.5 if faint else 1)
         if len(curve) == 1 or single:
             chart.points(((x, y, style, f"step {x:,.0f}: {y:.4g}") for x, y in curve), size=5)
-    if metric == DEV_ACCURACY:
-        chart.level(scale * _chance(run), "chance")
+    classes = flatten(run.config or {}).get("model.num_classes")
+    if metric == DEV_ACCURACY and isinstance(classes, int) and classes:
+        chart.level(scale / classes, "chance")
     key = () if single else _key(run, [t for t, _ in drawn], "line")
     return Figure(chart.svg(), f"{label[0].upper()}{label[1:]}, at every evaluation.", key)
 
 
-def _chance(run: Run) -> float:
-    """The accuracy of guessing among equally frequent classes; NaN where unknown."""
-    model = (run.config or {}).get("model")
-    classes = model.get("num_classes") if isinstance(model, dict) else None
-    return 1.0 / classes if isinstance(classes, int) and classes else math.nan
-
-
-@drawing
-def stage_curves(run: Run) -> Figure | None:
-    """Dev accuracy of all stages, one after another; attempts that a gate refused are dashed."""
-    attempts = [(s, a) for s in run.stages for a in s.attempts if a.reports]
-    if not attempts:
-        return None
-    chart = Chart(
-        "Learning curves of the stages",
-        "optimizer steps, stage after stage",
-        "dev accuracy, %",
-        width=960,
-    )
-    start, before = 0.0, ""
-    for stage, attempt in attempts:
-        style = "pruned" if attempt.passed is False else "complete"
-        points = [
-            (start + number(r, STEPS), 100 * number(r, DEV_ACCURACY)) for r in attempt.reports
-        ]
-        tip = f"{stage.name}, attempt {attempt.number}"
-        chart.line(points, style, tip)
-        chart.points([(*points[0], style, tip)], size=5)
-        if stage.name != before:
-            chart.axes.axvline(start, color=COLOURS["rule"], linewidth=1)
-            place = chart.axes.get_xaxis_transform()
-            chart.axes.text(
-                *(start, 0.98, " " + clean(stage.name)),
-                rotation=90,
-                va="top",
-                fontsize=10,
-                transform=place,
-            )
-        start, before = start + max(number(attempt.reports[-1], STEPS), 1.0), stage.name
-    chart.whole_x(0, start)
-    caption = (
-        "Each stage begins with its parent's weights. A stage's name stands at its first step. "
-        "Of a search the best trial is drawn."
-    )
-    key = (("line complete", "passed or open"), ("line pruned", "refused by its gate"))
-    return Figure(chart.svg(), caption, key)
-
-
-@drawing
+@drawing()
 def best_for_compute(run: Run) -> Figure | None:
     """The best accuracy so far against the optimizer steps of all trials together."""
     points = best_so_far(reports_of(run))
@@ -152,9 +119,43 @@ def best_for_compute(run: Run) -> Figure | None:
     return Figure(chart.svg(), "What the whole search had found for its compute.")
 
 
-@drawing
-def importance_bars(found: Importances) -> Figure:
-    """Shares of each hyperparameter."""
+@drawing()
+def stage_curves(run: Run) -> Figure | None:
+    """Dev accuracy of all stages, one after another; attempts that a gate refused are dashed."""
+    attempts = [(s, a) for s in run.stages for a in s.attempts if a.reports]
+    if not attempts:
+        return None
+    across = "optimizer steps, stage after stage"
+    chart = Chart("Learning curves of the stages", across, "dev accuracy, %", width=960)
+    start, before = 0.0, ""
+    for stage, attempt in attempts:
+        style = "pruned" if attempt.passed is False else "complete"
+        points = [
+            (start + number(r, STEPS), 100 * number(r, DEV_ACCURACY)) for r in attempt.reports
+        ]
+        tip = f"{stage.name}, attempt {attempt.number}"
+        chart.line(points, style, tip)
+        chart.points([(*points[0], style, tip)], size=5)
+        if stage.name != before:
+            chart.axes.axvline(start, color=COLOURS["rule"], linewidth=1)
+            place: dict[str, Any] = {"transform": chart.axes.get_xaxis_transform(), "va": "top"}
+            name = f" {clean(stage.name)}"
+            chart.axes.text(start, 0.98, name, rotation=90, fontsize=10, **place)
+        start, before = start + max(number(attempt.reports[-1], STEPS), 1.0), stage.name
+    chart.whole_x(0, start)
+    caption = (
+        "Each stage begins with its parent's weights. A stage's name stands at its first step. "
+        "Of a search the best trial is drawn."
+    )
+    key = (("line complete", "passed or open"), ("line pruned", "refused by its gate"))
+    return Figure(chart.svg(), caption, key)
+
+
+@drawing()
+def importance_bars(found: Importances) -> Figure | None:
+    """Shares of each hyperparameter; None where there are none."""
+    if not found.values:
+        return None
     names, shares = [clean(n) for n in found.values], [100 * v for v in found.values.values()]
     chart = Chart(
         "Hyperparameter importances",
@@ -169,58 +170,65 @@ def importance_bars(found: Importances) -> Figure:
     chart.axes.set_xlim(0, max(shares) * 1.12)
     chart.axes.set_ylim(len(names) - 0.4, -0.5)
     chart.axes.grid(visible=False)
-    caption = f"{found.meaning}, by {found.method} over {found.num_trials} trials. {found.note}"
-    return Figure(chart.svg(), caption)
+    return Figure(chart.svg(), found.text)
 
 
-@drawing
-def slice_plot(run: Run, name: str) -> Figure | None:
-    """Accuracy against one searched value; None where no trial had it."""
-    assert run.search is not None
-    trials = [t for t in run.trials if name in t.drawn and math.isfinite(t.best)]
-    if not trials:
-        return None
-    kind, *values = run.search.searched[name]
+def _places(drawn: Sequence[Any], spec: Sequence[Any]) -> tuple[list[float], list[str]]:
+    """Where drawn values lie on their axis; of a choice at 0, 1, 2, ..., and the options' names."""
+    kind, *values = spec
+    if kind != "choice":
+        return [float(v) for v in drawn], []
+    options = {repr(option): short(option) for option in [*values, *drawn]}
+    return [float(list(options).index(repr(v))) for v in drawn], list(options.values())
+
+
+def slices(run: Run) -> list[Figure]:
+    """Accuracy against each searched value."""
+    searched = run.search.searched if run.search is not None else {}
+    return [_slice(run, name, s, t) for name, s in searched.items() if (t := _scored(run, [name]))]
+
+
+def _scored(run: Run, names: Iterable[str]) -> list[Trial]:
+    """The trials that have an accuracy, and all of the named values."""
+    return [t for t in run.trials if math.isfinite(t.best) and set(names) <= set(t.drawn)]
+
+
+@drawing()
+def _slice(run: Run, name: str, spec: Sequence[Any], trials: Sequence[Trial]) -> Figure:
+    kind, *values = spec
+    at, options = _places([t.drawn[name] for t in trials], spec)
     chart = Chart(
         f"Accuracy against {name}", name, "best dev acc., %", width=330, height=220, left=62
     )
-    drawn = [t.drawn[name] for t in trials]
-    if kind == "choice":
-        options = list(dict.fromkeys([*values, *drawn]))
-        places = {repr(o): float(i) for i, o in enumerate(options)}
-        at = [places[repr(v)] for v in drawn]
-        chart.names_x([short(o) for o in options])
+    if options:
+        chart.names_x(options)
     else:
-        at = [float(v) for v in drawn]
         log, whole = kind.startswith("log"), kind.endswith("int")
         chart.range_x([*at, *map(float, values)], log=log, whole=whole, count=4)
     chart.points(
-        (x, 100 * t.best, _style(run, t), _tip(t)) for t, x in zip(trials, at, strict=True)
+        (x, 100 * t.best, _style(run, t), describe_trial(t))
+        for t, x in zip(trials, at, strict=True)
     )
     return Figure(chart.svg())
 
 
-@drawing
+@drawing()
 def parallel_view(run: Run) -> Figure | None:
     """Each trial as a line through its values and its accuracy; None of fewer than two values."""
     searched = run.search.searched if run.search is not None else {}
-    trials = [t for t in run.trials if math.isfinite(t.best) and set(searched) <= set(t.drawn)]
+    trials = _scored(run, searched)
     if len(searched) < 2 or len(trials) < 3:
         return None
     columns: list[tuple[list[float], str, str]] = []
-    for name, (kind, *values) in searched.items():
-        drawn = [t.drawn[name] for t in trials]
-        if kind == "choice":
-            options = [repr(o) for o in dict.fromkeys([*values, *drawn])]
-            scale = max(len(options) - 1, 1)
-            heights = [options.index(repr(v)) / scale for v in drawn]
-            columns.append((heights, short(values[0]), short(values[-1])))
-        else:
-            on = math.log if kind.startswith("log") else float
-            low, high = min(*drawn, *values), max(*drawn, *values)
-            span = on(high) - on(low) or 1
-            heights = [(on(v) - on(low)) / span for v in drawn]
-            columns.append((heights, short(low), short(high)))
+    for name, spec in searched.items():
+        kind, *values = spec
+        places, options = _places([t.drawn[name] for t in trials], spec)
+        ends = [0.0, len(options) - 1.0] if options else [float(v) for v in values]
+        low, high = min(*places, *ends), max(*places, *ends)
+        on = math.log if kind.startswith("log") else float
+        span = on(high) - on(low) or 1
+        names = (options[0], options[-1]) if options else (short(low), short(high))
+        columns.append(([(on(p) - on(low)) / span for p in places], *names))
     scores = [t.best for t in trials]
     low, span = min(scores), max(scores) - min(scores) or 1
     columns.append(([(s - low) / span for s in scores], percent(low), percent(max(scores))))
@@ -229,7 +237,7 @@ def parallel_view(run: Run) -> Figure | None:
     for i, trial in enumerate(trials):
         style = _style(run, trial)
         points = [(float(x), heights[i]) for x, (heights, _, _) in enumerate(columns)]
-        chart.line(points, style, _tip(trial), alpha=1 if style == "best" else 0.5)
+        chart.line(points, style, describe_trial(trial), alpha=1 if style == "best" else 0.5)
     for x, (_, bottom, top) in enumerate(columns):
         axes.plot([x, x], [0, 1], color=COLOURS["soft"], linewidth=1)
         axes.text(x, 1.03, clean(top), va="bottom", ha="center", fontsize=10)
@@ -237,9 +245,9 @@ def parallel_view(run: Run) -> Figure | None:
     axes.set_ylim(-0.12, 1.12)
     axes.set_yticks([])
     axes.spines.bottom.set_visible(False)
-    names = [*short_names(list(searched)), "dev accuracy, %"]
-    axes.set_xticks(range(len(names)), [clean(n) for n in names])
-    axes.set_xlim(-0.25, len(names) - 0.75)
+    titles = [*short_names(list(searched)), "dev accuracy, %"]
+    axes.set_xticks(range(len(titles)), [clean(n) for n in titles])
+    axes.set_xlim(-0.25, len(titles) - 0.75)
     caption = (
         "Each line is a trial, through its value of every setting to its best dev accuracy: where "
         "the good ones run together, the setting matters."
@@ -247,21 +255,25 @@ def parallel_view(run: Run) -> Figure | None:
     return Figure(chart.svg(), caption, _key(run, trials, "line"))
 
 
-def pareto_plot(run: Run, metric: str, label: str, scale: float = 1.0) -> Figure | None:
+def fronts(run: Run) -> list[Figure]:
+    """Accuracy against the other objectives of a study, or against what a trial cost."""
+    if run.kind != "study":
+        return []
+    costs = [(name, OBJECTIVES[name].label, 1) for name in run.several if name != ACCURACY]
+    if not costs:
+        memory = f"peak memory, MiB{f' ({run.memory_of})' * bool(run.memory_of)}"
+        costs = [(STEP_SECONDS, "time per step, ms", 1000), (PEAK_MEMORY_MB, memory, 1)]
+    found = (_front(run, *cost) for cost in costs)
+    return [figure for figure in found if figure is not None]
+
+
+@drawing()
+def _front(run: Run, cost: str, label: str, scale: float) -> Figure | None:
     """Accuracy against a cost, with the front; None where nothing was measured."""
-    return _cost_plot(run, costed(run, metric), label, scale)
-
-
-def objective_plot(run: Run, objective: str) -> Figure | None:
-    """Accuracy against another objective of the study, with the study's own front."""
-    return _cost_plot(run, against(run, objective), OBJECTIVES[objective].label, 1.0)
-
-
-@drawing
-def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figure | None:
+    points = costed(run, cost)
     if not points:
         return None
-    best, of_study = front(points), study_front(run)
+    best = front(points)
     costs = [scale * p.cost for p in points]
     chart = Chart(f"Accuracy against {label}", label, "best dev accuracy, %")
     end = chart.range_x(costs, log=max(costs) > 8 * min(costs) > 0)
@@ -273,11 +285,11 @@ def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figu
             scale * p.cost,
             100 * p.accuracy,
             _style(run, trials[p.trial]),
-            f"{_tip(trials[p.trial])}; {label} {short(scale * p.cost)}",
+            f"{describe_trial(trials[p.trial])}; {label} {short(scale * p.cost)}",
         )
         for p in points
     )
-    on_front = list(of_study) or [p.trial for p in best]
+    on_front = [t.number for t in run.best_trials] if run.several else [p.trial for p in best]
     for p in sorted(points, key=lambda p: (p.trial != run.best, p.cost)):
         if p.trial in on_front:  # the caption names all, those without room for it as well
             chart.name((scale * p.cost, 100 * p.accuracy), f"#{p.trial}", color=COLOURS["ink"])
@@ -290,7 +302,7 @@ def _cost_plot(run: Run, points: list[Costed], label: str, scale: float) -> Figu
     return Figure(chart.svg(), caption, (*key, ("line other", "Pareto front")))
 
 
-@drawing
+@drawing()
 def rung_plot(run: Run, rungs: Sequence[Rung]) -> Figure | None:
     """Who reached which rung of ASHA or Hyperband, and who went on."""
     filled = [r for r in rungs if r.entries]
@@ -305,11 +317,10 @@ def rung_plot(run: Run, rungs: Sequence[Rung]) -> Figure | None:
         count = len(rung.entries)
         for j, e in enumerate(rung.entries):
             x = i + (0.7 * (j + 0.5) / count - 0.35 if count > 1 else 0.0)
-            verdict = "went on" if e.promoted else "stopped"
-            style = "other" if e.promoted else "pruned"
+            verdict, style = ("went on", "other") if e.promoted else ("stopped", "pruned")
             places.append((x, 100 * e.accuracy, style, f"trial {e.trial}: {verdict}"))
     chart.points(places)
-    if len(places) <= 2 * MANY_TRIALS:
+    if len(places) <= _MANY_POINTS:
         for x, y, _, tip in places:
             if math.isfinite(y):
                 chart.name((x, y), "#" + tip.split()[1].rstrip(":"), (0, 6), ha="center")

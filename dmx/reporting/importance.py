@@ -13,9 +13,9 @@ from dmx.runs.layout import DEV_ACCURACY, STEPS
 from dmx.runs.run import Run
 from dmx.runs.trial import Trial
 
-LEAST_TRIALS = 4
+_LEAST_TRIALS = 4
 """Fewer scored trials say nothing about any hyperparameter."""
-STEADY_TRIALS = 20
+_STEADY_TRIALS = 20
 """Below this, importances change with every further trial; the report says so."""
 _TOP = 0.3
 """The trials whose settings PED-ANOVA compares with all others'; a tenth of few trials is noise."""
@@ -44,6 +44,13 @@ class Importances:
     note: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """What they are, or why there are none."""
+        if not self.values:
+            return f"No importances: {self.note}"
+        return f"{self.meaning}, by {self.method} over {self.num_trials} trials. {self.note}"
+
 
 def importances(run: Run) -> Importances:
     """Estimate them from every trial that ended, those that were stopped early included.
@@ -65,36 +72,32 @@ def importances(run: Run) -> Importances:
     ended = [t for t in run.trials if t.status in ("COMPLETE", "PRUNED") and t.reports]
     steps = min((t.steps for t in ended), default=0)
     scored = [(t, a) for t in ended if math.isfinite(a := t.highest(DEV_ACCURACY, within=steps))]
-    trials = [t for t, _ in scored]
-    searched = {k: v for k, v in run.search.searched.items() if any(k in t.drawn for t in trials)}
-    shared = [k for k in searched if all(k in t.drawn for t in trials)]
-    left_out = {k: sum(k in t.drawn for t in trials) for k in searched if k not in shared}
-    looks = sum(r[STEPS] <= steps for t in trials for r in t.reports)
-    reason = _impossible(scored, shared, run.by_luck(looks), steps)
-    if reason:
-        return Importances(note=reason, num_trials=len(scored), left_out=left_out)
-    try:
-        method, values = _evaluate(scored, {k: searched[k] for k in shared})
-    except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        reason = f"Optuna could not estimate them ({type(error).__name__}: {error})."
-        return Importances(note=reason, num_trials=len(scored), left_out=left_out)
-    notes = []
-    if any(t.steps > steps for t in trials):
-        notes.append(
+    counts = {k: sum(k in t.drawn for t, _ in scored) for k in run.search.searched}
+    shared = {k: run.search.searched[k] for k, n in counts.items() if n == len(scored)}
+    looks = sum(r[STEPS] <= steps for t, _ in scored for r in t.reports)
+    method, values = "", dict[str, float]()
+    note = _impossible(scored, list(shared), run.by_luck(looks), steps)
+    if not note:
+        try:
+            method, values = _evaluate(scored, shared)
+        except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+            note = f"Optuna could not estimate them ({type(error).__name__}: {error})."
+    if values and any(t.steps > steps for t, _ in scored):
+        note = (
             f"Trials are compared by their best accuracy within {steps:,} steps, which all of them "
-            "took; what matters later may be another setting."
+            "took; what matters later may be another setting. "
         )
-    if len(scored) < STEADY_TRIALS:
-        notes.append(
+    if values and len(scored) < _STEADY_TRIALS:
+        note += (
             f"Only {len(scored)} trials: take the order as a hint, it may change with more trials."
         )
     return Importances(
         values=values,
         method=method,
-        meaning=_MEANING[method],
+        meaning=_MEANING.get(method, ""),
         num_trials=len(scored),
-        note=" ".join(notes),
-        left_out=left_out,
+        note=note.strip(),
+        left_out={k: n for k, n in counts.items() if 0 < n < len(scored)},
     )
 
 
@@ -102,12 +105,11 @@ def _impossible(
     scored: list[tuple[Trial, float]], shared: list[str], luck: float, steps: int
 ) -> str:
     """Why nothing can be estimated, or ""."""
-    if len(scored) < LEAST_TRIALS:
-        return f"{len(scored)} scored trials are too few; at least {LEAST_TRIALS} are needed."
+    if len(scored) < _LEAST_TRIALS:
+        return f"{len(scored)} scored trials are too few; at least {_LEAST_TRIALS} are needed."
     if not shared:
         return "No searched value is common to all trials."
-    best = max(accuracy for _, accuracy in scored)
-    if best <= luck:
+    if max(accuracy for _, accuracy in scored) <= luck:
         return (
             f"Within {steps:,} steps, which all trials took, none is above chance: what tells them "
             "apart is the noise of the dev split."
@@ -123,36 +125,31 @@ def _evaluate(
     scored: list[tuple[Trial, float]], searched: Mapping[str, tuple[Any, ...]]
 ) -> tuple[str, dict[str, float]]:
     import optuna
-    from optuna.importance import (
-        BaseImportanceEvaluator,
-        FanovaImportanceEvaluator,
-        PedAnovaImportanceEvaluator,
-    )
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
+    distributions = {k: _distribution(spec) for k, spec in searched.items()}
     for trial, accuracy in scored:
+        params = {k: _on_scale(trial.drawn[k], spec) for k, spec in searched.items()}
         study.add_trial(
-            optuna.trial.create_trial(
-                params={k: _on_scale(trial.drawn[k], spec) for k, spec in searched.items()},
-                distributions={k: _distribution(spec) for k, spec in searched.items()},
-                value=accuracy,
-            )
+            optuna.trial.create_trial(params=params, distributions=distributions, value=accuracy)
         )
-    evaluator: BaseImportanceEvaluator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if importlib.util.find_spec("sklearn") is not None:
-            method, evaluator = "fANOVA", FanovaImportanceEvaluator(seed=0)
-        else:
-            method, evaluator = "PED-ANOVA", PedAnovaImportanceEvaluator(target_quantile=_TOP)
+        by_forest = importlib.util.find_spec("sklearn") is not None
         found = optuna.importance.get_param_importances(
-            study, evaluator=evaluator, params=list(searched)
+            study,
+            evaluator=FanovaImportanceEvaluator(seed=0)
+            if by_forest
+            else PedAnovaImportanceEvaluator(target_quantile=_TOP),
+            params=list(searched),
         )
     finite = {k: float(v) for k, v in found.items() if math.isfinite(v)}
     if not finite or math.fsum(finite.values()) <= 0:
         raise ValueError("every importance is zero")
-    return method, dict(sorted(finite.items(), key=lambda item: -item[1]))
+    ordered = dict(sorted(finite.items(), key=lambda item: -item[1]))
+    return "fANOVA" if by_forest else "PED-ANOVA", ordered
 
 
 def _on_scale(value: Any, spec: tuple[Any, ...]) -> Any:
@@ -166,11 +163,7 @@ def _on_scale(value: Any, spec: tuple[Any, ...]) -> Any:
 
 def _distribution(spec: tuple[Any, ...]) -> Any:
     """Optuna's form of a search space's (kind, *values), on the scale of `_on_scale`."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     kind, *values = spec
     if kind == "choice":

@@ -8,28 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from dmx.errors import DataError
 from dmx.schema import read_yaml
 
-COLUMNS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
-"""The columns of the published tables, in their order."""
-TITLES = {
-    "listops": "ListOps",
-    "text": "Text",
-    "retrieval": "Retrieval",
-    "image": "Image",
-    "pathfinder": "Pathfinder",
-    "pathx": "Path-X",
+
+class Column(NamedTuple):
+    """A column of the published tables, and dmx's name of its task."""
+
+    title: str
+    task: str
+
+
+COLUMNS = {
+    "listops": Column("ListOps", "listops"),
+    "text": Column("Text", "text"),
+    "retrieval": Column("Retrieval", "retrieval"),
+    "image": Column("Image", "image"),
+    "pathfinder": Column("Pathfinder", "pathfinder32-curv_contour_length_14"),
+    "pathx": Column("Path-X", "pathfinder128-curv_contour_length_14"),
 }
-_TASKS = {
-    "listops": "listops",
-    "text": "text",
-    "retrieval": "retrieval",
-    "image": "image",
-    "pathfinder32-curv_contour_length_14": "pathfinder",
-    "pathfinder128-curv_contour_length_14": "pathx",
-}
+"""In their order."""
 CHANCE = {"pathx": 50.0}
 """What failing means, in per cent, where papers report failure."""
 
@@ -38,7 +37,6 @@ CHANCE = {"pathx": 50.0}
 class Source:
     """Where numbers were read."""
 
-    key: str
     title: str
     url: str
     copy: str
@@ -55,10 +53,10 @@ class Row:
 
     source: str
     model: str
-    attention: str
+    attention: str = ""
     accuracies: Mapping[str, float]
-    chance: tuple[str, ...]
-    average: float
+    chance: tuple[str, ...] = ()
+    average: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,48 +68,31 @@ class Published:
     not_found: str
     traps: Mapping[str, str]
 
-    def of(self, column: str) -> tuple[Row, ...]:
+    def of(self, column: str | None) -> tuple[Row, ...]:
         """Rows that report a column, failures included, source by source, best first."""
         order = list(self.sources)
         found = [r for r in self.rows if column in r.accuracies or column in r.chance]
-        found.sort(key=lambda r: (order.index(r.source), -r.accuracies.get(column, 0.0)))
+        found.sort(key=lambda r: (order.index(r.source), -r.accuracies.get(str(column), 0.0)))
         return tuple(found)
 
 
 def column_of(task: str) -> str | None:
     """The published column of a task; None for sets that nobody published on."""
-    return _TASKS.get(task)
+    return next((name for name, column in COLUMNS.items() if column.task == task), None)
 
 
 @functools.cache
 def load_published() -> Published:
-    """Read published.yaml, which ships with the package.
+    """Read published.yaml, which ships with the package."""
+    raw = read_yaml(Path(str(resources.files("dmx.reporting"))) / "published.yaml")
 
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = Path(str(resources.files("dmx.reporting"))) / "published.yaml"
-    raw = read_yaml(path)
-    try:
-        sources = {key: Source(key=key, **value) for key, value in raw["sources"].items()}
-        rows = tuple(
-            Row(
-                source=row["source"],
-                model=str(row["model"]),
-                attention=row.get("attention", ""),
-                accuracies={c: float(row[c]) for c in COLUMNS if c in row},
-                chance=tuple(row.get("chance", ())),
-                average=float(row.get("average", math.nan)),
-            )
-            for row in raw["rows"]
-        )
-        if any(row.source not in sources for row in rows):
-            raise KeyError("source")
-        return Published(
-            sources=sources,
-            rows=rows,
-            not_found=str(raw["not_found"]).strip(),
-            traps=dict(raw["traps"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {type(error).__name__} {error}.") from None
+    def row(found: dict[str, Any]) -> Row:
+        accuracies = {column: found.pop(column) for column in COLUMNS if column in found}
+        return Row(accuracies=accuracies, chance=tuple(found.pop("chance", ())), **found)
+
+    return Published(
+        sources={key: Source(**value) for key, value in raw["sources"].items()},
+        rows=tuple(map(row, raw["rows"])),
+        not_found=raw["not_found"],
+        traps=raw["traps"],
+    )

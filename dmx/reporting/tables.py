@@ -2,80 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dmx.format import MISSING, duration, percent, scaled, short, short_names, with_spread
-from dmx.reporting.published import CHANCE, TITLES, Published, column_of
+from dmx.format import (
+    MISSING,
+    duration,
+    percent,
+    scaled,
+    settings_text,
+    short,
+    short_names,
+    with_spread,
+)
+from dmx.reporting.published import CHANCE, COLUMNS, column_of, load_published
+from dmx.runs import layout
 from dmx.runs.events import base_name, settings_of
-from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS, attempt_folder
+from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.run import Run
 from dmx.runs.stages import Attempt, Stage
-from dmx.runs.trial import OBJECTIVES, ranked
+from dmx.runs.trial import ACCURACY, OBJECTIVES, Trial, ranked
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung
 
+NEAR = ("lra", "nystromformer", "flashattention")
+"""Sources whose models are like ours."""
 
-@dataclass(frozen=True, kw_only=True)
+
 class Table:
     """Texts in rows.
 
-    Attributes:
-        columns: titles. numeric: columns that are aligned to the right.
+    Args:
+        rows: title -> cell; the cells of a title that begins with `>` are aligned to the right.
         styles: of each row: "best", "ours", "same" (the same attention), "group" (a heading) or "".
+
+    Attributes:
+        numeric: columns that are aligned to the right.
     """
 
-    columns: tuple[str, ...]
-    numeric: frozenset[int]
-    rows: tuple[tuple[str, ...], ...]
-    styles: tuple[str, ...]
+    def __init__(self, rows: Sequence[Mapping[str, str]], styles: Sequence[str] = ()) -> None:
+        titles = list(rows[0]) if rows else []
+        self.columns = tuple(title.removeprefix(">") for title in titles)
+        self.numeric = {i for i, title in enumerate(titles) if title.startswith(">")}
+        self.rows = [tuple(row.values()) for row in rows]
+        self.styles = list(styles) or [""] * len(rows)
 
-    @property
-    def styled(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """(row, its style) of each."""
-        return zip(self.rows, self.styles, strict=True)
-
-    def part(self, first: int, end: int | None = None) -> Table:
-        """Some of the rows."""
-        rows = slice(first, end)
-        return dataclasses.replace(self, rows=self.rows[rows], styles=self.styles[rows])
-
-    def markdown(self) -> str:
-        """As markdown; what would be markup in a cell is escaped."""
-        rules = ("---:" if i in self.numeric else "---" for i in range(len(self.columns)))
-        lines = [_line(map(escape, self.columns)), "|" + "|".join(rules) + "|"]
-        for row, style in self.styled:
-            cells = [escape(c) for c in row]
-            if style in ("best", "ours", "group"):
-                cells = [f"**{cells[0]}**", *cells[1:]]
-            lines.append(_line([*cells, *[""] * (len(self.columns) - len(cells))]))
-        return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def escape(text: str) -> str:
-    """A text that markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
-
-
-def make(
-    columns: str, rows: Sequence[tuple[str, ...]], styles: Sequence[str] | None = None
-) -> Table:
-    """A table from titles divided by `|`; a title that starts with `>` is numeric."""
-    titles = columns.split("|")
-    return Table(
-        columns=tuple(t.lstrip(">") for t in titles),
-        numeric=frozenset(i for i, t in enumerate(titles) if t.startswith(">")),
-        rows=tuple(rows),
-        styles=tuple(styles or [""] * len(rows)),
-    )
+    def part(self, first: int, end: int | None = None) -> list[tuple[tuple[str, ...], str]]:
+        """(row, its style) of some of the rows."""
+        return list(zip(self.rows, self.styles, strict=True))[first:end]
 
 
 def trials_table(run: Run) -> Table:
@@ -83,146 +59,136 @@ def trials_table(run: Run) -> Table:
     names = list(settings_of(run.search.searched)) if run.search else []
     names += sorted({k for t in run.trials for k in t.params} - set(names))
     varied = [n for n in names if len({repr(t.params.get(n)) for t in run.trials}) > 1]
-    rows, styles = [], []
-    for trial in ranked(run.trials):
-        rows.append(
-            (
-                str(trial.number),
-                trial.status,
-                percent(trial.best),
-                f"{trial.steps:,}",
-                *(short(trial.params.get(n, MISSING)) for n in varied),
-                duration(trial.median(STEP_SECONDS)),
-                duration(trial.last(TRAIN_SECONDS)),
-                _memory(trial.highest(PEAK_MEMORY_MB)),
-                scaled(trial.last(PARAMETERS)),
-                *([trial.error] if any(t.error for t in run.trials) else []),
-            )
-        )
-        styles.append("best" if trial.number == run.best else "")
-    titles = "trial|status|>best dev acc., %|>steps" + "".join(
-        f"|>{n}" for n in short_names(varied)
-    )
-    titles += "|>per step|>training|>memory|>params"
-    return make(titles + ("|error" if any(t.error for t in run.trials) else ""), rows, styles)
-
-
-def _memory(megabytes: float) -> str:
-    return scaled(megabytes * 2**20, "B", 1024)
+    titles = dict(zip(short_names(varied), varied, strict=True))
+    failed = any(t.error for t in run.trials)
+    trials = ranked(run.trials)
+    rows = [
+        {
+            "trial": str(t.number),
+            "status": t.status,
+            ">best dev acc., %": percent(t.best),
+            ">steps": f"{t.steps:,}",
+            **{f">{title}": short(t.params.get(n, MISSING)) for title, n in titles.items()},
+            ">per step": duration(t.median(STEP_SECONDS)),
+            ">training": duration(t.last(TRAIN_SECONDS)),
+            ">memory": scaled(t.highest(PEAK_MEMORY_MB) * 2**20, "B", 1024),
+            ">params": scaled(t.last(PARAMETERS)),
+            **({"error": t.error} if failed else {}),
+        }
+        for t in trials
+    ]
+    return Table(rows, ["best" if t.number == run.best else "" for t in trials])
 
 
 def front_table(run: Run) -> Table:
     """The Pareto front of a study with several objectives, the most accurate first."""
-    front = study_front(run)
-    trials = {t.number: t for t in run.trials}
-    names = sorted({k for n in front for k in trials[n].params})
+    names = sorted({k for t in run.best_trials for k in t.params})
+    titles = dict(zip(short_names(names), names, strict=True))
     rows = []
-    for number in sorted(front, key=lambda n: (-front[n]["accuracy"], n)):
-        values = [percent(v) if o == "accuracy" else short(v) for o, v in front[number].items()]
-        params = (short(trials[number].params.get(n, MISSING)) for n in names)
-        rows.append((str(number), *values, *params))
-    labels = ["dev accuracy, %" if o == "accuracy" else OBJECTIVES[o].label for o in run.several]
-    return make("|>".join(["trial", *labels, *short_names(names)]), rows)
+    for trial in ranked(run.best_trials) if run.several else ():
+        values = trial.values
+        costs = {f">{OBJECTIVES[o].label}": short(values[o]) for o in run.several if o != ACCURACY}
+        params = {f">{title}": short(trial.params.get(n, MISSING)) for title, n in titles.items()}
+        accuracy = {">dev accuracy, %": percent(values[ACCURACY])}
+        rows.append({"trial": str(trial.number), **accuracy, **costs, **params})
+    return Table(rows)
 
 
 def population_table(run: Run) -> Table:
     """Who took over whom, and with which settings; empty but for population based training."""
-    rows = []
-    for taken in run.takeovers:
-        settings = ", ".join(f"{k} {short(v)}" for k, v in taken.params.items())
-        rows.append((f"{taken.step:,}", str(taken.trial), str(taken.source), settings))
-    return make(">step|>trial|>took over trial|and went on with", rows)
+    return Table(
+        [
+            {
+                ">step": f"{taken.step:,}",
+                ">trial": str(taken.trial),
+                ">took over trial": str(taken.source),
+                "and went on with": settings_text(taken.params),
+            }
+            for taken in run.takeovers
+        ]
+    )
 
 
 def stages_table(run: Run) -> Table:
-    """One row an attempt at a stage of a curriculum."""
-    rows, styles = [], []
+    """One row an attempt at a stage of a curriculum; a stage's own facts stand at its first."""
+    rows = []
     for stage in run.stages:
+        data = stage.data if stage.data.startswith(stage.task) else f"{stage.task} {stage.data}"
         for attempt in stage.attempts or (None,):
             first = attempt is None or attempt is stage.attempts[0]
             # Tests are those of the promoted weights.
-            last = attempt is None or attempt.number == stage.promoted_attempt
+            tested = attempt is None or attempt.number == stage.promoted_attempt
             rows.append(
-                (
-                    stage.name if first else "",
-                    _data_of(stage) if first else "",
-                    stage.attention if first else "",
-                    "" if attempt is None else str(attempt.number),
-                    "" if attempt is None else f"{attempt.all_steps:,}",
-                    "" if attempt is None else duration(attempt.all_seconds),
-                    percent(stage.dev_accuracy if attempt is None else attempt.best),
-                    percent(stage.test_accuracy) if last else "",
-                    percent(stage.test_on_last) if last else "",
-                    stage.progress if attempt is None else _verdict(stage, attempt),
-                    "" if attempt is None else attempt.reason,
-                    (stage.parent or "fresh weights") if first else "",
-                )
+                {
+                    "stage": stage.name if first else "",
+                    "task and data": data.strip() if first else "",
+                    "attention": stage.attention if first else "",
+                    ">attempt": str(attempt.number) if attempt else "",
+                    ">steps": f"{attempt.all_steps:,}" if attempt else "",
+                    ">training": duration(attempt.all_seconds) if attempt else "",
+                    ">best dev acc., %": percent(attempt.best if attempt else stage.dev_accuracy),
+                    ">test acc., %": percent(stage.test_accuracy) if tested else "",
+                    f">test of {run.goal}, %": percent(stage.test_on_last) if tested else "",
+                    "gate": _verdict(stage, attempt) if attempt else stage.progress,
+                    "which rule fired": attempt.reason if attempt else "",
+                    "starts from": (stage.parent or "fresh weights") if first else "",
+                }
             )
-            styles.append("")
-    titles = (
-        "stage|task and data|attention|>attempt|>steps|>training|>best dev acc., %|>test acc., %"
-    )
-    titles += f"|>test of {run.goal}, %"
-    return make(titles + "|gate|which rule fired|starts from", rows, styles)
-
-
-def _data_of(stage: Stage) -> str:
-    """The data's label, after the task where it does not name it."""
-    return stage.data if stage.data.startswith(stage.task) else f"{stage.task} {stage.data}".strip()
+    return Table(rows)
 
 
 def _verdict(stage: Stage, attempt: Attempt) -> str:
-    if attempt.passed is None:
-        return "open"
-    if attempt.passed:
-        return "passed"
-    promoted = attempt.number == stage.promoted_attempt
-    return "refused, promoted all the same" if promoted else "refused"
+    if attempt.passed is False and attempt.number == stage.promoted_attempt:
+        return "refused, promoted all the same"
+    return {None: "open", True: "passed", False: "refused"}[attempt.passed]
 
 
 def searches_table(run: Run) -> Table:
     """One row an attempt at a stage that is a search: its best trial, which the gate judged."""
-    rows = []
-    for stage in run.stages:
-        for attempt in stage.attempts:
-            if (found := attempt.search) is None:
-                continue
-            names = short_names(list(found["params"]))
-            values = zip(names, map(short, found["params"].values()), strict=True)
-            folder = attempt_folder(run.folder, stage.name, attempt.number)
-            rows.append(
-                (
-                    stage.name,
-                    str(attempt.number),
-                    f"{found['trial']} of {found['num_trials']}",
-                    ", ".join(f"{name} {value}" for name, value in values),
-                    f"{attempt.steps:,} of {attempt.all_steps:,}",
-                    f"python -m dmx.report {folder}",
-                )
-            )
-    return make("stage|>attempt|>best trial|its settings|>its steps|all trials", rows)
+    return Table(
+        [
+            {
+                "stage": stage.name,
+                ">attempt": str(attempt.number),
+                ">best trial": f"{found['trial']} of {found['num_trials']}",
+                "its settings": settings_text(found["params"]),
+                ">its steps": f"{attempt.steps:,} of {attempt.all_steps:,}",
+                "all trials": "python -m dmx.report "
+                f"{layout.attempt_folder(run.folder, stage.name, attempt.number)}",
+            }
+            for stage in run.stages
+            for attempt in stage.attempts
+            if (found := attempt.search) is not None
+        ]
+    )
 
 
-def ours(run: Run) -> str:
+def describe_trial(trial: Trial) -> str:
+    """Its number, accuracy, steps and settings."""
+    settings = settings_text(trial.params)
+    return f"trial {trial.number}: {percent(trial.best)} %, {trial.steps:,} steps; {settings}"
+
+
+def our_accuracy(run: Run) -> str:
     """Our test accuracy in per cent, with its spread over seeds where there are several."""
     if run.finals is not None and run.finals.test_accuracies:
         return with_spread(run.finals.test_accuracies)
     return percent(run.test_accuracy)
 
 
-def published_table(run: Run, published: Published, sources: set[str] | None = None) -> Table:
+def published_table(run: Run, sources: Collection[str] | None = None) -> Table:
     """Published accuracies on the task of a run, ours on top; empty where nobody published."""
+    published = load_published()
     column = column_of(run.task)
-    rows: list[tuple[str, ...]] = []
-    styles: list[str] = []
     if column is None:
-        return make("model|>accuracy", rows, styles)
+        return Table([])
+    titles = ("model", f">{COLUMNS[column].title}, test accuracy %", "")
     seeds = len(run.finals.seeds) if run.finals else 1
-    mark = "" if run.data == run.task else f" on {run.data}"
-    accuracy = ours(run)
+    accuracy = our_accuracy(run)
     remark = "no test yet" if accuracy == MISSING else f"{seeds} seed{'s' * (seeds > 1)}"
-    rows.append((f"ours: {run.attention}{mark}", accuracy, remark))
-    styles.append("ours")
+    mark = "" if run.data == run.task else f" on {run.data}"
+    rows = [(f"ours: {run.attention}{mark}", accuracy, remark)]
+    styles = ["ours"]
     group = ""
     for row in published.of(column):
         if sources is not None and row.source not in sources:
@@ -231,54 +197,76 @@ def published_table(run: Run, published: Published, sources: set[str] | None = N
             group = row.source
             rows.append((published.sources[group].title, "", ""))
             styles.append("group")
-        failed = column in row.chance
         value = f"{row.accuracies[column]:.2f}" if column in row.accuracies else MISSING
-        remark = f"fails (chance is {CHANCE[column]:.0f} %)" if failed else ""
+        remark = f"fails (chance is {CHANCE[column]:.0f} %)" if column in row.chance else ""
         rows.append((row.model, value, remark))
         styles.append("same" if row.attention == base_name(run.attention) else "")
-    return make(f"model|>{TITLES[column]}, test accuracy %|", rows, styles)
+    return Table([dict(zip(titles, row, strict=True)) for row in rows], styles)
+
+
+_ENVIRONMENT = {
+    **{"dmx": "dmx", "code": "code (git)", "python": "Python", "torch": "torch", "ray": "Ray"},
+    **{"optuna": "Optuna", "machine": "machine", "cpus": "CPU cores", "device": "device"},
+    **{"precision": "precision", "threads": "CPU threads"},
+}
 
 
 def provenance(run: Run) -> Table:
     """Where the numbers come from: data, code, machine, settings of the search."""
-    found: list[tuple[str, str]] = [
-        (
-            "data" + (f" of stage {run.shown}" if run.stages else ""),
-            run.data + (" (sample)" if run.is_sample else ""),
-        ),
-        ("data checksum (SHA-256)", run.data_checksum or MISSING),
-        ("folder", str(run.folder)),
-    ]
+    found = {
+        f"data of stage {run.shown}" if run.stages else "data": run.data
+        + " (sample)" * run.is_sample,
+        "data checksum (SHA-256)": run.data_checksum or MISSING,
+        "folder": str(run.folder),
+    }
     if run.init:
-        found.append(("started from", f"{run.init['path']} (SHA-256 {run.init.get('sha256')})"))
-    if run.search is not None:
-        s = run.search
-        asha = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}"
-        found.append(("sampler, scheduler", f"{s.sampler}, {s.scheduler}"))
-        if s.scheduler in ("asha", "hyperband"):
-            found.append(({"asha": "ASHA", "hyperband": "Hyperband"}[s.scheduler], asha))
+        found["started from"] = f"{run.init['path']} (SHA-256 {run.init.get('sha256')})"
+    if (s := run.search) is not None:
+        found["sampler, scheduler"] = f"{s.sampler}, {s.scheduler}"
+        if s.scheduler in _HALVING:
+            rungs = f"rungs from {s.grace_steps:,} steps, factor {s.reduction_factor:g}"
+            found[_HALVING[s.scheduler]] = rungs
         if run.several:
-            found.append(("objectives", ", ".join(run.several)))
+            found["objectives"] = ", ".join(run.several)
         if s.warm_start:
-            found.append(("warm start from", ", ".join(s.warm_start)))
-        found.append(("seed of the search", short(s.seed)))
+            found["warm start from"] = ", ".join(s.warm_start)
+        found["seed of the search"] = short(s.seed)
     env = run.environment
-    names = {"dmx": "dmx", "code": "code (git)", "python": "Python", "torch": "torch"}
-    names |= {"ray": "Ray", "optuna": "Optuna", "machine": "machine", "cpus": "CPU cores"}
-    names |= {"device": "device", "precision": "precision", "threads": "CPU threads"}
-    found += [(title, short(env[key])) for key, title in names.items() if key in env]
+    found |= {title: short(env[key]) for key, title in _ENVIRONMENT.items() if key in env}
     if "gpus" in env:
-        found.append(("GPUs", ", ".join(map(str, env["gpus"])) or "none"))
+        found["GPUs"] = ", ".join(map(str, env["gpus"])) or "none"
     if isinstance(env.get("argv"), list):
-        found.append(("command", " ".join(map(str, env["argv"]))))
+        found["command"] = " ".join(map(str, env["argv"]))
     if not env:
-        found.append(("environment", "not recorded (the run has not ended, or is a single run)"))
-    return make("what|value", found)
+        found["environment"] = "not recorded (the run has not ended, or is a single run)"
+    return Table([{"what": what, "value": value} for what, value in found.items()])
 
 
-def config_table(config: Mapping[str, Any]) -> Table:
+def config_table(run: Run) -> Table:
     """Every setting of the best configuration."""
-    return make("setting|value", [(k, short(v)) for k, v in flatten(config).items()])
+    return Table([{"setting": k, "value": short(v)} for k, v in flatten(run.config or {}).items()])
+
+
+def samples_table(run: Run) -> Table:
+    """What the best checkpoint says about its sample examples; empty where it has none."""
+    unfinished = not run.complete and run.kind == "study"
+    folder = run.checkpoint if unfinished else run.folder / layout.BEST_DIR
+    try:
+        found = json.loads((folder / layout.SAMPLES_FILE).read_text("utf-8"))
+        names = ("indices", "labels", "predictions", "probabilities")
+        rows = [
+            {
+                "example of the dev split": str(index),
+                ">label": str(label),
+                ">the model says": str(said),
+                ">with probability, %": percent(p[said], 1),
+                "right": "yes" if said == label else "no",
+            }
+            for index, label, said, p in zip(*(found[name] for name in names), strict=True)
+        ]
+    except (OSError, ValueError, LookupError, TypeError):  # a view: it is not what a report is for
+        rows = []
+    return Table(rows)
 
 
 @dataclass(frozen=True)
@@ -290,17 +278,22 @@ class Costed:
     accuracy: float
 
 
-def costed(run: Run, key: str) -> list[Costed]:
-    """Whole trials with a finite accuracy and cost: the median step time, or the highest memory.
+def costed(run: Run, name: str) -> list[Costed]:
+    """Whole trials with a finite accuracy and cost.
 
     A trial that was stopped early has another accuracy than it would have reached.
+
+    Args:
+        name: an objective, or a metric: its median, of the memory the highest.
     """
-    found = []
-    for trial in run.whole:
-        cost = trial.highest(key) if key == PEAK_MEMORY_MB else trial.median(key)
-        if math.isfinite(cost) and math.isfinite(trial.best):
-            found.append(Costed(trial.number, cost, trial.best))
-    return found
+
+    def cost(trial: Trial) -> float:
+        if name in OBJECTIVES:
+            return OBJECTIVES[name].of(trial)
+        return trial.highest(name) if name == PEAK_MEMORY_MB else trial.median(name)
+
+    found = (Costed(t.number, cost(t), t.best) for t in run.whole)
+    return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
 
 
 def front(points: Sequence[Costed]) -> list[Costed]:
@@ -316,24 +309,14 @@ def front(points: Sequence[Costed]) -> list[Costed]:
     return kept
 
 
-def against(run: Run, objective: str) -> list[Costed]:
-    """Whole trials with their accuracy and another objective of the study."""
-    found = [Costed(t.number, OBJECTIVES[objective].of(t), t.best) for t in run.whole]
-    return [c for c in found if math.isfinite(c.cost) and math.isfinite(c.accuracy)]
-
-
-def study_front(run: Run) -> dict[int, dict[str, float]]:
-    """{trial: {objective: value}} of a study's own front; empty where it has one objective."""
-    return {t.number: t.values for t in run.best_trials} if run.several else {}
+_HALVING = {"asha": "ASHA", "hyperband": "Hyperband"}
+"""The schedulers that stop trials at rungs."""
 
 
 def filled_rungs(run: Run) -> list[Rung]:
-    """The rungs of a study, from its journal; none where it did not stop trials early.
-
-    Hyperband has rungs in each of its brackets, bracket 0 first.
-    """
+    """The rungs of a study, bracket 0 first; none where it did not stop trials early."""
     search = run.search
-    if search is None or search.scheduler not in ("asha", "hyperband"):
+    if search is None or search.scheduler not in _HALVING:
         return []
     brackets = Brackets(
         search.scheduler,
@@ -354,25 +337,22 @@ def rungs_table(run: Run, rungs: Sequence[Rung]) -> Table:
         went_on = [str(e.trial) for e in rung.entries if e.promoted]
         stopped = [str(e.trial) for e in rung.entries if not e.promoted]
         cutoff = rung.cutoff(factor)
-        bracket = (str(rung.bracket),) if several else ()
         rows.append(
-            (
-                *bracket,
-                f"{rung.steps:,.0f}",
-                str(len(rung.entries)),
-                ", ".join(went_on) or MISSING,
-                ", ".join(stopped) or MISSING,
-                MISSING if cutoff is None else percent(cutoff),
-            )
+            {
+                **({">bracket": str(rung.bracket)} if several else {}),
+                ">steps": f"{rung.steps:,.0f}",
+                ">reached by": str(len(rung.entries)),
+                "went on (trials)": ", ".join(went_on) or MISSING,
+                "stopped (trials)": ", ".join(stopped) or MISSING,
+                ">next must reach, %": MISSING if cutoff is None else percent(cutoff),
+            }
         )
-    titles = ">steps|>reached by|went on (trials)|stopped (trials)|>next must reach, %"
-    return make((">bracket|" if several else "") + titles, rows)
+    return Table(rows)
 
 
 def rungs_title(run: Run) -> str:
     """Whose rungs they are."""
-    hyperband = run.search is not None and run.search.scheduler == "hyperband"
-    return "Hyperband's rungs" if hyperband else "ASHA's rungs"
+    return f"{_HALVING.get(run.search.scheduler if run.search else '', 'ASHA')}'s rungs"
 
 
 def reports_of(run: Run) -> list[tuple[int, float, float]]:

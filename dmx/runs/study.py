@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dmx.errors import StageError
 from dmx.runs import events, layout
-from dmx.runs.layout import DEV_ACCURACY
+from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS
 from dmx.runs.run import UNKNOWN, Run
 from dmx.runs.trial import DEFAULT, OBJECTIVES, Trial, best_of, number, pareto_front
 
@@ -255,6 +256,25 @@ class Study(Run):
             for t in self.trials
         ]
         return pandas.DataFrame(rows)
+
+    def trial_rows(self) -> list[dict[str, Any]]:
+        """A row a trial, each with every column: trials.csv, and the report's CSV."""
+        front = {t.number for t in self.best_trials}
+        measured = [key for key in REPORT_KEYS if key != BEST_DEV_ACCURACY]
+        params = sorted({key for t in self.trials for key in t.params})
+        rows = []
+        for trial in self.trials:
+            row: dict[str, Any] = {"trial": trial.number, "status": trial.status}
+            row[BEST_DEV_ACCURACY] = trial.best
+            if self.several:
+                row["front"] = "yes" if trial.number in front else "no"
+                row |= {f"objective.{name}": value for name, value in trial.values.items()}
+            row |= {key: trial.last_report.get(key) for key in measured}
+            row |= {key: trial.params.get(key) for key in params}
+            if self.is_population:
+                row["changes"] = json.dumps(trial.changes) if trial.changes else None
+            rows.append({**row, "data": self.settings.get("data", UNKNOWN), "error": trial.error})
+        return rows
 
     # -- its best checkpoint ----------------------------------------------------------------
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import io
 import json
-import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmx.errors import ConfigError, StorageError
+from dmx.format import csv_text
 from dmx.runs import layout
-from dmx.runs.layout import BEST_DEV_ACCURACY, REPORT_KEYS
 from dmx.runs.run import Run
+from dmx.runs.study import Study
 from dmx.runs.trial import Trial
 from dmx.schema import finite
 from dmx.search.study_settings import SETTINGS, changes, settings_event
@@ -150,50 +148,9 @@ def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
         journal.append(**event)
 
 
-def trial_row(trial: Trial, data: str, front: Collection[int] | None = None) -> dict[str, Any]:
-    """One row of trials.csv; `front`: the Pareto front of a study with several objectives."""
-    several: dict[str, Any] = {}
-    if front is not None:
-        several = {"front": "yes" if trial.number in front else "no"}
-        several |= {f"objective.{k}": _number(v) for k, v in trial.values.items()}
-    params = trial.params
-    return {
-        "trial": trial.number,
-        "status": trial.status,
-        BEST_DEV_ACCURACY: _number(trial.best),
-        **several,
-        **{k: trial.last_report.get(k, "") for k in REPORT_KEYS if k != BEST_DEV_ACCURACY},
-        **{k: params[k] for k in sorted(params)},
-        **({"changes": json.dumps(trial.changes)} if trial.changes else {}),
-        "data": data,
-        "error": trial.error,
-    }
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else ""
-
-
-def write_trials(
-    folder: Path,
-    trials: tuple[Trial, ...],
-    data: str,
-    front: Collection[int] | None = None,
-) -> None:
+def write_trials(study: Study) -> None:
     """trials.csv: one row a trial, one column for every value that any trial had."""
-    rows = [trial_row(trial, data, front) for trial in trials]
-    columns: list[str] = []
-    for row in rows:
-        columns.extend(key for key in row if key not in columns)
-    for last in ("data", "error"):
-        if last in columns:
-            columns.remove(last)
-            columns.append(last)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder / layout.TRIALS_FILE, buffer.getvalue())
+    write_atomic(study.folder / layout.TRIALS_FILE, csv_text(study.trial_rows()))
 
 
 def copy_best(folder: Path, best: Trial | None) -> Path | None:

@@ -111,8 +111,7 @@ def summarise(config: StudyConfig, store: Store, study: Study) -> dict[str, Any]
     """Write trials.csv and best/; the content of study.json, but for tests and `seconds`."""
     several = len(config.objectives) > 1
     label = store.manifest.label
-    front = front_of(study) if several else None
-    study_folder.write_trials(study.folder, study.trials, label, front)
+    study_folder.write_trials(study)
     study_folder.copy_best(study.folder, study.best_trial)
     summary: dict[str, Any] = {
         "name": config.name,

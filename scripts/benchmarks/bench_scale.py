@@ -157,7 +157,7 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     asha().stopped(ledger)
     made["open it again, s"] = f"{time.perf_counter() - began:.2f}"
     began = time.perf_counter()
-    write_trials(folder, ledger.trials, "made up")
+    write_trials(ledger)
     made["trials.csv, s"] = f"{time.perf_counter() - began:.2f}"
     reports = len(ledger.history)
     ledger.close()

@@ -53,7 +53,8 @@ from dmx.cluster import capacity, connection
 from dmx.data.prepare import open_data
 from dmx.data.store import Store
 from dmx.errors import EXIT_OK, ConfigError
-from dmx.reporting.export import csv, write_file
+from dmx.format import csv_text
+from dmx.reporting.report import write_file
 from dmx.schema import flatten, parse_assignments
 from dmx.search.space import load_space
 from dmx.study.study import StudyConfig, train_trials
@@ -186,7 +187,7 @@ def write_results(
         for c in curves
         for s, a in c.points
     ]
-    write_file(out / "curves.csv", csv(rows))
+    write_file(out / "curves.csv", csv_text(rows))
     write_file(out / "curves.svg", plot(curves, budget, store.manifest.label))
     task = task_for(args.task)
     summary = summarise(curves, budget)

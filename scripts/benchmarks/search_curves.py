@@ -146,7 +146,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}" if math.isfinite(value) else "–"
 
 
-@drawing
+@drawing()
 def plot(curves: Sequence[Curve], budget: float, label: str) -> str:
     """Mean of the best so far over the seeds, each seed faint, as an SVG that stands alone."""
     title = f"Search efficiency (data: {label})"
@@ -167,4 +167,4 @@ def plot(curves: Sequence[Curve], budget: float, label: str) -> str:
         chart.line(known, styles[method], f"{method}, mean", steps=True, linewidth=3)
         place = {"transform": chart.axes.transAxes, "color": COLOURS[styles[method]]}
         chart.axes.text(0.02, 0.95 - 0.055 * i, names[method], **place)
-    return chart.standalone()
+    return str(chart.svg()) + "\n"

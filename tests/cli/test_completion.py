@@ -13,7 +13,7 @@ import pytest
 from dmx.cli.completion import PARSERS, parser_of
 from dmx.cli.leaderboard import LEADERBOARD_FORMATS
 from dmx.cli.report import REPORT_FORMATS
-from dmx.reporting import leaderboard, page
+from dmx.reporting import leaderboard, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,5 +144,5 @@ def test_no_command_is_missing() -> None:
 
 
 def test_the_formats_offered_are_those_that_exist() -> None:
-    assert tuple(page.FORMATS) == REPORT_FORMATS
+    assert tuple(report.FORMATS) == REPORT_FORMATS
     assert tuple(leaderboard.FORMATS) == LEADERBOARD_FORMATS

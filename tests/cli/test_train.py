@@ -24,7 +24,7 @@ from dmx.data.manifest import Manifest
 from dmx.data.store import Store, open_store
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import CheckpointError, ConfigError, DataError, RunFailedError
-from dmx.reporting.export import train_command
+from dmx.reporting.report import train_command
 from dmx.reporting.tables import provenance
 from dmx.runs.folders import load
 from dmx.study import single_run

@@ -26,8 +26,8 @@ from dmx.curriculum.views import (
 )
 from dmx.data.store import open_store
 from dmx.registry import code_version
-from dmx.reporting.leaderboard import leaderboard_rows
-from dmx.reporting.page import write_report
+from dmx.reporting.leaderboard import cell_text, leaderboard_rows
+from dmx.reporting.report import write_report
 from dmx.runs import layout
 from dmx.runs.folders import load
 from dmx.runs.layout import DEV_ACCURACY
@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_the_last_stage_are_healthy_everywhere(
     assert found.complete and [s.test_accuracy for s in found.stages] == [0.25] * 3
     assert [math.isnan(s.test_on_last) for s in found.stages] == [True, True, False]
     (row,) = leaderboard_rows([found])
-    assert row.test == (0.25,) and not row.init
+    assert row["test"] == (0.25,) and not row["init_from"]
     write_report(folder)
 
 
@@ -203,7 +203,7 @@ def test_weights_on_disk_that_start_a_curriculum_are_on_the_leaderboard(tmp_path
     assert found.init["path"] == str(tmp_path / "weights" / "best")
     assert found.init["sha256"] == sha256_file(tmp_path / "weights" / "best" / layout.MODEL_FILE)
     (row,) = leaderboard_rows([found])
-    assert row.init == "weights/best" and "§" in row.marks
+    assert row["init_from"] == "weights/best" and "§" in cell_text(row)
     lineage = json.loads((folder / layout.LINEAGE_FILE).read_text())["stages"][0]
     assert lineage["init_from"]["sha256"] == found.init["sha256"]
 

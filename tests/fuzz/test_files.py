@@ -22,7 +22,8 @@ from dmx.data.manifest import _digest
 from dmx.data.sources import open_source
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StageError
-from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
+from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
+from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
 from dmx.runs.stages import fold
 from dmx.search.study_log import StudyLog
 from dmx.search.study_settings import settings_event
@@ -186,7 +187,7 @@ def test_a_bad_run_folder_hides_no_other(runs, room, data):
             target.symlink_to(room / "nowhere")
     found = gather([root], unread := [])
     assert "good" in [run.name for run in found] and len(found) + len(unread) in (1, 2)
-    assert "good" in to_markdown(leaderboards(leaderboard_rows(found)))
+    assert "good" in LEADERBOARD["md"](leaderboards(leaderboard_rows(found)))
 
 
 SETTINGS = {"task": TASK, "seed": 0, "overrides": {"model.num_layers": 1}}

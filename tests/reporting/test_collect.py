@@ -10,8 +10,8 @@ import pytest
 
 from dmx.errors import ConfigError, DmxError
 from dmx.reporting.caveats import caveats
-from dmx.reporting.export import train_command
-from dmx.reporting.page import render_page as render
+from dmx.reporting.report import to_html as render
+from dmx.reporting.report import train_command
 from dmx.reporting.tables import filled_rungs
 from dmx.runs.folders import kind_of, load, runs_below
 from dmx.search.study_settings import settings_event
@@ -206,7 +206,7 @@ def test_a_searched_stage_tells_its_best_trial_and_the_cost_of_all(tmp_path: Pat
     assert "optim.learning_rate=0.0123" in train_command(run)
     assert f"--init-from {run.folder / 'a/best'}" in train_command(run)
     text = render(run)
-    assert "3 of 8" in text and "learning_rate 0.0123" in text and "100 of 550" in text
+    assert "3 of 8" in text and "learning_rate=0.0123" in text and "100 of 550" in text
 
 
 DAMAGES = {

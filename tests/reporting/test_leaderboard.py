@@ -17,14 +17,13 @@ from dmx.cli import options as cli
 from dmx.errors import ConfigError
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.leaderboard import (
+    FORMATS,
     cell_text,
     gather,
-    latex_escape,
     leaderboard_rows,
     leaderboards,
-    to_latex,
-    to_markdown,
 )
+from dmx.reporting.report import latex_escape
 from dmx.runs.folders import load
 from dmx.runs.run import Run
 from tests.reporting.makers import (
@@ -49,15 +48,15 @@ def _root(tmp_path: Path) -> Path:
 
 def test_runs_that_differ_in_seeds_share_an_entry(tmp_path: Path) -> None:
     found = leaderboard_rows(gather([_root(tmp_path)]))
-    (full,) = [e for e in found if len(e.runs) == 3]
+    (full,) = [e for e in found if len(e["runs"]) == 3]
     values = [0.60, 0.62, 0.67]
-    assert full.mean == pytest.approx(statistics.fmean(values))
-    assert full.deviation == pytest.approx(statistics.stdev(values))
-    assert (full.attention, full.task, full.how) == ("butterfly-64", "text", "fixed")
-    assert full.steps == 20000 and full.parameters == 1000 and full.memory_mb == 500
-    assert not full.reduced and not full.incomplete
-    (short,) = [e for e in found if e.runs == ("short",)]
-    assert short.reduced and short.steps == 9000
+    assert full["test_accuracy_mean"] == pytest.approx(statistics.fmean(values))
+    assert full["test_accuracy_std"] == pytest.approx(statistics.stdev(values))
+    assert (full["attention"], full["task"], full["how"]) == ("butterfly-64", "text", "fixed")
+    assert full["steps"] == 20000 and full["parameters"] == 1000 and full["peak_memory_mb"] == 500
+    assert not full["reduced_budget"] and full["complete"]
+    (short,) = [e for e in found if e["runs"] == ("short",)]
+    assert short["reduced_budget"] and short["steps"] == 9000
 
 
 def test_the_same_seed_twice_is_one_seed(tmp_path: Path) -> None:
@@ -65,7 +64,8 @@ def test_the_same_seed_twice_is_one_seed(tmp_path: Path) -> None:
     for name, seed, test in (("a", 1, 0.60), ("again", 1, 0.64), ("b", 2, 0.70)):
         make_run(tmp_path / "r" / name, test, seed=seed, dev=test - 0.1)
     (entry,) = leaderboard_rows(gather([tmp_path / "r"]))
-    assert entry.test == pytest.approx((0.62, 0.70)) and entry.dev == pytest.approx((0.52, 0.60))
+    assert entry["test"] == pytest.approx((0.62, 0.70))
+    assert entry["dev"] == pytest.approx((0.52, 0.60))
     assert cell_text(entry).startswith("66.00 ± 5.66 (2)")
     (alone,) = leaderboard_rows(gather([tmp_path / "r" / "a", tmp_path / "r" / "again"]))
     assert cell_text(alone) == "62.00"
@@ -79,15 +79,18 @@ def test_runs_from_other_weights_are_another_entry(tmp_path: Path) -> None:
         init = {} if start is None else {"init": {"path": start[0], "sha256": start[1]}}
         make_run(tmp_path / "r" / name, 0.5 + seed / 100, seed=seed, dev=seed / 10, **init)
     found = leaderboard_rows(gather([tmp_path / "r"]))
-    assert sorted(e.runs for e in found) == [("fresh",), ("moved", "x"), ("y",)]
-    assert {e.runs: e.init for e in found}["moved", "x"] == "A/best"
+    assert sorted(e["runs"] for e in found) == [("fresh",), ("moved", "x"), ("y",)]
+    assert {e["runs"]: e["init_from"] for e in found}["moved", "x"] == "A/best"
     (board,) = leaderboards(found)
-    assert board.cell("butterfly-64", "text").runs == ("fresh",)
-    text = to_markdown([board])
+    assert board.cells().rows == [("butterfly-64", "51.00")], "the run from fresh weights"
+    text = FORMATS["md"]([board])
     assert "fixed, from A/best" in text and "53.50 ± 0.71" not in text.split("| task")[0]
-    only = to_markdown(leaderboards([e for e in found if e.init == "C/best"]))
+    alone = leaderboards([e for e in found if e["init_from"] == "C/best"])
+    only = FORMATS["md"](alone)
     assert "54.00§" in only and "§ started from the weights of another run." in only
-    assert r"$^\S$" in to_latex(leaderboards([e for e in found if e.init == "C/best"]))
+    assert r"$^\S$" in FORMATS["latex"](
+        leaderboards([e for e in found if e["init_from"] == "C/best"])
+    )
 
 
 def test_what_else_decides_a_result_parts_entries(tmp_path: Path) -> None:
@@ -101,9 +104,9 @@ def test_what_else_decides_a_result_parts_entries(tmp_path: Path) -> None:
         environment = {"precision": precision, "code": code}
         more = {"data_checksum": data, "environment": environment}
         path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
-    found = {e.runs: e for e in leaderboard_rows(gather([tmp_path / "r"]))}
+    found = {e["runs"]: e for e in leaderboard_rows(gather([tmp_path / "r"]))}
     assert sorted(found) == [("a", "b"), ("c",), ("d",)]
-    assert found["a", "b"].code == ("1a", "2b") and "¶" in cell_text(found["a", "b"])
+    assert found["a", "b"]["code"] == ["1a", "2b"] and "¶" in cell_text(found["a", "b"])
     assert "¶" not in cell_text(found["c",]) and "¶" in cell_text(found["d",])
 
 
@@ -111,8 +114,8 @@ def test_samples_never_share_a_table_with_lra(tmp_path: Path) -> None:
     found = leaderboards(leaderboard_rows(gather([_root(tmp_path)])))
     assert [b.is_sample for b in found] == [False, True]
     assert "not LRA" in found[1].title
-    assert all(e.data == "text" for e in found[0].rows)
-    text = to_markdown(found)
+    assert all(e["data"] == "text" for e in found[0].rows)
+    text = FORMATS["md"](found)
     lra, sample = text.split("## Sample data")
     assert "47.00" in sample and "47.00" not in lra and "63.00" not in sample
     assert "**Not LRA" in sample and "Not LRA" not in lra
@@ -123,7 +126,7 @@ def test_part_of_the_data_is_another_table(tmp_path: Path) -> None:
     make_run(tmp_path / "r" / "b", 0.8, data="text (1,000 texts)")
     found = leaderboards(leaderboard_rows(gather([tmp_path / "r"])))
     assert [b.title for b in found] == ["LRA data", "generated or partial data"]
-    assert found[1].columns == ("text (1,000 texts)",)
+    assert found[1].cells().columns == ("attention", "text (1,000 texts)")
 
 
 def test_a_task_of_ones_own_is_no_lra_data(tmp_path: Path) -> None:
@@ -151,17 +154,15 @@ def test_a_task_of_ones_own_is_no_lra_data(tmp_path: Path) -> None:
 
 def test_a_full_run_is_shown_rather_than_a_better_short_one(tmp_path: Path) -> None:
     (board, _) = leaderboards(leaderboard_rows(gather([_root(tmp_path)])))
-    shown = board.cell("butterfly-64", "text")
-    assert shown is not None and len(shown.runs) == 3
-    assert cell_text(shown) == "63.00 ± 3.61 (3)"
-    assert board.cell("softmax", "text") is None and cell_text(None) == "–"
+    assert board.cells().rows == [("butterfly-64", "63.00 ± 3.61 (3)")]
+    assert cell_text(None) == "–"
 
 
 def test_final_seeds_of_a_search_count_as_its_seeds(tmp_path: Path) -> None:
     seeds = {"seeds": [1, 2], "dev_accuracies": [0.5, 0.6], "test_accuracies": [0.4, 0.5]}
     make_study(tmp_path / "s", final=seeds)
     (entry,) = leaderboard_rows(gather([tmp_path / "s"]))
-    assert entry.test == (0.4, 0.5) and entry.how == "search"
+    assert entry["test"] == (0.4, 0.5) and entry["how"] == "search"
     assert cell_text(entry) == "45.00 ± 7.07 (2)†"
     make_study(tmp_path / "t")
     (single,) = leaderboard_rows(gather([tmp_path / "t"]))
@@ -176,8 +177,8 @@ def test_order_of_tasks_and_sizes(tmp_path: Path) -> None:
     ):
         make_run(tmp_path / name, data=task, attention=attention, task=task)
     (board,) = leaderboards(leaderboard_rows(gather([tmp_path])))
-    assert board.columns == ("listops", "text")
-    assert board.attentions == ("butterfly-64", "butterfly-256", "softmax")
+    assert board.cells().columns == ("attention", "listops", "text")
+    assert [a for a, *_ in board.cells().rows] == ["butterfly-64", "butterfly-256", "softmax"]
 
 
 def test_latex_is_escaped() -> None:
@@ -219,7 +220,8 @@ def test_html_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_curriculum_is_an_entry(tmp_path: Path) -> None:
     (entry,) = leaderboard_rows(gather([make_curriculum(tmp_path / "c")]))
-    assert entry.how == "curriculum" and entry.incomplete and entry.attention == "butterfly-32"
+    assert entry["how"] == "curriculum" and entry["attention"] == "butterfly-32"
+    assert not entry["complete"]
     assert cell_text(entry) == "–‡", "its last stage is not tested yet"
 
 
@@ -237,12 +239,12 @@ def test_curricula_that_differ_in_seeds_alone_share_an_entry(tmp_path: Path) -> 
     _curriculum(tmp_path / "two", 2, 0.74)
     _curriculum(tmp_path / "other", 3, 0.90, gate={"name": "budget"})
     both, other = sorted(
-        leaderboard_rows(gather([tmp_path])), key=lambda e: len(e.runs), reverse=True
+        leaderboard_rows(gather([tmp_path])), key=lambda e: len(e["runs"]), reverse=True
     )
-    assert both.runs == ("one", "two") and both.mean == pytest.approx(0.72)
+    assert both["runs"] == ("one", "two") and both["test_accuracy_mean"] == pytest.approx(0.72)
     assert cell_text(both).startswith("72.00 ± 2.83 (2)")
-    assert other.runs == ("other",) and other.mean == 0.90
-    assert both.steps == 300, "200 of the first stage and 100 of the second, in each run"
+    assert other["runs"] == ("other",) and other["test_accuracy_mean"] == 0.90
+    assert both["steps"] == 300, "200 of the first stage and 100 of the second, in each run"
 
 
 def test_a_bad_run_never_hides_the_others(tmp_path: Path, capsys) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from dmx.format import duration, mean_and_deviation, scaled, short, with_spread
 from dmx.reporting import importance
-from dmx.reporting.export import train_command
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
+from dmx.reporting.report import train_command
 from dmx.reporting.tables import Costed, front
 from dmx.runs.folders import load
 from tests.reporting.makers import TRIALS, make_run, make_study

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import DataError
-from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards, to_markdown
-from dmx.reporting.page import FORMATS, render_page
+from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
+from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
+from dmx.reporting.report import FORMATS, to_html
 from dmx.reporting.tables import costed, filled_rungs
 from dmx.runs.folders import load
 from dmx.storage.journal import encode
@@ -66,7 +67,7 @@ def test_what_was_stopped_early_is_on_no_front(tmp_path):
     assert run.trials[1].highest("peak_memory_mb") < run.trials[0].highest("peak_memory_mb")
     for key in ("step_seconds", "peak_memory_mb"):
         assert [c.trial for c in costed(run, key)] == [0]
-    text = render_page(run)
+    text = to_html(run)
     assert "On the front, beaten by no other: trial 0. Stopped early and left out: 1." in text
 
 
@@ -77,7 +78,7 @@ def test_one_objective_has_no_front(tmp_path):
 
 
 def test_the_leaderboard_reads_them(study):
-    assert "47.00" in to_markdown(leaderboards(leaderboard_rows(gather([study]))))
+    assert "47.00" in LEADERBOARD["md"](leaderboards(leaderboard_rows(gather([study]))))
 
 
 def test_unknown_objectives_are_damage(study):
@@ -96,7 +97,7 @@ def test_a_population(tmp_path):
         assert "The population: who took over whom" in page
         assert "The settings of a population change while it trains." in page
         assert "no result belongs to one value" in page
-    assert "| 4 | 1 | 2 | optim.learning\\_rate 0.5 |" in FORMATS["md"](load(folder))
+    assert "| 4 | 1 | 2 | learning\\_rate=0.5 |" in FORMATS["md"](load(folder))
 
 
 def test_hyperbands_rungs(tmp_path):

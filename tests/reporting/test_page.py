@@ -18,11 +18,10 @@ from dmx.cli import options as cli
 from dmx.errors import ConfigError
 from dmx.format import describe_failures
 from dmx.reporting.caveats import caveats, comparable
-from dmx.reporting.export import to_markdown as markdown
-from dmx.reporting.export import write_file
 from dmx.reporting.importance import importances
-from dmx.reporting.page import render_page as render
-from dmx.reporting.tables import escape as markdown_escape
+from dmx.reporting.report import markdown_escape, write_file
+from dmx.reporting.report import to_html as render
+from dmx.reporting.report import to_markdown as markdown
 from dmx.runs.folders import load
 from dmx.runs.run import Run
 from dmx.runs.trial import Trial
@@ -122,7 +121,7 @@ def test_study_page_says_what_it_found(tmp_path: Path) -> None:
     assert "3 scored trials are too few" in page.text
     charts = [a for t, a in page.elements if t == "svg" and a.get("class") == "chart"]
     assert len(charts) == 4 + 2 + 1 + 2 + 1  # curves, slices, parallel view, fronts, rungs
-    assert "trial 2: 50.00 %, 8 steps; block_size 64, learning_rate 0.002" in page.text
+    assert "trial 2: 50.00 %, 8 steps; block_size=64, learning_rate=0.002" in page.text
 
 
 def test_curriculum_page_shows_lineage_and_gates(tmp_path: Path) -> None:

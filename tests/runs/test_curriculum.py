@@ -6,7 +6,7 @@ import pytest
 
 from dmx.errors import DmxError
 from dmx.reporting.leaderboard import gather, leaderboard_rows
-from dmx.reporting.page import render_page
+from dmx.reporting.report import to_html
 from dmx.runs.folders import load, load_all
 from dmx.storage.journal import encode
 from tests.reporting.makers import curriculum_events, make_run, write_curriculum
@@ -22,10 +22,10 @@ def test_weights_that_do_not_fit_are_no_damage(tmp_path):
     events = curriculum_events(("a", None, [0.6]), ("b", "a", [0.8]), last="b")
     events += [measured("a", "a", 0.5), measured("a", "b", None), measured("b", "b", 0.75)]
     folder = write_curriculum(tmp_path / "c", events)
-    assert "75.00" in render_page(load(folder))
+    assert "75.00" in to_html(load(folder))
     unread: list[str] = []
     (row,) = leaderboard_rows(gather([folder], unread))
-    assert not unread and row.test == (0.75,)
+    assert not unread and row["test"] == (0.75,)
 
 
 @pytest.mark.parametrize(

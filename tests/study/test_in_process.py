@@ -18,7 +18,7 @@ import torch
 
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.gang import start, wait_any
-from dmx.reporting.export import to_csv
+from dmx.reporting.report import to_csv
 from dmx.runs.folders import load
 from dmx.runs.layout import DEV_ACCURACY, STEPS, trial_folder
 from dmx.runs.study import Study
