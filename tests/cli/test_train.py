@@ -29,6 +29,7 @@ from dmx.reporting.tables import provenance
 from dmx.runs.folders import load
 from dmx.study import single_run
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import evaluate
 from dmx.training.runner import Runner
 from dmx.training.trainer import Trainer, resolve
 from dmx.training.transfer import POSITION_KEY, tile_positions
@@ -126,6 +127,22 @@ def test_interrupted_and_continued_by_the_last_line(
     assert main(last[3:]) == 0
     assert main(words(tiny_root, "--name", "whole")) == 0
     same_run(tmp_path / "runs" / "part", tmp_path / "runs" / "whole")
+
+
+def test_the_same_from_python(tiny_root, tmp_path):
+    """A run is started, looked at, evaluated and continued by functions, and is the command's."""
+    assert main(words(tiny_root, "--name", "a")) == 0
+    where = {"data_root": str(tiny_root), "threads": 1, "storage": str(tmp_path / "runs")}
+    settings = {**SETTINGS, "model.dropout": 0.1}
+    run = single_run.run_training("butterfly", TASK, settings, **where)
+    assert run.name == f"butterfly-{TASK}" and run.complete
+    same_run(tmp_path / "runs" / "a", run.folder)
+    found = evaluate(run.folder, data_root=str(tiny_root), threads=1)
+    assert found["accuracy"] == run.test_accuracy and found["split"] == "test"
+    with pytest.raises(ConfigError, match="already exists"):
+        single_run.run_training("butterfly", TASK, settings, **where)
+    again = single_run.run_training("butterfly", TASK, settings, resume=True, **where)
+    assert again.test_accuracy == run.test_accuracy
 
 
 def test_other_settings_do_not_continue_a_run(tiny_root, tmp_path):
