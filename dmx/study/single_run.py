@@ -24,7 +24,7 @@ from dmx.errors import CheckpointError, ConfigError, InterruptedRun, RunFailedEr
 from dmx.nn.device import pick_device
 from dmx.runs import layout
 from dmx.runs.run import Run
-from dmx.schema import finite, flatten, is_url, local_path, read_yaml, to_dict
+from dmx.schema import check_number, flatten, is_url, local_path, read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
 from dmx.study import folder as study_folder
@@ -89,9 +89,8 @@ class RunOptions:
             ConfigError: the options do not go together, or ask for more than this machine has.
         """
         gpus = self.gpus_per_trial or 0
-        for option, value in (("--threads", self.threads), ("--gpus-per-trial", gpus)):
-            if value < 0:
-                raise ConfigError(f"{option} is {value}; it must not be negative.")
+        check_number("--threads", self.threads, least=0)
+        check_number("--gpus-per-trial", gpus, least=0)
         asked = max(gpus, self.workers_per_trial or 1)
         cpus = self.threads or (process.num_cores() if self.address is None else asked)
         workers = share_out(cpus=cpus, gpus=gpus, workers=self.workers_per_trial)
@@ -356,7 +355,9 @@ def _train(job: Job, config: RunConfig, store: Store, gang: Any, check: Callable
         layout.TEST_LOSS: result.loss,
         **{k: report[k] for k in layout.REPORT_KEYS if k in report},
     }
-    write_atomic(folder / layout.RESULT_FILE, json.dumps(finite(summary), indent=2) + "\n")
+    write_atomic(
+        folder / layout.RESULT_FILE, json.dumps(to_dict(summary, finite=True), indent=2) + "\n"
+    )
     verbatim(
         f"test accuracy {result.accuracy:.4f} over {result.num_examples} examples "
         f"(best dev accuracy {report[layout.BEST_DEV_ACCURACY]:.4f}; data: {data})\n"

@@ -25,7 +25,7 @@ from dmx.errors import ConfigError
 from dmx.model import Classifier
 from dmx.nn.packing import to_groups
 from dmx.runs.layout import STEPS
-from dmx.schema import local_path
+from dmx.schema import check_number, local_path
 from dmx.storage.files import explained
 from dmx.tensorboard import RunWriter
 from dmx.training.checkpoint import meant_checkpoint, open_checkpoint
@@ -68,9 +68,8 @@ def draw_attention_maps(
     folder = meant_checkpoint(local_path("CHECKPOINT", str(checkpoint)))
     opened = open_checkpoint(folder)
     config = dense(opened.config)
-    for option, value in (("--groups", groups), ("--max-size", max_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1.")
+    check_number("--groups", groups, least=1)
+    check_number("--max-size", max_size, least=1)
     length = config.model.max_length or config.task_info.max_length
     check_has_maps(config.attention, length, max_size or MAX_SIZE)
     all_layers = range(config.model.num_layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmx.errors import ConfigError
+from dmx.schema import check_number
 from dmx.storage.files import STORAGE_TIMEOUT
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 
@@ -65,8 +66,7 @@ def share_out(*, cpus: float, gpus: float, workers: int | None = None) -> Worker
     A run with several GPUs has a worker for each. Without a GPU `workers` says how many there are;
     None is one. Part of a GPU, or one, is for one worker.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers-per-trial is {workers}; it must be at least 1.")
+    check_number("--workers-per-trial", workers, least=1)
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(f"--gpus-per-trial is {gpus:g}; above 1 it must be a whole number.")
     count = max(int(gpus), 1) if workers is None else workers
