@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dmx.format import duration
+
+_LOG_EVERY_SECONDS = 15.0
 _CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dmx_log_context", default="")
 _WIDEST = 10_000
 
@@ -76,6 +80,42 @@ def log_context(name: str) -> Iterator[None]:
         yield
     finally:
         _CONTEXT.reset(token)
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress within the block: a bar on a terminal, a log line now and then elsewhere.
+
+    It yields what takes the number of new `unit`s.
+
+    Args:
+        what: what is being made. total: units in all; 0 when unknown. done: units that an earlier
+            run made already; they do not count for the speed.
+    """
+    if sys.stderr.isatty():
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        text, bar, _, left = Progress.get_default_columns()
+        columns = (text, bar, MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), left)
+        with Progress(*columns, console=shared_console()) as shown:
+            task = shown.add_task(what, total=total or None, completed=done)
+            yield lambda count: shown.advance(task, count)
+        return
+    start = last = time.monotonic()
+    made = 0
+
+    def advance(count: int) -> None:
+        nonlocal made, last
+        made += count
+        now = time.monotonic()
+        if now - last >= _LOG_EVERY_SECONDS:
+            last, rate = now, made / (now - start)
+            of = f" of {total}" if total else ""
+            left = f", {duration((total - done - made) / rate)} left" if total else ""
+            text = f"{what}: {done + made}{of} {unit}, {rate:.3g}/s{left}"
+            logging.getLogger("dmx").info("%s", text)
+
+    yield advance
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_a_task_of_ones_own_is_searched_on_a_cpu(checkout: Path) -> None:
         from pathlib import Path
         import numpy as np
         from dmx import tune
-        from dmx.data.manifest import Manifest
+        from dmx.data.store import Manifest
         from dmx.data.store_writer import write_store
 
         def fill(writer):

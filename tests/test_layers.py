@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dmx"
 
 # Lowest first. A package, or a module beside the packages, imports only what stands above it here.
 LAYERS = """
-    errors terminal process format schema registry
+    errors format terminal process schema registry
     storage runs tensorboard
     tasks data nn attention model config training search costs
     cluster study curriculum reporting cli

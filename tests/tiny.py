@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from dmx.config import RunConfig, parse_run_config
-from dmx.data.manifest import Manifest
-from dmx.data.store import Store, open_store
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest, Store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import DmxError
 from dmx.training.trainer import Trainer
 
@@ -59,11 +58,13 @@ def write_tiny(root: Path, task: str = TASK, max_length: int = LENGTH) -> Store:
         vocab_size=512,
         dtype="uint8",
     )
-    with StoreWriter(root / task, manifest) as writer:
+
+    def fill(writer: StoreWriter) -> None:
         for split in SIZES:
             for ids, label in examples(split):
                 writer.add(split, ids, label)
-    return open_store(root / task)
+
+    return write_store(root / task, manifest, fill)
 
 
 def config(**changes: Any) -> RunConfig:

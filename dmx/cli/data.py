@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -98,19 +99,32 @@ def _prepare(args: argparse.Namespace, root: Path | None) -> int:
     from dmx.data.prepare import prepare_all, prepare_data
 
     if args.what == "all":
-        _, failed = prepare_all(args.source, root, force=args.force)
+        failed = prepare_all(args.source, root, force=args.force)
         return EXIT_BAD_INPUT if failed else EXIT_OK
     options = {name: getattr(args, name) for name in _OPTIONS}
-    prepare_data(
-        args.what,
-        root,
-        source=args.source,
-        workers=args.workers,
-        address=args.address,
-        options={name: value for name, value in options.items() if value is not None},
-        force=args.force,
-    )
+    with _cluster(args.address):
+        prepare_data(
+            args.what,
+            root,
+            source=args.source,
+            workers=args.workers,
+            on_cluster=args.address is not None,
+            options={name: value for name, value in options.items() if value is not None},
+            force=args.force,
+        )
     return EXIT_OK
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Within the block the cluster is connected; a shard that waits for room in it is spoken of."""
+    if address is None:
+        yield
+        return
+    from dmx.cluster import capacity, connection  # Ray takes seconds to import
+
+    with connection.connect(address), capacity.for_task():
+        yield
 
 
 def _list(root: Path | None, *, verify: bool) -> int:
@@ -151,7 +165,7 @@ def _show(args: argparse.Namespace, root: Path | None) -> int:
         path = path or Path(f"{store.manifest.task}-{args.split}.png")
     else:
         picture = show.length_picture(split, store.manifest)
-        lines.append(show.histogram(split.lengths, length))
+        lines.append(show.histogram(split, length))
         lines += show.snippets(store, args.split, args.num)
     for line in lines:
         terminal.console().print(line, markup=False, highlight=False)  # snippets hold brackets

@@ -22,9 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmx.config import RunConfig, TrainConfig
 from dmx.data.batches import Batch, eval_batches, make_batch
-from dmx.data.manifest import Manifest
-from dmx.data.store import Store, open_store
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest, Store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import ConfigError, DmxError
 from dmx.model import Classifier
 from dmx.nn.device import pick_device, total_memory
@@ -350,15 +349,17 @@ def stand_in(task: Task) -> Iterator[Store]:
         paired=task.paired,
         dtype="uint16",
     )
+
+    def fill(writer: StoreWriter) -> None:
+        for number, ids in enumerate(examples):
+            other = ids[::-1].copy() if task.paired else None
+            writer.add("train", ids, number % task.num_classes, other)
+        for split in ("dev", "test"):
+            writer.place(split, np.arange(len(examples)))
+
     with tempfile.TemporaryDirectory(prefix="dmx-stand-in-") as root:
         folder = Path(root) / task.name
-        with StoreWriter(folder, manifest) as writer:
-            for number, ids in enumerate(examples):
-                other = ids[::-1].copy() if task.paired else None
-                writer.add("train", ids, number % task.num_classes, other)
-            for split in ("dev", "test"):
-                writer.place(split, np.arange(len(examples)))
-        yield open_store(folder)
+        yield write_store(folder, manifest, fill)
 
 
 def _examples(task: Task) -> tuple[list[npt.NDArray[np.uint16]], str]:

@@ -6,8 +6,10 @@ places s*B to (s+1)*B, so batches may span two epochs, as in the reference.
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,41 +32,29 @@ class Batch:
     input_ids_1: Tensor | None
     labels: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with all its tensors changed."""
+        other = None if self.input_ids_1 is None else change(self.input_ids_1)
+        return Batch(change(self.input_ids), other, change(self.labels))
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the copy is asynchronous from pinned memory."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        other = None if self.input_ids_1 is None else move(self.input_ids_1)
-        return Batch(move(self.input_ids), other, move(self.labels))
-
-    def pinned(self) -> Batch:
-        """The batch in page-locked memory, from which a GPU copies without waiting."""
-        other = None if self.input_ids_1 is None else self.input_ids_1.pin_memory()
-        return Batch(self.input_ids.pin_memory(), other, self.labels.pin_memory())
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Micro-batches of `size` sequences, in order."""
         for start in range(0, self.labels.shape[0], size):
-            part = slice(start, start + size)
-            other = None if self.input_ids_1 is None else self.input_ids_1[part]
-            yield Batch(self.input_ids[part], other, self.labels[part])
+            yield self.map(operator.itemgetter(slice(start, start + size)))
 
 
 def make_batch(split: Split, indices: np.ndarray, length: int) -> Batch:
     """The examples at `indices`, zero-padded to `length`."""
-    ids = torch.from_numpy(_torch_ready(split.gather(indices, length)))
-    other = None
-    if split.paired:
-        other = torch.from_numpy(_torch_ready(split.gather_1(indices, length)))
-    labels = torch.from_numpy(np.asarray(split.labels[indices], dtype=np.int64))
-    return Batch(ids, other, labels)
-
-
-def _torch_ready(ids: np.ndarray) -> np.ndarray:
+    sides = [split.gather(indices, length, side) for side in range(1 + split.paired)]
     # torch has few operations on uint16; ids stay below 512, so int16 holds them.
-    return ids.view(np.int16) if ids.dtype == np.uint16 else ids
+    ids, *other = (
+        torch.from_numpy(side.view(np.int16) if side.dtype == np.uint16 else side) for side in sides
+    )
+    return Batch(ids, other[0] if other else None, torch.from_numpy(split.labels[indices]))
 
 
 class TrainOrder:
@@ -81,15 +71,15 @@ class TrainOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.order = order
-        self._epochs: dict[int, np.ndarray] = {}
-        self._window: tuple[int, np.ndarray] | None = None
+        self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+        self._window = functools.lru_cache(maxsize=1)(self._bucketed)
         self._chain = (0, list(range(len(lengths))), seed)
 
     def __call__(self, step: int) -> np.ndarray:
         """[B] example numbers of batch `step`, counting from 0."""
         if self.order == "bucketed":
             window, place = divmod(step, _WINDOW_BATCHES)
-            return self._bucketed(window)[place]
+            return self._window(window)[place]
         return self._stream(step * self.batch_size, self.batch_size)
 
     def _stream(self, start: int, count: int) -> np.ndarray:
@@ -101,17 +91,10 @@ class TrainOrder:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            if self.order == "reference":
-                permutation = self._reference_epoch(epoch)
-            else:
-                permutation = np.random.default_rng([self.seed, epoch]).permutation(
-                    len(self.lengths)
-                )
-            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = permutation
-        return self._epochs[epoch]
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self.order == "reference":
+            return self._reference_epoch(epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
 
     def _reference_epoch(self, epoch: int) -> np.ndarray:
         """LRADataset's order: one list, shuffled again for each epoch by a chain of seeds."""
@@ -126,14 +109,12 @@ class TrainOrder:
         return np.array(examples)
 
     def _bucketed(self, window: int) -> np.ndarray:
-        if self._window is None or self._window[0] != window:
-            size = _WINDOW_BATCHES * self.batch_size
-            indices = self._stream(window * size, size)
-            by_length = indices[np.argsort(self.lengths[indices], kind="stable")]
-            batches = by_length.reshape(_WINDOW_BATCHES, self.batch_size)
-            shuffled = np.random.default_rng([self.seed, window, 1]).permutation(_WINDOW_BATCHES)
-            self._window = (window, batches[shuffled])
-        return self._window[1]
+        """[_WINDOW_BATCHES, B] of a window, by length, in random order."""
+        size = _WINDOW_BATCHES * self.batch_size
+        indices = self._stream(window * size, size)
+        by_length = indices[np.argsort(self.lengths[indices], kind="stable")]
+        shuffled = np.random.default_rng([self.seed, window, 1]).permutation(_WINDOW_BATCHES)
+        return by_length.reshape(_WINDOW_BATCHES, self.batch_size)[shuffled]
 
 
 class TrainBatches:
@@ -170,7 +151,7 @@ class TrainBatches:
 
     def _read(self, step: int) -> Batch:
         batch = make_batch(self._split, self._order(step)[self._share], self._length)
-        return batch.pinned() if self._device.type == "cuda" else batch
+        return batch.map(Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def close(self) -> None:
         """Stop the reading thread."""

@@ -11,14 +11,15 @@ from urllib.parse import urlsplit
 import pooch
 import requests
 
-from dmx.data.progress import progress
 from dmx.errors import DataError
 from dmx.storage.files import exclusive_lock, explained, fsync_path, write_atomic
+from dmx.terminal import progress
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 30.0
 TRIES = 3
 _BLOCK_BYTES = 1 << 16
+_ELSEWHERE = "Download it elsewhere and pass --source FILE_OR_FOLDER."
 
 
 def download(address: str, folder: Path, checksum: str = "") -> Path:
@@ -34,9 +35,10 @@ def download(address: str, folder: Path, checksum: str = "") -> Path:
         DataError: the server does not answer or the checksum differs; it names the address and
             `--source`.
     """
-    if urlsplit(address).scheme not in ("http", "https"):
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
         raise DataError(f"{address} is no http address.")
-    name = urlsplit(address).path.rsplit("/", 1)[-1]
+    name = parts.path.rsplit("/", 1)[-1]
     path, part = folder / name, folder / f"{name}.part"
     pooch.get_logger().setLevel(logging.WARNING)
     archive = pooch.create(
@@ -51,18 +53,17 @@ def download(address: str, folder: Path, checksum: str = "") -> Path:
             return path
         if not checksum:
             log.info("no checksum is published for %s", address)
-        elsewhere = "Download it elsewhere and pass --source FILE_OR_FOLDER."
         try:
             archive.fetch(name, downloader=lambda url, out, _: _fetch(url, part, Path(out)))
-        except ValueError as error:  # the checksum
+        except ValueError as error:
             raise DataError(
                 f"{address} gave a file with another checksum instead of {checksum}; it was "
-                f"deleted. {elsewhere}"
+                f"deleted. {_ELSEWHERE}"
             ) from error
         except requests.RequestException as error:
             kept = f" {part} is kept and will be continued." if part.exists() else ""
             raise DataError(
-                f"Cannot download {address}: {_reason(error)}.{kept} {elsewhere}"
+                f"Cannot download {address}: {_reason(error)}.{kept} {_ELSEWHERE}"
             ) from error
     return path
 
@@ -78,20 +79,19 @@ def _fetch(address: str, part: Path, out: Path) -> None:
     if tag and not tag.startswith("W/"):
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        if 400 <= response.status_code < 500 and response.status_code != 416:
+        code = response.status_code
+        if 400 <= code < 500 and code != 416:
             raise DataError(
-                f"Cannot download {address}: HTTP {response.status_code} {response.reason}. "
-                "Download it elsewhere and pass --source FILE_OR_FOLDER."
+                f"Cannot download {address}: HTTP {code} {response.reason}. {_ELSEWHERE}"
             )
-        if response.status_code != 416:  # nothing is missing
+        if code != 416:  # nothing is missing
             response.raise_for_status()
-            resumed = response.status_code == 206
-            have = have if resumed else 0
+            have = have if code == 206 else 0
             total = have + int(response.headers.get("Content-Length") or 0)
             with explained(part, "write"):
                 tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
                 write_atomic(tag_file, tag)
-                file = part.open("ab" if resumed else "wb")
+                file = part.open("ab" if code == 206 else "wb")
             with file, progress(out.name, total >> 20, "MiB", have >> 20) as advance:
                 for block in response.iter_content(_BLOCK_BYTES):
                     with explained(part, "write"):

@@ -1,4 +1,4 @@
-"""A task's data: prepared from a source, a download or a generator; opened, or a sample instead."""
+"""A task's data: what a reader is, how it prepares them, and a sample where there are none."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from dmx.data.manifest import Manifest
-from dmx.data.readers.base import Reader, Request, readers_for
-from dmx.data.samples import sample_for
 from dmx.data.sources import Source, open_source
-from dmx.data.store import Store, open_store
-from dmx.data.store_writer import write_store
+from dmx.data.store import Manifest, Store, open_store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import ConfigError, DataError, DmxError
 from dmx.format import duration, scaled
 from dmx.process import num_cores
+from dmx.registry import Registry
 from dmx.schema import expand, local_path
 from dmx.storage.files import MANIFEST_FILE
 from dmx.tasks import Task, task_for, task_names
@@ -28,6 +27,94 @@ log = logging.getLogger(__name__)
 ROOT_VARIABLE = "DMX_DATA_ROOT"
 DOWNLOADS_FOLDER = "downloads"
 SAMPLES_FOLDER = "samples"
+
+# -- readers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request to prepare one task.
+
+    Attributes:
+        folder: the store's final place.
+        given: the source at the place that the reader found, or None to generate.
+        workers: local processes. on_cluster: the connected Ray cluster generates instead.
+        options: reader-specific settings that the user gave (num_images, seed, render, ...).
+    """
+
+    task: Task
+    folder: Path
+    given: Source | None = None
+    workers: int = 1
+    on_cluster: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Source:
+        """The source; readers with `find` have one."""
+        assert self.given is not None
+        return self.given
+
+    def files(self, names: Mapping[str, str]) -> Iterator[tuple[str, IO[bytes], str]]:
+        """(split, stream, name for messages) of one file per split: split -> file."""
+        splits = {name: split for split, name in names.items()}
+        for name, stream in self.source.open(splits):
+            yield splits[name], stream, self.source.describe(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """One way to get a task's data.
+
+    Attributes:
+        name: the data's name in the manifest, e.g. "lra-text".
+        families: task families it serves; empty for all.
+        find: the folder of the task's data in a source, or None; no function: it needs no source.
+        expects: what `find` looks for, in words, for the message when nothing fits.
+        describe: fields of the manifest beside the task's own; it refuses what cannot be read.
+        fill: adds the examples; what it returns is added to the manifest's parameters.
+        options: the settings it understands; others are refused.
+        address: official download, or "".
+        checksum: "md5:..." or "sha256:..." of the download, or "".
+        sample: one line on what it is, if the data only stand in for the published ones.
+        rank: readers with a lower rank are asked first.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    find: Callable[[Task, Source], str | None] | None = None
+    expects: str = ""
+    describe: Callable[[Request], dict[str, Any]]
+    fill: Callable[[Request, StoreWriter], Mapping[str, Any] | None]
+    options: tuple[str, ...] = ()
+    address: str = ""
+    checksum: str = ""
+    sample: str = ""
+    rank: int = 10
+
+    def found(self, task: Task, source: Source | None) -> str | None:
+        """The folder of the data in the source, "" where none is needed; None: it does not fit."""
+        if source is None:
+            return "" if self.find is None or self.address else None
+        return self.find(task, source) if self.find else None
+
+
+READERS: Registry[Reader] = Registry("reader", "dmx.data.readers")
+
+
+def register(reader: Reader) -> Reader:
+    """File a reader under its name."""
+    return READERS.register(reader.name)(reader)
+
+
+def readers_for(task: Task, *, sample: bool = False) -> list[Reader]:
+    """The readers that serve a task's family, in the order in which they are asked."""
+    readers = [READERS.get(name) for name in READERS.names()]
+    serving = [r for r in readers if not r.families or task.family in r.families]
+    return sorted((r for r in serving if bool(r.sample) is sample), key=lambda r: (r.rank, r.name))
+
+
+# -- opening ------------------------------------------------------------------------------------
 
 
 def default_data_root() -> Path:
@@ -57,7 +144,7 @@ def open_data(
     generate: bool = False,
     allow_sample: bool = False,
     workers: int | None = None,
-    address: str | None = None,
+    on_cluster: bool = False,
     options: Mapping[str, Any] | None = None,
     temporary: Path | None = None,
 ) -> Store:
@@ -68,17 +155,16 @@ def open_data(
     and opened, and a banner is logged.
 
     Args:
-        generate: generate a missing set that dmx can generate. A second process that asks for the
-            same set waits for the first.
+        generate: generate a missing set that dmx can generate.
         allow_sample: whether a sample may stand in.
-        workers, address, options: of `prepare_data`, for generating; without options any prepared
-            set of that name will do.
+        workers, on_cluster, options: of `prepare_data`, for generating; without options any
+            prepared set of that name will do.
         temporary: a folder for a sample that is not prepared yet.
 
     Raises:
         ConfigError: no such task.
-        DataError: the data are not prepared (the sentence gives the command), damaged, generated
-            with other options, or the sample's package is not installed.
+        DataError: the data are not prepared (the sentence gives the command), damaged, or
+            generated with other options.
     """
     task = task_for(task_name)
     root = default_data_root() if data_root is None else local_path("--data-root", str(data_root))
@@ -87,7 +173,9 @@ def open_data(
     if task.generated and generate and (options or not prepared):
         if not prepared:
             log.info("%s is not prepared in %s; generating it", task.name, root)
-        return prepare_data(task.name, root, workers=workers, address=address, options=options)
+        return prepare_data(
+            *(task.name, root), workers=workers, on_cluster=on_cluster, options=options
+        )
     if not prepared:
         return _stand_in(task, root, allow_sample and data_root is None, temporary)
     store = open_store(root / task.name)
@@ -104,23 +192,27 @@ def _stand_in(task: Task, root: Path, allowed: bool, temporary: Path | None) -> 
     """The task's sample, announced as one."""
     command = prepare_command(task.name, root)
     missing = f"Task {task.name} has no prepared data in {root / task.name}; run: {command}"
-    sample = sample_for(task.name)
+    sample = next(iter(readers_for(task, sample=True)), None)
     if not allowed or sample is None:
         raise DataError(missing)
     folder = root / SAMPLES_FOLDER / sample.name
     if temporary is not None and not (folder / MANIFEST_FILE).is_file():
         folder = temporary / sample.name
     try:
-        if not (folder / MANIFEST_FILE).is_file():
-            sample.prepare(folder)
-        store = open_store(folder)
+        if (folder / MANIFEST_FILE).is_file():
+            store = open_store(folder)
+        else:
+            store = write(sample, Request(task=task, folder=folder))
     except DataError as error:
         raise DataError(f"{missing} (Its sample cannot stand in: {error})") from error
     log.warning(
         "data: %s. %s has no prepared LRA data in %s, so this runs on %s. For LRA: %s",
-        *(store.manifest.label, task.name, root, sample.what, command),
+        *(store.manifest.label, task.name, root, sample.sample, command),
     )
     return store
+
+
+# -- preparing ----------------------------------------------------------------------------------
 
 
 def prepare_data(
@@ -129,7 +221,7 @@ def prepare_data(
     *,
     source: Path | Source | None = None,
     workers: int | None = None,
-    address: str | None = None,
+    on_cluster: bool = False,
     options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Store:
@@ -139,7 +231,7 @@ def prepare_data(
         data_root: default: the default root.
         source: folder or archive; None generates the set, or downloads it where dmx cannot.
         workers: local processes for generated sets; default: all CPUs.
-        address: of a Ray cluster that generates instead.
+        on_cluster: the Ray cluster that is connected generates instead.
         options: settings of the reader (seed, num_images, render, num_train, ...).
         force: replace an existing store.
 
@@ -151,36 +243,32 @@ def prepare_data(
     root = (data_root or default_data_root()).absolute()
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1.")
-    opened = open_source(source) if isinstance(source, Path) else source
-    reader = choose(task, opened)
-    if opened is None and reader.address:
+    given = open_source(source) if isinstance(source, Path) else source
+    reader, inner = _choose(task, given)
+    if given is None and reader.address:
         if is_prepared(task.name, root) and not force:
             log.info("%s is prepared already", root / task.name)
             return open_store(root / task.name)
         from dmx.data.download import download  # requests takes a moment to import
 
-        archive = download(reader.address, root / DOWNLOADS_FOLDER, reader.address_checksum)
-        opened = open_source(archive)
-        if not reader.fits(task, opened):
+        archive = download(reader.address, root / DOWNLOADS_FOLDER, reader.checksum)
+        given = open_source(archive)
+        if (found := reader.found(task, given)) is None:
             raise DataError(f"{archive} does not hold {reader.expects}.")
+        inner = found
+    for name in options or ():
+        if name not in reader.options:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} has no effect on {task.name} from {reader.name}.")
     request = Request(
         task=task,
         folder=root / task.name,
-        source=opened,
-        root=reader.find(task, opened) or "" if reader.find and opened else "",
+        given=given and given.at(inner),
         workers=workers or num_cores(),
-        address=address,
+        on_cluster=on_cluster,
         options=dict(options or {}),
     )
-    reader.check(request)
-    fields = {"data_name": reader.name, **reader.describe(request)}
-    manifest = Manifest.for_task(task, **fields)
-    write_store(
-        *(request.folder, manifest),
-        lambda writer: reader.fill(request, writer),
-        replace_existing=force,
-    )
-    store = open_store(request.folder)
+    store = write(reader, request, force=force)
     log.info(
         "%s is ready in %s: %s, %s (%s)",
         store.manifest.label,
@@ -192,53 +280,61 @@ def prepare_data(
     return store
 
 
-def choose(task: Task, source: Source | None) -> Reader:
-    """The reader for the task and source.
+def write(reader: Reader, request: Request, *, force: bool = False) -> Store:
+    """The store that the reader makes of what is requested, unless it is there already."""
+    fields = {"data_name": reader.name, "is_sample": bool(reader.sample)}
+    manifest = Manifest.for_task(request.task, **fields | reader.describe(request))
+
+    def fill(writer: StoreWriter) -> Mapping[str, Any] | None:
+        with request.given.explained() if request.given else nullcontext():
+            return reader.fill(request, writer)
+
+    return write_store(request.folder, manifest, fill, replace_existing=force)
+
+
+def _choose(task: Task, source: Source | None) -> tuple[Reader, str]:
+    """The reader for the task and source, and the folder of the data in the source.
 
     Raises:
         DataError: none fits; the sentence says what was looked for.
     """
     readers = readers_for(task)
     for reader in readers:
-        if reader.fits(task, source) or (source is None and reader.address):
-            return reader
+        if (inner := reader.found(task, source)) is not None:
+            return reader, inner
     if source is None:
         raise DataError(f"{task.name} cannot be generated or downloaded; pass --source PATH.")
     whole = source.path.parent
     remedy = ""
     with suppress(DataError):  # a part of the right folder was given
-        if source.path.is_dir() and any(r.fits(task, open_source(whole)) for r in readers):
+        if source.path.is_dir() and _holds(open_source(whole), task):
             remedy = f" {whole} does hold them; pass that."
     expected = "; or ".join(r.expects for r in readers if r.expects)
     raise DataError(f"{source.path} holds no data for {task.name}. Looked for: {expected}.{remedy}")
 
 
+def _holds(source: Source, task: Task) -> bool:
+    return any(reader.found(task, source) is not None for reader in readers_for(task))
+
+
 def prepare_all(
     source: Path, data_root: Path | None = None, *, force: bool = False
-) -> tuple[list[Store], dict[str, str]]:
-    """Prepare every published task that `source` holds; one failure does not stop the others.
-
-    Returns:
-        The stores, and for each task that failed, its error.
+) -> dict[str, str]:
+    """Prepare every published task that `source` holds; the errors of those that failed.
 
     Raises:
         DataError: the source does not exist or holds no known task.
     """
     opened = open_source(source)
-    held = [
-        name
-        for name in task_names()
-        if any(r.fits(task_for(name), opened) for r in readers_for(task_for(name)))
-    ]
+    held = [name for name in task_names() if _holds(opened, task_for(name))]
     if not held:
         raise DataError(f"{opened.path} holds no data for any task of dmx.")
     log.info("%s holds %s", opened.path, ", ".join(held))
-    stores: list[Store] = []
     failed: dict[str, str] = {}
     for name in held:
         try:
-            stores.append(prepare_data(name, data_root, source=opened, force=force))
+            prepare_data(name, data_root, source=opened, force=force)
         except DmxError as error:
             log.error("%s: %s", name, error)
             failed[name] = str(error)
-    return stores, failed
+    return failed

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
-import socket
+import pickle
 import subprocess
 import sys
 import threading
@@ -22,31 +23,28 @@ import traceback
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.progress import progress
-from dmx.errors import ConfigError, DataError, DmxError
+from dmx.errors import DataError, DmxError
 from dmx.storage.files import explained, write_atomic
+from dmx.terminal import progress
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, npt.NDArray[Any]]
 _POLL_SECONDS = 0.1
-_FAILED = 3
-"""Exit code of a worker that says why."""
+_REFUSED, _BROKEN = 3, 4
+"""Exit codes of a worker that says why: an error of dmx's own, any other."""
 _TASKS_PER_CPU = 2
-_CONNECT_SECONDS = 10.0
-_PATIENCE_SECONDS = 30.0
-_AGAIN_SECONDS = 180.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """What is to be made.
+    """What is to be made. A shard is the range of its examples.
 
     Attributes:
         store: the store that the shards will become; they lie in a hidden folder beside it.
@@ -70,25 +68,33 @@ class ShardPlan:
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self.store.with_name(f".{self.store.name}.shards-{digest}")
 
-    def __len__(self) -> int:
-        return -(-self.total // self.size)
+    @property
+    def shards(self) -> list[range]:
+        """All of them, in order."""
+        starts = range(0, self.total, self.size)
+        return [range(start, min(start + self.size, self.total)) for start in starts]
 
-    def bounds(self, shard: int) -> tuple[int, int]:
-        """First example of the shard, and the one after its last."""
-        return shard * self.size, min((shard + 1) * self.size, self.total)
+    @property
+    def missing(self) -> list[range]:
+        """Those still to be made."""
+        return [shard for shard in self.shards if not self.path(shard).exists()]
 
-    def path(self, shard: int) -> Path:
+    def path(self, shard: range) -> Path:
         """File of the shard; a last, shorter shard has its own name, so `total` may grow later."""
-        start, stop = self.bounds(shard)
-        return self.folder / f"{start:08d}-{stop:08d}.npz"
+        return self.folder / f"{shard.start:08d}-{shard.stop:08d}.npz"
+
+    def put(self, shard: range, content: bytes) -> None:
+        """Write the shard's file."""
+        with explained(self.path(shard), "write"):
+            write_atomic(self.path(shard), content)
 
 
-def make_shards(plan: ShardPlan, *, workers: int, address: str | None = None) -> None:
+def make_shards(plan: ShardPlan, *, workers: int, on_cluster: bool = False) -> None:
     """Make the shards that are missing.
 
     Args:
-        workers: local processes; 1 works in this process. With `address` it limits nothing.
-        address: of a Ray cluster whose CPUs make the shards instead.
+        workers: local processes; 1 works in this process.
+        on_cluster: the CPUs of the Ray cluster that is connected make the shards instead.
 
     Raises:
         DataError: the disk is full or read-only, or a worker died. Finished shards stay.
@@ -97,36 +103,57 @@ def make_shards(plan: ShardPlan, *, workers: int, address: str | None = None) ->
         plan.folder.mkdir(parents=True, exist_ok=True)
         for stale in plan.folder.glob(".*.partial"):
             stale.unlink()
-    missing = [shard for shard in range(len(plan)) if not plan.path(shard).exists()]
-    todo = sum(stop - start for start, stop in map(plan.bounds, missing))
-    if not missing:
+    if not (missing := plan.missing):
         return
-    done = plan.total - todo
-    if done:
+    if done := plan.total - sum(map(len, missing)):
         log.info("continuing %s: %d of %d %s exist", plan.store.name, done, plan.total, plan.unit)
-    if address is not None:
-        finished = _on_cluster(plan, missing, address)
+    if on_cluster:
+        finished = _on_cluster(plan, missing)
     elif workers > 1 and len(missing) > 1:
         finished = _in_processes(plan, missing, min(workers, len(missing)))
     else:
-        finished = (_make_here(plan, shard) for shard in missing)
+        finished = _in_order(plan, missing)
     with progress(plan.store.name, plan.total, plan.unit, done) as advance:
         for shard in finished:
-            start, stop = plan.bounds(shard)
-            advance(stop - start)
+            advance(len(shard))
 
 
-def _make_here(plan: ShardPlan, shard: int) -> int:
-    """Make the shard and put it into its place; its number."""
-    content = _make(plan.maker, *plan.bounds(shard), dict(plan.arguments))
-    with explained(plan.path(shard), "write"):
-        write_atomic(plan.path(shard), content)
-    return shard
+def read_shards(plan: ShardPlan) -> Iterator[tuple[int, Arrays]]:
+    """(first example, arrays) of every shard, in order.
+
+    Raises:
+        DataError: a shard is damaged; it is removed, so that the next run makes it again.
+    """
+    for shard in plan.shards:
+        path = plan.path(shard)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            path.unlink(missing_ok=True)
+            raise DataError(
+                f"Shard {path} is damaged ({error}) and was removed; run the same command again."
+            ) from error
+        yield shard.start, arrays
 
 
 def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes:
+    """A shard as the bytes of a compressed npz file, whose parts carry a CRC."""
     module, _, function = maker.partition(":")
-    return pack(getattr(importlib.import_module(module), function)(start, stop, **arguments))
+    arrays = getattr(importlib.import_module(module), function)(start, stop, **arguments)
+    buffer = io.BytesIO()
+    # Not np.savez, which compresses for three times as long.
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as part:
+                np.lib.format.write_array(part, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _in_order(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
+    for shard in shards:
+        plan.put(shard, _make(plan.maker, shard.start, shard.stop, dict(plan.arguments)))
+        yield shard
 
 
 # -- worker processes ---------------------------------------------------------------------------
@@ -136,67 +163,61 @@ def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes
 # Ray's threads; and both outlive a parent that is killed with -9.
 
 
-def _in_processes(plan: ShardPlan, shards: list[int], count: int) -> Iterator[int]:
+def _in_processes(plan: ShardPlan, shards: list[range], count: int) -> Iterator[range]:
     """Shards as `count` processes finish them, in any order.
 
     Raises:
         DataError: a worker died (killed for memory, say), or the maker raised it.
     """
-    workers = [_Worker(plan, shards[number::count]) for number in range(count)]
+    workers = [_start_worker(plan, shards[number::count]) for number in range(count)]
     left = set(shards)
     try:
         while left:
-            ended = [worker for worker in workers if worker.process.poll() is not None]
+            ended = [worker for worker in workers if worker.poll() is not None]
             done = {shard for shard in left if plan.path(shard).exists()}
-            yield from sorted(done)
+            yield from done
             left -= done
             for worker in ended:
-                worker.check(plan)
+                _check(worker, plan)
             if left:
                 time.sleep(_POLL_SECONDS)
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.kill()
         for worker in workers:
-            worker.process.communicate()
+            worker.communicate()
 
 
-class _Worker:
-    """`python -m dmx.data.shards`, its job on standard input, whose end is its own."""
+def _start_worker(plan: ShardPlan, shards: list[range]) -> subprocess.Popen[bytes]:
+    """A worker, its job on standard input, whose end is its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        # One process per core: threads inside a worker would only compete.
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import _work; _work()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C goes to the parent alone
+    )
+    assert worker.stdin is not None
+    with suppress(BrokenPipeError):  # it is dead, which `_check` says
+        pickle.dump((plan, shards), worker.stdin)
+        worker.stdin.flush()
+    return worker
 
-    def __init__(self, plan: ShardPlan, shards: list[int]) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            # One process per core: threads inside a worker would only compete.
-            "OMP_NUM_THREADS": "1",
-            "NUMBA_NUM_THREADS": "1",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dmx.data.shards"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C goes to the parent alone
-        )
-        job = {**asdict(plan), "store": str(plan.store), "arguments": dict(plan.arguments)}
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it is dead, which `check` says
-            self.process.stdin.write(json.dumps([job, shards]).encode() + b"\n")
-            self.process.stdin.flush()
 
-    def check(self, plan: ShardPlan) -> None:
-        """Raise what ended the worker, if it is not that its part is done."""
-        code = self.process.returncode
-        if not code:
-            return
-        assert self.process.stdout is not None
-        answer = self.process.stdout.read()
-        if code == _FAILED and answer:
-            kind, message = json.loads(answer)
-            raise {"ConfigError": ConfigError, "DataError": DataError}.get(kind, RuntimeError)(
-                message
-            )
+def _check(worker: subprocess.Popen[bytes], plan: ShardPlan) -> None:
+    """Raise what ended the worker, if it is not that its part is done."""
+    code = worker.returncode
+    assert worker.stdout is not None
+    if code in (_REFUSED, _BROKEN) and (said := worker.stdout.read().decode()):
+        raise DataError(said) if code == _REFUSED else RuntimeError(said)
+    if code:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise DataError(
             f"A worker process died ({how}) while making {plan.store.name}, perhaps for lack of "
@@ -207,148 +228,64 @@ class _Worker:
 def _work() -> None:
     """A worker's life."""
     # The answer has the real stdout for itself; whatever a library writes goes to stderr.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    job, shards = json.loads(sys.stdin.buffer.readline())
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    plan, shards = pickle.load(sys.stdin.buffer)  # by _start_worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    plan = ShardPlan(**{**job, "store": Path(job["store"])})
+    code = 0
     try:
-        for shard in shards:
-            _make_here(plan, shard)
+        for _ in _in_order(plan, shards):
+            pass
     except Exception as error:
-        ours = isinstance(error, DmxError)
-        told = [type(error).__name__, str(error)] if ours else ["", traceback.format_exc()]
-        answer.write(json.dumps(told))
+        code = _REFUSED if isinstance(error, DmxError) else _BROKEN
+        answer.write(str(error) if code == _REFUSED else traceback.format_exc())
         answer.flush()
-        os._exit(_FAILED)
-    os._exit(0)  # at once: an ordinary end would wait for the thread
+    os._exit(code)  # at once: an ordinary end would wait for the thread
 
 
 def _end_with_parent() -> None:
     while os.read(0, 1):  # to the end of its input, which is the parent's end
         pass
-    os._exit(_FAILED)
+    os._exit(_BROKEN)
 
 
 # -- a Ray cluster ------------------------------------------------------------------------------
 
 
-def _on_cluster(plan: ShardPlan, shards: list[int], address: str) -> Iterator[int]:
-    """Shards as the cluster at `address` finishes them; their bytes come back and are written here,
+def _on_cluster(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
+    """Shards as the connected cluster finishes them; their bytes come back and are written here,
     so that nodes need no shared file system.
 
     Raises:
-        DataError: Ray is not installed, the cluster does not answer, or a task failed.
+        DataError: the cluster has no CPU, or a task failed.
     """
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise DataError("--address needs Ray; run: pip install dmx-lra") from error
-    started = not ray.is_initialized()
-    if started:
-        _check_reachable(address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"No Ray cluster answers at {address!r}: {reason}") from error
-    try:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if not cpus:
-            raise DataError(
-                f"the Ray cluster at {address!r} has no CPU, and each shard is made by one; start "
-                "a node with CPUs, or leave --address out."
-            )
-        log.info("making %s on %d CPUs of the Ray cluster", plan.store.name, cpus)
-        # A node that dies takes its tasks along; Ray runs them again elsewhere.
-        make = ray.remote(num_cpus=1, max_retries=3)(_make)
-        todo = list(reversed(shards))
-        running: dict[Any, int] = {}
-        while todo or running:
-            while todo and len(running) < cpus * _TASKS_PER_CPU:
-                shard = todo.pop()
-                task = make.remote(plan.maker, *plan.bounds(shard), dict(plan.arguments))
-                running[task] = shard
-            ready = _first(ray, list(running), cpus, _PATIENCE_SECONDS)
-            shard = running.pop(ready)
-            try:
-                content = ray.get(ready)
-            except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise DataError(
-                    f"A Ray task failed while making {plan.store.name}: {reason} What is done is "
-                    "kept; run the same command again."
-                ) from error
-            with explained(plan.path(shard), "write"):
-                write_atomic(plan.path(shard), content)
-            yield shard
-    finally:
-        if started:
-            ray.shutdown()
+    import ray
 
-
-def _first(ray: Any, running: list[Any], cpus: int, seconds: float) -> Any:
-    """The first that is done; says what is free where none is after so long, and again later."""
-    waited = 0.0
-    while True:
-        done, _ = ray.wait(running, num_returns=1, timeout=seconds)
-        if done:
-            return done[0]
-        waited, seconds = waited + seconds, max(seconds, _AGAIN_SECONDS)
-        free = ray.available_resources().get("CPU", 0.0)
-        log.warning(
-            "no shard of data came back for %.0f s: each asks for 1 CPU, and %g of the cluster's "
-            "%d are free; they wait for room where other work holds the rest.",
-            waited,
-            free,
-            cpus,
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if not cpus:
+        raise DataError(
+            "the Ray cluster has no CPU, and each shard is made by one; start a node with CPUs, or "
+            "leave --address out."
         )
-
-
-def _check_reachable(address: str) -> None:
-    """Raise DataError at once when nothing listens at host:port; Ray itself tries for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
-        return  # "auto" or "local"
-    try:
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise DataError(f"No Ray cluster answers at {address!r}: {error}") from error
-
-
-# -- files --------------------------------------------------------------------------------------
-
-
-def pack(arrays: Arrays) -> bytes:
-    """Arrays as the bytes of a compressed npz file, whose parts carry a CRC."""
-    buffer = io.BytesIO()
-    # Not np.savez: it stamps no time, but lets zipfile choose a level that may change.
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, array in arrays.items():
-            part = io.BytesIO()
-            np.lib.format.write_array(part, array, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getvalue(), zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
-def read_shards(plan: ShardPlan) -> Iterator[tuple[int, Arrays]]:
-    """(first example, arrays) of every shard, in order.
-
-    Raises:
-        DataError: a shard is damaged; it is removed, so that the next run makes it again.
-    """
-    for shard in range(len(plan)):
-        path = plan.path(shard)
+    log.info("making %s on %d CPUs of the Ray cluster", plan.store.name, cpus)
+    # A node that dies takes its tasks along; Ray runs them again elsewhere.
+    make = ray.remote(num_cpus=1, max_retries=3)(_make)
+    todo = iter(shards)
+    running: dict[Any, range] = {}
+    while True:
+        for shard in itertools.islice(todo, cpus * _TASKS_PER_CPU - len(running)):
+            task = make.remote(plan.maker, shard.start, shard.stop, dict(plan.arguments))
+            running[task] = shard
+        if not running:
+            return
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        shard = running.pop(ready)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            path.unlink(missing_ok=True)
+            plan.put(shard, ray.get(ready))
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
             raise DataError(
-                f"Shard {path} is damaged ({error}) and was removed; run the same command again."
+                f"A Ray task failed while making {plan.store.name}: {reason} What is done is "
+                "kept; run the same command again."
             ) from error
-        yield plan.bounds(shard)[0], arrays
-
-
-if __name__ == "__main__":
-    _work()
+        yield shard

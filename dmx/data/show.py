@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from rich.table import Table
+from rich.table import Column, Table
 
-from dmx.data.manifest import Manifest
 from dmx.data.prepare import SAMPLES_FOLDER
 from dmx.data.readers.listops import decode as decode_listops
 from dmx.data.readers.text import decode as decode_text
-from dmx.data.store import Split, Store, open_store
+from dmx.data.store import Manifest, Split, Store, open_store
 from dmx.errors import ConfigError, DataError
 from dmx.format import scaled
 from dmx.storage.files import MANIFEST_FILE, explained
@@ -24,8 +22,7 @@ from dmx.tasks import SPLITS, task_for
 _LEAST_TILE = 128
 """Small images are enlarged to at least so many pixels, by a whole factor."""
 _GAP = 4
-_CAPTION = 14
-_LARGE_CAPTION = 22
+_CAPTION = 22
 """TensorBoard shrinks pictures."""
 _BINS = 16
 _BAR = 40
@@ -60,19 +57,9 @@ def stores(data_root: Path, *, verify: bool = False) -> list[StoreRow]:
     for pattern in (f"*/{MANIFEST_FILE}", f"{SAMPLES_FOLDER}/*/{MANIFEST_FILE}"):
         for path in sorted(data_root.glob(pattern)):
             try:
-                manifest = open_store(path.parent, verify=verify).manifest
+                rows.append(_row(open_store(path.parent, verify=verify).manifest))
             except DataError as error:
                 rows.append(StoreRow(path.parent.name, checksum=_DAMAGED, origin=str(error)))
-                continue
-            train, dev, test = (f"{manifest.splits[split]:,}" for split in SPLITS)
-            index = [manifest.files[f"{split}.index.npy"]["sha256"] for split in SPLITS]
-            if index[1] == index[2]:
-                dev = "= test"
-            size, checksum = scaled(manifest.num_bytes, "B"), manifest.checksum[:12]
-            tokens = str(manifest.max_length)
-            rows.append(
-                StoreRow(manifest.label, train, dev, test, tokens, size, checksum, manifest.origin)
-            )
     for folder in sorted(data_root.glob(".*.shards-*")):
         task = folder.name[1:].rpartition(".shards-")[0]
         shards = len(list(folder.glob("[0-9]*.npz")))
@@ -81,18 +68,32 @@ def stores(data_root: Path, *, verify: bool = False) -> list[StoreRow]:
     return rows
 
 
+def _row(manifest: Manifest) -> StoreRow:
+    train, dev, test = (f"{manifest.splits[split]:,}" for split in SPLITS)
+    index = [manifest.files[f"{split}.index.npy"].sha256 for split in SPLITS]
+    return StoreRow(
+        data=manifest.label,
+        train=train,
+        dev="= test" if index[1] == index[2] else dev,
+        test=test,
+        tokens=str(manifest.max_length),
+        size=scaled(manifest.num_bytes, "B"),
+        checksum=manifest.checksum[:12],
+        origin=manifest.origin,
+    )
+
+
 def strip(store: Store, split_name: str, count: int) -> Image.Image:
     """The first `count` images of a split side by side, each with its label below.
 
     Raises:
-        ConfigError: the task has no images, or fewer.
+        ConfigError: there are fewer.
     """
     split = store.split(split_name)
     _check_count(count, split)
-    names = [class_name(store.manifest, int(label)) for label in split.labels[:count]]
-    return pictures(store, split_name, range(count), [(name, "black") for name in names]).convert(
-        "L"
-    )
+    names = [store.manifest.class_name(int(label)) for label in split.labels[:count]]
+    captions = [(name, "black") for name in names]
+    return pictures(store, split_name, range(count), captions).convert("L")
 
 
 def pictures(
@@ -111,8 +112,8 @@ def pictures(
     pixels = store.split(split_name).gather(list(numbers), side * side).astype(np.uint8)
     tile = side * max(1, -(-_LEAST_TILE // side))
     columns = min(columns or len(numbers), len(numbers))
-    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _LARGE_CAPTION
-    font = ImageFont.load_default(_LARGE_CAPTION - 4)
+    width, height = columns * (tile + _GAP) + _GAP, tile + 2 * _GAP + _CAPTION
+    font = ImageFont.load_default(_CAPTION - 4)
     picture = Image.new("RGB", (width, height * -(-len(numbers) // columns)), "white")
     draw = ImageDraw.Draw(picture)
     for place, (row, (text, colour)) in enumerate(zip(pixels, captions, strict=True)):
@@ -121,19 +122,6 @@ def pictures(
         picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (left, top + _GAP))
         draw.text((left, top + tile + _GAP), text, fill=colour, font=font)
     return picture
-
-
-def histogram(lengths: npt.NDArray[np.int64], max_length: int) -> Table:
-    """How many examples have how many tokens, as bars."""
-    counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max_length))
-    table = Table(box=None)
-    table.add_column("tokens", justify="right")
-    table.add_column("examples", justify="right")
-    table.add_column("")
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(_BAR * count / max(1, counts.max()))
-        table.add_row(f"{low:.0f}-{high:.0f}", f"{count:,}", bar)
-    return table
 
 
 def headline(store: Store, split_name: str) -> str:
@@ -149,15 +137,36 @@ def headline(store: Store, split_name: str) -> str:
 def classes(store: Store, split_name: str) -> Table:
     """Examples per class."""
     manifest, split = store.manifest, store.split(split_name)
-    counts = np.bincount(split.labels, minlength=manifest.num_classes)
-    table = Table(box=None)
-    table.add_column("class")
-    table.add_column("examples", justify="right")
-    table.add_column("share", justify="right")
-    for label, count in enumerate(counts):
+    table = Table("class", _right("examples"), _right("share"), box=None)
+    for label, count in enumerate(np.bincount(split.labels, minlength=manifest.num_classes)):
         name = manifest.class_names[label] if manifest.class_names else str(label)
         table.add_row(name, f"{count:,}", f"{count / len(split):.1%}")
     return table
+
+
+def histogram(split: Split, max_length: int) -> Table:
+    """How many examples have how many tokens, as bars."""
+    counts, edges = np.histogram(split.lengths, bins=_BINS, range=(0, max_length))
+    table = Table(_right("tokens"), _right("examples"), "", box=None)
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(_BAR * count / max(1, counts.max()))
+        table.add_row(f"{low:.0f}-{high:.0f}", f"{count:,}", bar)
+    return table
+
+
+def _right(title: str) -> Column:
+    return Column(title, justify="right")
+
+
+def length_picture(split: Split, manifest: Manifest) -> Any:
+    """The length histogram as a figure, for `--out`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.hist(split.lengths, bins=64, range=(0, manifest.max_length), color="0.3")
+    axes.set(title=f"{manifest.label}, {split.name}", xlabel="tokens", ylabel="examples")
+    return figure
 
 
 def snippets(store: Store, split_name: str, count: int) -> Iterator[str]:
@@ -165,34 +174,19 @@ def snippets(store: Store, split_name: str, count: int) -> Iterator[str]:
     manifest, split = store.manifest, store.split(split_name)
     _check_count(count, split)
     for number in range(count):
-        name = class_name(manifest, int(split.labels[number]))
+        name = manifest.class_name(int(split.labels[number]))
         yield f"[{name}] {snippet(manifest, split, number)}"
 
 
 def snippet(manifest: Manifest, split: Split, number: int) -> str:
     """The beginning of a text, decoded, in one line; of both texts of a pair."""
     decode = decode_listops if manifest.task == "listops" else decode_text
-    texts = [split.tokens(number)] + ([split.tokens_1(number)] if manifest.paired else [])
-    return " || ".join(decode(ids)[:_SNIPPET].replace("\n", " ") for ids in texts)
+    texts = [decode(split.tokens(number, side)) for side in range(1 + manifest.paired)]
+    return " || ".join(text[:_SNIPPET].replace("\n", " ") for text in texts)
 
 
-def length_picture(split: Split, manifest: Manifest) -> Image.Image:
-    """The length histogram as a picture, for `--out`."""
-    counts, edges = np.histogram(split.lengths, bins=64, range=(0, manifest.max_length))
-    width, height = 640, 240
-    picture = Image.new("L", (width, height + 2 * _CAPTION), 255)
-    draw = ImageDraw.Draw(picture)
-    draw.text((4, 0), f"{manifest.label}, {split.name}: tokens per example", fill=0)
-    for place, count in enumerate(counts):
-        left, top = place * 10, _CAPTION + height - round(height * count / max(1, counts.max()))
-        draw.rectangle((left, top, left + 8, _CAPTION + height), fill=80)
-    draw.text((4, height + _CAPTION), "0", fill=0)
-    draw.text((width - 40, height + _CAPTION), f"{edges[-1]:.0f}", fill=0)
-    return picture
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG.
+def save(picture: Any, path: Path) -> None:
+    """Write an image or a figure as a PNG.
 
     Raises:
         ConfigError: the name is no .png. DataError: the folder does not exist or is read-only.
@@ -200,15 +194,10 @@ def save(picture: Image.Image, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--out {path} must end with .png.")
     with explained(path, "write"):
-        picture.save(path, format="PNG")
+        write = picture.save if isinstance(picture, Image.Image) else picture.savefig
+        write(path, format="png")
 
 
 def _check_count(count: int, split: Split) -> None:
     if not 1 <= count <= len(split):
         raise ConfigError(f"--num {count} must lie in 1..{len(split)}, the size of {split.name}.")
-
-
-def class_name(manifest: Manifest, label: int) -> str:
-    """A class by number, and by name where it has one: `1 connected`."""
-    name = manifest.class_names[label] if manifest.class_names else ""
-    return str(label) if name in ("", str(label)) else f"{label} {name}"

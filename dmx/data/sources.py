@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import copy
 import gzip
-import io
 import logging
 import lzma
 import os
@@ -17,13 +17,14 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from dmx.data.progress import progress
 from dmx.errors import DataError
+from dmx.terminal import progress
 
 log = logging.getLogger(__name__)
 MAX_SMALL_BYTES = 256 << 20
@@ -41,17 +42,22 @@ _OTHER_FORMATS = {
     b"\x28\xb5\x2f\xfd": "a Zstandard archive",
 }
 """First bytes of archives that Python 3.11 cannot read."""
-_DAMAGE = (
-    *(tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError),
-    zipfile.BadZipFile,
-)
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 class Source(ABC):
-    """Files by relative path with `/`; "" is the top folder."""
+    """Files by relative path with `/`; "" is the top folder.
+
+    Hidden ones, whose names begin with a dot, belong to a file system and are left out of lists.
+
+    Attributes:
+        path: its top folder, for messages; in an archive it is no path on the disk.
+        given: the folder or archive that the user gave.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.given = path
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -59,13 +65,11 @@ class Source(ABC):
 
     @abstractmethod
     def files(self, folder: str) -> list[str]:
-        """Names of the files directly in `folder`, sorted; [] if there is no such folder. Hidden
-        ones, whose names begin with a dot, belong to a file system and are left out.
-        """
+        """Names of the files directly in `folder`, sorted; [] if there is no such folder."""
 
     @abstractmethod
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly in `folder`, sorted, without hidden ones."""
+        """Names of the folders directly in `folder`, sorted."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -78,7 +82,8 @@ class Source(ABC):
     @abstractmethod
     def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
         """(name, stream) of the files; in the given order for a folder, an archive's own order
-        for an archive. A stream is valid until the next one is asked for.
+        for an archive. A stream is valid until the next one is asked for, and read where errors
+        are `explained`.
 
         Raises:
             DataError: a file is missing, or the archive is damaged.
@@ -93,22 +98,45 @@ class Source(ABC):
             DataError: there are several.
         """
 
+    @abstractmethod
+    def at(self, folder: str) -> Source:
+        """One of its folders as a source."""
+
     def read_small(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """(name, content) of files that are read whole.
 
         Raises:
             DataError: also when a file is larger than 256 MiB.
         """
-        for name, stream in self.open(names):
-            # Not read(limit): that would reserve the limit's memory for each of 50,000 reviews.
-            if self.size(name) > MAX_SMALL_BYTES:
-                limit = f"{MAX_SMALL_BYTES >> 20} MiB"
-                raise DataError(f"{self.describe(name)} is larger than {limit}.")
-            yield name, stream.read()
+        with self.explained():
+            for name, stream in self.open(names):
+                # Not read(limit): that would reserve the limit's memory for each of 50,000 reviews.
+                if self.size(name) > MAX_SMALL_BYTES:
+                    limit = f"{MAX_SMALL_BYTES >> 20} MiB"
+                    raise DataError(f"{self.describe(name)} is larger than {limit}.")
+                yield name, stream.read()
 
     def describe(self, name: str) -> str:
         """A file of the source, for messages."""
-        return f"{self.path}/{name}" if name else str(self.path)
+        return f"{self.path}/{name}"
+
+    def missing(self, name: str) -> DataError:
+        """The error of a file that is not there."""
+        return DataError(f"{self.describe(name)} is missing; the source is incomplete.")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within the block an error of reading becomes a DataError that names the source."""
+        try:
+            yield
+        except _DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(
+                    f"Cannot read {error.filename or self.given}: {error.strerror}."
+                ) from error
+            raise DataError(
+                f"{self.given} is truncated or damaged, or no archive ({error})."
+            ) from error
 
 
 class FolderSource(Source):
@@ -122,40 +150,32 @@ class FolderSource(Source):
         return (self.path / name).exists()
 
     def files(self, folder: str) -> list[str]:
-        return self._entries(folder, files=True)
+        return self._names(folder, os.DirEntry.is_file)
 
     def folders(self, folder: str) -> list[str]:
-        return self._entries(folder, files=False)
+        return self._names(folder, os.DirEntry.is_dir)
 
-    def _entries(self, folder: str, *, files: bool) -> list[str]:
+    def _names(self, folder: str, kind: Callable[[os.DirEntry[str]], bool]) -> list[str]:
         path = self.path / folder
         if not path.is_dir():
             return []
-        try:
-            with os.scandir(path) as entries:  # far fewer stat calls than iterdir: 200,000 images
-                found = [e.name for e in entries if (e.is_file() if files else e.is_dir())]
-        except OSError as error:
-            raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-        return sorted(name for name in found if not name.startswith("."))
+        with self.explained(), os.scandir(path) as entries:  # no stat: there are 200,000 images
+            return sorted(e.name for e in entries if not e.name.startswith(".") and kind(e))
 
     def size(self, name: str) -> int:
         try:
             return (self.path / name).stat().st_size
         except OSError as error:
-            raise DataError(
-                f"{self.describe(name)} is missing; the source is incomplete."
-            ) from error
+            raise self.missing(name) from error
 
     def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
         for name in names:
-            path = self.path / name
             try:
-                with path.open("rb") as stream:
-                    yield name, stream
+                stream = (self.path / name).open("rb")
             except FileNotFoundError as error:
-                raise DataError(f"{path} is missing; the source is incomplete.") from error
-            except OSError as error:
-                raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+                raise self.missing(name) from error
+            with stream:
+                yield name, stream
 
     def locate(self, tails: Sequence[str], probe: str) -> str | None:
         """Looks in the folder itself, then one level deeper, then two; see Source.locate."""
@@ -182,28 +202,47 @@ class FolderSource(Source):
             self._levels.append(below[:_MAX_FOLDERS])
         return self._levels[depth]
 
+    def at(self, folder: str) -> Source:
+        inner = FolderSource(self.path / folder)
+        inner.given = self.given
+        return inner
+
+
+_Member = tuple[str, int, Callable[[], IO[bytes] | None]]
+"""Name, bytes, and what opens it."""
+
 
 class ArchiveSource(Source):
     """An archive. The first question lists it once from end to end."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._files: dict[str, dict[str, int]] | None = None
+    _root = ""
 
     @abstractmethod
-    def entries(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes) of every file in it, each name checked by `safe_name`.
+    def members(self) -> Generator[_Member]:
+        """All its files, each name checked by `safe_name`."""
 
-        Raises:
-            DataError: it is damaged.
-        """
-
-    @property
+    @cached_property
     def index(self) -> dict[str, dict[str, int]]:
-        """Folder -> the files directly in it and their bytes, for every folder of the archive."""
-        if self._files is None:
-            self._files = self._list()
-        return self._files
+        """Folder -> the files directly in it and their bytes, for every folder."""
+        index: dict[str, dict[str, int]] = {"": {}}
+        count = 0
+        with progress(f"listing {self.given.name}", 0, "files") as step, self.explained():
+            for name, size, _ in self.members():
+                step(1)
+                count += 1
+                if count > _MAX_MEMBERS:
+                    raise DataError(f"{self.given} has more than {_MAX_MEMBERS:,} files.")
+                if name.startswith((".", _MAC_FOLDER)) or "/." in name:
+                    continue  # hidden, or a Mac's own notes on files
+                folder, base = posixpath.split(name)
+                parent = folder
+                while parent and parent not in index:
+                    index[parent] = {}
+                    parent = posixpath.dirname(parent)
+                index[folder][base] = size
+        if not count:
+            raise DataError(f"{self.given} holds no files.")
+        return index
 
     def has(self, name: str) -> bool:
         folder, base = posixpath.split(name)
@@ -217,6 +256,33 @@ class ArchiveSource(Source):
         below = (f[len(prefix) :] for f in self.index if f.startswith(prefix) and f != folder)
         return sorted({name.split("/")[0] for name in below if name})
 
+    def size(self, name: str) -> int:
+        folder, base = posixpath.split(name)
+        try:
+            return self.index[folder][base]
+        except KeyError:
+            raise self.missing(name) from None
+
+    def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
+        wanted = {posixpath.join(self._root, name): name for name in names}
+        for name in wanted.values():
+            self.size(name)  # which it has
+        with self.explained(), closing(self.members()) as members:
+            for full, _, opener in members:
+                if full in wanted:
+                    name = wanted.pop(full)
+                    try:
+                        stream = opener()
+                    except (RuntimeError, NotImplementedError) as error:  # a password, a method
+                        raise DataError(
+                            f"{self.describe(name)} cannot be read ({error}); unpack the archive "
+                            "and give the folder."
+                        ) from error
+                    assert stream is not None
+                    yield name, stream
+                    if not wanted:
+                        return
+
     def locate(self, tails: Sequence[str], probe: str) -> str | None:
         """Of several folders that fit a tail the deepest; see Source.locate."""
         for tail in tails:
@@ -227,160 +293,52 @@ class ArchiveSource(Source):
                     return root
         return None
 
-    def size(self, name: str) -> int:
-        folder, base = posixpath.split(name)
-        try:
-            return self.index[folder][base]
-        except KeyError:
-            raise DataError(
-                f"{self.describe(name)} is missing; the archive is incomplete."
-            ) from None
-
-    def wanted(self, names: Iterable[str]) -> set[str]:
-        """The names, once it is known that the archive has them all."""
-        found = set(names)
-        for name in found:
-            self.size(name)
-        return found
-
-    def _list(self) -> dict[str, dict[str, int]]:
-        index: dict[str, dict[str, int]] = {"": {}}
-        count = 0
-        with progress(f"listing {self.path.name}", 0, "files") as step:
-            for name, size in self.entries():
-                step(1)
-                count += 1
-                if count > _MAX_MEMBERS:
-                    raise DataError(f"{self.path} has more than {_MAX_MEMBERS:,} files.")
-                if name.startswith((".", _MAC_FOLDER)) or "/." in name:
-                    continue  # hidden, or a Mac's own notes on files
-                folder, base = posixpath.split(name)
-                parent = folder
-                while parent and parent not in index:
-                    index[parent] = {}
-                    parent = posixpath.dirname(parent)
-                index[folder][base] = size
-        if not count:
-            raise DataError(f"{self.path} holds no files.")
-        return index
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Within the block, damage of the archive becomes a DataError that names it."""
-        try:
-            yield
-        except tarfile.ReadError as error:
-            raise DataError(
-                f"{self.path} is truncated, damaged, or no tar archive ({error})."
-            ) from error
-        except _DAMAGE as error:
-            raise DataError(f"{self.path} is truncated or damaged ({error}).") from error
-        except OSError as error:
-            if error.errno is None:  # how bz2 says that its data are wrong
-                raise DataError(f"{self.path} is truncated or damaged ({error}).") from error
-            raise DataError(f"Cannot read {self.path}: {error.strerror}.") from error
+    def at(self, folder: str) -> Source:
+        if not folder:
+            return self
+        inner = copy.copy(self)
+        inner.path, inner._root = self.path / folder, posixpath.join(self._root, folder)
+        below = {f"{f}/": files for f, files in self.index.items()}
+        inner.index = {
+            f.removeprefix(f"{folder}/").rstrip("/"): files
+            for f, files in below.items()
+            if f.startswith(f"{folder}/")
+        }
+        return inner
 
 
 class ZipSource(ArchiveSource):
     """A zip archive."""
 
-    def entries(self) -> Iterator[tuple[str, int]]:
-        with self.explained(), zipfile.ZipFile(self.path) as archive:
+    def members(self) -> Generator[_Member]:
+        with zipfile.ZipFile(self.given) as archive:
             for info in archive.infolist():
-                name = safe_name(info.filename, self.path)
+                name = safe_name(info.filename, self.given)
                 if not info.is_dir():
-                    yield name, info.file_size
-
-    def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
-        wanted = self.wanted(names)
-        with self.explained(), zipfile.ZipFile(self.path) as archive:
-            for info in archive.infolist():
-                name = safe_name(info.filename, self.path)
-                if name in wanted and not info.is_dir():
-                    try:
-                        stream = archive.open(info)
-                    except (RuntimeError, NotImplementedError) as error:  # a password, a method
-                        raise DataError(
-                            f"{self.describe(name)} cannot be read ({error}); unpack the archive "
-                            "and give the folder."
-                        ) from error
-                    with stream:
-                        yield name, io.BufferedReader(_Guarded(stream, self), 1 << 16)
+                    yield name, info.file_size, partial(archive.open, info)
 
 
 class TarSource(ArchiveSource):
-    """A tar archive, streamed."""
+    """A tar archive, streamed; compressed or not, whatever its name says."""
 
-    def entries(self) -> Iterator[tuple[str, int]]:
-        with self._members() as members:
-            for name, member, _ in members:
-                yield name, member.size
-
-    def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
-        wanted = self.wanted(names)
-        with self._members() as members:
-            for name, member, archive in members:
-                if name in wanted:
-                    wanted.remove(name)
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    buffer = min(max(member.size, 1 << 12), 1 << 18)
-                    yield name, io.BufferedReader(_Guarded(stream, self), buffer)
-                    if not wanted:
-                        return
-
-    @contextmanager
-    def _members(self) -> Iterator[Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]]:
+    def members(self) -> Generator[_Member]:
+        with self.given.open("rb") as file:
+            head = file.read(6)
+        opener: Any = next((o for magic, o in _COMPRESSED.items() if head.startswith(magic)), open)
         # Decompressed by us, in small blocks: tarfile's own stream copies its whole buffer for
         # every header, which took most of the time.
         with (
-            self.explained(),
-            _plain(self.path) as stream,
+            opener(self.given, "rb") as stream,
             tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BLOCK_BYTES) as archive,
         ):
-            yield self._walk(archive)
-
-    def _walk(
-        self, archive: tarfile.TarFile
-    ) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-        while (member := archive.next()) is not None:
-            # tarfile keeps every header otherwise: 2.4 million in lra_release.
-            archive.members = []  # type: ignore[attr-defined]
-            name = safe_name(member.name, self.path)
-            if member.isfile():
-                yield name, member, archive
-            elif not member.isdir():
-                log.warning("%s: %s is a link or a device; ignored", self.path, member.name)
-
-
-def _plain(path: Path) -> IO[bytes]:
-    """The archive's uncompressed stream, by the file's first bytes, whatever its name."""
-    with path.open("rb") as file:
-        magic = file.read(6)
-    if magic.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.open(path))
-    if magic.startswith(b"BZh"):
-        return cast(IO[bytes], bz2.open(path))
-    if magic == b"\xfd7zXZ\0":
-        return cast(IO[bytes], lzma.open(path))
-    return path.open("rb")
-
-
-class _Guarded(io.RawIOBase):
-    """A member's stream whose reader, outside the archive's own loop, gets a DataError too."""
-
-    def __init__(self, stream: IO[bytes], source: ArchiveSource) -> None:
-        self._stream = stream
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with self._source.explained():
-            content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+            while (member := archive.next()) is not None:
+                # tarfile keeps every header otherwise: 2.4 million in lra_release.
+                archive.members = []  # type: ignore[attr-defined]
+                name = safe_name(member.name, self.given)
+                if member.isfile():
+                    yield name, member.size, partial(archive.extractfile, member)
+                elif not member.isdir():
+                    log.warning("%s: %s is a link or a device; ignored", self.given, member.name)
 
 
 def safe_name(name: str, archive: Path | str) -> str:
@@ -409,29 +367,26 @@ def open_source(path: Path) -> Source:
         raise DataError(f"Source {path} does not exist.")
     if not path.is_file():
         raise DataError(f"Source {path} is neither a folder nor an archive.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    for magic, what in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise DataError(
-                f"Source {path} is {what}, which dmx does not read; unpack it and give the folder."
-            )
+    source = TarSource(path)
+    with source.explained(), path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
     if head.startswith((b"PK\3\4", b"PK\5\6")):
         return ZipSource(path)
-    if head.lstrip(codecs.BOM_UTF8 + b" \r\n").startswith(b"<"):
-        raise DataError(
-            f"Source {path} is a web page, not an archive: the server sent a message instead of "
-            "the file; download it again."
+    if what := next((what for magic, what in _OTHER_FORMATS.items() if head.startswith(magic)), ""):
+        what += ", which dmx does not read; unpack it and give the folder"
+    elif head.lstrip(codecs.BOM_UTF8 + b" \r\n").startswith(b"<"):
+        what = (
+            "a web page, not an archive: the server sent a message instead of the file; download "
+            "it again"
         )
-    if _is_text(head) or head.startswith((b"\x80", b"\x89PNG", b"\x93NUMPY")):
-        raise DataError(
-            f"Source {path} is a single file and no archive; give the folder that holds it, in the "
-            "layout that the data were published in."
+    elif _is_text(head) or head.startswith((b"\x80", b"\x89PNG", b"\x93NUMPY")):
+        what = (
+            "a single file and no archive; give the folder that holds it, in the layout that the "
+            "data were published in"
         )
-    return TarSource(path)
+    if what:
+        raise DataError(f"Source {path} is {what}.")
+    return source
 
 
 def _is_text(head: bytes) -> bool:
@@ -443,13 +398,12 @@ def _is_text(head: bytes) -> bool:
     return bool(text) and all(c.isprintable() or c.isspace() for c in text)
 
 
-def without_bom(stream: IO[bytes], where: str) -> IO[bytes]:
+def without_bom(stream: Any, where: str) -> Any:
     """The stream of a text, behind the byte order mark that some editors put before it.
 
     Raises:
         DataError: the mark is UTF-16's.
     """
-    assert isinstance(stream, io.BufferedReader), "as every source opens its files"
     mark = stream.peek(3)[:3]
     if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{where} is UTF-16; save it as UTF-8.")

@@ -1,4 +1,4 @@
-"""Read a store: memory-mapped tokens, labels and splits, checked against the manifest at open.
+"""The store of a prepared data set: its manifest, the check at its opening, and its splits.
 
 Files: `tokens.bin` (and `tokens_1.bin` of a paired task), the ids of all examples one after another
 in the order of the source; `offsets.npy` [N + 1], where each begins and ends; `labels.npy` [N];
@@ -7,35 +7,269 @@ in the order of the source; `offsets.npy` [N + 1], where each begins and ends; `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.manifest import DTYPES, Manifest, read_manifest
-from dmx.errors import DataError
-from dmx.storage.files import SMALL_BYTES, quick_checksum, sha256_file, write_atomic
+from dmx.errors import ConfigError, DataError
+from dmx.schema import from_dict
+from dmx.storage.files import MANIFEST_FILE, quick_checksum, sha256_file, write_atomic
+from dmx.tasks import SPLITS, Task
 
 log = logging.getLogger(__name__)
+DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
+"""Token types of a store by their name in the manifest."""
+FORMAT = 2
+"""Version of the store's layout; any other is refused."""
 VERIFIED_FILE = "verified.json"
 """Modification times under which a copied store passed a full check, so that it runs only once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What the manifest says of a file; `quick` is a sampled checksum."""
+
+    bytes: int
+    sha256: str
+    quick: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        task: the task's name, e.g. "text".
+        data_name: which data, e.g. "lra-text", "generated-listops", "sample-bbc".
+        origin: where the data came from, in words.
+        is_sample: True for a stand-in that is not the published data set.
+        num_classes: classes in the data; it wins over the task's own number.
+        class_names: a name per class, or empty.
+        max_length: tokens per sequence once padded.
+        vocab_size: ids lie in 0..vocab_size-2; vocab_size-1 is the model's CLS.
+        dtype: "uint8" or "uint16", the stored token type (little endian).
+        paired: each example has a second sequence.
+        splits: examples per split, for train, dev and test.
+        parameters: what the preparation was told (seed, limits, skipped examples, ...).
+        note: a short remark for the label, e.g. "generated"; empty for the usual data.
+        partial: what sets the data apart from the task's published set, e.g. "20 of 200,000
+            examples"; empty for the whole set, for samples and for tasks that are not published.
+            Banners, lists, reports and the leaderboard know it from the label.
+        created: UTC time, ISO 8601.
+    """
+
+    task: str
+    data_name: str
+    origin: str
+    is_sample: bool = False
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    max_length: int
+    vocab_size: int
+    dtype: str
+    paired: bool = False
+    splits: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    partial: str = ""
+    licence: str = ""
+    dmx_version: str = ""
+    created: str = ""
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @classmethod
+    def for_task(cls, task: Task, **values: Any) -> Manifest:
+        """A manifest with the task's own numbers, and `values` on top."""
+        own = {
+            "task": task.name,
+            "num_classes": len(values.get("class_names", ())) or task.num_classes,
+            "max_length": task.max_length,
+            "vocab_size": task.vocab_size,
+            "paired": task.paired,
+        }
+        return cls(**{**own, **values})
+
+    @property
+    def label(self) -> str:
+        """How banners, result files and tables name the data: "text" or "sample-bbc, not LRA"."""
+        if self.is_sample:
+            return f"{self.data_name}, not LRA"
+        remarks = [self.note] if self.note else []
+        remarks += [f"partial: {self.partial}"] if self.partial else []
+        return f"{self.task} ({', '.join(remarks)})" if remarks else self.task
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on disk."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def checksum(self) -> str:
+        """One SHA-256 over the files' names and checksums: equal data have equal checksums."""
+        lines = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def suffixes(self) -> list[str]:
+        """What the files of the first and of the second sequences end with."""
+        return ["", "_1"] if self.paired else [""]
+
+    def class_name(self, label: int) -> str:
+        """A class by number, and by name where it has one: `1 connected`."""
+        name = self.class_names[label] if self.class_names else ""
+        return str(label) if name in ("", str(label)) else f"{label} {name}"
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json, with a checksum of itself."""
+        body = {"format": FORMAT, **asdict(self)}
+        body["manifest_sha256"] = _digest(body)
+        return json.dumps(body, indent=1, ensure_ascii=False).encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json.
+
+    Raises:
+        DataError: it is missing, torn, edited, or of another format version.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist, so {folder} is not a prepared data set."
+        ) from error
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not readable JSON ({error}); {_again(folder)}.") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path} is not a manifest (no JSON object); {_again(folder)}.")
+    if (version := body.get("format")) != FORMAT:
+        how = "" if body.get("is_sample") else f" (python -m dmx.data {folder.name})"
+        raise DataError(
+            f"{path} has store format {version!r}, but this dmx reads format {FORMAT}; "
+            f"{_again(folder)}{how}."
+        )
+    if body.pop("manifest_sha256", None) != _digest(body):
+        raise DataError(f"{path} was edited after it was written; {_again(folder)}.")
+    body.pop("format")
+    try:
+        manifest = from_dict(Manifest, body)
+        for name in manifest.files:
+            if "/" in name or name in ("", "..", ".") or not name.isprintable():
+                raise ConfigError(f"files: {name!r} is no name of a file beside it.")
+        if set(manifest.splits) != set(SPLITS):
+            raise ConfigError(f"splits: they are {', '.join(SPLITS)}.")
+        if manifest.dtype not in DTYPES:
+            raise ConfigError(f"dtype: allowed are {', '.join(DTYPES)}.")
+    except ConfigError as error:
+        raise DataError(f"{path} is wrong ({str(error).rstrip('.')}); {_again(folder)}.") from error
+    return manifest
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and prepare the data again"
+
+
+def open_store(folder: Path, *, verify: bool = False) -> Store:
+    """Open the store in `folder` and check that it is what was written.
+
+    Always checked: the manifest, each file's size and sampled checksum, that offsets fit tokens and
+    labels. A file whose modification time is not the recorded one was copied or edited: then, once,
+    its whole SHA-256 is checked. With `verify` that is done for every file, whatever its time.
+
+    Raises:
+        DataError: a file is missing, torn or edited; the sentence names it and the remedy.
+    """
+    folder = Path(folder).absolute()
+    manifest = read_manifest(folder)
+    trusted = _trusted_times(folder)
+    checked: dict[str, int] = {}
+    for name, entry in manifest.files.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+            if stat.st_size != entry.bytes:
+                raise _damaged(path, f"has {stat.st_size} bytes instead of {entry.bytes}")
+            known = stat.st_mtime_ns in (entry.mtime_ns, trusted.get(name))
+            whole = verify or not known
+            if quick_checksum(path) != entry.quick or (whole and sha256_file(path) != entry.sha256):
+                raise _damaged(path, "has another content than when it was written")
+            if whole:
+                checked[name] = stat.st_mtime_ns
+        except FileNotFoundError as error:
+            raise _damaged(path, "is missing") from error
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    if checked and not verify:
+        try:
+            write_atomic(folder / VERIFIED_FILE, json.dumps({**trusted, **checked}))
+        except OSError as error:
+            log.debug("cannot note the check in %s: %s", folder, error)
+    return Store(folder, manifest)
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path} {what}; it is damaged or was edited: {_again(path.parent)}.")
+
+
+def _trusted_times(folder: Path) -> Mapping[str, int]:
+    try:
+        times = json.loads((folder / VERIFIED_FILE).read_bytes())
+        return {str(name): int(time) for name, time in times.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # only a cache: without it the files are checked again
+
+
+class Store:
+    """A prepared data set. Pickling it sends the path, not the data; workers map the same pages."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        labels = _load(folder / "labels.npy")
+        sides = [_Side(folder, suffix, manifest, len(labels)) for suffix in manifest.suffixes]
+        self._splits = {name: Split(self, name, labels, sides) for name in manifest.splits}
+
+    def split(self, name: str) -> Split:
+        """The split "train", "dev" or "test".
+
+        Raises:
+            DataError: the store has no such split.
+        """
+        if name not in self._splits:
+            raise DataError(
+                f"{self.folder} has no split {name!r}; it has {', '.join(self._splits)}."
+            )
+        return self._splits[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.folder,)
 
 
 class _Side:
     """The sequences of all examples, or the second ones of pairs."""
 
-    def __init__(self, folder: Path, suffix: str, dtype: np.dtype[Any], count: int) -> None:
+    def __init__(self, folder: Path, suffix: str, manifest: Manifest, count: int) -> None:
         self.offsets = _load(folder / f"offsets{suffix}.npy")
         path = folder / f"tokens{suffix}.bin"
-        self.tokens: npt.NDArray[Any] = np.zeros(0, dtype)
+        self.tokens: npt.NDArray[Any] = np.zeros(0, DTYPES[manifest.dtype])
         if path.stat().st_size:  # an empty file cannot be mapped
             # A plain view: the pages stay mapped, without memmap's cost per slice.
-            self.tokens = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+            self.tokens = np.memmap(path, self.tokens.dtype, mode="r").view(np.ndarray)
         steps = np.diff(self.offsets)
         consistent = (
             len(self.offsets) == count + 1
@@ -50,71 +284,47 @@ class _Side:
 
 
 class Split:
-    """One split of a store. Pickling it sends the path, not the data.
+    """One split of a store; `side` 1 is the second sequence of the examples of a paired task.
 
     Attributes:
-        name: train, dev or test.
-        paired: each example has a second sequence.
         labels: int64 [N].
-        lengths, lengths_1: int64 [N], stored tokens of the first and the second sequence.
+        lengths: int64 [N], stored tokens of the first sequence.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(
+        self, store: Store, name: str, labels: npt.NDArray[np.int64], sides: list[_Side]
+    ) -> None:
         self.name = name
         self.paired = store.manifest.paired
-        self._folder = store.folder
-        self._sides = store.sides
+        self._folder, self._sides = store.folder, sides
         path = store.folder / f"{name}.index.npy"
         self._index = np.asarray(_load(path))
-        count = len(store.labels)
-        if self._index.size and not 0 <= self._index.min() <= self._index.max() < count:
+        if self._index.size and not 0 <= self._index.min() <= self._index.max() < len(labels):
             raise DataError(f"{path} names examples that are not there; {_again(store.folder)}.")
         if len(self._index) != store.manifest.splits[name]:
             raise DataError(
                 f"Split {name} of {store.folder} has {len(self._index)} examples, not "
                 f"{store.manifest.splits[name]}; {_again(store.folder)}."
             )
-        self.labels: npt.NDArray[np.int64] = store.labels[self._index]
-        self.lengths = self._lengths(0)
+        self.labels: npt.NDArray[np.int64] = labels[self._index]
+        offsets = sides[0].offsets
+        self.lengths = np.asarray(offsets[self._index + 1] - offsets[self._index])
 
     def __len__(self) -> int:
         return len(self._index)
 
-    @property
-    def lengths_1(self) -> npt.NDArray[np.int64]:
-        return self._lengths(1)
-
-    def tokens(self, index: int) -> npt.NDArray[Any]:
+    def tokens(self, number: int, side: int = 0) -> npt.NDArray[Any]:
         """The ids [L] of one example, unpadded: a view of the file, no copy."""
-        return self._slice(0, index)
+        row, of = self._index[number], self._sides[side]
+        return of.tokens[of.offsets[row] : of.offsets[row + 1]]
 
-    def tokens_1(self, index: int) -> npt.NDArray[Any]:
-        """The second sequence [M] of one example of a paired task."""
-        return self._slice(1, index)
-
-    def gather(self, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-        """Examples `indices` [B] as [B, length], zero-padded, in the stored dtype.
+    def gather(self, numbers: npt.ArrayLike, length: int, side: int = 0) -> npt.NDArray[Any]:
+        """Examples `numbers` [B] as [B, length], zero-padded, in the stored dtype.
 
         Raises:
             DataError: one is longer; none is cut.
         """
-        return self._gather(0, indices, length)
-
-    def gather_1(self, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-        """The same for the second sequence of a paired task."""
-        return self._gather(1, indices, length)
-
-    def _lengths(self, side: int) -> npt.NDArray[np.int64]:
-        offsets = self._sides[side].offsets
-        return np.asarray(offsets[self._index + 1] - offsets[self._index])
-
-    def _slice(self, side: int, index: int) -> npt.NDArray[Any]:
-        row = self._index[index]
-        tokens, offsets = self._sides[side].tokens, self._sides[side].offsets
-        return tokens[offsets[row] : offsets[row + 1]]
-
-    def _gather(self, side: int, indices: npt.ArrayLike, length: int) -> npt.NDArray[Any]:
-        rows = self._index[np.asarray(indices, dtype=np.int64)]
+        rows = self._index[np.asarray(numbers, dtype=np.int64)]
         tokens, offsets = self._sides[side].tokens, self._sides[side].offsets
         fixed = self._sides[side].fixed
         longest = int((offsets[rows + 1] - offsets[rows]).max(initial=0))
@@ -129,117 +339,18 @@ class Split:
         if fixed is not None:
             out[:, :fixed] = tokens.reshape(-1, fixed)[rows]
             return out
-        starts = offsets[rows].tolist()
-        stops = offsets[rows + 1].tolist()
+        starts, stops = offsets[rows].tolist(), offsets[rows + 1].tolist()
         # One slice copy per row is faster than one fancy index over all tokens.
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             out[row, : stop - start] = tokens[start:stop]
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen_split, (self._folder, self.name)
+        return _open_split, (self._folder, self.name)
 
 
-class Store:
-    """A prepared data set. Pickling it sends the path, not the data; workers map the same pages."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._splits: dict[str, Split] = {}
-
-    @cached_property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """int64 [N], of all examples in the order of the source."""
-        return _load(self.folder / "labels.npy")
-
-    @cached_property
-    def sides(self) -> list[_Side]:
-        """The sequences of all examples; of pairs the first ones, then the second."""
-        suffixes = ["", "_1"] if self.manifest.paired else [""]
-        dtype = DTYPES[self.manifest.dtype]
-        return [_Side(self.folder, suffix, dtype, len(self.labels)) for suffix in suffixes]
-
-    def split(self, name: str) -> Split:
-        """The split "train", "dev" or "test".
-
-        Raises:
-            DataError: the store has no such split, or its files do not fit together.
-        """
-        if name not in self.manifest.splits:
-            raise DataError(
-                f"{self.folder} has no split {name!r}; it has {', '.join(self.manifest.splits)}."
-            )
-        if name not in self._splits:
-            self._splits[name] = Split(self, name)
-        return self._splits[name]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.folder,)
-
-
-def open_store(folder: Path, *, verify: bool = False) -> Store:
-    """Open the store in `folder` and check that it is what was written.
-
-    Always checked: the manifest (version, its own checksum), each file's size, a sampled checksum
-    (all of a file up to 4 MiB, 64 blocks of a larger one), that offsets fit tokens and labels. A
-    file whose modification time is not the recorded one was copied or edited: then, once, its
-    whole SHA-256 is checked. With `verify` that is done for every file, whatever its time.
-
-    Raises:
-        DataError: a file is missing, torn or edited; the sentence names it and the remedy.
-    """
-    folder = Path(folder).absolute()
-    manifest = read_manifest(folder)
-    trusted = _trusted_times(folder)
-    checked: dict[str, int] = {}
-    for name, entry in manifest.files.items():
-        path = folder / name
-        try:
-            stat = path.stat()
-            if stat.st_size != entry["bytes"]:
-                raise _damaged(path, f"has {stat.st_size} bytes instead of {entry['bytes']}")
-            known = stat.st_mtime_ns in (entry["mtime_ns"], trusted.get(name))
-            if not verify and quick_checksum(path) != entry["quick"]:
-                raise _damaged(path, "has another content than when it was written")
-            if verify or not known:
-                whole = verify or stat.st_size > SMALL_BYTES  # a small one was just read whole
-                if whole and sha256_file(path) != entry["sha256"]:
-                    raise _damaged(path, "has another content than when it was written")
-                checked[name] = stat.st_mtime_ns
-        except FileNotFoundError as error:
-            raise _damaged(path, "is missing") from error
-        except OSError as error:
-            raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    if checked and not verify:
-        _remember(folder, {**trusted, **checked})
-    store = Store(folder, manifest)
-    for split in manifest.splits:
-        store.split(split)
-    return store
-
-
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path} {what}; it is damaged or was edited: {_again(path.parent)}.")
-
-
-def _again(folder: Path) -> str:
-    return f"delete {folder} and prepare it again"
-
-
-def _trusted_times(folder: Path) -> Mapping[str, int]:
-    try:
-        times = json.loads((folder / VERIFIED_FILE).read_bytes())
-        return {str(name): int(time) for name, time in times.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # only a cache: without it the files are checked again
-
-
-def _remember(folder: Path, times: Mapping[str, int]) -> None:
-    try:
-        write_atomic(folder / VERIFIED_FILE, json.dumps(times).encode())
-    except OSError as error:
-        log.debug("cannot note the check in %s: %s", folder, error)
+def _open_split(folder: Path, name: str) -> Split:
+    return open_store(folder).split(name)
 
 
 def _load(path: Path) -> npt.NDArray[np.int64]:
@@ -251,7 +362,3 @@ def _load(path: Path) -> npt.NDArray[np.int64]:
     if array.dtype != np.int64 or array.ndim != 1:
         raise DataError(f"{path} is not a list of int64; {_again(path.parent)}.")
     return array.view(np.ndarray)
-
-
-def _reopen_split(folder: Path, name: str) -> Split:
-    return open_store(folder).split(name)

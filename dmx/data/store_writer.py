@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import dmx
-from dmx.data.manifest import DTYPES, Manifest, lacking, read_manifest
+from dmx.data.store import DTYPES, FileEntry, Manifest, Store, open_store, read_manifest
 from dmx.errors import DataError
 from dmx.storage.files import (
     MANIFEST_FILE,
     exclusive_lock,
     explained,
-    fsync_path,
+    fsync_tree,
     put_back,
     quick_checksum,
     replace_folder,
     sha256_file,
 )
-from dmx.tasks import SPLITS
+from dmx.tasks import SPLITS, find_task
 
 log = logging.getLogger(__name__)
-
-
-class AlreadyPreparedError(DataError):
-    """The store to be written exists already."""
 
 
 def write_store(
@@ -46,19 +39,50 @@ def write_store(
     fill: Callable[[StoreWriter], Mapping[str, Any] | None],
     *,
     replace_existing: bool = False,
-) -> None:
-    """Write the store `folder` unless it exists; `fill` adds the examples.
+) -> Store:
+    """Write the store `folder`, `<data root>/<task>`, unless it exists; and open it.
 
-    What `fill` returns is added to the manifest's parameters (counts of skipped examples). When
-    two processes call this at once, the second waits and then uses what the first wrote.
+    `fill` adds the examples; what it returns is added to the manifest's parameters (counts of
+    skipped examples). Splits, files, version and time are filled in here. On an exception nothing
+    remains. When two processes call this at once, the second waits and then uses what the first
+    wrote.
+
+    Raises:
+        DataError: another store or a foreign folder is there, the disk is full or read-only, an id
+            or a label is out of range, or a split stayed empty.
     """
-    try:
-        with StoreWriter(folder, manifest, replace=replace_existing) as writer:
-            parameters = {**manifest.parameters, **(fill(writer) or {})}
-            writer.manifest = replace(manifest, parameters=parameters)
-    except AlreadyPreparedError:
-        _refuse_other(folder, manifest)
-        log.info("%s is prepared already; --force replaces it", folder)
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), folder.name):
+        put_back(folder)
+        if folder.exists() and not replace_existing:
+            if not (folder / MANIFEST_FILE).exists():
+                raise DataError(
+                    f"{folder} exists but is no prepared data set; move it away or pass --force to "
+                    "replace it."
+                )
+            _refuse_other(folder, manifest)
+            log.info("%s is prepared already; --force replaces it", folder)
+            return open_store(folder)
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        with explained(partial, "write"):
+            _remove(folder, "partial")  # left by a killed process
+            partial.mkdir(parents=True)
+            writer = StoreWriter(partial, manifest)
+        try:
+            found = fill(writer)
+            with explained(folder, "write"):
+                writer.finish({**manifest.parameters, **(found or {})})
+                replace_folder(partial, folder)
+                _remove(folder, "shards")  # of which it was made
+        finally:
+            writer.close()
+            shutil.rmtree(partial, ignore_errors=True)
+    return open_store(folder)
+
+
+def _remove(store: Path, kind: str) -> None:
+    """Hidden folders beside the store; who holds the lock owns their names."""
+    for folder in store.parent.glob(f".{store.name}.{kind}-*"):
+        shutil.rmtree(folder)
 
 
 def _refuse_other(folder: Path, wanted: Manifest) -> None:
@@ -77,59 +101,17 @@ def _refuse_other(folder: Path, wanted: Manifest) -> None:
 
 
 class StoreWriter:
-    """Context manager that writes one store; on an exception nothing remains under its name.
+    """Takes the examples of a store, in the order in which they lie there (see write_store)."""
 
-    Examples are stored in the order in which they are added; a split is a list of their numbers.
-
-    Args:
-        folder: the store's final place, `<data root>/<task>`.
-        manifest: what is being written; splits, files, version and time are filled in here.
-        replace: overwrite a store that is already there instead of refusing.
-
-    Raises:
-        DataError: the folder exists already, the disk is full or read-only, an id or a label is
-            out of range, or a split stayed empty.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, *, replace: bool = False) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._replace = replace
-        self._partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        self._stack = ExitStack()
-        self._sides: list[_TokenFile] = []
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        names = [f"tokens{suffix}.bin" for suffix in manifest.suffixes]
+        self._files = [(folder / name).open("wb", buffering=1 << 20) for name in names]
+        self._lengths: list[list[npt.NDArray[np.int64]]] = [[] for _ in names]
         self._labels: list[npt.NDArray[np.int64]] = []
-        self._count = 0
         self._index: dict[str, list[npt.NDArray[np.int64]]] = {split: [] for split in SPLITS}
-        self._counts = dict.fromkeys(SPLITS, 0)
         self._remarks: list[str] = []
-
-    def __enter__(self) -> StoreWriter:
-        lock = self.folder.with_name(f".{self.folder.name}.lock")
-        with ExitStack() as stack:
-            stack.enter_context(exclusive_lock(lock, self.folder.name))
-            put_back(self.folder)
-            if not self._replace:
-                if (self.folder / MANIFEST_FILE).exists():
-                    raise AlreadyPreparedError(f"{self.folder} is prepared already.")
-                if self.folder.exists():
-                    raise DataError(
-                        f"{self.folder} exists but is no prepared data set; move it away or pass "
-                        "--force to replace it."
-                    )
-            with explained(self._partial, "write"):
-                self._remove("partial")  # left by a killed process
-                self._partial.mkdir(parents=True)
-                dtype = DTYPES[self.manifest.dtype]
-                for name in ("tokens.bin", "tokens_1.bin")[: 1 + self.manifest.paired]:
-                    self._sides.append(_TokenFile(self._partial / name, dtype))
-            self._stack = stack.pop_all()
-        return self
-
-    def _remove(self, kind: str) -> None:
-        """Hidden folders beside the store; whoever holds the lock owns their names."""
-        for folder in self.folder.parent.glob(f".{self.folder.name}.{kind}-*"):
-            shutil.rmtree(folder)
+        self._count = 0
 
     def add(
         self, split: str | None, ids: npt.ArrayLike, label: int, ids_1: npt.ArrayLike | None = None
@@ -138,8 +120,8 @@ class StoreWriter:
 
         It joins `split`, or none before `place` names it.
         """
-        sides = [np.asarray(ids)] if ids_1 is None else [np.asarray(ids), np.asarray(ids_1)]
-        self._append(split, [side[None] for side in sides], np.array([label], np.int64))
+        sides = [ids] if ids_1 is None else [ids, ids_1]
+        self._append(split, [np.asarray(side)[None] for side in sides], np.array([label], np.int64))
 
     def add_rows(self, split: str | None, rows: npt.NDArray[Any], labels: npt.ArrayLike) -> None:
         """Append `rows` [N, L], examples of equal length, with `labels` [N]."""
@@ -148,7 +130,6 @@ class StoreWriter:
     def place(self, split: str, numbers: npt.ArrayLike) -> None:
         """Append to `split` the examples that were added as number 0, 1, ... of the store."""
         self._index[split].append(np.asarray(numbers, np.int64))
-        self._counts[split] += len(self._index[split][-1])
 
     def remark(self, difference: str) -> None:
         """Note what sets the data apart from the published set, for the manifest's `partial`."""
@@ -157,141 +138,104 @@ class StoreWriter:
     def _append(
         self, split: str | None, sides: list[npt.NDArray[Any]], labels: npt.NDArray[np.int64]
     ) -> None:
-        assert len(sides) == len(self._sides), "ids_1 is for paired tasks, needed there"
-        self._check(split, sides, labels)
-        with explained(self.folder, "write"):
-            for file, rows in zip(self._sides, sides, strict=True):
-                file.append(rows)
+        assert len(sides) == len(self._files), "ids_1 is for paired tasks, needed there"
+        if wrong := self._wrong(sides, labels):
+            first = sum(map(len, self._index[split])) if split else self._count
+            at = f"{self._manifest.task}{f' {split}' if split else ''}, example {first}"
+            at += f" to {first + len(labels) - 1}" if len(labels) > 1 else ""
+            raise DataError(f"{at}: {wrong}.")
+        dtype = DTYPES[self._manifest.dtype]
+        with explained(self._folder, "write"):
+            for file, rows in zip(self._files, sides, strict=True):
+                file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
+        for lengths, rows in zip(self._lengths, sides, strict=True):
+            lengths.append(np.full(len(rows), rows.shape[1], np.int64))
         self._labels.append(labels)
         if split is not None:
             self.place(split, np.arange(self._count, self._count + len(labels)))
         self._count += len(labels)
 
-    def _check(
-        self, split: str | None, sides: list[npt.NDArray[Any]], labels: npt.NDArray[np.int64]
-    ) -> None:
-        manifest = self.manifest
-        first = self._count if split is None else self._counts[split]
-        at = f"{manifest.task}{f' {split}' if split else ''}, example {first}"
-        at += f" to {first + len(labels) - 1}" if len(labels) > 1 else ""
-        if labels.size and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
-            bad = labels[(labels < 0) | (labels >= manifest.num_classes)][0]
-            raise DataError(f"{at}: label {bad} is outside 0..{manifest.num_classes - 1}.")
+    def _wrong(self, sides: list[npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> str:
+        m = self._manifest
+        if labels.size and not 0 <= labels.min() <= labels.max() < m.num_classes:
+            bad = labels[(labels < 0) | (labels >= m.num_classes)][0]
+            return f"label {bad} is outside 0..{m.num_classes - 1}"
         for rows in sides:
-            if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < manifest.vocab_size - 1:
-                raise DataError(
-                    f"{at}: token ids {rows.min()}..{rows.max()} are outside "
-                    f"0..{manifest.vocab_size - 2}, those of the task; the source is another "
-                    "task's, or was encoded otherwise."
+            if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < m.vocab_size - 1:
+                return (
+                    f"token ids {rows.min()}..{rows.max()} are outside 0..{m.vocab_size - 2}, "
+                    "those of the task; the source is another task's, or was encoded otherwise"
                 )
-            if rows.shape[1] > manifest.max_length:
-                raise DataError(
-                    f"{at}: {rows.shape[1]} tokens are more than {manifest.max_length}."
-                )
+            if rows.shape[1] > m.max_length:
+                return f"{rows.shape[1]} tokens are more than {m.max_length}"
+        return ""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                with explained(self.folder, "write"):
-                    self._finish()
-        finally:
-            for side in self._sides:
-                try:
-                    side.file.close()
-                except OSError:  # a full disk fails again on close; the folder goes anyway
-                    log.debug("closing %s failed", side.path)
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._stack.close()
-
-    def _finish(self) -> None:
+    def finish(self, parameters: Mapping[str, Any]) -> None:
+        """Write all that is left, the manifest last."""
         none = np.zeros(0, "<i8")
-        arrays = {"labels.npy": np.concatenate([none, *self._labels])}
-        for split, parts in self._index.items():
-            arrays[f"{split}.index.npy"] = np.concatenate([none, *parts])
-        files: dict[str, dict[str, Any]] = {}
-        for number, side in enumerate(self._sides):
-            files[side.path.name] = _entry(side.path, side.finish())
-            arrays[f"offsets{f'_{number}' if number else ''}.npy"] = side.offsets()
+        labels = np.concatenate([none, *self._labels])
+        index = {split: np.concatenate([none, *parts]) for split, parts in self._index.items()}
+        self._check_labels({split: labels[numbers] for split, numbers in index.items()})
+        arrays = {"labels": labels, **{f"{split}.index": index[split] for split in index}}
+        for suffix, lengths in zip(self._manifest.suffixes, self._lengths, strict=True):
+            arrays[f"offsets{suffix}"] = np.cumsum(np.concatenate([[0], *lengths]), dtype="<i8")
         for name, array in arrays.items():
-            path = self._partial / name
-            np.save(path, array, allow_pickle=False)
-            fsync_path(path)
-            files[name] = _entry(path, sha256_file(path))
-        labels = {split: arrays["labels.npy"][arrays[f"{split}.index.npy"]] for split in SPLITS}
-        self._check_labels(labels)
-        self.manifest = replace(
-            self.manifest,
-            splits={split: len(found) for split, found in labels.items()},
-            files=files,
+            np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
+        for file in self._files:
+            file.close()
+        manifest = replace(
+            self._manifest,
+            splits={split: len(numbers) for split, numbers in index.items()},
+            parameters=parameters,
+            partial=self._partial({split: labels[index[split]] for split in index}),
+            files={path.name: _entry(path) for path in sorted(self._folder.iterdir())},
             dmx_version=dmx.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        classes = {
-            split: np.bincount(found, minlength=self.manifest.num_classes).tolist()
-            for split, found in labels.items()
-        }
-        differences = [lacking(self.manifest, classes), *self._remarks]
-        self.manifest = replace(self.manifest, partial="; ".join(d for d in differences if d))
-        path = self._partial / MANIFEST_FILE
-        path.write_bytes(self.manifest.to_json())
-        fsync_path(path)
-        fsync_path(self._partial)
-        replace_folder(self._partial, self.folder)
-        self._remove("shards")  # of which it was made
+        (self._folder / MANIFEST_FILE).write_bytes(manifest.to_json())
+        fsync_tree(self._folder)
+
+    def _partial(self, labels: Mapping[str, npt.NDArray[np.int64]]) -> str:
+        """The manifest's `partial`, from the splits' labels."""
+        task, found = find_task(self._manifest.task), []
+        if task is not None and task.published is not None and not self._manifest.is_sample:
+            counts = {
+                split: np.bincount(part, minlength=self._manifest.num_classes).tolist()
+                for split, part in labels.items()
+            }
+            found = [
+                task.published.lacking({split: len(part) for split, part in labels.items()}),
+                task.published.unbalanced(counts),
+            ]
+        return "; ".join(part for part in [*found, *self._remarks] if part)
 
     def _check_labels(self, labels: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        task = self._manifest.task
         if empty := [split for split, found in labels.items() if not found.size]:
             raise DataError(
-                f"No examples for split {', '.join(empty)} of {self.manifest.task}; "
-                "the source is incomplete."
+                f"No examples for split {', '.join(empty)} of {task}; the source is incomplete."
             )
         first = labels["train"][0]
         if all((found == first).all() for found in labels.values()):
             raise DataError(
-                f"All {self._count:,} examples of {self.manifest.task} have label {first}; the "
-                "source lacks the other classes, or its labels are no labels."
+                f"All {self._count:,} examples of {task} have label {first}; the source lacks the "
+                "other classes, or its labels are no labels."
             )
 
-
-class _TokenFile:
-    """A growing file of tokens, with its checksum and the lengths of its rows."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.file = path.open("wb", buffering=1 << 20)
-        self._dtype = dtype
-        self._lengths: list[npt.NDArray[np.int64]] = []
-        self._digest = hashlib.sha256()
-
-    def append(self, rows: npt.NDArray[Any]) -> None:
-        """Append rows [N, L]."""
-        content = np.ascontiguousarray(rows, dtype=self._dtype).tobytes()
-        self.file.write(content)
-        self._digest.update(content)
-        self._lengths.append(np.full(len(rows), rows.shape[1], np.int64))
-
-    def finish(self) -> str:
-        """Flush to the disk and close; the SHA-256 of the content, in hex."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self._digest.hexdigest()
-
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """int64 [N + 1]: row n holds tokens offsets[n] to offsets[n + 1]."""
-        return np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]), dtype="<i8")
+    def close(self) -> None:
+        """Let go of the files; a full disk fails again here, but they are removed anyway."""
+        for file in self._files:
+            try:
+                file.close()
+            except OSError:
+                log.debug("closing %s failed", file.name)
 
 
-def _entry(path: Path, sha256: str) -> dict[str, Any]:
+def _entry(path: Path) -> FileEntry:
     stat = path.stat()
-    return {
-        "bytes": stat.st_size,
-        "sha256": sha256,
-        "quick": quick_checksum(path),
-        "mtime_ns": stat.st_mtime_ns,
-    }
+    return FileEntry(
+        bytes=stat.st_size,
+        sha256=sha256_file(path),
+        quick=quick_checksum(path),
+        mtime_ns=stat.st_mtime_ns,
+    )

@@ -111,7 +111,7 @@ def open_data(
     *,
     allow_sample: bool,
     generate: bool,
-    address: str | None = None,
+    on_cluster: bool = False,
     temporary: Path | None = None,
 ) -> Store:
     """The task's data, as prepare.open_data has them; copied to this node where `places` says so.
@@ -131,7 +131,7 @@ def open_data(
         *(task, root),
         allow_sample=allow_sample,
         generate=generate,
-        address=address,
+        on_cluster=on_cluster,
         temporary=temporary,
     )
     here = store.folder if temporary is not None else places.data(str(store.folder))

@@ -77,7 +77,7 @@ def _open_data(
         plan.options.data_root,
         allow_sample=plan.options.address is None,
         generate=generate,
-        address=plan.options.address,
+        on_cluster=plan.options.address is not None,
         temporary=temporary,
     )
 
@@ -111,7 +111,8 @@ def run_study(
     with contextlib.ExitStack() as stack:
         if options.address is not None:  # what cannot be met there is refused before data are made
             _check_budget(plan, stack.enter_context(connection.connect(options.address)))
-        store = _open_data(plan, places, generate=options.prepare)
+        with capacity.for_task():  # a shard of data that waits for room is spoken of
+            store = _open_data(plan, places, generate=options.prepare)
         kept = dict(recorded or {})
         if not store.manifest.is_sample and not is_url(options.data_root or ""):
             kept.setdefault("data_root", str(store.folder.parent))

@@ -20,7 +20,7 @@ from dmx.attention import ATTENTIONS, AttentionConfig, TokenMixer
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, make_batch
 from dmx.data.prepare import open_data
-from dmx.data.show import class_name, pictures, snippet
+from dmx.data.show import pictures, snippet
 from dmx.errors import ConfigError
 from dmx.model import Classifier
 from dmx.nn.packing import to_groups
@@ -127,8 +127,8 @@ def _example(
     probabilities = trainer.probabilities(batch)[0]
     said, label = int(probabilities.argmax()), int(batch.labels[0])
     text = (
-        f"{split_name} example {index} of {manifest.label}: label {class_name(manifest, label)}, "
-        f"prediction {class_name(manifest, said)} ({float(probabilities[said]):.3f})"
+        f"{split_name} example {index} of {manifest.label}: label {manifest.class_name(label)}, "
+        f"prediction {manifest.class_name(said)} ({float(probabilities[said]):.3f})"
     )
     if side is None:
         text += "\n\n    " + snippet(manifest, split, index)

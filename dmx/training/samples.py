@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dmx.data.batches import make_batch
-from dmx.data.show import class_name, pictures, snippet
+from dmx.data.show import pictures, snippet
 from dmx.data.store import Split, Store, open_store
 from dmx.errors import DmxError
 from dmx.runs.layout import SAMPLES_FILE
@@ -146,7 +146,7 @@ def _table(samples: Samples, store: Store, *, with_texts: bool) -> str:
         "|---:|---|---|---:|---|" + ("---|" if with_texts else ""),
     ]
     for index, label, said, probability in samples.rows():
-        names = (_cell(class_name(manifest, number)) for number in (label, said))
+        names = (_cell(manifest.class_name(number)) for number in (label, said))
         right = "right" if said == label else "**wrong**"
         cells = [str(index), *names, f"{probability:.3f}", right]
         cells += [_cell(snippet(manifest, split, index))] if with_texts else []

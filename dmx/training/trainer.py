@@ -16,8 +16,7 @@ import torch
 from dmx import __version__
 from dmx.config import RunConfig
 from dmx.data.batches import Batch, TrainBatches, TrainOrder
-from dmx.data.manifest import Manifest
-from dmx.data.store import Store
+from dmx.data.store import Manifest, Store
 from dmx.errors import CheckpointError, DataError, RunFailedError
 from dmx.model import Classifier
 from dmx.nn.device import (

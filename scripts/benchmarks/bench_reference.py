@@ -44,9 +44,8 @@ from bench_cases import (
     write_section,
 )
 
-from dmx.data.manifest import Manifest
-from dmx.data.store import open_store
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest, open_store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.nn.device import keep_freed_memory
 
 SIDES = ("theirs", "ours")
@@ -233,9 +232,12 @@ def _loading(checkout: Path) -> list[str]:
             task="pathX-cl14_nogap", data_name="bench", origin="bench", num_classes=2,
             max_length=16384, vocab_size=512, dtype="uint8",
         )  # fmt: skip
-        with StoreWriter(stored, manifest) as writer:
+
+        def fill(writer: StoreWriter) -> None:
             for split, count in (("train", IMAGES), ("dev", 1), ("test", 1)):
-                writer.add_rows(split, np.stack(rows[:count]), np.zeros(count, np.int64))
+                writer.add_rows(split, np.stack(rows[:count]), np.arange(count) % 2)
+
+        write_store(stored, manifest, fill)
         sizes = {
             "theirs": pickled.stat().st_size,
             "ours": sum(f.stat().st_size for f in stored.rglob("*") if f.is_file()),

@@ -20,8 +20,8 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from dmx.config import parse_run_config
-from dmx.data.manifest import Manifest
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.schema import to_dict
 from dmx.search.space import load_space
 from dmx.training.checkpoint import open_checkpoint
@@ -66,13 +66,16 @@ def write_data(root: Path) -> None:
         num_classes=2, max_length=LENGTH, vocab_size=512, dtype="uint8",
     )  # fmt: skip
     draw = np.random.default_rng(0)
-    with StoreWriter(root / TASK, manifest) as writer:
+
+    def fill(writer: StoreWriter) -> None:
         for split, count in {"train": 200, "dev": 61, "test": 41}.items():
             for _ in range(count):
                 label = int(draw.integers(2))
                 ids = draw.integers(1, 200, size=int(draw.integers(10, LENGTH + 1)))
                 ids[draw.random(len(ids)) < 0.25] = 9 if label else 5
                 writer.add(split, ids.astype(np.uint8), label)
+
+    write_store(root / TASK, manifest, fill)
 
 
 def command(folder: Path, name: str, *, trials: int, slots: int, address: str | None) -> list[str]:

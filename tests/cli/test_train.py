@@ -20,9 +20,8 @@ import yaml
 
 from dmx import terminal, train
 from dmx.config import InitConfig, parse_run_config
-from dmx.data.manifest import Manifest
-from dmx.data.store import Store, open_store
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest, Store, open_store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import CheckpointError, ConfigError, DataError, RunFailedError
 from dmx.reporting.report import train_command
 from dmx.reporting.tables import provenance
@@ -272,11 +271,14 @@ def write_pictures(root: Path, below: int) -> None:
         max_length=1024, vocab_size=512, dtype="uint8",
     )  # fmt: skip
     draw = np.random.default_rng(0)
-    with StoreWriter(root / LARGE, manifest) as writer:
+
+    def fill(writer: StoreWriter) -> None:
         for split in ("train", "dev", "test"):
             rows = np.full((20, 1024), below, np.uint8)
             rows[:, :256] = draw.integers(0, 256, (20, 256))
             writer.add_rows(split, rows, np.arange(20) % 2)
+
+    write_store(root / LARGE, manifest, fill)
 
 
 def test_a_checkpoint_is_evaluated_on_larger_pictures_as_a_whole(checkpoint, tmp_path, capsys):

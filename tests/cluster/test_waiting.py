@@ -13,7 +13,6 @@ from dmx import train, tune
 from dmx.cluster import capacity, connection, gang
 from dmx.cluster.capacity import Resources, RoomWatch, Snapshot, Work, amount, check_request
 from dmx.curriculum import __main__ as curriculum
-from dmx.data import shards
 from dmx.errors import ConfigError
 from dmx.training.job import Workers
 from tests.tiny import TASK, one_sentence
@@ -168,18 +167,6 @@ def test_a_cluster_whose_autoscaler_may_add_nodes_says_so(monkeypatch):
     found = capacity.resources()
     assert found == Resources(2, 0, ((2.0, 0.0),), grows=True)
     assert check_request(found, cpus=8, gpus=1) == 1
-
-
-def test_shards_of_data_that_wait_are_spoken_of(caplog):
-    answers = iter([[], [], ["shard"]])
-    ray = SimpleNamespace(
-        wait=lambda running, num_returns, timeout: (next(answers), []),
-        available_resources=lambda: {},
-    )
-    assert shards._first(ray, ["shard"], 4, 30) == "shard"
-    first, second = (record.getMessage() for record in caplog.records)
-    assert "for 30 s: each asks for 1 CPU, and 0 of the cluster's 4 are free" in first
-    assert "for 210 s" in second
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_paired_pickles(tmp_path: Path) -> None:
     splits = {split: [example] for split in SPLITS} | {"test": [example | {"label": 0}]}
     source = write(tmp_path / "old", "retrieval", splits, 4)
     split = read("retrieval", source, tmp_path).split("dev")
-    assert (split.tokens(0).tolist(), split.tokens_1(0).tolist()) == ([4], [8, 9])
+    assert (split.tokens(0).tolist(), split.tokens(0, 1).tolist()) == ([4], [8, 9])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_arrays_come_from_an_archive_and_torn_ones_are_named(tmp_path: Path) -> 
 def test_a_pickle_is_refused_with_the_script_that_converts_it(tmp_path: Path) -> None:
     good = text_example([1], 0)
     source = write(tmp_path / "old", "text", {split: [good] for split in SPLITS}, 4)
-    with pytest.raises(DataError, match=r"is a pickle, .*scripts/convert_pickles\.py .*old OUT"):
+    with pytest.raises(DataError, match=r"holds pickles .*scripts/convert_pickles\.py .*old OUT"):
         prepare_data("text", tmp_path / "data", source=source)
     assert not (tmp_path / "data").exists()
 

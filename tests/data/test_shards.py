@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +46,7 @@ def test_only_missing_shards_are_made(tmp_path: Path, monkeypatch: pytest.Monkey
     p = plan(tmp_path)
     make_shards(p, workers=1)
     whole = content(p)
-    p.path(1).unlink()
+    p.path(p.shards[1]).unlink()
     (p.folder / ".x.1.partial").write_bytes(b"torn by kill -9")
     asked = []
 
@@ -82,10 +80,10 @@ def test_damaged_shard_is_removed_and_made_again(tmp_path: Path, where: float) -
     p = ShardPlan(**{**p.__dict__, "size": 200})
     make_shards(p, workers=1)
     whole = content(p)
-    broken = bytearray(p.path(1).read_bytes())
+    broken = bytearray(p.path(p.shards[1]).read_bytes())
     place = int(where * len(broken))
     broken[place : place + 8] = bytes(b ^ 0xFF for b in broken[place : place + 8])
-    p.path(1).write_bytes(bytes(broken))
+    p.path(p.shards[1]).write_bytes(bytes(broken))
     with pytest.raises(DataError, match=r"is damaged .* run the same command again"):
         list(read_shards(p))
     make_shards(p, workers=1)
@@ -101,11 +99,11 @@ def test_dead_worker_is_one_sentence_and_finished_shards_stay(tmp_path: Path) ->
 def test_a_worker_whose_part_is_done_ends_in_order(tmp_path: Path) -> None:
     p = plan(tmp_path)
     p.folder.mkdir(parents=True)
-    worker = shards._Worker(p, [0, 2])
-    assert worker.process.wait(60) == 0, "its standard input is open, as while others work"
-    worker.check(p)
+    worker = shards._start_worker(p, p.shards[::2])
+    assert worker.wait(60) == 0, "its standard input is open, as while others work"
+    shards._check(worker, p)
     assert [path.name[:8] for path in sorted(p.folder.iterdir())] == ["00000000", "00000020"]
-    worker.process.communicate()
+    worker.communicate()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -126,26 +124,7 @@ def test_ray_makes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     make_shards(plan(tmp_path / "here"), workers=1)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        make_shards(plan(tmp_path / "ray"), workers=1, address="auto")
+        make_shards(plan(tmp_path / "ray"), workers=1, on_cluster=True)
     finally:
         ray.shutdown()
     assert content(plan(tmp_path / "ray")) == content(plan(tmp_path / "here"))
-
-
-def test_absent_cluster_and_absent_ray_are_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_: object) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
-
-    # A stand-in: the real one would join any cluster that happens to run on this machine.
-    fake = SimpleNamespace(is_initialized=lambda: False, init=refuse)
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    with pytest.raises(DataError, match=r"answers at '127\.0\.0\.1:1': .*refused"):
-        make_shards(plan(tmp_path), workers=1, address="127.0.0.1:1")
-    with pytest.raises(DataError, match=r"answers at 'auto': Could not find") as caught:
-        make_shards(plan(tmp_path), workers=1, address="auto")
-    assert "\n" not in str(caught.value)
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match="--address needs Ray"):
-        make_shards(plan(tmp_path), workers=1, address="auto")

@@ -132,8 +132,8 @@ XML = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code></
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no tar archive"),
-        (gzip.compress(b"no tar inside"), "no tar archive"),
+        (b"", "or no archive"),
+        (gzip.compress(b"no tar inside"), "or no archive"),
         (b"PK\3\4" + b"\0" * 2000, "truncated or damaged"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(60), "a 7-Zip archive, .* unpack it and give the folder"),
         (b"Rar!\x1a\7\1\0" + bytes(60), "a RAR archive"),

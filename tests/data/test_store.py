@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from dmx.data import store_writer
-from dmx.data.manifest import Manifest
-from dmx.data.store import open_store
+from dmx.data.store import Manifest, open_store
 from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import DataError
 from tests.tiny import one_sentence
@@ -117,10 +116,9 @@ def test_pairs_keep_both_sides(tmp_path: Path) -> None:
 
     write_store(tmp_path / "retrieval", manifest(paired=True), fill_pairs)
     split = open_store(tmp_path / "retrieval").split("test")
-    assert split.tokens_1(1).tolist() == [5, 6, 7]
-    assert split.gather_1([1, 0], 4).tolist() == [[5, 6, 7, 0], [3, 0, 0, 0]]
+    assert split.tokens(1, 1).tolist() == [5, 6, 7]
+    assert split.gather([1, 0], 4, 1).tolist() == [[5, 6, 7, 0], [3, 0, 0, 0]]
     assert split.lengths.tolist() == [2, 1]
-    assert split.lengths_1.tolist() == [1, 3]
 
 
 def test_label_names_the_data() -> None:
@@ -281,7 +279,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_writer, "fsync_path", full)
+    monkeypatch.setattr(store_writer, "fsync_tree", full)
     with pytest.raises(DataError, match="the disk is full"):
         write_store(tmp_path / "text", manifest(), fill)
     assert not (tmp_path / "text").exists()
@@ -306,20 +304,14 @@ def test_root_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
 def test_impossible_examples_are_refused(
     tmp_path: Path, ids: list[int], label: int, message: str
 ) -> None:
-    with (
-        pytest.raises(DataError, match=message),
-        StoreWriter(tmp_path / "text", manifest()) as writer,
-    ):
-        writer.add("train", ids, label)
+    with pytest.raises(DataError, match=message):
+        write_store(tmp_path / "text", manifest(), lambda writer: writer.add("train", ids, label))
     assert not (tmp_path / "text").exists()
 
 
 def test_empty_split_is_refused(tmp_path: Path) -> None:
-    with (
-        pytest.raises(DataError, match="split dev, test"),
-        StoreWriter(tmp_path / "text", manifest()) as writer,
-    ):
-        writer.add("train", [1], 0)
+    with pytest.raises(DataError, match="split dev, test"):
+        write_store(tmp_path / "text", manifest(), lambda writer: writer.add("train", [1], 0))
     assert not (tmp_path / "text").exists()
 
 

@@ -56,7 +56,7 @@ def test_imdb_becomes_byte_ids_in_tfds_order(tmp_path: Path, archive: bool) -> N
     assert train.lengths.max() == 4000
     assert dict(store.manifest.splits) == {"train": 4, "dev": 4, "test": 4}
     files = store.manifest.files
-    assert files["dev.index.npy"]["sha256"] == files["test.index.npy"]["sha256"]
+    assert files["dev.index.npy"].sha256 == files["test.index.npy"].sha256
     assert store.split("dev").labels.tolist() == store.split("test").labels.tolist()
     assert (store.manifest.max_length, store.manifest.data_name) == (4096, "lra-text")
 
@@ -115,10 +115,10 @@ def test_aan_pairs_become_ids_of_the_repr(tmp_path: Path, archive: bool) -> None
     assert train.labels.tolist() == [1, 0]
     assert train.tokens(0).tolist() == [b + 1 for b in QUOTED]
     assert bytes(int(i) - 1 for i in train.tokens(0)).startswith(b'b\'He said "no".\\n\\xc3')
-    assert len(train.tokens_1(0)) == 4000
+    assert len(train.tokens(0, 1)) == 4000
     assert train.tokens(1).tolist() == [b + 1 for b in b'"open']  # no quoting is processed
     assert store.split("dev").labels.tolist() == [0]
-    assert store.split("test").tokens_1(0).tolist() == [b + 1 for b in b"b'd'"]
+    assert store.split("test").tokens(0, 1).tolist() == [b + 1 for b in b"b'd'"]
     assert store.manifest.paired
 
 
@@ -141,7 +141,7 @@ def test_pairs_of_other_systems_are_read_the_same(tmp_path: Path, change: Any) -
     assert split.labels.tolist() == [1, 0]
     # "b'a'" is 98 39 97 39 as bytes, and an id is one more.
     assert split.tokens(0).tolist() == [99, 40, 98, 40]
-    assert split.tokens_1(1).tolist() == [99, 40, 101, 40]
+    assert split.tokens(1, 1).tolist() == [99, 40, 101, 40]
     assert store.manifest.partial == "4 of 182,613 examples"
 
 
@@ -158,7 +158,7 @@ def test_texts_that_are_no_reprs_are_not_the_published_ones(tmp_path: Path) -> N
         (pair("1.0", b"a\tb", b"c"), "line 2: 6 columns"),
         (pair("2.0", b"a", b"b"), "line 2: label b'2.0'"),
         (pair("1.0", b"", b"b"), "line 2: an empty text"),
-        (pair("1.0", b"\xff\xfe", b"b"), "line 2: not UTF-8"),
+        (pair("1.0", b"\xff\xfe", b"b"), "line 2 is not UTF-8"),
         (b"1.0\ta\tb\n", "line 2: the ids of two papers and not their texts"),
         (b"label\ta\tb\tc\td\n", "line 2: label b'label'"),
     ],

@@ -18,9 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmx.data.manifest import _digest
 from dmx.data.sources import open_source
-from dmx.data.store import open_store
+from dmx.data.store import _digest, open_store
 from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmx.config import parse_run_config
-from dmx.data.manifest import Manifest
-from dmx.data.store import Store, open_store
-from dmx.data.store_writer import StoreWriter
+from dmx.data.store import Manifest, Store
+from dmx.data.store_writer import StoreWriter, write_store
 from dmx.runs.layout import REPORT_KEYS
 from dmx.schema import to_dict
 from dmx.tensorboard import RunWriter
@@ -163,12 +162,14 @@ def text_store(root: Path) -> Store:
         dtype="uint16",
         class_names=("neg|ative", "positive"),
     )
-    with StoreWriter(root / "text", manifest) as writer:
+
+    def fill(writer: StoreWriter) -> None:
         for split in ("train", "dev", "test"):
             for label in (0, 1, 0):
                 ids = np.frombuffer(HOSTILE, np.uint8).astype(np.uint16) + np.uint16(1)
                 writer.add(split, ids, label)
-    return open_store(root / "text")
+
+    return write_store(root / "text", manifest, fill)
 
 
 def hand_made(store: Store, folder: Path, **changes: Any) -> Path:

@@ -3,76 +3,98 @@
 from __future__ import annotations
 
 import io
-import posixpath
+import math
+import os
 import zipfile
 import zlib
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 
-from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.prepare import Reader, Request, register
 from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
+from dmx.format import scaled
 from dmx.tasks import SPLITS, Task
 
 
+def _stems(task: Task) -> tuple[str, str]:
+    """What the files' names begin with."""
+    return task.name, f"lra-{task.name}"
+
+
 def _find(task: Task, source: Source) -> str | None:
-    """What the files' names begin with, the folder and perhaps `lra-` included; or None."""
-    for stem in (task.name, f"lra-{task.name}"):
+    for stem in _stems(task):
         for ending in ("npz", "pickle"):
             root = source.locate(("",), f"{stem}.train.{ending}")
             if root is not None:
-                return posixpath.join(root, stem)
+                return root
     return None
 
 
+def _stem(request: Request) -> str:
+    for stem in _stems(request.task):
+        if request.source.has(f"{stem}.train.npz"):
+            return stem
+    raise DataError(
+        f"{request.source.path} holds pickles of {request.task.name}, which dmx does not read, "
+        "since a pickle can run programs; convert them, and give OUT as --source: "
+        f"python scripts/convert_pickles.py {request.source.given} OUT"
+    )
+
+
 def _describe(request: Request) -> dict[str, Any]:
-    (source, stem), task = request.found, request.task
-    if not source.has(f"{stem}.train.npz"):
-        raise DataError(
-            f"{source.describe(stem)}.train.pickle is a pickle, which dmx does not read, since a "
-            "pickle can run programs; convert it, and give OUT as --source: "
-            f"python scripts/convert_pickles.py {source.path} OUT"
-        )
+    task = request.task
     small = task.image_side is not None or task.vocab_size <= 256
     return {
         "data_name": f"reference-{task.name}",
-        "origin": f"arrays {source.describe(stem)}.*.npz",
+        "origin": f"arrays {request.source.describe(_stem(request))}.*.npz",
         "dtype": "uint8" if small else "uint16",
         "licence": "as the data they were made from",
     }
 
 
-def _load(
-    stream: IO[bytes], task: Task, where: str
-) -> tuple[list[npt.NDArray[Any]], npt.NDArray[Any]]:
-    """([ids [N, L]] of each side, labels [N]).
+def read_array(stream: IO[bytes], size: int) -> npt.NDArray[Any]:
+    """The array of an npy file of `size` bytes; numpy alone reserves whatever a header announces.
 
     Raises:
-        DataError: an array is missing, of another shape, or of no whole numbers.
+        ValueError: it announces more than it holds or than this machine has memory, or is no npy
+            file of plain values.
     """
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    announced = math.prod(shape) * dtype.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if announced > min(size, memory):
+        there = f"it has {scaled(size, 'B')} and this machine {scaled(memory, 'B')} of memory"
+        raise ValueError(f"an array of {scaled(announced, 'B')} is announced, but {there}")
+    stream.seek(0)
+    return np.asarray(npy.read_array(stream, allow_pickle=False))
+
+
+def _load(stream: IO[bytes], names: list[str], where: str) -> list[npt.NDArray[Any]]:
     try:
-        content = stream if stream.seekable() else io.BytesIO(stream.read())
-        with np.load(content, allow_pickle=False) as archive:
-            names = ["input_ids_0", "input_ids_1"][: 1 + task.paired]
-            sides, labels = [archive[name] for name in names], archive["label"]
+        with zipfile.ZipFile(stream) as archive:
+            parts = {name: archive.getinfo(f"{name}.npy") for name in names}
+            return [read_array(archive.open(part), part.file_size) for part in parts.values()]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{where} is no readable npz of arrays ({error}).") from error
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{where}: label holds no list of whole numbers.")
-    for name, ids in zip(names, sides, strict=True):
-        if ids.dtype.kind not in "iu" or ids.shape != (len(labels), task.max_length):
-            raise DataError(
-                f"{where}: {name} is {list(ids.shape)} values of {ids.dtype} instead of "
-                f"{[len(labels), task.max_length]} integers."
-            )
-        # Texts are stored without padding; a black pixel is no padding.
-        if task.image_side is None and not (real := ids.any(axis=1)).all():
-            number = int(np.flatnonzero(~real)[0])
-            raise DataError(f"{where}, example {number}, has nothing but padding in {name!r}.")
-    return sides, labels
+
+
+def _check(ids: npt.NDArray[Any], count: int, task: Task, where: str, name: str) -> None:
+    if ids.dtype.kind not in "iu" or ids.shape != (count, task.max_length):
+        raise DataError(
+            f"{where}: {name} is {list(ids.shape)} values of {ids.dtype} instead of "
+            f"{[count, task.max_length]} integers."
+        )
+    # Texts are stored without padding; a black pixel is no padding.
+    if task.image_side is None and not (real := ids.any(axis=1)).all():
+        number = int(np.flatnonzero(~real)[0])
+        raise DataError(f"{where}, example {number}, has nothing but padding in {name!r}.")
 
 
 def _unpadded(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -81,23 +103,25 @@ def _unpadded(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _fill(request: Request, writer: StoreWriter) -> None:
     """Exactly the files' examples in their order, dev and test apart."""
-    (source, stem), task = request.found, request.task
-    names = {f"{stem}.{split}.npz": split for split in SPLITS}
-    for name, stream in source.open(names):
-        sides, labels = _load(stream, task, source.describe(name))
+    task, stem = request.task, _stem(request)
+    names = ["input_ids_0", "input_ids_1"][: 1 + task.paired]
+    for split, stream, where in request.files({s: f"{stem}.{s}.npz" for s in SPLITS}):
+        if not isinstance(getattr(stream, "raw", None), io.FileIO):  # in an archive: no seeking
+            stream = io.BytesIO(stream.read())
+        labels, *sides = _load(stream, ["label", *names], where)
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise DataError(f"{where}: label holds no list of whole numbers.")
+        for name, ids in zip(names, sides, strict=True):
+            _check(ids, len(labels), task, where, name)
         if task.image_side is not None:
-            writer.add_rows(names[name], sides[0], labels)
+            writer.add_rows(split, sides[0], labels)
             continue
         for number, label in enumerate(labels.tolist()):
-            writer.add(names[name], *_example([side[number] for side in sides], label))
+            first, *second = (_unpadded(ids[number]) for ids in sides)
+            writer.add(split, first, label, *second)
 
 
-def _example(sides: list[npt.NDArray[Any]], label: int) -> tuple[Any, ...]:
-    first, *second = (_unpadded(ids) for ids in sides)
-    return first, label, *second
-
-
-READERS.register("reference-arrays")(
+register(
     Reader(
         name="reference-arrays",
         families=(),

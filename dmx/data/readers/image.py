@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.prepare import Reader, Request, register
 from dmx.data.sources import Source
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
@@ -23,31 +21,26 @@ NUM_TRAIN = 45000
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-_FOLDERS = ("cifar-10-batches-bin", "")
-_PICKLED_FOLDERS = ("cifar-10-batches-py", "")
 _WEIGHTS = (np.float32(0.2989), np.float32(0.5870), np.float32(0.1140))
 """tf.image.rgb_to_grayscale; ITU-R BT.601 luma, with its first weight cut to four digits."""
 
 
-@cache
 def tfds_order(count: int) -> npt.NDArray[np.int64]:
     """Training images in the order in which TFDS stores them: by MD5 of "train" + index."""
     keys = [hashlib.md5(f"train{index}".encode()).digest() for index in range(count)]
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
-def tf_grey(
-    red: npt.NDArray[np.uint8], green: npt.NDArray[np.uint8], blue: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.uint8]:
-    """Grey values of the same shape: trunc(255.5 * (0.2989 R + 0.5870 G + 0.1140 B)) in float32.
+def tf_grey(*planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Grey of red, green, blue: trunc(255.5 * (0.2989 R + 0.5870 G + 0.1140 B)) in float32.
 
     PIL's convert("L") rounds instead, which makes a quarter of the pixels one larger.
     """
     scale = np.float32(1 / 255)
-    parts = [
-        c.astype(np.float32) * scale * w for c, w in zip((red, green, blue), _WEIGHTS, strict=True)
-    ]
-    return np.asarray(((parts[0] + parts[1]) + parts[2]) * np.float32(255.5)).astype(np.uint8)
+    red, green, blue = (
+        c.astype(np.float32) * scale * w for c, w in zip(planes, _WEIGHTS, strict=True)
+    )
+    return np.asarray(((red + green) + blue) * np.float32(255.5)).astype(np.uint8)
 
 
 def _batch(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -65,25 +58,24 @@ def _batch(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArr
     rows = np.frombuffer(content, np.uint8).reshape(PER_BATCH, row)
     if rows[:, 0].max() > 9:
         raise DataError(f"{where}: label {rows[:, 0].max()} is no CIFAR-10 class.")
-    planes = rows[:, 1:].reshape(-1, 3, PIXELS)
-    return tf_grey(planes[:, 0], planes[:, 1], planes[:, 2]), rows[:, 0]
+    return tf_grey(*np.split(rows[:, 1:], 3, axis=1)), rows[:, 0]
 
 
 def _find(_: Task, source: Source) -> str | None:
-    root = source.locate(_FOLDERS, f"{BATCHES[0]}.bin")
-    return source.locate(_PICKLED_FOLDERS, BATCHES[0]) if root is None else root
+    root = source.locate(("cifar-10-batches-bin", ""), f"{BATCHES[0]}.bin")
+    return source.locate(("cifar-10-batches-py", ""), BATCHES[0]) if root is None else root
 
 
 def _describe(request: Request) -> dict[str, Any]:
-    source, root = request.found
-    if not source.has(posixpath.join(root, f"{BATCHES[0]}.bin")):
+    source = request.source
+    if not source.has(f"{BATCHES[0]}.bin"):
         raise DataError(
-            f"{source.describe(root)} is CIFAR-10's python version, whose files are pickles, which "
-            "dmx does not read; give its binary version (cifar-10-binary.tar.gz), or convert it: "
-            f"python scripts/convert_pickles.py {source.path} OUT"
+            f"{source.path} is CIFAR-10's python version, whose files are pickles, which dmx does "
+            "not read; give its binary version (cifar-10-binary.tar.gz), or convert it: "
+            f"python scripts/convert_pickles.py {source.given} OUT"
         )
     return {
-        "origin": f"CIFAR-10 (binary version), {source.describe(root)}",
+        "origin": f"CIFAR-10 (binary version), {source.path}",
         "class_names": CLASSES,
         "dtype": "uint8",
         "parameters": {"grey": "tensorflow", "order": "TFDS"},
@@ -97,8 +89,8 @@ def _fill(request: Request, writer: StoreWriter) -> None:
     The reference's train file has 45,002 examples, about 95 of them twice and 93 missing, because
     its loop over a shuffled, repeated stream ends late; this is the split that it meant.
     """
-    source, root = request.found
-    names = [posixpath.join(root, f"{batch}.bin") for batch in BATCHES]
+    source = request.source
+    names = [f"{batch}.bin" for batch in BATCHES]
     batches = {name: _batch(c, source.describe(name)) for name, c in source.read_small(names)}
     for name in names:
         writer.add_rows(None, *batches[name])
@@ -108,7 +100,7 @@ def _fill(request: Request, writer: StoreWriter) -> None:
     writer.place("test", np.arange(len(order), len(order) + PER_BATCH))
 
 
-READERS.register("lra-image")(
+register(
     Reader(
         name="lra-image",
         families=("image",),
@@ -117,6 +109,6 @@ READERS.register("lra-image")(
         describe=_describe,
         fill=_fill,
         address="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        address_checksum="md5:c32a1d4ab5d03f1284b67883e8d87530",
+        checksum="md5:c32a1d4ab5d03f1284b67883e8d87530",
     )
 )

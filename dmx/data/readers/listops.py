@@ -9,10 +9,10 @@ of the seed.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import hashlib
-import io
-import posixpath
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
@@ -20,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.progress import progress
-from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.prepare import Reader, Request, register
 from dmx.data.shards import ShardPlan, make_shards, read_shards
-from dmx.data.sources import Source, without_bom
+from dmx.data.sources import without_bom
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError, DataError
-from dmx.tasks import SPLITS, Task
+from dmx.tasks import SPLITS
+from dmx.terminal import progress
 
 VOCABULARY = (*"0123456789", "X", "[MAX", "[MED", "[MIN", "[SM")
 """Token of id 1, 2, ...; `X` is the closing bracket. Sorted: the reference's order is random."""
@@ -38,53 +38,63 @@ MAX_LENGTH = 2000
 MAX_DEPTH = 10
 MAX_ARGUMENTS = 10
 OPERATOR_SHARE = 0.25
-_CLOSE = VOCABULARY.index("X") + 1
-_FIRST_OPERATOR = VOCABULARY.index("[MAX") + 1
+SHARD_SIZE = 1000
 _LAST = len(VOCABULARY)
 _IDS = {token: number for number, token in enumerate(VOCABULARY, 1)}
-_IDS["]"] = _IDS["X"]
-FILES = {"basic_train.tsv": "train", "basic_val.tsv": "dev", "basic_test.tsv": "test"}
+_CLOSE, _MAX, _MED, _MIN = (_IDS[token] for token in ("X", "[MAX", "[MED", "[MIN"))
+FILES = {"train": "basic_train.tsv", "dev": "basic_val.tsv", "test": "basic_test.tsv"}
 HEADER = ["Source", "Target"]
-SHARD_SIZE = 1000
-DEFAULT_SEED = 0
 _FOLDERS = ("lra_release/lra_release/listops-1000", "lra_release/listops-1000", "listops-1000", "")
-_OPERATORS: tuple[Callable[[list[int]], int], ...] = (
-    max,
-    lambda values: _median(values),
-    min,
-    lambda values: sum(values) % 10,
-)
-"""In the order of their tokens: MAX, MED, MIN, SM."""
 
 
-def _median(values: list[int]) -> int:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    # Truncated, as in LRA's int(np.median(values)).
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2
+# -- expressions --------------------------------------------------------------------------------
 
 
 def value_of(ids: Iterable[int]) -> int | None:
     """The value 0..9 of an expression, given as ids; None for what is none."""
-    open_ones: list[tuple[Callable[[list[int]], int], list[int]]] = []
-    result = None
-    for token in ids:
-        if result is not None or not 1 <= token <= _LAST:
-            return None
-        if token >= _FIRST_OPERATOR:
-            open_ones.append((_OPERATORS[token - _FIRST_OPERATOR], []))
+    value = _compiled()(np.frombuffer(bytes(ids), np.uint8))
+    return None if value < 0 else int(value)
+
+
+@functools.cache
+def _compiled() -> Callable[[npt.NDArray[np.uint8]], int]:
+    from dmx.data.pathfinder_core import entry  # numba takes half a second to import
+
+    return entry(_evaluate, {})
+
+
+def _evaluate(ids: npt.NDArray[np.uint8]) -> int:
+    """The value, or -1."""
+    stacks = np.empty((3, ids.size), np.int64)
+    values, starts, operators = stacks[0], stacks[1], stacks[2]
+    top = depth = 0  # of the values, and of the open operators with their first arguments
+    for n in range(ids.size):
+        token: Any = np.int64(ids[n])
+        if (n > 0 and depth == 0) or token < 1 or token > _LAST:
+            return -1
+        if token > _CLOSE:
+            operators[depth], starts[depth] = token, top
+            depth += 1
             continue
         value = token - 1
         if token == _CLOSE:
-            if not open_ones or not open_ones[-1][1]:
-                return None
-            operator, arguments = open_ones.pop()
-            value = operator(arguments)
-        if open_ones:
-            open_ones[-1][1].append(value)
-        else:
-            result = value
-    return None if open_ones else result
+            depth -= 1
+            if depth < 0 or starts[depth] == top:
+                return -1
+            arguments = values[starts[depth] : top]
+            top, half = starts[depth], arguments.size // 2
+            if operators[depth] == _MAX:
+                value = arguments.max()
+            elif operators[depth] == _MIN:
+                value = arguments.min()
+            elif operators[depth] == _MED:  # truncated, as in LRA's int(np.median(values))
+                arguments.sort()
+                value = (arguments[half] + arguments[-1 - half]) // 2
+            else:
+                value = arguments.sum() % 10
+        values[top] = value
+        top += 1
+    return values[0] if depth == 0 and top == 1 else -1
 
 
 def decode(ids: npt.NDArray[Any]) -> str:
@@ -93,72 +103,18 @@ def decode(ids: npt.NDArray[Any]) -> str:
     return " ".join("]" if token == "X" else token for token in tokens)
 
 
-def example(seed: int, index: int, attempt: int = 0) -> tuple[bytes, int]:
-    """(ids as bytes, label 0..9) of example `index`: a function of its arguments alone.
-
-    `attempt` counts up when an example turns out equal to an earlier one.
-    """
-    # Only random() is promised to be the same in every Python version; choice and randint are not.
-    draw = random.Random(f"dmx-listops:{seed}:{index}:{attempt}").random
-    tokens = bytearray()
-    while True:
-        label = _tree(draw, tokens)
-        if label is not None:
-            return bytes(tokens), label
+# -- files --------------------------------------------------------------------------------------
 
 
-def _tree(draw: Callable[[], float], tokens: bytearray) -> int | None:
-    """Draw one tree into `tokens`; its value, or None when its length is outside the limits.
-
-    The reference draws whole trees and throws most away; giving up as soon as the limit is certain
-    to be broken keeps the same distribution.
-    """
-    tokens.clear()
-    least = 1  # tokens that the tree has at least, given what is drawn
-    stack: list[tuple[int, int, list[int]]] = []  # operator, number of arguments, their values
-    while True:
-        if len(stack) + 1 < MAX_DEPTH and draw() <= OPERATOR_SHARE:
-            count = 2 + int(draw() * (MAX_ARGUMENTS - 1))
-            least += count + 1
-            if least >= MAX_LENGTH:
-                return None
-            operator = int(draw() * len(_OPERATORS))
-            tokens.append(_FIRST_OPERATOR + operator)
-            stack.append((operator, count, []))
-            continue
-        value = int(draw() * 10)
-        tokens.append(value + 1)
-        while stack:
-            operator, count, values = stack[-1]
-            values.append(value)
-            if len(values) < count:
-                break
-            value = _OPERATORS[operator](values)
-            tokens.append(_CLOSE)
-            stack.pop()
-        if not stack:
-            return value if len(tokens) > MIN_LENGTH else None
-
-
-def make_shard(start: int, stop: int, *, seed: int) -> dict[str, npt.NDArray[Any]]:
-    """Examples start..stop-1: "tokens" uint8 [sum of lengths], "lengths" int32, "labels" uint8."""
-    examples = [example(seed, index) for index in range(start, stop)]
-    return {
-        "tokens": np.frombuffer(b"".join(ids for ids, _ in examples), np.uint8),
-        "lengths": np.array([len(ids) for ids, _ in examples], np.int32),
-        "labels": np.array([label for _, label in examples], np.uint8),
-    }
-
-
-def parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
+def _parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
     """(ids [L], label) per line of a ListOps tsv; columns beside Source and Target are ignored.
 
     Raises:
         DataError: a line lacks a column, has an unknown token or a target that is not the
             expression's value, or is not UTF-8.
     """
-    text = io.TextIOWrapper(without_bom(stream, where), encoding="utf-8", newline="")
-    rows = csv.reader(text, delimiter="\t")
+    known = {**_IDS, "]": _CLOSE}
+    rows = csv.reader(codecs.iterdecode(without_bom(stream, where), "utf-8"), delimiter="\t")
     try:
         header = next(rows, [])
         if not set(HEADER) <= set(header):
@@ -176,7 +132,7 @@ def parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8]
             if len(target) != 1 or target not in VOCABULARY[:10]:
                 raise DataError(f"{at}: target {target[:20]!r} is no digit.")
             try:
-                ids = [_IDS[token] for token in source.replace("(", " ").replace(")", " ").split()]
+                ids = [known[token] for token in source.replace("(", " ").replace(")", " ").split()]
             except KeyError as error:
                 raise DataError(f"{at}: unknown token {error.args[0][:20]!r}.") from error
             if not ids:
@@ -194,18 +150,11 @@ def parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8]
         ) from error
     except csv.Error as error:
         raise DataError(f"{where}, line {rows.line_num}: {error}.") from error
-    finally:
-        text.detach()  # the source closes its own stream
-
-
-def _find(_: Task, source: Source) -> str | None:
-    return source.locate(_FOLDERS, "basic_train.tsv")
 
 
 def _describe(request: Request) -> dict[str, Any]:
-    source, root = request.found
     return {
-        "origin": f"LRA release, {source.describe(root)}",
+        "origin": f"LRA release, {request.source.path}",
         "class_names": tuple("0123456789"),
         "dtype": "uint8",
         "parameters": {"vocabulary": list(VOCABULARY)},
@@ -214,42 +163,85 @@ def _describe(request: Request) -> dict[str, Any]:
 
 
 def _fill(request: Request, writer: StoreWriter) -> None:
-    source, root = request.found
     with progress("listops", 0, "expressions") as advance:
-        for name, stream in source.open([posixpath.join(root, name) for name in FILES]):
-            for ids, label in parse(stream, source.describe(name)):
-                writer.add(FILES[posixpath.basename(name)], ids, label)
+        for split, stream, where in request.files(FILES):
+            for ids, label in _parse(stream, where):
+                writer.add(split, ids, label)
                 advance(1)
 
 
-def _plan(request: Request) -> tuple[ShardPlan, dict[str, int], int]:
-    """(the shards, examples per split, seed)."""
+# -- generated ----------------------------------------------------------------------------------
+
+
+def example(seed: int, index: int, attempt: int = 0) -> bytes:
+    """The ids of example `index`: a function of its arguments alone.
+
+    `attempt` counts up when an example turns out equal to an earlier one.
+    """
+    # Only random() is promised to be the same in every Python version; choice and randint are not.
+    draw = random.Random(f"dmx-listops:{seed}:{index}:{attempt}").random
+    tokens = bytearray()
+    while not _tree(draw, tokens):
+        pass
+    return bytes(tokens)
+
+
+def _tree(draw: Callable[[], float], tokens: bytearray) -> bool:
+    """Draw one tree into `tokens`; False when its length is outside the limits.
+
+    The reference draws whole trees and throws most away; giving up as soon as the limit is certain
+    to be broken keeps the same distribution.
+    """
+    tokens.clear()
+    least = 1  # tokens that the tree has at least, given what is drawn
+    wanted: list[int] = []  # arguments that each open operator still lacks
+    while True:
+        if len(wanted) + 1 < MAX_DEPTH and draw() <= OPERATOR_SHARE:
+            count = 2 + int(draw() * (MAX_ARGUMENTS - 1))
+            least += count + 1
+            if least >= MAX_LENGTH:
+                return False
+            tokens.append(_CLOSE + 1 + int(draw() * (_LAST - _CLOSE)))
+            wanted.append(count)
+            continue
+        tokens.append(int(draw() * 10) + 1)
+        while wanted:
+            wanted[-1] -= 1
+            if wanted[-1]:
+                break
+            tokens.append(_CLOSE)
+            wanted.pop()
+        if not wanted:
+            return len(tokens) > MIN_LENGTH
+
+
+def make_shard(start: int, stop: int, *, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """Examples start..stop-1: "tokens" uint8 [sum of lengths], "lengths" int32."""
+    examples = [example(seed, index) for index in range(start, stop)]
+    return {
+        "tokens": np.frombuffer(b"".join(examples), np.uint8),
+        "lengths": np.array([len(ids) for ids in examples], np.int32),
+    }
+
+
+def _sizes(request: Request) -> dict[str, int]:
+    """Examples per split."""
     assert request.task.published is not None
     usual = zip(SPLITS, request.task.published.counts[0], strict=True)
     sizes = {split: int(request.options.get(f"num_{split}", n)) for split, n in usual}
     if least := [split for split, count in sizes.items() if count < 1]:
         raise ConfigError(f"--num-{least[0]} must be at least 1.")
-    seed = int(request.options.get("seed", DEFAULT_SEED))
-    plan = ShardPlan(
-        store=request.folder,
-        maker=f"{__name__}:make_shard",
-        arguments={"seed": seed},
-        total=sum(sizes.values()),
-        size=SHARD_SIZE,
-        unit="expressions",
-    )
-    return plan, sizes, seed
+    return sizes
 
 
 def _describe_generated(request: Request) -> dict[str, Any]:
-    _, sizes, seed = _plan(request)
     return {
         "origin": "generated by dmx with the grammar and limits of LRA's generator",
         "class_names": tuple("0123456789"),
         "dtype": "uint8",
         "parameters": {
-            "seed": seed,
-            "sizes": sizes,
+            "seed": int(request.options.get("seed", 0)),
+            "sizes": _sizes(request),
             "min_length": MIN_LENGTH,
             "max_length": MAX_LENGTH,
             "vocabulary": list(VOCABULARY),
@@ -261,36 +253,48 @@ def _describe_generated(request: Request) -> dict[str, Any]:
 
 def _generate(request: Request, writer: StoreWriter) -> dict[str, int]:
     """Distinct examples only: one that is there already is drawn again."""
-    plan, sizes, seed = _plan(request)
-    make_shards(plan, workers=request.workers, address=request.address)
-    ends = {"train": sizes["train"], "dev": sizes["train"] + sizes["dev"], "test": plan.total}
+    sizes, seed = _sizes(request), int(request.options.get("seed", 0))
+    plan = ShardPlan(
+        store=request.folder,
+        maker=f"{__name__}:make_shard",
+        arguments={"seed": seed},
+        total=sum(sizes.values()),
+        size=SHARD_SIZE,
+        unit="expressions",
+    )
+    make_shards(plan, workers=request.workers, on_cluster=request.on_cluster)
     seen: set[bytes] = set()
     redrawn = 0
     for start, arrays in read_shards(plan):
         parts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
-        for index, (tokens, label) in enumerate(zip(parts, arrays["labels"], strict=True), start):
-            ids, value, attempt = tokens.tobytes(), int(label), 0
+        for index, part in enumerate(parts, start):
+            ids, attempt = part.tobytes(), 0
             while (digest := hashlib.blake2b(ids, digest_size=16).digest()) in seen:
                 attempt += 1
-                redrawn += 1
-                ids, value = example(seed, index, attempt)
+                ids = example(seed, index, attempt)
             seen.add(digest)
-            split = next(name for name, end in ends.items() if index < end)
-            writer.add(split, np.frombuffer(ids, np.uint8), value)
+            redrawn += attempt
+            value = value_of(ids)
+            assert value is not None
+            writer.add(None, np.frombuffer(ids, np.uint8), value)
+    first = 0
+    for split, count in sizes.items():
+        writer.place(split, np.arange(first, first + count))
+        first += count
     return {"redrawn": redrawn}
 
 
-READERS.register("lra-listops")(
+register(
     Reader(
         name="lra-listops",
         families=("listops",),
-        find=_find,
+        find=lambda _, source: source.locate(_FOLDERS, FILES["train"]),
         expects="listops-1000/basic_{train,val,test}.tsv",
         describe=_describe,
         fill=_fill,
     )
 )
-READERS.register("generated-listops")(
+register(
     Reader(
         name="generated-listops",
         families=("listops",),

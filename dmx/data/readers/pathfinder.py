@@ -14,16 +14,15 @@ import shutil
 import time
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from dmx.data.pathfinder import Generator, parameters_for
-from dmx.data.progress import progress
-from dmx.data.readers.base import READERS, Reader, Request
+from dmx.data.prepare import Reader, Request, register
+from dmx.data.readers.arrays import read_array
 from dmx.data.shards import ShardPlan, make_shards, read_shards
 from dmx.data.sources import Source, safe_name
 from dmx.data.store_writer import StoreWriter
@@ -31,6 +30,7 @@ from dmx.errors import ConfigError, DataError
 from dmx.format import duration, scaled
 from dmx.storage.files import explained
 from dmx.tasks import EMPTY_IMAGES, NUM_IMAGES, Task
+from dmx.terminal import progress
 
 log = logging.getLogger(__name__)
 CLASSES = ("apart", "connected")
@@ -64,36 +64,11 @@ def pathfinder_split(count: int) -> dict[str, npt.NDArray[np.int64]]:
         raise DataError(f"{count} images are too few to split; at least {LEAST_IMAGES} are needed.")
     order = list(range(count))
     random.Random(SPLIT_SEED).shuffle(order)
-    first, second = int(count * 0.8), int(count * 0.9)
-    parts = {"train": order[:first], "dev": order[first:second], "test": order[second:]}
-    return {split: np.array(part, np.int64) for split, part in parts.items()}
+    parts = np.split(np.array(order, np.int64), [int(count * 0.8), int(count * 0.9)])
+    return dict(zip(("train", "dev", "test"), parts, strict=True))
 
 
-def grey_pixels(content: bytes, side: int, where: str) -> npt.NDArray[np.uint8]:
-    """Pixels [side * side], rows from the top, of an 8-bit one-channel PNG.
-
-    Raises:
-        DataError: it is no PNG, truncated, of another size, or has colours.
-    """
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            image.verify()  # checksums up to the end mark; decoding alone overlooks a torn tail
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            if image.size != (side, side) or image.mode != "L":
-                width, height = image.size
-                raise DataError(
-                    f"{where} is {width} x {height} in mode {image.mode}, not {side} x {side} grey."
-                )
-            return np.asarray(image, np.uint8).reshape(-1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where} is no readable PNG: {error}.") from error
-
-
-class ImageEntry(NamedTuple):
-    """Where an image lies below the set's folder, and its label."""
-
-    path: str
-    label: int
+# -- image folders ------------------------------------------------------------------------------
 
 
 def _find(task: Task, source: Source) -> str | None:
@@ -116,15 +91,16 @@ def _find(task: Task, source: Source) -> str | None:
     return root
 
 
-def parse_metadata(content: bytes, where: str) -> list[ImageEntry]:
-    """The images of a metadata file: text lines (released) or a real npy of bytes (generator).
+def _parse_metadata(content: bytes, where: str) -> list[tuple[str, int]]:
+    """(path, label) of the images of a metadata file: text lines (released) or a real npy of bytes
+    (generator).
 
     Raises:
         DataError: a line has other columns, an unsafe path or no label, or is not UTF-8.
     """
     try:
         if content.startswith(_NPY_MAGIC):
-            table = np.load(io.BytesIO(content), allow_pickle=False)
+            table = read_array(io.BytesIO(content), len(content))
             if table.ndim != 2 or table.dtype.kind not in "SU":
                 raise DataError(f"{where} holds no table of strings.")
             cells = table.astype("S").tolist()
@@ -135,7 +111,7 @@ def parse_metadata(content: bytes, where: str) -> list[ImageEntry]:
                 rows.pop()
     except (ValueError, EOFError) as error:  # a UnicodeDecodeError is a ValueError
         raise DataError(f"{where} is no readable metadata file ({error}).") from error
-    entries = []
+    images = []
     for number, row in enumerate(rows, 1):
         at = f"{where}, line {number}"
         if len(row) < NUM_FIELDS:
@@ -143,61 +119,77 @@ def parse_metadata(content: bytes, where: str) -> list[ImageEntry]:
         label = _LABELS.get(row[_LABEL_FIELD])
         if label is None:
             raise DataError(f"{at}: label {row[_LABEL_FIELD][:20]!r} is neither 0 nor 1.")
-        entries.append(ImageEntry(safe_name(f"{row[0]}/{row[1]}", where), label))
-    return entries
+        images.append((safe_name(f"{row[0]}/{row[1]}", where), label))
+    return images
 
 
-def entries(source: Source, root: str, empty: int) -> tuple[list[ImageEntry], int]:
-    """All images in the order of their metadata files, and how many empty files were left out.
+def _images(source: Source, allowed: int) -> tuple[dict[str, int], int]:
+    """Path -> label in the order of the metadata files, and how many empty images are left out.
 
     Args:
-        empty: image files that are empty in the published set.
+        allowed: image files that are empty in the published set.
 
     Raises:
         DataError: no metadata, or an image is missing, empty or listed twice.
     """
-    folder = posixpath.join(root, "metadata")
-    names = [n for n in source.files(folder) if n.endswith(".npy") and "bkp" not in n]
+    names = [n for n in source.files("metadata") if n.endswith(".npy") and "bkp" not in n]
     if not names:
-        raise DataError(f"{source.describe(folder)} has no metadata files.")
+        raise DataError(f"{source.describe('metadata')} has no metadata files.")
+    files = source.read_small(f"metadata/{name}" for name in names)
+    found = {name: _parse_metadata(content, source.describe(name)) for name, content in files}
+
+    def by_number(name: str) -> tuple[bool, int, str]:
+        stem = posixpath.basename(name).removesuffix(".npy")
+        return not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem
+
     # The reference takes the file system's order, which differs between machines.
-    names.sort(key=lambda name: (*_number(name), name))
-    found: dict[str, list[ImageEntry]] = {}
-    for name, content in source.read_small(posixpath.join(folder, name) for name in names):
-        found[name] = parse_metadata(content, source.describe(name))
-    listed = [entry for name in names for entry in found[posixpath.join(folder, name)]]
-    full = [e for e in listed if source.size(posixpath.join(root, e.path)) > 0]
-    if len({entry.path for entry in full}) < len(full):
-        raise DataError(f"{source.describe(folder)} lists an image twice.")
-    if len(listed) - len(full) > empty:
-        first = next(e for e in listed if source.size(posixpath.join(root, e.path)) == 0)
+    listed = [image for name in sorted(found, key=by_number) for image in found[name]]
+    full = [(path, label) for path, label in listed if source.size(path) > 0]
+    images, empty = dict(full), len(listed) - len(full)
+    if len(images) < len(full):
+        raise DataError(f"{source.describe('metadata')} lists an image twice.")
+    if empty > allowed:
+        first = next(path for path, _ in listed if source.size(path) == 0)
         raise DataError(
-            f"{source.describe(root)}: {len(listed) - len(full):,} of {len(listed):,} image files "
-            f"are empty, {first.path} the first, and {empty or 'none'} in the published set; the "
-            "copy is broken, copy the images again."
+            f"{source.path}: {empty:,} of {len(listed):,} image files are empty, {first} the "
+            f"first, and {allowed or 'none'} in the published set; the copy is broken, copy the "
+            "images again."
         )
-    listing = {posixpath.dirname(entry.path) for entry in listed}
-    images = [posixpath.join("imgs", n) for n in source.folders(posixpath.join(root, "imgs"))]
-    if lost := [name for name in images if name not in listing]:
+    listing = {posixpath.dirname(path) for path, _ in listed}
+    if lost := [f for f in source.folders("imgs") if f"imgs/{f}" not in listing]:
         log.warning(
             "%s: no metadata file lists the images in %s%s; they are left out",
-            *(source.describe(root), ", ".join(lost[:3])),
+            *(source.path, ", ".join(f"imgs/{folder}" for folder in lost[:3])),
             f" and {len(lost) - 3} more folders" if len(lost) > 3 else "",
         )
-    return full, len(listed) - len(full)
+    return images, empty
 
 
-def _number(name: str) -> tuple[int, int]:
-    stem = PurePosixPath(name).stem
-    return (0, int(stem)) if stem.isdecimal() else (1, 0)
+def _grey_pixels(content: bytes, side: int, where: str) -> npt.NDArray[np.uint8]:
+    """Pixels [side * side], rows from the top, of an 8-bit one-channel PNG.
+
+    Raises:
+        DataError: it is no PNG, truncated, of another size, or has colours.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()  # checksums up to the end mark; decoding alone overlooks a torn tail
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if image.size != (side, side) or image.mode != "L":
+                width, height = image.size
+                raise DataError(
+                    f"{where} is {width} x {height} in mode {image.mode}, not {side} x {side} grey."
+                )
+            return np.asarray(image, np.uint8).reshape(-1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where} is no readable PNG: {error}.") from error
 
 
 def _describe(request: Request) -> dict[str, Any]:
-    source, root = request.found
     generated = request.task.name.startswith("pathX-")
     return {
         "data_name": "original-pathx" if generated else "lra-pathfinder",
-        "origin": f"{'generator output' if generated else 'LRA release'}, {source.describe(root)}",
+        "origin": f"{'generator output' if generated else 'LRA release'}, {request.source.path}",
         "class_names": CLASSES,
         "dtype": "uint8",
         "parameters": {"split_seed": SPLIT_SEED, "order": "metadata files by number"},
@@ -207,23 +199,26 @@ def _describe(request: Request) -> dict[str, Any]:
 
 def _fill(request: Request, writer: StoreWriter) -> dict[str, int]:
     """The images as they come from the source, split as the reference splits the metadata."""
-    (source, root), task = request.found, request.task
+    source, task = request.source, request.task
     assert task.image_side is not None
-    images, skipped = entries(source, root, EMPTY_IMAGES.get(task.name, 0))
+    images, skipped = _images(source, EMPTY_IMAGES.get(task.name, 0))
     if skipped:
-        log.warning("%s: %d empty image file(s) left out, as in the reference", root, skipped)
+        log.warning("%s: %d empty image file(s) left out, as in the reference", task.name, skipped)
     splits = pathfinder_split(len(images))
-    numbers = {posixpath.join(root, entry.path): n for n, entry in enumerate(images)}
-    stored = np.zeros(len(images), np.int64)
+    places: dict[str, int] = {}
     with progress(task.name, len(images), "images") as advance:
-        for place, (name, content) in enumerate(source.read_small(numbers)):
-            pixels = grey_pixels(content, task.image_side, source.describe(name))
-            writer.add(None, pixels, images[numbers[name]].label)
-            stored[numbers[name]] = place
+        for name, content in source.read_small(images):
+            pixels = _grey_pixels(content, task.image_side, source.describe(name))
+            writer.add(None, pixels, images[name])
+            places[name] = len(places)
             advance(1)
+    stored = np.array([places[name] for name in images])
     for split, members in splits.items():
         writer.place(split, stored[members])
     return {"skipped_empty_images": skipped}
+
+
+# -- generated ----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -243,15 +238,13 @@ def make_shard(
     }
 
 
-def estimate(plan: ShardPlan, pixels: int, workers: int, address: str | None) -> None:
+def _estimate(plan: ShardPlan, pixels: int, workers: int, on_cluster: bool) -> None:
     """Log how long generating takes and what disk it needs.
 
     Raises:
         DataError: the disk has too little room.
     """
-    missing = [shard for shard in range(len(plan)) if not plan.path(shard).exists()]
-    todo = sum(stop - start for start, stop in map(plan.bounds, missing))
-    size = plan.total * pixels
+    todo, size = sum(map(len, plan.missing)), plan.total * pixels
     need = size + int(_SHARD_SHARE * pixels * todo)
     with explained(plan.store.parent, "read"):
         free = shutil.disk_usage(plan.store.parent).free
@@ -261,30 +254,22 @@ def estimate(plan: ShardPlan, pixels: int, workers: int, address: str | None) ->
             f"{scaled(free, 'B')} are free; choose another --data-root or fewer --num-images."
         )
     rate = _images_per_second(plan) if todo else math.inf
-    if address is None:
-        how = f"about {duration(todo / rate / workers)} with {workers} worker(s)"
-    else:
-        how = f"on the Ray cluster at {address}"
+    how = f"about {duration(todo / rate / workers)} with {workers} worker(s)"
     log.info(
         "%s: generating %s images, %s (%.3g images/s a core); %s on disk, %s free",
-        plan.store.name,
-        f"{todo:,}",
-        how,
-        rate,
-        scaled(size, "B"),
-        scaled(free, "B"),
+        *(plan.store.name, f"{todo:,}", "on the Ray cluster" if on_cluster else how, rate),
+        *(scaled(size, "B"), scaled(free, "B")),
     )
 
 
 def _images_per_second(plan: ShardPlan) -> float:
     make_shard(0, 1, **plan.arguments)  # compiles what has to be compiled
-    start, count = time.monotonic(), 0
-    while True:
+    start = time.monotonic()
+    for count in range(_PROBE_IMAGES):
         make_shard(count, count + 1, **plan.arguments)
-        count += 1
-        seconds = time.monotonic() - start
-        if count >= _PROBE_IMAGES or seconds > _PROBE_SECONDS:
-            return count / seconds
+        if time.monotonic() - start > _PROBE_SECONDS:
+            break
+    return (count + 1) / (time.monotonic() - start)
 
 
 def _plan(request: Request) -> ShardPlan:
@@ -309,8 +294,14 @@ def _plan(request: Request) -> ShardPlan:
 
 
 def _describe_generated(request: Request) -> dict[str, Any]:
-    plan = _plan(request)
+    plan, name = _plan(request), request.task.name
     seed, render = plan.arguments["seed"], plan.arguments["render"]
+    # What sets the data apart from the published set of that name; pathX sets are generated.
+    note = [] if name.startswith("pathX-") else ["generated"]
+    if request.task.published is None and plan.total != NUM_IMAGES:  # else the label shows it
+        note.append(f"{plan.total:,} images")
+    note += [f"seed {seed}"] if seed != SEED else []
+    note += [f"render {render}"] if render != "original" else []
     return {
         "origin": "generated by dmx, bit for bit as bhattarailab/pathfinder-generator",
         "class_names": CLASSES,
@@ -320,9 +311,9 @@ def _describe_generated(request: Request) -> dict[str, Any]:
             "render": render,
             "num_images": plan.total,
             "split_seed": SPLIT_SEED,
-            "generator": asdict(parameters_for(request.task.name)),
+            "generator": asdict(parameters_for(name)),
         },
-        "note": _note(request.task, plan.total, seed, render),
+        "note": ", ".join(note),
         "licence": "none needed (generated)",
     }
 
@@ -330,25 +321,15 @@ def _describe_generated(request: Request) -> dict[str, Any]:
 def _generate(request: Request, writer: StoreWriter) -> None:
     """Make what is missing; split as the reference splits."""
     plan = _plan(request)
-    estimate(plan, request.task.max_length, request.workers, request.address)
-    make_shards(plan, workers=request.workers, address=request.address)
+    _estimate(plan, request.task.max_length, request.workers, request.on_cluster)
+    make_shards(plan, workers=request.workers, on_cluster=request.on_cluster)
     for _, arrays in read_shards(plan):
         writer.add_rows(None, arrays["images"], arrays["labels"])
     for split, numbers in pathfinder_split(plan.total).items():
         writer.place(split, numbers)
 
 
-def _note(task: Task, count: int, seed: int, render: str) -> str:
-    """What sets the data apart from the published set of that name; pathX sets are generated."""
-    parts = [] if task.name.startswith("pathX-") else ["generated"]
-    if task.published is None and count != NUM_IMAGES:  # else their number shows what is partial
-        parts.append(f"{count:,} images")
-    parts += [f"seed {seed}"] if seed != SEED else []
-    parts += [f"render {render}"] if render != "original" else []
-    return ", ".join(parts)
-
-
-READERS.register("lra-pathfinder")(
+register(
     Reader(
         name="lra-pathfinder",
         families=("pathfinder",),
@@ -358,7 +339,7 @@ READERS.register("lra-pathfinder")(
         fill=_fill,
     )
 )
-READERS.register("generated-pathfinder")(
+register(
     Reader(
         name="generated-pathfinder",
         families=("pathfinder",),

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
-from dmx.data.pathfinder.core import DEGREES
-from dmx.data.pathfinder.parameters import GeneratorParameters
-from dmx.data.pathfinder.pictures import PaddlePictures, PaddleShape, disc_offsets, paddle_pictures
+from dmx.data.pathfinder import GeneratorParameters, reduce_clipped, reduce_raw
+from dmx.data.pathfinder_core import DEGREES
 
 NEGLIGIBLE = 1e-30
 """A weight below it is the rounding error of cos(pi / 2)^2."""
@@ -70,63 +70,118 @@ class Geometry(NamedTuple):
     """[360] False: the original finds no start in this direction, see `_usable`."""
 
 
+class PaddlePictures(NamedTuple):
+    """Read-only pictures [D, S, S] of a paddle in every direction; it starts in the centre."""
+
+    lines: NDArray[np.uint8]
+    """The dash, 0..255, reduced with clipping."""
+    raw_lines: NDArray[np.float32]
+    """The dash, about 0..1, reduced in floating point: over- and undershoots of Lanczos kept."""
+    masks: NDArray[np.uint8]
+    """The dash widened by the margin, 0..255."""
+
+
+@lru_cache(maxsize=16)
 def pictures_for(parameters: GeneratorParameters, margin: int) -> PaddlePictures:
     """The pictures of all D directions, a candidate's drawn from the candidate to the pivot."""
-    shape = _shape(parameters, margin)
     angles = [_radians(degree) for degree in range(-180, 180)]
-    angles += [_opposite(math.atan2(y, x)) for y, x in _candidates(shape).tolist()]
-    return paddle_pictures(shape, tuple(angles))
+    candidates = _candidates(parameters.paddle_length + margin)
+    angles += [_opposite(math.atan2(y, x)) for y, x in candidates.tolist()]
+    half = _half(parameters, margin)
+    canvases = np.stack([_draw(parameters, half, angle) for angle in angles])
+    widened = _widen(canvases, margin * parameters.antialias)
+    side = 2 * half + 1
+    pictures = PaddlePictures(
+        lines=np.stack([reduce_clipped(canvas, side, side) for canvas in canvases]),
+        raw_lines=np.stack(
+            [reduce_raw(canvas, side, side) / np.float32(255) for canvas in canvases]
+        ),
+        masks=np.stack([reduce_clipped(canvas, side, side) for canvas in widened]),
+    )
+    for array in pictures:
+        array.setflags(write=False)
+    return pictures
+
+
+def _half(parameters: GeneratorParameters, margin: int) -> int:
+    """Pixels from the centre of a picture, where the paddle starts, to its edge."""
+    return parameters.paddle_length + math.ceil(parameters.paddle_thickness) + margin
+
+
+def _draw(parameters: GeneratorParameters, half: int, angle: float) -> NDArray[np.uint8]:
+    """A paddle at an angle (radians, from +x towards +y, that is downwards), enlarged."""
+    centre = half * parameters.antialias
+    length = float(parameters.paddle_length * parameters.antialias)
+    # libm's sine, not numpy's: the original ran on libm, and a last-bit difference could move
+    # the end point by a pixel; it is rounded up, the original's bias right and down.
+    end = tuple(math.ceil(centre + length * move(angle)) for move in (math.cos, math.sin))
+    canvas = Image.new("F", (2 * centre + 1, 2 * centre + 1), 0)
+    width = round(parameters.paddle_thickness * parameters.antialias)
+    ImageDraw.Draw(canvas).line([(centre, centre), end], fill=255, width=width)
+    return np.asarray(canvas).astype(np.uint8)
+
+
+def _widen(canvases: NDArray[np.uint8], radius: int) -> NDArray[np.uint8]:
+    """Maximum over a disc around each pixel; what lies outside a canvas counts as 0."""
+    height, width = canvases.shape[1:]
+    framed = np.pad(canvases, ((0, 0), (radius, radius), (radius, radius)))
+    widened = np.zeros_like(canvases)
+    for dy, dx in _disc_offsets(radius).tolist():
+        shifted = framed[:, radius + dy : radius + dy + height, radius + dx : radius + dx + width]
+        np.maximum(widened, shifted, out=widened)
+    return widened
+
+
+def _disc_offsets(radius: int) -> NDArray[np.int64]:
+    """All (dy, dx) with dy^2 + dx^2 <= radius^2, shape [n, 2]."""
+    span = range(-radius, radius + 1)
+    return np.array([(y, x) for y in span for x in span if y * y + x * x <= radius * radius])
 
 
 @lru_cache(maxsize=32)
 def geometry_for(parameters: GeneratorParameters, margin: int) -> Geometry:
     """Build the tables of one margin."""
-    shape = _shape(parameters, margin)
+    reach = parameters.paddle_length + margin
+    half = _half(parameters, margin)
+    frame = half + parameters.seed_distance
+    side = parameters.window + 2 * frame
     degrees = [_radians(degree) for degree in range(-180, 180)]
-    candidates = _candidates(shape)
+    candidates = _candidates(reach)
     angles = [math.atan2(y, x) for y, x in candidates.tolist()]
-    frame = shape.half + parameters.seed_distance
-    reach = shape.length + margin
     masks = pictures_for(parameters, margin).masks
     stride = -(-parameters.window // 64) + 2
     weights = _weights(degrees + angles, angles, parameters.continuity)
     favoured = [np.flatnonzero(row > NEGLIGIBLE) for row in weights]
-    offsets = [_kernel(shape, mask) for mask in masks[:DEGREES]]
-    flat = np.concatenate(offsets)
+    kernels = [_kernel(mask, half, reach) for mask in masks[:DEGREES]]
+    flat = np.concatenate(kernels)
     geometry = Geometry(
         window=parameters.window,
-        half=shape.half,
+        half=half,
         frame=frame,
-        side=parameters.window + 2 * frame,
+        side=side,
         bit_frame=reach,
         stride=stride,
         levels=(np.arange(256) / 255.0).astype(np.float32).astype(np.float64),
         masks=masks,
-        boxes=np.array([_box(mask) for mask in masks]) - shape.half,
-        steps=_displacements(degrees + angles, shape.length + 2 * margin),
-        heads=_displacements(degrees, shape.length),
+        boxes=np.array([_box(mask) for mask in masks]) - half,
+        steps=_displacements(degrees + angles, reach + margin),
+        heads=_displacements(degrees, parameters.paddle_length),
         backs=_displacements([_opposite(angle) for angle in degrees], reach),
         ring=_displacements([_radians(degree) for degree in range(360)], parameters.seed_distance),
         candidates=candidates,
         weights=weights,
         favoured_ends=_ends(favoured),
         favoured=np.concatenate(favoured),
-        disc=disc_offsets(margin) @ np.array([parameters.window + 2 * frame, 1]),
-        kernel_ends=_ends(offsets),
+        disc=_disc_offsets(margin) @ np.array([side, 1]),
+        kernel_ends=_ends(kernels),
         kernel_words=flat[:, 0] * stride + flat[:, 1] // 64,
         kernel_shifts=(flat[:, 1] % 64).astype(np.uint64),
-        usable=np.array([_usable(part) for part in offsets]),
+        usable=np.array([_usable(kernel) for kernel in kernels]),
     )
     for array in geometry:
         if isinstance(array, np.ndarray):
             array.setflags(write=False)
     return geometry
-
-
-def _shape(parameters: GeneratorParameters, margin: int) -> PaddleShape:
-    return PaddleShape(
-        parameters.paddle_length, parameters.paddle_thickness, margin, parameters.antialias
-    )
 
 
 def _radians(degree: int) -> float:
@@ -151,13 +206,12 @@ def _displacements(angles: list[float], distance: int) -> NDArray[np.float64]:
     return np.array([(far * math.sin(angle), far * math.cos(angle)) for angle in angles])
 
 
-def _candidates(shape: PaddleShape) -> NDArray[np.int64]:
-    """Pixels on the circle of radius length + margin, one sample per pixel of its circumference.
+def _candidates(radius: int) -> NDArray[np.int64]:
+    """Pixels on the circle of that radius, one sample per pixel of its circumference.
 
     The original truncates pivot + offset; for points inside the image that is pivot + floor(offset)
     as long as no offset is within rounding error of an integer, other than being one.
     """
-    radius = shape.length + shape.margin
     step = 360.0 / (2 * radius * math.pi)
     samples = (np.arange(0, 360, step) * math.pi / 180).tolist()
     offsets = _displacements(samples, radius)
@@ -178,15 +232,14 @@ def _weights(last: list[float], new: list[float], continuity: float) -> NDArray[
     return weights
 
 
-def _kernel(shape: PaddleShape, mask: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _kernel(mask: NDArray[np.uint8], half: int, reach: int) -> NDArray[np.int64]:
     """Offsets [n, 2] from a start whose pixels must be free for a first paddle.
 
     Two traits of the original are kept: the paddle's mask lies one pixel right and down of the
     start, and only its full pixels count, so ringing of the Lanczos filter makes holes. Without a
     full pixel OpenCV's dilation takes the kernel's first corner.
     """
-    reach = shape.length + shape.margin
-    first = shape.half - reach - 1
+    first = half - reach - 1
     side = 2 * reach + 1
     full = np.argwhere(mask[first : first + side, first : first + side] == 255) - reach
     return full if len(full) else np.array([[-reach, -reach]])

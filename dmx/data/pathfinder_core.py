@@ -1,8 +1,8 @@
 """Placing snakes: the compiled core of the generator. Random words in, places of paddles out.
 
-Coordinates are (y, x). Nothing here computes an angle: geometry.py has the tables `g` and the
-working memory `b`. All compiled functions stand in this one file, since numba's code on disk goes
-stale when the file of the function that Python calls changes, and with no other.
+Coordinates are (y, x). Nothing here computes an angle: pathfinder_geometry has the tables `g` and
+the working memory `b`. All compiled functions stand in this one file, since numba's code on disk
+goes stale when the file of the function that Python calls changes, and with no other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba.core.cpu import CPUTargetOptions
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from dmx.data.pathfinder.geometry import Bits, Board, Counts, Geometry
+    from dmx.data.pathfinder_geometry import Bits, Board, Counts, Geometry
 
 DEGREES = 360
 FREE_LEVEL = 76
@@ -51,12 +51,12 @@ def helper(function: F) -> F:
     return cast(F, njit(**_HELPER)(function))
 
 
-def entry(function: F) -> F:
+def entry(function: F, options: dict[str, Any] = _ENTRY) -> F:
     """Compile a function that Python calls, with the machine code kept on disk where possible."""
     try:
-        return cast(F, njit(cache=True, **_ENTRY)(function))
+        return cast(F, njit(cache=True, **options)(function))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return cast(F, njit(**_ENTRY)(function))
+        return cast(F, njit(**options)(function))
 
 
 @helper

