@@ -111,11 +111,7 @@ class RunOptions:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The plain RunConfig in a YAML file, or of a checkpoint; of a run's folder, of its best one.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The plain RunConfig in a YAML file, of a checkpoint, or of a run's best one."""
     path = meant_checkpoint(local_path("--config", str(path)))
     return read_yaml(path / layout.CONFIG_FILE if path.is_dir() else path)
 
@@ -234,11 +230,7 @@ def run_training(
 
 
 def dry_run(config: RunConfig, *, price_per_gpu_hour: float | None = None, **options: Any) -> None:
-    """Check what can be checked before a run, and print what it would cost; nothing is written.
-
-    Args:
-        options: the fields of RunOptions.
-    """
+    """Check what can be checked before a run, and print what it would cost; nothing is written."""
     asked = RunOptions(**options)
     check_price(price_per_gpu_hour)
     asked.workers(config)
@@ -277,11 +269,7 @@ def _source(config: RunConfig, before: Mapping[str, Any]) -> tuple[RunConfig, We
 
 
 def _tell_transfer(start: Weights | None, resolved: RunConfig) -> None:
-    """Say what the run takes over from other weights, before anything is written.
-
-    Raises:
-        CheckpointError: it does not fit.
-    """
+    """Say what the run takes over from other weights, before anything is written."""
     init = resolved.init
     if start is None or init is None:
         return

@@ -112,11 +112,7 @@ def evaluate_checkpoint(wanted: EvaluationJob, threads: int) -> Evaluation:
 
 
 def _config_on(checkpoint: Checkpoint, task: str, settings: Mapping[str, Any]) -> RunConfig:
-    """The checkpoint's config with another task's length, and the settings given.
-
-    Raises:
-        ConfigError: the task is of another kind than the checkpoint's.
-    """
+    """The checkpoint's config with the length of another task of its kind, and the settings."""
     own, wanted = checkpoint.config, task_for(task)
     changes: dict[str, Any] = {}
     if task != own.task:

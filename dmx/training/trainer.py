@@ -56,8 +56,8 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     """The config with the sizes that the data decide.
 
     Raises:
-        ConfigError: a size of the model is too small for them.
-        DataError: they are of another length or kind than the task: nothing is cut or padded.
+        ConfigError: a size of the model is too small for them. DataError: they are of another
+        length or kind than the task: nothing is cut or padded.
     """
     task, found = config.task_info, manifest.max_length
     length = config.model.max_length or task.max_length

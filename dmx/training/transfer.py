@@ -100,11 +100,7 @@ def weights_checksum(path: Path) -> str:
 
 
 def identified(config: RunConfig) -> RunConfig:
-    """The config with the whole path and the checksum of the weights that it starts from.
-
-    Raises:
-        CheckpointError: they are not those that the config names.
-    """
+    """The config with the whole path and the checksum of the weights that it starts from."""
     if config.init is None:
         return config
     path = Path(config.init.path).absolute()
