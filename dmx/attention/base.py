@@ -8,6 +8,7 @@ groups, l real tokens of a group.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dmx.errors import ConfigError
 from dmx.nn.cpu import dropout_attention
-from dmx.nn.packing import Grouping, Layout
+from dmx.nn.packing import Grouping, Layout, join_rows, split_rows
 from dmx.registry import NamedConfig, Registry
 from dmx.runs.run import UNKNOWN
 from dmx.schema import check_range
@@ -130,14 +131,9 @@ def fused_attention(
         return dropout_attention(q, k, v, keep, dropout)
     if q.shape[0] <= MOST_GROUPS or q.device.type == "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
-    masks = [None] * -(-q.shape[0] // MOST_GROUPS) if keep is None else keep.split(MOST_GROUPS)
-    pieces = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)), masks, strict=True)
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(a, b, c, attn_mask=mask, dropout_p=dropout)
-            for a, b, c, mask in pieces
-        ]
-    )
+    keeps = itertools.repeat(None) if keep is None else keep.split(MOST_GROUPS)
+    pieces = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)), keeps, strict=False)
+    return torch.cat([fused_attention(*piece, dropout) for piece in pieces])
 
 
 def kept_keys(mask: Tensor) -> Tensor:
@@ -277,18 +273,14 @@ class MultiHead(nn.Module):
     def _mix_buckets(self, qkv: Tensor, layout: Layout) -> Tensor:
         """[T, 3 * H * Dh] -> [T, H * Dh], bucket by bucket."""
         sizes = [bucket.rows for bucket in layout.buckets]
-        # `split` and not slices: the gradient of each slice would be a whole matrix of zeros.
-        # A split of one part would still cost a copy of its gradient.
-        parts = qkv.split(sizes) if len(sizes) > 1 else [qkv] * len(sizes)
+        parts = zip(layout.buckets, split_rows(qkv, sizes), layout.slot.split(sizes), strict=True)
         buckets: list[Heads] = []
-        for bucket, rows, slot in zip(layout.buckets, parts, layout.slot.split(sizes), strict=True):
+        for bucket, rows, slot in parts:
             shape = (bucket.count, bucket.length)
             buckets.append((*self._heads(rows.view(*shape, -1)), slot.view(shape)))
         outs = self.mixer.mix_buckets(buckets, layout.grouping.size)
         mixed = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in outs]
-        if len(mixed) == 1:
-            return mixed[0]
-        return torch.cat(mixed) if mixed else qkv.new_zeros(0, self.output.in_features)
+        return join_rows(mixed, qkv.new_zeros(0, self.output.in_features))
 
     def extra_repr(self) -> str:
         """The attention's settings, for print(model)."""

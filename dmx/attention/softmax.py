@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dmx.attention.base import (
@@ -16,7 +15,7 @@ from dmx.attention.base import (
     fused_attention,
     kept_keys,
 )
-from dmx.nn.packing import Layout, pad_rows, unpad_rows
+from dmx.nn.packing import Layout, join_rows, pad_rows, split_rows, unpad_rows
 
 
 @ATTENTIONS.register("softmax")
@@ -62,18 +61,15 @@ class SoftmaxMixer(TokenMixer):
         Many small operations for each length would cost more than the padding, which is masked as
         a key. Nothing in it makes the host wait for a GPU.
         """
-        batches = layout.padded
-        parts = qkv.split([p.rows for p in batches]) if len(batches) > 1 else [qkv] * len(batches)
         outs = []
-        for padded, rows in zip(batches, parts, strict=True):
+        parts = split_rows(qkv, [padded.rows for padded in layout.padded])
+        for padded, rows in zip(layout.padded, parts, strict=True):
             heads = pad_rows(rows, padded).unflatten(2, (3, num_heads, -1))
             q, k, v = heads.permute(2, 0, 3, 1, 4)  # [n, H, w, Dh]
             keep = None if padded.keep is None else padded.keep[:, None, None, :]
             out = self._attend(q, k, v, keep).transpose(1, 2).flatten(2)
             outs.append(unpad_rows(out, padded))
-        if len(outs) == 1:
-            return outs[0]
-        return torch.cat(outs) if outs else qkv.new_zeros(0, qkv.shape[1] // 3)
+        return join_rows(outs, qkv.new_zeros(0, qkv.shape[1] // 3))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

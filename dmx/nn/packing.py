@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +224,20 @@ def unpad_rows(x: Tensor, padded: Padded) -> Tensor:
     if padded.index is None:
         return x
     return _Gather.apply(x, padded.place, padded.index, padded.keep)
+
+
+def split_rows(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The parts of x [T, N] that lie one after another.
+
+    By `split`: the gradient of each slice would be a whole matrix of zeros. A split into one part
+    would still cost a copy of its gradient.
+    """
+    return x.split(sizes) if len(sizes) > 1 else [x] * len(sizes)
+
+
+def join_rows(parts: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """The inverse of `split_rows`; `nothing` where there is no part."""
+    return torch.cat(list(parts)) if len(parts) > 1 else [*parts, nothing][0]
 
 
 class _Gather(torch.autograd.Function):
