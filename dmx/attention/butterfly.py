@@ -54,21 +54,20 @@ class ButterflyConfig(AttentionConfig):
             object.__setattr__(self, "inner", dataclasses.replace(self.inner, dropout=self.dropout))
 
     def check(self, context: MixerContext) -> None:
-        """The block divides the length, every layer's groups tile it, and the inner mixer fits."""
-        length = context.length
+        """The block divides the length, the layer's groups tile it, and the inner mixer fits."""
+        length, layer = context.length, context.layer_index
         if self.block_size > length or length % self.block_size:
             fits = [s for s in (16, 32, 64, 128, 256, 512) if s <= length and length % s == 0]
             raise ConfigError(
                 f"block_size is {self.block_size}, which does not divide the length {length}; "
                 f"some that do: {', '.join(map(str, fits))}."
             )
-        for layer_index in range(context.layer_index + 1):
-            stride = butterfly_stride(length, self.block_size, layer_index)
-            if length % (stride * self.block_size):
-                raise ConfigError(
-                    f"block_size is {self.block_size}; layer {layer_index} has stride {stride}, "
-                    f"and {stride} * {self.block_size} does not divide the length {length}."
-                )
+        stride = butterfly_stride(length, self.block_size, layer)
+        if length % (stride * self.block_size):
+            raise ConfigError(
+                f"block_size is {self.block_size}; layer {layer} has stride {stride}, "
+                f"and {stride} * {self.block_size} does not divide the length {length}."
+            )
         try:
             self.inner.check(dataclasses.replace(context, length=self.block_size))
         except ConfigError as error:

@@ -12,9 +12,6 @@ from torch import Tensor
 from dmx.attention.base import ATTENTIONS, AttentionConfig, MixerContext, TokenMixer, zero_masked
 from dmx.schema import check_range
 
-_EPSILON = {"softmax": 1e-4, "relu": 1e-3, "exp": 1e-4}
-"""Added to every feature, so that no normaliser vanishes."""
-
 
 @ATTENTIONS.register("performer")
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ class PerformerMixer(TokenMixer):
         """
         x = x * x.shape[-1] ** -0.5
         dots = x @ self.projection.T
-        epsilon = _EPSILON[self.config.kernel]
+        epsilon = 1e-3 if self.config.kernel == "relu" else 1e-4  # so that no normaliser vanishes
         if self.config.kernel == "relu":
             return dots.relu() + epsilon, epsilon
         # The stabiliser is no function of x to the gradient, as in the reference.

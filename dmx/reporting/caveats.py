@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dmx.format import describe_failures, short
+from dmx.format import short
 from dmx.runs.run import UNKNOWN, Run
+from dmx.runs.trial import describe_failures
 from dmx.schema import flatten
 from dmx.tasks import find_task
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,3 +268,41 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
 def best_of(trials: Iterable[Trial]) -> Trial | None:
     """The trial with the highest finite dev accuracy; the earliest on a tie; or None."""
     return next((t for t in ranked(trials) if math.isfinite(t.best)), None)
+
+
+_HELP = {
+    r"out of memory|allocate memory|OutOfMemory|does not fit": (
+        "a smaller model or train.micro_batch_size needs less memory, and so do fewer trials at "
+        "once (--max-concurrent-trials)"
+    ),
+    r"not finite": "search smaller learning rates, or set train.clip_gradient_norm=1.0",
+    r"made no progress": "allow more time (--trial-timeout), or search smaller models",
+    r"actor died|ActorDied|worker died|WorkerCrashed|NodeDied|SIGKILL": (
+        "the system ended its process, mostly for want of memory: run fewer trials at once "
+        "(--max-concurrent-trials) or smaller models"
+    ),
+    r"No space left|Disk quota": "make room on the disk, or give another --storage",
+    r"reported no": "leave that objective out",
+}
+"""What an error says -> what would help."""
+
+
+def describe_failures(trials: Sequence[Trial]) -> str:
+    """What failed most, and what would help, in one sentence; "" where nothing failed.
+
+    Errors that differ in numbers only are one.
+    """
+    failed = [t for t in trials if t.status == "FAILED"]
+    if not failed:
+        return ""
+    kinds = [re.sub(r"\d[\d.,e+-]*", "#", trial.error) for trial in failed]
+    ((most, times),) = Counter(kinds).most_common(1)
+    first = failed[kinds.index(most)]
+    error = first.error.rstrip(". ") or "it left no message"
+    total = "All" if len(failed) == len(trials) else f"{len(failed)} of {len(trials)}"
+    text = f"{total} {'trials' if len(trials) > 1 else 'trial'} failed"
+    if times < len(failed):
+        text += f", {times} of them"
+    helps = (remedy for said, remedy in _HELP.items() if re.search(said, error))
+    remedy = next(helps, f"trials/{first.number:04d}/error.txt may tell more")
+    return f"{text} as trial {first.number}: {error}; {remedy}."

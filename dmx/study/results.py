@@ -15,7 +15,6 @@ from typing import Any
 from dmx.cluster import gang
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
-from dmx.format import describe_failures
 from dmx.registry import environment
 from dmx.runs import layout
 from dmx.runs.layout import (
@@ -27,7 +26,7 @@ from dmx.runs.layout import (
     TEST_LOSS,
 )
 from dmx.runs.study import Study
-from dmx.runs.trial import OBJECTIVES
+from dmx.runs.trial import OBJECTIVES, describe_failures
 from dmx.schema import to_dict
 from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout

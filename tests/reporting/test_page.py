@@ -16,7 +16,6 @@ import pytest
 from dmx import report
 from dmx.cli import options as cli
 from dmx.errors import ConfigError
-from dmx.format import describe_failures
 from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.importance import importances
 from dmx.reporting.report import markdown_escape, write_file
@@ -24,7 +23,7 @@ from dmx.reporting.report import to_html as render
 from dmx.reporting.report import to_markdown as markdown
 from dmx.runs.folders import load
 from dmx.runs.run import Run
-from dmx.runs.trial import Trial
+from dmx.runs.trial import Trial, describe_failures
 from tests.reporting.makers import TRIALS, make_curriculum, make_run, make_study
 from tests.tiny import one_sentence
 
