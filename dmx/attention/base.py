@@ -133,7 +133,7 @@ def fused_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
     keeps = itertools.repeat(None) if keep is None else keep.split(MOST_GROUPS)
     pieces = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)), keeps, strict=False)
-    return torch.cat([fused_attention(*piece, dropout) for piece in pieces])
+    return torch.cat([fused_attention(a, b, c, mask, dropout) for a, b, c, mask in pieces])
 
 
 def kept_keys(mask: Tensor) -> Tensor:
