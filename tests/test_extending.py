@@ -168,13 +168,13 @@ def test_the_gate_decides(checkout: Path) -> None:
     out = run_in(
         checkout,
         """
-        from dmx.curriculum.gates import Gate
-        from dmx.runs.stages import Attempt
+        from dmx.curriculum.gates.base import Gate
+        from dmx.runs.curriculum import Attempt
         gate = Gate.parse({"name": "steady", "evaluations": 2, "max_swing": 0.05}, "gate")
         for curve in ((0.5,), (0.1, 0.5, 0.53), (0.5, 0.6)):
             reports = {step: {"dev_accuracy": value} for step, value in enumerate(curve)}
             attempt = Attempt(
-                number=0, retry=0, config={}, source={}, spec={}, data={}, started=0,
+                number=0, retry=0, config={}, source={}, spec={}, data={},
                 curve=reports,
             )
             found = gate.decide(attempt)

@@ -7,18 +7,15 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dmx.cli.options import Parser, add_compute, add_places, add_resume
+from dmx.cli.options import Parser, add_compute, add_places, add_resume, chosen
 from dmx.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL, ConfigError
 from dmx.format import command_line
 from dmx.registry import shipped_names
 from dmx.schema import flatten, is_url, parse_assignments
 
-if TYPE_CHECKING:
-    from dmx.curriculum.config import CurriculumConfig
-    from dmx.curriculum.session import Options
-
+logger = logging.getLogger("dmx.curriculum")
 PROG = "dmx.curriculum"
 
 EXAMPLES = """\
@@ -76,30 +73,30 @@ def parser() -> Parser:
     return p
 
 
-logger = logging.getLogger("dmx.curriculum")
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command; see dmx.errors for the exit codes."""
     from dmx.cli import resuming
     from dmx.curriculum.controller import ClusterLost
-    from dmx.curriculum.dryrun import dry_run
-    from dmx.curriculum.session import run_curriculum
+    from dmx.curriculum.run import Session
     from dmx.curriculum.views import log_failures, show_end, show_status
 
     p = parser()
     given, _ = resuming.resumed(_given(p, argv), "curriculum", default_name=_default_name)
     args = p.filled(given)
-    curriculum = _curriculum(vars(args))
-    options = _options(args, curriculum, given)
+    if args.curriculum is None:
+        raise ConfigError("give a curriculum, a name or a YAML path, or --resume RUN.")
+    session = Session(
+        overrides=_overrides(vars(args)), resume=bool(args.resume), **chosen(Session, args)
+    )
+    session.check()
     if args.status:
-        show_status(curriculum, options.folder)
+        show_status(session.config, session.folder)
         return EXIT_OK
     if args.dry_run:
-        dry_run(curriculum, options)
+        session.dry_run()
         return EXIT_OK
     try:
-        outcome = run_curriculum(curriculum, options)
+        outcome = session.run(resuming.recorded(given))
     except (KeyboardInterrupt, ClusterLost) as error:
         logger.warning(
             "%s; everything up to the last evaluation is kept. Continue with:",
@@ -107,10 +104,10 @@ def main(argv: Sequence[str]) -> int:
         )
         sys.stderr.write(continue_command(argv) + "\n")
         return EXIT_PARTIAL if isinstance(error, ClusterLost) else EXIT_INTERRUPTED
-    show_end(curriculum, options.folder, outcome.history)
+    show_end(session.config, outcome.record)
     if outcome.passed:
         return EXIT_OK
-    log_failures(curriculum, outcome.history, outcome.broken)
+    log_failures(outcome.record, outcome.broken)
     return EXIT_FAILED
 
 
@@ -126,74 +123,21 @@ def _given(p: Parser, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _default_name(given: Mapping[str, Any]) -> str | None:
-    return _curriculum(given).name if given.get("curriculum") else None
-
-
-def _curriculum(given: Mapping[str, Any]) -> CurriculumConfig:
-    from dmx.curriculum.config import load_curriculum
+    from dmx.curriculum.run import Session
 
     if given.get("curriculum") is None:
-        raise ConfigError("give a curriculum, a name or a YAML path, or --resume RUN.")
-    return load_curriculum(
-        given["curriculum"],
-        attention=given.get("attention"),
-        overrides=flatten(parse_assignments(given.get("set", []))),
-    )
+        return None
+    attention, overrides = given.get("attention"), _overrides(given)
+    return Session(given["curriculum"], attention=attention, overrides=overrides).config.name
 
 
-def _options(
-    args: argparse.Namespace, curriculum: CurriculumConfig, given: Mapping[str, Any]
-) -> Options:
-    from dmx.cli import resuming
-    from dmx.curriculum.session import Options
-    from dmx.study import locations
-
-    folder, places = locations.find_places(
-        storage=args.storage,
-        name=args.name,
-        default=curriculum.name,
-        scratch=args.scratch,
-        data_root=args.data_root,
-        node_data=args.node_data,
-    )
-    for stage, option in ((args.until, "--until"), (args.from_stage, "--from-stage")):
-        if stage is not None:
-            try:
-                curriculum.stage(stage)
-            except ConfigError as error:
-                raise ConfigError(f"{option}: {error}") from None
-    for value, option in ((args.cpus_per_trial, "--cpus"), (args.gpus_per_trial, "--gpus")):
-        if value is not None and (value < 0 or (option == "--cpus" and value == 0)):
-            raise ConfigError(f"{option}-per-trial is {value:g}; it must be positive.")
-    if args.fresh and (args.resume or args.from_stage):
-        raise ConfigError("--fresh starts anew; it does not go with --resume or --from-stage.")
-    if args.fresh and places.run_url is not None:
-        raise ConfigError("--fresh moves a local run aside; with a URL give another --name.")
-    root = locations.stage_data_root(places, args.data_root, {s.task for s in curriculum.stages})
-    return Options(
-        folder=folder,
-        data_root=root,
-        until=args.until,
-        from_stage=args.from_stage,
-        fresh=args.fresh,
-        cpus=args.cpus_per_trial,
-        gpus=args.gpus_per_trial,
-        workers=args.workers_per_trial,
-        address=args.address,
-        given={"data_root": str(root), **resuming.recorded(given)},
-        places=places,
-    )
+def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten(parse_assignments(given.get("set", [])))
 
 
 def continue_command(argv: Sequence[str]) -> str:
     """The command that continues: the same, without what would start something over."""
-    words: list[str] = []
-    skip = False
-    for word in argv:
-        if skip or word == "--fresh" or word.startswith("--from-stage="):
-            skip = False
-        elif word == "--from-stage":
-            skip = True
-        else:
-            words.append(word)
-    return command_line(PROG, words)
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--fresh", action="store_true")
+    p.add_argument("--from-stage")
+    return command_line(PROG, p.parse_known_args(argv)[1])

@@ -1,4 +1,4 @@
-"""What a cluster has: room for work, what waits for it, and what holds it.
+"""What a cluster has: room for work, what waits for it and what holds it, trials that share a GPU.
 
 Ray's public state API needs a dashboard, which a private Ray has not. The tables behind it do not:
 `snapshot` and `_may_grow` are the only places that read them.
@@ -13,31 +13,27 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
+from dmx.config import RunConfig, parse_run_config
+from dmx.costs.estimate import largest
+from dmx.data.batches import Batch, make_batch
+from dmx.data.store import Store, open_store
 from dmx.errors import ConfigError
 from dmx.process import num_cores
+from dmx.schema import to_dict
 from dmx.training.job import Workers
+from dmx.training.trainer import Trainer
 
 import ray  # isort: skip
 
 logger = logging.getLogger("dmx.cluster")
-AFTER_SECONDS = 30.0
-AGAIN_SECONDS = 180.0
-_LOOK_SECONDS = 5.0
-_THREAD = "dmx-room-watch"
-_WHAT = {
-    "GangMember": "worker of a run",
-    "_RunActor": "run",
-    "TrialTrainable": "trial",
-    "_evaluate": "evaluation",
-    "_measure": "test",
-    "_make": "shard of data",
-    "peak_usage": "measurement of a trial's memory",
-}
-"""What users call it: by the name of an actor's class, or of a task's function."""
 
 
 # -- what there is ------------------------------------------------------------------------------
@@ -72,8 +68,6 @@ def _slots(num_cpus: float, num_gpus: float, *, cpus: float, gpus: float) -> int
 
 def local_resources() -> Resources:
     """Cores (of this process's affinity) and GPUs of this machine, without starting Ray."""
-    import torch
-
     return Resources(num_cores(), torch.cuda.device_count())
 
 
@@ -81,12 +75,8 @@ def resources() -> Resources:
     """What the connected cluster has."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = tuple((has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive)
-    return Resources(
-        num_cpus=int(sum(node[0] for node in nodes)),
-        num_gpus=int(sum(node[1] for node in nodes)),
-        nodes=nodes,
-        grows=_may_grow(),
-    )
+    cpus, gpus = (int(sum(node[kind] for node in nodes)) for kind in (0, 1))
+    return Resources(cpus, gpus, nodes, grows=_may_grow())
 
 
 def _may_grow() -> bool:
@@ -107,25 +97,29 @@ def check_request(resources: Resources, *, cpus: float, gpus: float, workers: in
     slots = resources.slots(cpus=cpus / workers, gpus=gpus / workers) // workers
     if slots or resources.grows:
         return max(slots, 1)
-    if gpus > resources.num_gpus:
-        raise ConfigError(
-            f"a trial asks for {gpus:g} GPUs, but the cluster has {resources.num_gpus}; "
-            "lower --gpus-per-trial or raise --trials-per-gpu."
-        )
-    if cpus > resources.num_cpus:
-        raise ConfigError(
-            f"a trial asks for {cpus:g} CPUs, but the cluster has {resources.num_cpus}; "
-            "lower --cpus-per-trial."
-        )
-    asks = f"{workers} workers of a trial ask" if workers > 1 else "a trial asks"
-    each = " each" if workers > 1 else ""
-    nodes = sorted(set(resources.nodes))
+    for kind, asked, there, remedy in (
+        ("GPUs", gpus, resources.num_gpus, "--gpus-per-trial or raise --trials-per-gpu"),
+        ("CPUs", cpus, resources.num_cpus, "--cpus-per-trial"),
+    ):
+        if asked > there:
+            raise ConfigError(
+                f"a trial asks for {asked:g} {kind}, but the cluster has {there}; lower {remedy}."
+            )
+    each = amount(cpus / workers, gpus / workers)
+    asks = f"a trial asks for {each}"
+    if workers > 1:
+        asks = f"{workers} workers of a trial ask for {each} each"
+    nodes = ", or ".join(amount(*node) for node in sorted(set(resources.nodes)))
     raise ConfigError(
-        f"{asks} for {amount(cpus / workers, gpus / workers)}{each}, each on one node, "
-        "but the cluster's nodes have "
-        f"{', or '.join(amount(*node) for node in nodes)}; lower --cpus-per-trial or "
-        "--gpus-per-trial."
+        f"{asks}, each on one node, but the cluster's nodes have {nodes}; lower --cpus-per-trial "
+        "or --gpus-per-trial."
     )
+
+
+def check_room(workers: Workers, resources: Resources) -> None:
+    """check_request for one run of these workers."""
+    cpus, gpus = workers.cpus * workers.count, workers.gpus * workers.count
+    check_request(resources, cpus=cpus, gpus=gpus, workers=workers.count)
 
 
 def hide_unreserved_gpus() -> None:
@@ -140,22 +134,24 @@ def hide_unreserved_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def check_room(workers: Workers, resources: Resources) -> None:
-    """Whether a run of these workers fits.
+# -- what waits ---------------------------------------------------------------------------------
 
-    Raises:
-        ConfigError: it does not; Ray would wait for ever.
-    """
-    count = workers.count
-    cpus, gpus = workers.cpus * count, workers.gpus * count
-    check_request(resources, cpus=cpus, gpus=gpus, workers=count)
+_AFTER_SECONDS, _AGAIN_SECONDS = 30.0, 180.0
+_LOOK_SECONDS = 5.0
+_THREAD = "dmx-room-watch"
+_WHAT = {
+    "GangMember": "worker of a run",
+    "_RunActor": "run",
+    "TrialTrainable": "trial",
+    "_evaluate": "evaluation",
+    "_measure": "test",
+    "_make": "shard of data",
+    "peak_usage": "measurement of a trial's memory",
+}
+"""What users call it: by the name of an actor's class, or of a task's function."""
 
 
-# -- what waits --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Work that waits for room, or has it. `job`: Ray's, with what started it."""
 
     what: str
@@ -163,14 +159,8 @@ class Work:
     gpus: float
     job: str = ""
 
-    @property
-    def size(self) -> str:
-        """For people: `2 CPUs and 1 GPU`."""
-        return amount(self.cpus, self.gpus)
 
-
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The cluster at one moment.
 
     Attributes:
@@ -194,20 +184,19 @@ def amount(cpus: float, gpus: float) -> str:
 
 def describe(seen: Snapshot, seconds: float) -> str:
     """What is asked for, what is free, what holds the rest, and what would help."""
-    asked = Counter(f"{p.what} of {p.size}" for p in seen.waiting.values())
+    asked = Counter(f"{w.what} of {amount(w.cpus, w.gpus)}" for w in seen.waiting.values())
     (cpus, gpus), (all_cpus, all_gpus) = seen.free, seen.total
     free = f"{cpus:g} of {all_cpus:g} CPUs"
     free += f" and {gpus:g} of {all_gpus:g} GPUs" if all_gpus else ""
-    fits = any(p.cpus <= cpus and p.gpus <= gpus for p in seen.waiting.values())
-    if fits:  # in all, but on no single node
-        free += f" (at most {amount(*seen.largest)} on one node)"
+    if any(w.cpus <= cpus and w.gpus <= gpus for w in seen.waiting.values()):
+        free += f" (at most {amount(*seen.largest)} on one node)"  # it fits, but on no single one
     held: dict[tuple[str, str], list[Work]] = {}
-    for piece in seen.holding:
-        held.setdefault((piece.job, piece.what), []).append(piece)
+    for work in seen.holding:
+        held.setdefault((work.job, work.what), []).append(work)
     holders = [
-        f"{len(pieces)} x {what} of {job} with "
-        + amount(sum(p.cpus for p in pieces), sum(p.gpus for p in pieces))
-        for (job, what), pieces in sorted(held.items())
+        f"{len(works)} x {what} of {job} with "
+        + amount(sum(w.cpus for w in works), sum(w.gpus for w in works))
+        for (job, what), works in sorted(held.items())
     ]
     return (
         f"waiting for room in the cluster for {seconds:.0f} s: "
@@ -228,8 +217,8 @@ class RoomWatch:
         self,
         look: Callable[[], Snapshot],
         *,
-        after: float = AFTER_SECONDS,
-        again: float = AGAIN_SECONDS,
+        after: float = _AFTER_SECONDS,
+        again: float = _AGAIN_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._look, self._after, self._again, self._clock = look, after, again, clock
@@ -240,12 +229,12 @@ class RoomWatch:
         """What is to be said now; None for nothing."""
         now, seen = self._clock(), self._look()
         self._since = {key: self._since.get(key, now) for key in seen.waiting}
-        late = {k: p for k, p in seen.waiting.items() if now - self._since[k] >= self._after}
+        late = {k: w for k, w in seen.waiting.items() if now - self._since[k] >= self._after}
         if not late or now - self._spoke < self._again:
             return None
         self._spoke = now
         longest = now - min(self._since[key] for key in late)
-        return describe(Snapshot(late, seen.holding, seen.free, seen.total, seen.largest), longest)
+        return describe(seen._replace(waiting=late), longest)
 
 
 @contextlib.contextmanager
@@ -287,57 +276,48 @@ def snapshot() -> Snapshot:
     waiting: dict[str, Work] = {}
     holding: list[Work] = []
 
-    def add(key: str, what: str, resources: Mapping[str, float], job: str, placed: bool) -> None:
-        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        piece = Work(what, cpus, gpus, starters.get(job, f"job {job}"))
-        if not placed and job == own:
-            waiting[key] = piece
-        elif placed and (cpus or gpus):
-            holding.append(piece)
+    def add(key: bytes, job: bytes, what: str, asks: Mapping[str, float], placed: bool) -> None:
+        started_by = starters.get(job.hex(), f"job {job.hex()}")
+        work = Work(what, asks.get("CPU", 0.0), asks.get("GPU", 0.0), started_by)
+        if not placed and job.hex() == own:
+            waiting[key.hex()] = work
+        elif placed and (work.cpus or work.gpus):
+            holding.append(work)
 
     actors = gcs.ActorTableData
-    for raw in tables.get_actor_table(None, None):
-        actor = actors.FromString(raw)
-        if actor.state == actors.DEAD:
+    for actor in map(actors.FromString, tables.get_actor_table(None, None)):
+        if actor.state in (actors.DEAD, actors.DEPENDENCIES_UNREADY):
             continue
-        placed = actor.state == actors.ALIVE or actor.pid != 0
-        if actor.state == actors.DEPENDENCIES_UNREADY:
-            continue
+        placed, asks = actor.state == actors.ALIVE or actor.pid != 0, actor.required_resources
         # One in a placement group asks for the group's resources, which have other names.
-        if not placed and not {"CPU", "GPU"} & actor.required_resources.keys():
-            continue
-        what = _WHAT.get(actor.class_name, f"actor {actor.class_name}")
-        add(actor.actor_id.hex(), what, actor.required_resources, actor.job_id.hex(), placed)
+        if placed or {"CPU", "GPU"} & asks.keys():
+            what = _WHAT.get(actor.class_name, f"actor {actor.class_name}")
+            add(actor.actor_id, actor.job_id, what, asks, placed)
     groups = gcs.PlacementGroupTableData
-    for raw in tables.get_placement_group_table():
-        group = groups.FromString(raw)
+    for group in map(groups.FromString, tables.get_placement_group_table()):
         if group.state == groups.REMOVED:
             continue
         total: Counter[str] = Counter()
         for bundle in group.bundles:
             total.update(dict(bundle.unit_resources))
-        key, job = group.placement_group_id.hex(), group.creator_job_id.hex()
-        add(key, "trial", total, job, group.state == groups.CREATED)
-    if _tasks:
-        for raw in tables.get_task_events():
-            event = gcs.TaskEvents.FromString(raw)
-            state = max(event.state_updates.state_ts_ns, default=0)
-            ended = state in (common.FINISHED, common.FAILED)
-            if event.task_info.type != common.NORMAL_TASK or ended:
-                continue
-            what = _WHAT.get(event.task_info.name, f"task {event.task_info.name}")
+        placed = group.state == groups.CREATED
+        add(group.placement_group_id, group.creator_job_id, "trial", total, placed)
+    for event in map(gcs.TaskEvents.FromString, tables.get_task_events() if _tasks else ()):
+        task = event.task_info
+        state = max(event.state_updates.state_ts_ns, default=0)
+        if task.type == common.NORMAL_TASK and state not in (common.FINISHED, common.FAILED):
+            what = _WHAT.get(task.name, f"task {task.name}")
             placed = state > common.PENDING_NODE_ASSIGNMENT
-            key, job = event.task_id.hex(), event.job_id.hex()
-            add(key, what, event.task_info.required_resources, job, placed)
+            add(event.task_id, event.job_id, what, task.required_resources, placed)
     nodes = ray_state.available_resources_per_node().values()
-    rooms = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
-    all_of = ray.cluster_resources()
+    rooms = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes] or [(0.0, 0.0)]
+    (cpus, gpus), all_of = zip(*rooms, strict=True), ray.cluster_resources()
     return Snapshot(
         waiting=waiting,
         holding=tuple(holding),
-        free=(sum(r[0] for r in rooms), sum(r[1] for r in rooms)),
+        free=(sum(cpus), sum(gpus)),
         total=(all_of.get("CPU", 0.0), all_of.get("GPU", 0.0)),
-        largest=(max((r[0] for r in rooms), default=0), max((r[1] for r in rooms), default=0)),
+        largest=(max(cpus), max(gpus)),
     )
 
 
@@ -360,3 +340,86 @@ def for_task() -> Iterator[None]:
         yield
     finally:
         _tasks.remove(mark)
+
+
+# -- trials that share a GPU --------------------------------------------------------------------
+
+AUTO = "auto"
+_HEADROOM = 0.1
+"""Share of a GPU that stays free: for longer batches, fragments, and other processes."""
+_MOST = 16
+"""More processes than this only take turns on a GPU's cores."""
+_STEPS = 3
+
+
+class Usage(NamedTuple):
+    """Bytes of a GPU: what one trial's process took at its peak, and what there is."""
+
+    peak: int
+    total: int
+
+
+def wanted_per_gpu(option: str | None) -> int | None:
+    """The number that --trials-per-gpu gives; 1 for `auto`, until it is measured.
+
+    Raises:
+        ConfigError: it is neither a number nor `auto`.
+    """
+    if option is None or option == AUTO:
+        return None if option is None else 1
+    try:
+        return int(option)
+    except ValueError:
+        raise ConfigError(
+            f"--trials-per-gpu is {option!r}; it must be a whole number, or auto."
+        ) from None
+
+
+def trials_that_fit(usage: Usage) -> int:
+    """How many trials of this usage a GPU holds with some room to spare; at least one."""
+    room = int(usage.total * (1.0 - _HEADROOM))
+    return max(min(room // max(usage.peak, 1), _MOST), 1)
+
+
+def measure_per_gpu(runs: Sequence[RunConfig], store: Store) -> int:
+    """Trials per GPU, from a few steps of the largest of these runs on a GPU of the cluster.
+
+    The largest is the one that keeps most for its backward pass, as costs count it.
+    """
+    remote = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(peak_usage)
+    with for_task():
+        usage = ray.get(remote.remote(to_dict(largest(runs, store)), str(store.folder)))
+    count = trials_that_fit(usage)
+    logger.info(
+        "the largest trial takes %.1f of %.1f GB of a GPU: %d trials per GPU",
+        *(usage.peak / 2**30, usage.total / 2**30, count),
+    )
+    return count
+
+
+def peak_usage(run_config: Mapping[str, Any], data_folder: str) -> Usage:
+    """Train a few steps on the longest examples on this process's GPU; see Usage.
+
+    The evaluation has batches of its own size. A configuration that has to shrink either takes the
+    GPU whole.
+    """
+    config = parse_run_config(run_config)
+    with contextlib.closing(Trainer(config, open_store(Path(data_folder)))) as trainer:
+        passes = trainer.passes
+        batch = _longest(trainer, "train", config.train.batch_size)
+        for _ in range(_STEPS):
+            trainer.train_step(batch)
+        trainer.model.eval()
+        passes.score(_longest(trainer, "dev", passes.evaluation.size))
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        # The driver's own part of the process is in no count of torch's.
+        context = total - free - torch.cuda.memory_reserved()
+        shrunk = passes.micro.limit is not None or passes.evaluation.limit is not None
+        return Usage(total if shrunk else torch.cuda.max_memory_reserved() + context, total)
+
+
+def _longest(trainer: Trainer, split_name: str, count: int) -> Batch:
+    split = trainer.store.split(split_name)
+    order = np.argsort(split.lengths, kind="stable")[-count:]
+    return make_batch(split, order, trainer.length).to(trainer.device)

@@ -169,7 +169,7 @@ class Gang:
                     continue
                 failure = (
                     f"its workers died {self._deaths} times without getting any further, "
-                    f"last: {_reason(error)}"
+                    f"last: {last_line(error)}"
                 )
                 end = {FAILURE: failure, RESUMABLE: True, "done": True}
                 return {STEPS: max(self._steps, 0), DEV_ACCURACY: 0.0, **end}
@@ -298,8 +298,8 @@ class Gang:
         self._waiting.clear()
 
 
-def _reason(error: RayError) -> str:
-    """The last line of what Ray says: the exception itself."""
+def last_line(error: RayError) -> str:
+    """Of what Ray says: the exception itself."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
@@ -346,33 +346,32 @@ class _RunActor:
 
 @dataclass
 class Running:
-    """A run under way. `restarts` counts the processes it has lost since it last got further.
+    """A run under way.
 
-    `cpus`, `gpus`: of its process; several workers ask for theirs themselves. `steps`: of its
-    latest report.
+    Attributes:
+        restarts: processes that it has lost since it last got further. steps: of its latest report.
     """
 
     job: Job
-    cpus: float
-    gpus: float
     restarts: int = 0
     steps: int = -1
     actor: Any = None
     future: Any = None
 
 
-def start(job: Job, *, cpus: float, gpus: float) -> Running:
+def start(job: Job) -> Running:
     """Launch a run; it starts as soon as the cluster has room."""
-    running = Running(dataclasses.replace(job, slice_seconds=_SLICE_SECONDS), cpus, gpus)
+    running = Running(dataclasses.replace(job, slice_seconds=_SLICE_SECONDS))
     _launch(running)
     return running
 
 
 def _launch(running: Running) -> None:
-    several = running.job.workers.count > 1  # they have the CPUs and GPUs, and this one only waits
-    cpus, gpus = (0, 0) if several else (running.cpus, running.gpus)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_RunActor)
-    running.actor = remote.remote(running.job)
+    job = running.job
+    # Several have the CPUs and GPUs themselves, and this process only waits.
+    own = job.workers if job.workers.count == 1 else Workers(cpus=0, gpus=0)
+    remote = ray.remote(num_cpus=own.cpus, num_gpus=own.gpus, max_restarts=0)(_RunActor)
+    running.actor = remote.remote(job)
     running.future = running.actor.step.remote()
 
 

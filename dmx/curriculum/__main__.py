@@ -5,4 +5,4 @@ from dmx.cli.curriculum import PROG, main
 from dmx.cli.options import run
 
 if __name__ == "__main__":
-    run(PROG, main, needs="dmx.curriculum.session")
+    run(PROG, main, needs="dmx.curriculum.run")

@@ -6,16 +6,14 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dmx import terminal
 from dmx.cluster import capacity, gang
-from dmx.curriculum.controller import ClusterLost, Message
+from dmx.curriculum.controller import ClusterLost, Key, Message
 from dmx.curriculum.planner import Launch
-from dmx.curriculum.resources import Key
 from dmx.data.prepare import open_data
 from dmx.data.store import open_store
 from dmx.errors import DmxError, StorageError
@@ -33,14 +31,14 @@ from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import EvaluationJob, evaluate_checkpoint
-from dmx.training.job import Job
+from dmx.training.job import Job, Workers
 from dmx.training.transfer import MisfitError
 
 import ray  # isort: skip
 from ray.exceptions import RayError, RayTaskError  # isort: skip
 
-
 _CLOSE_SECONDS = 20.0
+_NO_CPU = Workers(cpus=0)
 _GRACE_SHARE = 8
 """ASHA's grace without `grace_steps`: an eighth of the stage's steps."""
 
@@ -52,7 +50,7 @@ class SearchView:
         self.folder, self._view = folder, LogView(num_trials)
         self._study = Study(folder)
         self._read = 0
-        self._new_events()  # of an earlier session
+        list(self._new_events())  # of an earlier session
         self._view.continues(self._study.trials)
 
     def show(self) -> None:
@@ -63,21 +61,19 @@ class SearchView:
             elif event["event"] == "outcome":
                 self._view.ended(self._study.by_number[event["trial"]])
 
-    def _new_events(self) -> list[dict[str, Any]]:
+    def _new_events(self) -> Iterator[dict[str, Any]]:
         """The events of the lines that were added, and are whole; they are folded."""
         try:
             with (self.folder / layout.JOURNAL_FILE).open("rb") as file:
                 file.seek(self._read)
                 lines = file.read().rpartition(b"\n")[0]
         except OSError:  # not begun, or on another node's disk
-            return []
+            return
         self._read += len(lines) + bool(lines)
-        events = []
         for line in lines.splitlines():
             if (event := decode(line)) is not None:
                 self._study.add(event)
-                events.append(event)
-        return events
+                yield event
 
 
 class RayBackend:
@@ -93,10 +89,9 @@ class RayBackend:
         self._tasks: dict[Any, Key] = {}
         self._views: dict[Key, SearchView] = {}
 
-    def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
+    def train(self, key: Key, job: Job) -> None:
         """A worker process of its own, restarted when it dies."""
-        job = dataclasses.replace(job, places=self._places)
-        self._runs[key] = gang.start(job, cpus=cpus, gpus=gpus)
+        self._runs[key] = gang.start(dataclasses.replace(job, places=self._places))
 
     def search(
         self, key: Key, launch: Launch, job: Job, *, cpus: float, gpus: float, slots: int
@@ -104,21 +99,22 @@ class RayBackend:
         """A process without CPUs of its own that drives Tune; the trials have them."""
         study = dataclasses.replace(stage_study(launch, job, cpus, gpus), places=self._places)
         self._views[key] = SearchView(Path(job.folder), study.num_trials)
-        remote = ray.remote(num_cpus=0, max_retries=3)(_search)
-        self._tasks[remote.remote(study, job.data_folder, job.folder, slots)] = key
+        self._submit(key, _search, study, job.data_folder, job.folder, slots)
 
     def prepare(
-        self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
+        self, key: Key, root: Path, options: Mapping[str, Any], workers: int, nice: int
     ) -> None:
         """Takes no CPU from Ray's count: it is `nice` and yields to whatever trains."""
-        remote = ray.remote(num_cpus=0, max_retries=3)(_prepare)
-        self._tasks[remote.remote(task, str(root), dict(options), workers, nice)] = key
+        self._submit(key, _prepare, key.detail, str(root), dict(options), workers, nice)
 
-    def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
-        """A task, retried when its process or node dies."""
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure)
+    def test(self, key: Key, wanted: EvaluationJob, worker: Workers) -> None:
         wanted = dataclasses.replace(wanted, places=self._places)
-        self._tasks[remote.remote(wanted, max(int(cpus), 1))] = key
+        self._submit(key, _measure, wanted, worker.threads, worker=worker)
+
+    def _submit(self, key: Key, function: Any, *arguments: Any, worker: Workers = _NO_CPU) -> None:
+        """A task, retried when its process or node dies."""
+        remote: Any = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus, max_retries=3)
+        self._tasks[remote(function).remote(*arguments)] = key
 
     def poll(self, timeout_seconds: float) -> list[Message]:
         """Whatever is there; waits only when nothing is.
@@ -126,9 +122,9 @@ class RayBackend:
         Raises:
             ClusterLost: Ray does not answer any more.
         """
-        tasks = any(key.kind == "test" for key in self._tasks.values())
+        tests = any(key.kind == "test" for key in self._tasks.values())
         try:
-            with capacity.for_task() if tasks else contextlib.nullcontext():
+            with capacity.for_task() if tests else contextlib.nullcontext():
                 return self._poll(timeout_seconds)
         except (RayError, ConnectionError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -167,18 +163,16 @@ class RayBackend:
                 with terminal.log_context(key.stage):
                     view.show()
             try:
-                value = ray.get(reference)
+                value, failure = ray.get(reference), None
             except RayError as error:
                 lost = not isinstance(error, RayTaskError) or isinstance(error.cause, StorageError)
                 messages.append(Message(key=key, done=True, failure=_reason(error), lost=lost))
                 continue
             if view is not None:
-                reports, failure, found = value
+                reports, failure, value = value
                 self._places.pull(view.folder / layout.BEST_DIR)
                 messages += [Message(key=key, report=report) for report in reports]
-                messages.append(Message(key=key, done=True, failure=failure, value=found))
-            else:
-                messages.append(Message(key=key, done=True, value=value))
+            messages.append(Message(key=key, done=True, failure=failure, value=value))
         return messages
 
     def close(self) -> None:
@@ -201,10 +195,10 @@ class RayBackend:
 def _reason(error: RayError) -> str:
     """One line; a user error's own sentence."""
     cause = error.cause if isinstance(error, RayTaskError) else None
-    if isinstance(cause, DmxError):
-        return str(cause)
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return str(cause) if isinstance(cause, DmxError) else gang.last_line(error)
+
+
+# -- what runs in a Ray worker ------------------------------------------------------------------
 
 
 def _measure(wanted: EvaluationJob, threads: int) -> float | None:
@@ -216,14 +210,11 @@ def _measure(wanted: EvaluationJob, threads: int) -> float | None:
         return None
 
 
-def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> float:
-    """Seconds it took. Runs in a Ray worker."""
+def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nice: int) -> None:
     terminal.setup_logging()
     with contextlib.suppress(OSError):
         os.nice(nice)
-    started = time.monotonic()
     open_data(task, Path(root), workers=workers, options=options, generate=True)
-    return time.monotonic() - started
 
 
 def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConfig:
@@ -242,17 +233,15 @@ def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConf
         "data.seed": config.data.seed,
         **{f"init.{key}": value for key, value in (job.run_config["init"] or {}).items()},
     }
+    same = ("num_trials", "reduction_factor", "scheduler", "sampler")
     return StudyConfig(
         name=stage.name,
         task=stage.task,
         space=stage.space,
         overrides={**stage.overrides, **changed},
-        num_trials=stage.search.num_trials,
         max_steps=steps,
         grace_steps=min(grace, steps),
-        reduction_factor=stage.search.reduction_factor,
-        scheduler=stage.search.scheduler,
-        sampler=stage.search.sampler,
+        **{name: getattr(stage.search, name) for name in same},
         seed=stage.search.seed + launch.retry,
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
@@ -263,7 +252,7 @@ def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConf
 def _search(
     study: StudyConfig, data_folder: str, folder: str, slots: int
 ) -> tuple[list[dict[str, Any]], str | None, dict[str, Any] | None]:
-    """(reports of the best trial, failure, Attempt.search). Runs in a Ray worker that drives Tune.
+    """(reports of the best trial, failure, Attempt.search) of a stage's study.
 
     The folder becomes a study's, which `dmx.report` reads as any other.
     """
@@ -285,7 +274,6 @@ def _search(
         best = done.best_trial
         if best is None:
             return [], "no trial of the search reported a dev accuracy", None
-        assert best.checkpoint is not None
         study.places.push(path / layout.BEST_DIR)
     finally:
         view.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
 from dmx.data.prepare import is_prepared, prepare_command
 from dmx.data.store import Store, open_store
-from dmx.errors import CheckpointError, ConfigError, DataError, StageError
+from dmx.errors import CheckpointError, DataError, StageError
 from dmx.runs import layout
+from dmx.runs.curriculum import Stage
 from dmx.runs.layout import DEV_ACCURACY, STEPS, attempt_folder
-from dmx.runs.stages import History, Stage
 from dmx.schema import flatten
 from dmx.storage.files import is_there, sha256_file
 from dmx.tasks import Task
@@ -30,41 +30,51 @@ from dmx.training.transfer import (
 
 _MAX_VARIANTS = 64
 
+# -- its data -----------------------------------------------------------------------------------
 
-def find_data(stage: StageConfig, root: Path) -> Store | None:
+
+def find_data(stage: StageConfig, root: Path, store: Store | None = None) -> Store | None:
     """The stage's prepared data, or None while they are still to be generated.
+
+    Args:
+        store: the data, where they are open already.
 
     Raises:
         DataError: they are neither there nor can dmx generate them; or what is there was generated
             with other settings than the stage's.
     """
     task = stage.config.task_info
-    if not is_prepared(task.name, root):
+    if store is None and is_prepared(task.name, root):
+        store = open_store(root / task.name)
+    if store is None:
         if task.generated:
             return None
         raise DataError(
             f"stage {stage.name}: task {task.name} has no prepared data in {root / task.name}; "
             f"run: {prepare_command(task.name, root)}"
         )
-    store = open_store(root / task.name)
-    check_settings(stage, store)
-    return store
-
-
-def check_settings(stage: StageConfig, store: Store) -> None:
-    """Refuse a generated store whose settings are not the stage's."""
-    manifest, wanted = store.manifest, stage.generate.options()
-    if not manifest.data_name.startswith("generated"):
-        return  # the published data; `generate` says what to do without them
+    manifest = store.manifest
+    # Of the published data `generate` only says what to do without them.
+    wanted = stage.generate.options() if manifest.data_name.startswith("generated") else {}
     for name, value in wanted.items():
         found = manifest.parameters.get(name)
         if found != value:
             raise DataError(
                 f"stage {stage.name} wants generate.{name} {value}, but {store.folder} was "
                 f"generated with {found}; change the stage, give another --data-root, or run: "
-                f"{prepare_command(manifest.task, store.folder.parent)} "
-                f"--{name.replace('_', '-')} {value} --force"
+                f"{prepare_command(manifest.task, root)} --{name.replace('_', '-')} {value} --force"
             )
+    return store
+
+
+def data_facts(store: Store) -> dict[str, Any]:
+    """Which data an attempt saw."""
+    manifest = store.manifest
+    facts = {name: getattr(manifest, name) for name in ("label", "checksum", "origin", "is_sample")}
+    return {**facts, "folder": str(store.folder), "splits": dict(manifest.splits)}
+
+
+# -- weights that move from stage to stage ------------------------------------------------------
 
 
 def resolve(config: RunConfig, store: Store | None) -> RunConfig:
@@ -99,73 +109,69 @@ def check_transfers(
     """
     known = {s.name: list(_variants(s, data[s.name])) for s in curriculum.stages}
     reports = {}
-    tasks: tuple[Task | None, Task]
     for stage in curriculum.stages:
+        before: Task | None
         if stage.init_path is not None:
             weights = read_weights(Path(stage.init_path))
-            sources: list[Shapes] = [weights.shapes]
-            tasks = (weights.task, stage.config.task_info)
+            sources, before = [weights.shapes], weights.task
         elif stage.parent is not None:
             sources = known[stage.parent]
-            tasks = (curriculum.stage(stage.parent).config.task_info, stage.config.task_info)
+            before = curriculum.stage(stage.parent).config.task_info
         else:
             continue
-        targets = known[stage.name]
-        origin = stage.parent or stage.init_path
+        targets, tasks = known[stage.name], (before, stage.config.task_info)
         try:
             check_reinit(stage.reinit, [name for some in (*sources, *targets) for name in some])
             for source in sources:
                 for target in targets:
                     reports[stage.name] = plan_transfer(source, target, stage.reinit, tasks=tasks)
         except CheckpointError as error:
+            origin = stage.parent or stage.init_path
             raise CheckpointError(f"stage {stage.name} from {origin}: {error}") from None
     return reports
 
 
-def check_checkpoints(
-    curriculum: CurriculumConfig, history: History, run_folder: Path, selected: Collection[str]
-) -> None:
-    """Every checkpoint that this session will need is there, whole, and the one of the journal.
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def check_checkpoints(stages: Iterable[Stage], selected: Collection[str]) -> None:
+    """Every checkpoint that a session will need is there, whole, and the one of the journal.
 
     Raises:
         CheckpointError: names the folder and the remedy.
     """
-    for stage in curriculum.stages:
-        state = history.stage(stage.name)
-        if state.promoted is not None:
-            check_promoted(stage.name, state.promoted, run_folder)
-        elif state.current is not None and state.current.decision is None:
-            _check_last(stage, attempt_folder(run_folder, stage.name, state.current.number))
-        elif state.status == "running" and stage.name in selected and state.current is not None:
-            decision = state.current.decision or {}
-            if decision.get("checkpoint") is not None:
-                check_promoted(stage.name, decision["checkpoint"], run_folder)
+    for stage in stages:
+        current = stage.current
+        if stage.promoted is not None:
+            check_promoted(stage, stage.promoted)
+        elif current is not None and not current.decision:
+            if "search" not in current.spec:  # a study checks its own trials
+                _check_last(stage, current.number)
+        elif current is not None and stage.status == "running" and stage.name in selected:
+            judged = current.decision["checkpoint"]  # a longer attempt may start from it
+            if judged is not None:
+                check_promoted(stage, judged)
 
 
-def check_promoted(stage: str, promoted: Mapping[str, Any], run_folder: Path) -> Path:
-    """The folder of a promoted checkpoint, found unchanged.
+def check_promoted(stage: Stage, promoted: Mapping[str, Any]) -> Path:
+    """The folder of a checkpoint of the stage's, found unchanged.
 
     Raises:
         CheckpointError: it is missing, damaged or edited.
     """
-    folder = run_folder / promoted["path"]
-    remedy = f"restore it, or train the stage again with --from-stage {stage}"
+    folder = stage.folder / promoted["path"]
     try:
         open_checkpoint(folder)
     except CheckpointError as error:
-        raise CheckpointError(f"{str(error).rstrip('.')}; {remedy}.") from None
-    if sha256_file(folder / layout.MODEL_FILE) != promoted["sha256"]:
-        raise CheckpointError(
-            f"{folder / layout.MODEL_FILE} is damaged or was edited after stage {stage} ended; "
-            f"{remedy}."
-        )
+        raise _lost(stage, str(error)) from None
+    model = folder / layout.MODEL_FILE
+    if sha256_file(model) != promoted["sha256"]:
+        raise _lost(stage, f"{model} is damaged or was edited after stage {stage.name} ended")
     return folder
 
 
-def _check_last(stage: StageConfig, folder: Path) -> None:
-    last = folder / layout.LAST_DIR
-    if stage.search is not None:
-        return  # the study checks its own trials
+def _check_last(stage: Stage, attempt: int) -> None:
+    last = attempt_folder(stage.folder, stage.name, attempt) / layout.LAST_DIR
     if not is_there(last):
         return  # stopped before its first evaluation
     try:
@@ -173,106 +179,77 @@ def _check_last(stage: StageConfig, folder: Path) -> None:
         checkpoint.model_state()
         checkpoint.training_state()
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{str(error).rstrip('.')}; restore it, or train the stage again with --from-stage "
-            f"{stage.name}."
-        ) from None
+        raise _lost(stage, str(error)) from None
 
 
-def check_device(curriculum: CurriculumConfig, *, local: bool) -> None:
-    """The device that a stage insists on is there; on a cluster only the worker can know.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    for stage in curriculum.stages if local else ():
-        try:
-            trainer.pick_device(stage.config.train.device)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from None
+def _lost(stage: Stage, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{why.rstrip('.')}; restore it, or train the stage again with --from-stage {stage.name}."
+    )
 
 
-def best_checkpoints(folder: Path, stage: str, state: Stage) -> dict[int, dict[str, Any]]:
+def best_checkpoints(stage: Stage) -> dict[int, dict[str, Any]]:
     """The best checkpoint of each attempt that has one, as the journal names it.
 
     Its path is relative to the run's folder, which may move.
     """
     found = {}
-    for attempt in state.attempts:
-        path = attempt_folder(folder, stage, attempt.number) / layout.BEST_DIR
+    for attempt in stage.attempts:
+        path = attempt_folder(stage.folder, stage.name, attempt.number) / layout.BEST_DIR
         try:
             metrics = open_checkpoint(path).metrics
         except CheckpointError:
             continue
         found[attempt.number] = {
-            "stage": stage,
+            "stage": stage.name,
             "attempt": attempt.number,
-            "path": str(path.relative_to(folder)),
+            "path": str(path.relative_to(stage.folder)),
             "step": int(metrics.get(STEPS, 0)),
             DEV_ACCURACY: metrics.get(DEV_ACCURACY),
         }
     return found
 
 
-def with_checksum(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the checksum of its weights."""
-    model = folder / checkpoint["path"] / layout.MODEL_FILE
-    return {**checkpoint, "sha256": sha256_file(model)}
+# -- a file that was edited ---------------------------------------------------------------------
 
 
-def data_facts(store: Store) -> dict[str, Any]:
-    """Which data an attempt saw."""
-    manifest = store.manifest
-    return {
-        "label": manifest.label,
-        "folder": str(store.folder),
-        "checksum": manifest.checksum,
-        "origin": manifest.origin,
-        "splits": dict(manifest.splits),
-        "is_sample": manifest.is_sample,
-    }
-
-
-def check_unchanged(curriculum: CurriculumConfig, history: History) -> None:
-    """Refuse to continue a run whose file says something else than what was trained.
+def check_unchanged(curriculum: CurriculumConfig, stages: Iterable[Stage]) -> None:
+    """Refuse to continue stages of which the file says something else than what was trained.
 
     A gate may change while its decision is still open, or was a refusal.
 
     Raises:
         StageError: with every difference, and the remedy.
     """
-    names = {s.name for s in curriculum.stages}
-    for name, state in history.stages.items():
+    by_name = {s.name: s for s in curriculum.stages}
+    for state in stages:
         if not state.attempts:
             continue
-        if name not in names:
+        name, stage, done = state.name, by_name.get(state.name), state.status == "passed"
+        if stage is None:
             raise StageError(
                 f"stage {name} was trained in this run but is not in the file any more; put it "
                 "back, or start another run with --name."
             )
-        stage = curriculum.stage(name)
-        changed = _differences(state.attempts[0].spec, stage.training(), _NOT_TRAINING)
-        if state.status == "passed":
-            changed += _differences(state.attempts[-1].judging, stage.judging(), ())
+        spec = {k: v for k, v in state.attempts[0].spec.items() if k not in _NOT_TRAINING}
+        changed = _differences(spec, stage.training())
+        if done:
+            changed += _differences(state.attempts[-1].judging, stage.judging())
         if changed:
-            done = "finished" if state.status == "passed" else "begun"
             raise StageError(
-                f"stage {name} was edited after it was {done} ({'; '.join(changed)}); undo that, "
-                f"or train it and what follows again with --from-stage {name}."
+                f"stage {name} was edited after it was {'finished' if done else 'begun'} "
+                f"({'; '.join(changed)}); undo that, or train it and what follows again with "
+                f"--from-stage {name}."
             )
 
 
 _NOT_TRAINING = ("name", "gate", "on_fail", "code")
 
 
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str]
-) -> list[str]:
-    before = flatten({k: v for k, v in old.items() if k not in ignored})
-    after = flatten({k: v for k, v in new.items() if k not in ignored})
-    keys = [*before, *(k for k in after if k not in before)]
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in keys
+        for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
     ]

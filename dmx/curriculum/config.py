@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dmx.attention import AttentionConfig
 from dmx.config import RunConfig, parse_run_config
-from dmx.curriculum.gates import Gate
-from dmx.curriculum.gates.standard import AlwaysGate
+from dmx.curriculum.gates.base import AlwaysGate, Gate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message, find_yaml
 from dmx.runs.study import SamplerKind, SchedulerKind
-from dmx.schema import expand, flatten, from_dict, join, merge, read_yaml, to_dict
+from dmx.schema import check_range, expand, flatten, from_dict, join, merge, read_yaml, to_dict
 from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
@@ -43,8 +41,7 @@ class OnFail:
     then: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.times < 1:
-            raise ConfigError(f"times is {self.times}; it must be at least 1.")
+        check_range(self, "times", least=1)
         if not 0.1 <= self.factor <= 100:
             raise ConfigError(f"factor is {self.factor}; it must lie between 0.1 and 100.")
 
@@ -73,7 +70,7 @@ class SearchConfig:
 
     Attributes:
         space: a search space's name or path. What it searches wins over the curriculum's values.
-        num_trials: trials in all. scheduler, sampler: those of `dmx.tune`.
+        scheduler, sampler: those of `dmx.tune`.
         grace_steps: steps before ASHA or Hyperband may stop a trial, or between two comparisons of
             a population; None takes an eighth of the stage's steps. seed: of the sampler.
     """
@@ -87,15 +84,8 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_trials < 1:
-            raise ConfigError(f"num_trials is {self.num_trials}; it must be at least 1.")
-        if self.grace_steps is not None and self.grace_steps < 1:
-            raise ConfigError(f"grace_steps is {self.grace_steps}; it must be at least 1.")
-        if not LEAST_FACTOR <= self.reduction_factor < math.inf:
-            raise ConfigError(
-                f"reduction_factor is {self.reduction_factor}; it must be at least {LEAST_FACTOR} "
-                "and finite."
-            )
+        check_range(self, "num_trials", "grace_steps", least=1)
+        check_range(self, "reduction_factor", least=LEAST_FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +95,7 @@ class StageSettings:
     Attributes:
         size: of the attention: its `size_field`. init_from: where its weights come from.
         reinit: parameters that may start afresh where shapes differ.
-        cpus, gpus: of the stage's run; None lets the command line or the cluster decide.
+        cpus, gpus: of the stage's run; None lets the caller or the cluster decide.
         workers: processes that share the run's work; None is one for each of its GPUs.
     """
 
@@ -125,12 +115,8 @@ class StageSettings:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("cpus", "gpus"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value:g}; it must not be negative.")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; it must be at least 1.")
+        check_range(self, "cpus", "gpus", least=0)
+        check_range(self, "workers", least=1)
         if not self.name or any(c in self.name for c in "/\\ \t\n") or self.name.startswith("."):
             raise ConfigError(f"name is {self.name!r}; it must be usable as a folder's name.")
 
@@ -155,15 +141,16 @@ class StageConfig(StageSettings):
 
     def training(self) -> dict[str, Any]:
         """Plain values of all that decides what is trained; the same values, the same result."""
-        search = to_dict(self.search) if self.search else None
-        space = self.space.plain(self.overrides) if self.space else {}
-        return {
+        found = {
             **to_dict(self.config),
             "init_from": self.parent or self.init_path,
             "reinit": list(self.reinit),
             "generate": self.generate.options(),
-            **({"search": search, "space": space} if search else {}),
         }
+        if self.space is not None:
+            space = self.space.plain(self.overrides)
+            found |= {"search": to_dict(self.search), "space": space}
+        return found
 
     def judging(self) -> dict[str, Any]:
         """Plain values of what decides whether the result is promoted."""
@@ -171,12 +158,8 @@ class StageConfig(StageSettings):
 
     def brief(self) -> dict[str, Any]:
         """What a report says of a stage that is still to come."""
-        return {
-            "name": self.name,
-            "task": self.task,
-            "parent": self.parent,
-            "attention": self.config.attention.label,
-        }
+        facts = {"name": self.name, "task": self.task, "parent": self.parent}
+        return {**facts, "attention": self.config.attention.label}
 
     def plain(self) -> dict[str, Any]:
         """All of it, for curriculum.yaml and the journal."""
@@ -196,10 +179,10 @@ class CurriculumConfig:
         Raises:
             ConfigError: no such stage; lists them.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ConfigError(f"stage {choices_message(name, [s.name for s in self.stages])}.")
+        by_name = {stage.name: stage for stage in self.stages}
+        if name not in by_name:
+            raise ConfigError(f"stage {choices_message(name, by_name)}.")
+        return by_name[name]
 
     def chain(self, name: str) -> tuple[StageConfig, ...]:
         """The stage and its ancestors, the oldest first."""
@@ -209,14 +192,13 @@ class CurriculumConfig:
 
     def descendants(self, name: str) -> tuple[str, ...]:
         """The stage and all that start from it, directly or not, in the file's order."""
-        self.stage(name)
-        return tuple(s.name for s in self.stages if name in [a.name for a in self.chain(s.name)])
+        wanted = self.stage(name)
+        return tuple(s.name for s in self.stages if wanted in self.chain(s.name))
 
     def until(self, name: str) -> tuple[str, ...]:
         """The stage, and the ones before it in the file."""
-        names = [s.name for s in self.stages]
-        self.stage(name)
-        return tuple(names[: names.index(name) + 1])
+        last = self.stages.index(self.stage(name))
+        return tuple(s.name for s in self.stages[: last + 1])
 
     @property
     def last(self) -> StageConfig:
@@ -233,80 +215,9 @@ class CurriculumConfig:
         return tuple(s.name for s in self.stages if s.name not in parents)
 
 
-def _parents(stages: list[StageSettings]) -> list[tuple[str | None, str | None]]:
-    """(parent stage, path on disk) of each stage."""
-    names = [s.name for s in stages]
-    found: list[tuple[str | None, str | None]] = []
-    for number, stage in enumerate(stages):
-        where = f"stages.{stage.name}"
-        if names.count(stage.name) > 1:
-            raise ConfigError(f"{where}: the name stands for two stages; names must differ.")
-        source = stage.init_from
-        if source == "previous":
-            found.append((names[number - 1] if number else None, None))
-        elif source is None or source == "none":
-            found.append((None, None))
-        elif source in names:
-            found.append((source, None))
-        elif "/" in source or source.endswith(".model") or source.startswith("~"):
-            source = expand(f"{where}.init_from", source)
-            if not Path(source).exists():
-                raise ConfigError(f"{where}.init_from: {source} does not exist.")
-            found.append((None, str(meant_checkpoint(Path(source).absolute()))))
-        else:
-            raise ConfigError(
-                f"{where}.init_from: stage {choices_message(source, [*names, 'previous', 'none'])}"
-                "; a path must hold a `/`."
-            )
-    by_name = {name: parent for name, (parent, _) in zip(names, found, strict=True)}
-    for name in names:
-        seen, node = [name], by_name[name]
-        while node is not None:
-            if node in seen:
-                circle = " <- ".join([*seen[seen.index(node) :], node])
-                raise ConfigError(
-                    f"stages.{node}.init_from: stages start from each other: {circle}."
-                )
-            seen.append(node)
-            node = by_name[node]
-    return found
+# -- the file -----------------------------------------------------------------------------------
 
-
-def _parents_first(stages: list[StageConfig]) -> list[StageConfig]:
-    """The file's order, but a stage that starts from a later one comes after it."""
-    done: list[StageConfig] = []
-    while len(done) < len(stages):
-        names = {s.name for s in done}
-        done.append(
-            next(s for s in stages if s not in done and (s.parent is None or s.parent in names))
-        )
-    return done
-
-
-def _sizes(stages: list[StageSettings], attention: str | None) -> list[int | None]:
-    """The attention's size in each stage."""
-    given = [s.size for s in stages]
-    if attention is None:
-        return given
-    _, given_size = AttentionConfig.find(attention)
-    if not given_size:
-        return given
-    (first,) = given_size.values()
-    base = next((s for s in given if s is not None), None)
-    if base is None:
-        return [first for _ in given]
-    grown = []
-    for stage, size in zip(stages, given, strict=True):
-        if size is not None and (size * first) % base:
-            raise ConfigError(
-                f"stages.{stage.name}.size: {first} * {size} / {base} is not a whole number; "
-                f"choose another first size than {attention}."
-            )
-        grown.append(None if size is None else size * first // base)
-    return grown
-
-
-SECTIONS = ("attention", "model", "optim", "data", "train")
+_SECTIONS = ("attention", "model", "optim", "data", "train")
 """Top-level keys of RunConfig; they may stand in `defaults` and in a stage, nested or dotted."""
 
 
@@ -341,15 +252,12 @@ def load_curriculum(
 
 
 def _parse(
-    raw: Mapping[str, Any],
-    default_name: str,
-    attention: str | None,
-    overrides: Mapping[str, Any],
+    raw: Mapping[str, Any], name: str, attention: str | None, overrides: Mapping[str, Any]
 ) -> CurriculumConfig:
     for key in raw:
         if key not in ("name", "defaults", "stages"):
             raise ConfigError(f"{key} is not a setting; allowed: name, defaults, stages.")
-    name = raw.get("name", default_name)
+    name = raw.get("name", name)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name must be text, not {name!r}.")
     defaults, stages = raw.get("defaults") or {}, raw.get("stages")
@@ -361,7 +269,8 @@ def _parse(
     for key in ("name", "search"):
         if key in common:
             raise ConfigError(f"defaults.{key} is not allowed; it belongs to a stage.")
-    read: list[tuple[StageSettings, dict[str, Any]]] = []
+    read: list[StageSettings] = []
+    runs: list[Mapping[str, Any]] = []
     for number, stage in enumerate(stages):
         where = f"stages[{number}]"
         if not isinstance(stage, Mapping):
@@ -370,15 +279,16 @@ def _parse(
             where = f"stages.{stage['name']}"
         own, own_run = _split(stage, where)
         own.setdefault("name", own.get("task", common.get("task")))
-        keys = from_dict(StageSettings, {**common, **own}, where)
-        read.append((keys, merge(common_run, own_run)))
-    starts = _parents([keys for keys, _ in read])
-    grown = _sizes([keys for keys, _ in read], attention)
-    built = [
-        _build(dataclasses.replace(keys, size=size), run, start, attention, overrides)
-        for (keys, run), start, size in zip(read, starts, grown, strict=True)
-    ]
-    return CurriculumConfig(name=name, stages=tuple(_parents_first(built)))
+        read.append(from_dict(StageSettings, {**common, **own}, where))
+        runs.append(merge(common_run, own_run))
+    starts = [_start(number, read) for number in range(len(read))]
+    order = _parents_first({s.name: parent for s, (parent, _) in zip(read, starts, strict=True)})
+    sizes = _sizes(read, attention)
+    built = {
+        keys.name: _build(dataclasses.replace(keys, size=size), run, start, attention, overrides)
+        for keys, run, start, size in zip(read, runs, starts, sizes, strict=True)
+    }
+    return CurriculumConfig(name=name, stages=tuple(built[name] for name in order))
 
 
 def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -387,16 +297,75 @@ def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str
     run: dict[str, Any] = {}
     known = {f.name for f in dataclasses.fields(StageSettings)}
     for key, value in raw.items():
-        if str(key).split(".")[0] in SECTIONS:
+        if str(key).split(".")[0] in _SECTIONS:
             run[key] = value
         elif key in known:
             own[key] = value
         else:
-            problem = choices_message(key, [*known, *SECTIONS]).replace(" is unknown", "", 1)
+            problem = choices_message(key, [*known, *_SECTIONS]).replace(" is unknown", "", 1)
             raise ConfigError(f"{join(where, str(key))} is not a setting; {problem}.")
     if isinstance(run.get("attention"), str):
         run["attention"] = {"name": run["attention"]}
     return own, run
+
+
+def _start(number: int, stages: Sequence[StageSettings]) -> tuple[str | None, str | None]:
+    """(parent stage, path on disk) of a stage."""
+    stage, names = stages[number], [s.name for s in stages]
+    where, source = f"stages.{stage.name}", stage.init_from
+    if names.count(stage.name) > 1:
+        raise ConfigError(f"{where}: the name stands for two stages; names must differ.")
+    if source == "previous":
+        return (names[number - 1] if number else None), None
+    if source is None or source == "none":
+        return None, None
+    if source in names:
+        return source, None
+    if "/" not in source and not source.endswith(".model") and not source.startswith("~"):
+        raise ConfigError(
+            f"{where}.init_from: stage {choices_message(source, [*names, 'previous', 'none'])}"
+            "; a path must hold a `/`."
+        )
+    source = expand(f"{where}.init_from", source)
+    if not Path(source).exists():
+        raise ConfigError(f"{where}.init_from: {source} does not exist.")
+    return None, str(meant_checkpoint(Path(source).absolute()))
+
+
+def _parents_first(parents: Mapping[str, str | None]) -> list[str]:
+    """The file's order, but a stage that starts from a later one comes after it."""
+    order: list[str] = []
+
+    def place(name: str | None, below: tuple[str, ...]) -> None:
+        if name in below:
+            circle = " <- ".join([*below[below.index(name) :], name])
+            raise ConfigError(f"stages.{name}.init_from: stages start from each other: {circle}.")
+        if name is not None and name not in order:
+            place(parents[name], (*below, name))
+            order.append(name)
+
+    for name in parents:
+        place(name, ())
+    return order
+
+
+def _sizes(stages: Sequence[StageSettings], attention: str | None) -> list[int | None]:
+    """The attention's size in each stage."""
+    given = [s.size for s in stages]
+    named = {} if attention is None else AttentionConfig.find(attention)[1]
+    base = next((size for size in given if size is not None), None)
+    if not named:
+        return given
+    (first,) = named.values()
+    if base is None:
+        return [first for _ in given]
+    for stage in stages:
+        if stage.size is not None and (stage.size * first) % base:
+            raise ConfigError(
+                f"stages.{stage.name}.size: {first} * {stage.size} / {base} is not a whole number; "
+                f"choose another first size than {attention}."
+            )
+    return [None if size is None else size * first // base for size in given]
 
 
 def _build(
@@ -430,17 +399,16 @@ def _run_config(
     attention: str | None,
     overrides: Mapping[str, Any],
 ) -> RunConfig:
-    layers: list[Mapping[str, Any]] = [{"task": keys.task}, run]
-    for path, value in (("data.seed", keys.seed_data), ("train.seed", keys.seed_model)):
-        if value is not None:
-            layers.append({path: value})
+    seeds = {"data.seed": keys.seed_data, "train.seed": keys.seed_model}
+    fixed = {path: seed for path, seed in seeds.items() if seed is not None}
+    layers = [{"attention.name": "butterfly"}, {"task": keys.task}, run, fixed]
     if attention is not None:
         layers.append({"attention.name": AttentionConfig.find(attention)[0].name})
     chosen = overrides.get("attention", overrides.get("attention.name"))
     if isinstance(chosen, str):
         layers.append({"attention.name": chosen})
     if keys.size is not None:
-        named = merge({"attention.name": "butterfly"}, *layers)["attention"]["name"]
+        named = merge(*layers)["attention"]["name"]
         size_field = AttentionConfig.parse({"name": named}, "attention").size_field
         if size_field is not None:
             layers.append({f"attention.{size_field}": keys.size})

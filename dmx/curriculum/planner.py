@@ -1,4 +1,4 @@
-"""What a curriculum does next, as pure functions of its configuration and its history."""
+"""What a curriculum does next, and with how much: pure functions of its file and its record."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dmx.cluster.capacity import Resources, check_request
 from dmx.config import RunConfig
 from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.errors import ConfigError
+from dmx.nn.device import pick_device
+from dmx.runs.curriculum import Attempt, Curriculum, Stage
 from dmx.runs.layout import DEV_ACCURACY
-from dmx.runs.stages import History, Stage
+from dmx.training.job import Workers, check_batch, check_device, share_out
 
 NextStep = Literal["promote", "retry", "longer", "stop"]
 _SEED_STEP = 1009
 """How far a retry's seeds lie from the stage's own."""
+
+# -- what could start ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,9 @@ class Launch:
 
 def next_launches(
     curriculum: CurriculumConfig,
-    history: History,
+    record: Curriculum,
     selected: Collection[str],
-    busy: Collection[str],
+    busy: Collection[str] = (),
 ) -> list[Launch]:
     """Every stage that could run now, in the file's order.
 
@@ -54,50 +60,40 @@ def next_launches(
     """
     found = []
     for stage in curriculum.stages:
-        if stage.name not in selected or stage.name in busy:
-            continue
-        state = history.stage(stage.name)
-        if state.status in ("passed", "failed"):
-            continue
-        if stage.parent is not None and history.stage(stage.parent).promoted is None:
-            continue
-        found.append(_launch(stage, state, history))
+        state = record.stage(stage.name)
+        waits = stage.parent is not None and record.stage(stage.parent).promoted is None
+        ended = state.status in ("passed", "failed")
+        if stage.name in selected and stage.name not in busy and not ended and not waits:
+            found.append(_launch(stage, state, record))
     return found
 
 
-def _launch(stage: StageConfig, state: Stage, history: History) -> Launch:
+def _launch(stage: StageConfig, state: Stage, record: Curriculum) -> Launch:
     current = state.current
-    if current is not None and current.decision is None:
-        retry, number = current.retry, current.number
-    else:
-        retry, number = len(state.attempts), state.num_attempts
-    source = _source(stage, state, history, retry)
+    resumed = current is not None and not current.decision
+    retry = len(state.attempts) - resumed
     return Launch(
         stage=stage,
-        number=number,
+        number=state.next_number - resumed,
         retry=retry,
         config=attempt_config(stage, retry),
-        source=source,
-        resumed=current is not None and current.decision is None,
+        source=_source(stage, state, record, retry),
+        resumed=resumed,
     )
 
 
-def _source(stage: StageConfig, state: Stage, history: History, retry: int) -> Mapping[str, Any]:
+def _source(stage: StageConfig, state: Stage, record: Curriculum, retry: int) -> dict[str, Any]:
     on_fail = stage.on_fail
+    source, checkpoint = stage.parent, None
     if retry and on_fail.action == "longer" and not on_fail.afresh and stage.search is None:
-        decision = state.attempts[retry - 1].decision
-        assert decision is not None
-        if decision["checkpoint"] is not None:
-            return {"stage": stage.name, **_brief(decision["checkpoint"])}
-    if stage.parent is not None:
-        promoted = history.stage(stage.parent).promoted
-        assert promoted is not None
-        return {"stage": stage.parent, **_brief(promoted)}
-    return {} if stage.init_path is None else {"path": stage.init_path}
-
-
-def _brief(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: checkpoint[key] for key in ("attempt", "path", "sha256")}
+        checkpoint = state.attempts[retry - 1].decision["checkpoint"]
+    if checkpoint is not None:
+        source = stage.name
+    elif source is not None:
+        checkpoint = record.stage(source).promoted
+    if checkpoint is None:
+        return {} if stage.init_path is None else {"path": stage.init_path}
+    return {"stage": source, **{key: checkpoint[key] for key in ("attempt", "path", "sha256")}}
 
 
 def attempt_config(stage: StageConfig, retry: int) -> RunConfig:
@@ -106,7 +102,7 @@ def attempt_config(stage: StageConfig, retry: int) -> RunConfig:
     if retry == 0:
         return config
     if stage.on_fail.action == "longer":
-        steps = max(round(config.train.num_steps * stage.on_fail.factor**retry), 1)
+        steps = round(config.train.num_steps * stage.on_fail.factor**retry)
         steps = max(steps, config.optim.warmup_steps + 1)
         return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=steps))
     shift = _SEED_STEP * retry
@@ -115,6 +111,9 @@ def attempt_config(stage: StageConfig, retry: int) -> RunConfig:
         train=dataclasses.replace(config.train, seed=config.train.seed + shift),
         data=dataclasses.replace(config.data, seed=config.data.seed + shift),
     )
+
+
+# -- how an attempt ends ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +133,10 @@ class Verdict:
     @property
     def outcome(self) -> str:
         """What follows, in words."""
-        if self.next == "promote":
-            return "promoted" if self.passed else "promoted all the same (on_fail: continue)"
+        if self.passed:
+            return "promoted"
         return {
+            "promote": "promoted all the same (on_fail: continue)",
             "retry": "not passed; trying again with new seeds (on_fail: retry)",
             "longer": "not passed; training longer (on_fail: longer)",
             "stop": "not passed; this branch ends here (on_fail: stop)",
@@ -145,29 +145,25 @@ class Verdict:
 
 def judge(
     stage: StageConfig,
-    state: Stage,
+    attempts: list[Attempt],
     checkpoints: Mapping[int, Mapping[str, Any]],
     failure: str | None,
 ) -> Verdict:
-    """Decide about the stage's latest attempt.
+    """Decide about the latest of a stage's attempts.
 
     Args:
         checkpoints: the best one of each attempt, where one exists; see Stage.promoted.
         failure: why the attempt broke, if it did; then it never passes.
     """
-    current = state.current
-    assert current is not None
+    current, on_fail = attempts[-1], stage.on_fail
+    passed, reason = False, f"failed: {failure or 'it left no checkpoint'}"
     if failure is None and current.number in checkpoints:
         decision = stage.gate.decide(current)
         passed, reason = decision.passed, decision.reason
-    else:
-        passed, reason = False, f"failed: {failure or 'it left no checkpoint'}"
     if passed:
         return Verdict(passed=True, reason=reason, next="promote", attempt=current.number)
-    on_fail = stage.on_fail
-    used = len(state.attempts) - 1
     again = on_fail.action == "retry" or (on_fail.action == "longer" and failure is None)
-    if again and used < on_fail.times:
+    if again and len(attempts) <= on_fail.times:
         return Verdict(passed=False, reason=reason, next=on_fail.action)  # type: ignore[arg-type]
     if "continue" in (on_fail.action, on_fail.then) and checkpoints:
         best = max(checkpoints, key=lambda n: (_accuracy(checkpoints[n]), -n))
@@ -180,43 +176,122 @@ def _accuracy(checkpoint: Mapping[str, Any]) -> float:
     return -1.0 if accuracy is None else float(accuracy)
 
 
+# -- what else is left --------------------------------------------------------------------------
+
+
 def wanted_tests(
-    curriculum: CurriculumConfig, history: History
+    curriculum: CurriculumConfig, record: Curriculum
 ) -> list[tuple[StageConfig, StageConfig]]:
     """(stage, stage whose test split) that are not measured yet: its own, and the last one's."""
-    last = curriculum.last
-    found = []
-    for stage in curriculum.stages:
-        state = history.stage(stage.name)
-        if state.promoted is not None:
-            places = (stage,) if stage is last else (stage, last)
-            found += [(stage, on) for on in places if on.name not in state.tests]
-    return found
+    return [
+        (stage, on)
+        for stage in curriculum.stages
+        if (state := record.stage(stage.name)).promoted is not None
+        for on in {s.name: s for s in (stage, curriculum.last)}.values()
+        if on.name not in state.tests
+    ]
 
 
 def to_rejudge(
-    curriculum: CurriculumConfig, history: History, selected: Collection[str]
+    curriculum: CurriculumConfig, record: Curriculum, selected: Collection[str]
 ) -> list[StageConfig]:
     """Stages that were refused by a gate, or an on_fail, that has been changed since."""
-    found = []
-    for stage in curriculum.stages:
-        state = history.stage(stage.name)
-        if stage.name not in selected or state.status != "failed" or state.current is None:
-            continue
-        if state.current.judging != stage.judging():
-            found.append(stage)
-    return found
+    return [
+        stage
+        for stage in curriculum.stages
+        if stage.name in selected
+        and (state := record.stage(stage.name)).status == "failed"
+        and state.attempts[-1].judging != stage.judging()
+    ]
 
 
-def all_passed(history: History, selected: Collection[str]) -> bool:
+def all_passed(record: Curriculum, selected: Collection[str]) -> bool:
     """Whether every selected stage was promoted."""
-    return all(history.stage(name).status == "passed" for name in selected)
+    return all(record.stage(name).status == "passed" for name in selected)
 
 
-def has_work(curriculum: CurriculumConfig, history: History, selected: Collection[str]) -> bool:
+def has_work(curriculum: CurriculumConfig, record: Curriculum, selected: Collection[str]) -> bool:
     """Whether a session would find anything to do."""
     return bool(
-        next_launches(curriculum, history, selected, ())
-        or wanted_tests(curriculum, history)
-        or to_rejudge(curriculum, history, selected)
+        next_launches(curriculum, record, selected)
+        or wanted_tests(curriculum, record)
+        or to_rejudge(curriculum, record, selected)
     )
+
+
+# -- with how much ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcePlan:
+    """CPU cores and GPUs: of the whole cluster, and of one run, with its workers."""
+
+    num_cpus: float
+    num_gpus: float
+    cpus: float
+    gpus: float
+    workers: int | None = None
+
+    def request_for(self, stage: StageConfig) -> tuple[float, float]:
+        """(CPUs, GPUs) of one of the stage's runs."""
+        cpus = self.cpus if stage.cpus is None else stage.cpus
+        return cpus, self.gpus if stage.gpus is None else stage.gpus
+
+    def workers_for(self, stage: StageConfig) -> Workers:
+        """The processes that share the work of one of the stage's runs, and what each has.
+
+        Raises:
+            ConfigError: the numbers do not go together.
+        """
+        cpus, gpus = self.request_for(stage)
+        workers = self.workers if stage.workers is None and not stage.gpus else stage.workers
+        return share_out(cpus=cpus, gpus=gpus, workers=workers)
+
+
+def plan_resources(
+    curriculum: CurriculumConfig,
+    resources: Resources,
+    *,
+    cpus: float | None,
+    gpus: float | None,
+    workers: int | None,
+) -> ResourcePlan:
+    """Choose what a caller left open.
+
+    With GPUs a run has one of them and its share of the cores; without, the cores are shared by as
+    many stages as could ever run at once. No run exceeds the cluster's largest node.
+    """
+    if gpus is None:
+        gpus = 1.0 if resources.num_gpus else 0.0
+    if cpus is None:
+        runs = int(resources.num_gpus / gpus) if gpus else len(curriculum.leaves)
+        largest = max((int(node[0]) for node in resources.nodes), default=resources.num_cpus)
+        cpus = float(max(min(resources.num_cpus, largest) // max(runs, 1), 1))
+    return ResourcePlan(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        cpus=cpus,
+        gpus=gpus,
+        workers=workers,
+    )
+
+
+def check_plan(
+    curriculum: CurriculumConfig, plan: ResourcePlan, resources: Resources, *, local: bool
+) -> None:
+    """See that each stage's runs have room, and on this machine the device that they insist on.
+
+    Raises:
+        ConfigError: a stage asks for more than there is; Ray would wait for ever.
+    """
+    for stage in curriculum.stages:
+        cpus, gpus = plan.request_for(stage)
+        try:
+            if local:
+                pick_device(stage.config.train.device)
+            shared = plan.workers_for(stage)
+            check_request(resources, cpus=cpus, gpus=gpus, workers=shared.count)
+            check_batch(stage.config.train.batch_size, shared.count)
+            check_device(stage.config.train.device, shared)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None

@@ -14,11 +14,12 @@ from typing import Any
 
 from dmx import terminal
 from dmx.attention.base import AttentionConfig
-from dmx.curriculum.config import CurriculumConfig, StageConfig
+from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
 from dmx.format import duration
 from dmx.runs import layout
+from dmx.runs.curriculum import Curriculum, Stage
 from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -35,9 +36,8 @@ from dmx.runs.layout import (
     TRAIN_SECONDS,
     attempt_folder,
 )
-from dmx.runs.stages import History, Stage, advance, fold
+from dmx.schema import finite
 from dmx.storage.files import write_atomic
-from dmx.storage.journal import read_journal
 from dmx.tensorboard import RunWriter
 from dmx.terminal import Column, FittingTable
 from dmx.training.samples import write_samples
@@ -52,24 +52,39 @@ _CURVE_KEYS = (
     *(LEARNING_RATE, SAMPLES_PER_SECOND),
 )
 
+# -- the log ------------------------------------------------------------------------------------
 
-def log_report(history: History, event: Mapping[str, Any]) -> None:
+
+def log_report(record: Curriculum, event: Mapping[str, Any]) -> None:
     """One log line per evaluation, with the time that is left for the stage."""
-    attempt = history.stage(event.get("stage", "")).current
-    if event["event"] != "report" or attempt is None:
+    if event["event"] != "report":
         return
-    metrics, total = event["metrics"], int(attempt.config["train"]["num_steps"])
-    left = duration(metrics[STEP_SECONDS] * (total - event["step"]))
+    metrics, attempt = event["metrics"], record.stage(event["stage"]).attempts[-1]
+    total = int(attempt.config["train"]["num_steps"])
     with terminal.log_context(event["stage"]):
         logger.info(
             "step %s of %s: train loss %.4f, dev accuracy %.4f (best %.4f), about %s left",
             f"{event['step']:,}",
             f"{total:,}",
-            metrics[TRAIN_LOSS],
-            metrics[DEV_ACCURACY],
-            metrics[BEST_DEV_ACCURACY],
-            left,
+            *(metrics[key] for key in (TRAIN_LOSS, DEV_ACCURACY, BEST_DEV_ACCURACY)),
+            duration(metrics[STEP_SECONDS] * (total - event["step"])),
         )
+
+
+def log_failures(record: Curriculum, broken: Mapping[str, str]) -> None:
+    """Say of each stage that did not pass why. `broken`: see run.Outcome."""
+    for name, reason in broken.items():
+        logger.error("stage %s could not run: %s", name, reason)
+    for stage in record.stages:
+        if stage.status == "failed":
+            logger.error(
+                "stage %s was not promoted: %s. Edit its gate or on_fail and run the same command, "
+                "or train it again with --from-stage %s.",
+                *(stage.name, stage.attempts[-1].reason, stage.name),
+            )
+
+
+# -- TensorBoard --------------------------------------------------------------------------------
 
 
 class TensorBoardView:
@@ -88,69 +103,71 @@ class TensorBoardView:
         self._writers: dict[str, RunWriter] = {}
         for old in self._folder.rglob("events.*") if self._folder.exists() else ():
             old.unlink(missing_ok=True)
-        events = list(events)
-        final, history = fold(events), History()
+        final, record, events = Curriculum(folder), Curriculum(folder), list(events)
         for event in events:
-            history = advance(history, event)
+            final.add(event)
+        for event in events:
+            record.add(event)
             state = final.stage(event.get("stage", ""))
-            if event.get("attempt") in [a.number for a in state.attempts]:
-                self.event(history, event)  # attempts before a --from-stage are left out
-            elif event["event"] == "tested" and event["on"] in state.tests:
-                self.event(history, event)
+            # Attempts before a --from-stage are left out.
+            kept = event.get("attempt") in [a.number for a in state.attempts]
+            if kept or (event["event"] == "tested" and event["on"] in state.tests):
+                self.event(record, event)
 
-    def event(self, history: History, event: Mapping[str, Any]) -> None:
+    def event(self, record: Curriculum, event: Mapping[str, Any]) -> None:
         """Add what the event brings."""
-        kind = event["event"]
-        if kind == "started":
-            self._started(history, event)
-        elif kind == "report":
-            self._reported(history, event)
-        elif kind == "tested":
-            self._tested(history, event)
-        elif kind == "decided":
-            name = self._run_name(event["stage"], event["attempt"])
-            writer = self._writers.pop(name, None)
-            if writer is not None:
-                writer.end("COMPLETE" if event["failure"] is None else "FAILED")
+        show = {
+            "started": self._started,
+            "report": self._reported,
+            "tested": self._tested,
+            "decided": self._decided,
+        }.get(event["event"])
+        if show is not None:
+            show(record, event)
 
-    def _started(self, history: History, event: Mapping[str, Any]) -> None:
+    def _started(self, record: Curriculum, event: Mapping[str, Any]) -> None:
         config, stage = event["config"], event["stage"]
         shown = {"task": config["task"], "attention": config["attention"]["name"]}
         if isinstance(label := event["data"].get("label"), str):
             shown["data"] = label
-        name = self._run_name(stage, event["attempt"])
+        name = self._run_name(event)
         row = f"{self._folder.parent.name}/{name.removeprefix(_STAGES)}"
         self._writer(name).start({**shown, "stage": stage}, row)
         again = f", attempt {event['attempt']}" if event["attempt"] else ""
-        for writer, number, step in self._curves(history, stage):
+        for writer, number, step in self._curves(record, stage):
             title = f"**stage {number}: {stage}**{again}, task {config['task']}"
             writer.text("stage", f"{title}, from global step {step}", step)
             if number > 1 or step:
                 writer.scalars({STAGE_NUMBER: number}, step)
 
-    def _reported(self, history: History, event: Mapping[str, Any]) -> None:
+    def _reported(self, record: Curriculum, event: Mapping[str, Any]) -> None:
         metrics, step = event["metrics"], event["step"]
-        own = self._writer(self._run_name(event["stage"], event["attempt"]))
+        own = self._writer(self._run_name(event))
         own.scalars(metrics, step)
         if metrics.get(BEST_STEP) == step:  # of older ones only the last is still on disk
             attempt = attempt_folder(self._folder.parent, event["stage"], event["attempt"])
             write_samples(own, attempt / layout.BEST_DIR, step)
         shown = {k: metrics[k] for k in _CURVE_KEYS if k in metrics}
-        for writer, number, before in self._curves(history, event["stage"]):
+        for writer, number, before in self._curves(record, event["stage"]):
             writer.scalars({**shown, STAGE_NUMBER: number}, before + step)
 
-    def _tested(self, history: History, event: Mapping[str, Any]) -> None:
+    def _decided(self, record: Curriculum, event: Mapping[str, Any]) -> None:
+        writer = self._writers.pop(self._run_name(event), None)
+        if writer is not None:
+            writer.end("COMPLETE" if event["failure"] is None else "FAILED")
+
+    def _tested(self, record: Curriculum, event: Mapping[str, Any]) -> None:
         stage, accuracy = event["stage"], event["accuracy"]
-        attempt = history.stage(stage).current
+        attempt = record.stage(stage).current
         if attempt is None or accuracy is None:
             return
         shown = {TEST_ACCURACY if event["on"] == stage else _TEST_ON_LAST: accuracy}
         if stage == self._curriculum.last.name:
             shown[_TEST_ON_LAST] = accuracy
-        for writer, _, before in self._curves(history, stage):
+        for writer, _, before in self._curves(record, stage):
             writer.scalars(shown, before + attempt.steps)
 
-    def _curves(self, history: History, stage: str) -> Iterator[tuple[RunWriter, int, int]]:
+    def _curves(self, record: Curriculum, stage: str) -> Iterator[tuple[RunWriter, int, int]]:
         """Of every curve that the stage is part of: its file, and where on it the stage lies.
 
         That is the stage's number, from 1, and the steps before its latest attempt.
@@ -160,14 +177,15 @@ class TensorBoardView:
             names = [s.name for s in self._curriculum.chain(leaf)]
             if stage in names:
                 number = names.index(stage)
-                before = [a for n in names[:number] for a in history.stage(n).attempts]
-                before += history.stage(stage).attempts[:-1]
+                before = [a for n in names[:number] for a in record.stage(n).attempts]
+                before += record.stage(stage).attempts[:-1]
                 curve = "curriculum" if leaf == last else f"curriculum-{leaf}"
                 yield self._writer(curve), number + 1, sum(a.steps for a in before)
 
     @staticmethod
-    def _run_name(stage: str, attempt: int) -> str:
-        return f"{_STAGES}{stage}" + (f"-attempt-{attempt}" if attempt else "")
+    def _run_name(event: Mapping[str, Any]) -> str:
+        again = f"-attempt-{event['attempt']}" if event["attempt"] else ""
+        return f"{_STAGES}{event['stage']}{again}"
 
     def _writer(self, name: str) -> RunWriter:
         if name not in self._writers:
@@ -181,7 +199,48 @@ class TensorBoardView:
         self._writers.clear()
 
 
-def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> FittingTable:
+# -- the terminal -------------------------------------------------------------------------------
+
+
+def show_status(curriculum: CurriculumConfig, folder: Path) -> None:
+    """Print where a run stands; reads the journal only, so that it disturbs no session.
+
+    Raises:
+        StageError: there is no run, or its journal is damaged.
+    """
+    record = Curriculum.read(folder)
+    if record.empty:
+        raise StageError(f"there is no run in {folder}; start it without --status.")
+    begun = duration(time.time() - record.created)
+    title = f"{folder.name}: begun {begun} ago, {_liveness(record)}"
+    terminal.console().print(_stages_table(curriculum, record, title))
+
+
+def _liveness(record: Curriculum) -> str:
+    """Whether a controller is at work, as far as this machine can tell."""
+    session, seen = record.at_work, f"last event {duration(time.time() - record.latest)} ago"
+    if session is None:
+        return f"not running, {seen}"
+    if session["host"] != socket.gethostname():
+        return f"running on {session['host']}, {seen}"
+    try:
+        os.kill(session["pid"], 0)
+    except ProcessLookupError:
+        return f"stopped without a word (killed?), {seen}; the same command continues it"
+    except PermissionError:
+        pass
+    return f"running (process {session['pid']}), {seen}"
+
+
+def show_end(curriculum: CurriculumConfig, record: Curriculum) -> None:
+    """Print where a session has left the stages, and where everything lies."""
+    title = f"{record.folder.name}: {curriculum.name}"
+    terminal.console().print(_stages_table(curriculum, record, title))
+    terminal.verbatim(f"files: {record.folder}  (lineage.json, lineage.md, journal.jsonl, stages/)")
+    terminal.verbatim(f"curves: tensorboard --logdir {record.folder}")
+
+
+def _stages_table(curriculum: CurriculumConfig, record: Curriculum, title: str) -> FittingTable:
     """Where every stage stands."""
     spare = {"to go": 1, "try": 2, "trained for": 3}
     names = ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go")
@@ -196,227 +255,145 @@ def stages_table(curriculum: CurriculumConfig, history: History, title: str) -> 
     )
     last = curriculum.last.name
     for stage in curriculum.stages:
-        state = history.stage(stage.name)
+        state = record.stage(stage.name)
+        attempt = state.current
+        total = attempt_config(stage, attempt.retry if attempt else 0).train.num_steps
+        steps, left, word = 0, math.nan, str(state.status)
+        if attempt is not None:
+            steps = attempt.steps
+            word += " (gate said no)" if attempt.passed is False else ""
+            if state.status == "running":
+                left = attempt.last(STEP_SECONDS) * (total - steps)
+        best = (attempt.last_report if attempt else {}).get(BEST_DEV_ACCURACY)
+        best = best if state.promoted is None else state.promoted[DEV_ACCURACY]
         table.add_row(
             stage.name,
             stage.task if stage.task != stage.name else "same",
-            *_cells(stage, state, last),
+            word,
+            str(attempt.retry + 1) if attempt else "",
+            f"{steps:,}/{total:,}",
+            *(
+                "" if value is None else f"{value:.4f}"
+                for value in (best, state.tests.get(stage.name), state.tests.get(last))
+            ),
+            duration(state.seconds) if attempt else "",
+            duration(left) if math.isfinite(left) else "",
         )
     return table
 
 
-def _cells(stage: StageConfig, state: Stage, last: str) -> list[str]:
-    attempt = state.current
-    if attempt is None:
-        return [state.status, "", f"0/{stage.config.train.num_steps:,}", *("" for _ in range(5))]
-    total = attempt_config(stage, attempt.retry).train.num_steps
-    best = attempt.last.get(BEST_DEV_ACCURACY)
-    if state.promoted is not None:
-        best = state.promoted[DEV_ACCURACY]
-    left = attempt.last.get(STEP_SECONDS, 0.0) * (total - attempt.steps)
-    word: str = state.status
-    if attempt.decision is not None and not attempt.decision["passed"]:
-        word += " (gate said no)"
-    return [
-        word,
-        str(attempt.retry + 1),
-        f"{attempt.steps:,}/{total:,}",
-        *(_accuracy(v) for v in (best, state.tests.get(stage.name), state.tests.get(last))),
-        duration(sum(a.all_seconds for a in state.attempts)),
-        duration(left) if state.status == "running" and attempt.reports else "",
-    ]
-
-
-def _accuracy(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def show_status(curriculum: CurriculumConfig, folder: Path) -> None:
-    """Print where a run stands; reads the journal only, so that it disturbs no session.
-
-    Raises:
-        StageError: there is no run, or its journal is damaged.
-    """
-    events, _ = read_journal(folder / layout.JOURNAL_FILE)
-    if not events:
-        raise StageError(f"there is no run in {folder}; start it without --status.")
-    history = fold(events)
-    title = (
-        f"{folder.name}: begun {duration(time.time() - history.created)} ago, {_liveness(events)}"
-    )
-    terminal.console().print(stages_table(curriculum, history, title))
-
-
-def _liveness(events: list[dict[str, Any]]) -> str:
-    """Whether a controller is at work, as far as this machine can tell."""
-    session: dict[str, Any] = {}
-    for event in events:
-        if event["event"] == "session":
-            session = event
-        elif event["event"] in ("closed", "interrupted"):
-            session = {}
-    seen = f"last event {duration(time.time() - events[-1]['time'])} ago"
-    if not session:
-        return f"not running, {seen}"
-    if session["host"] != socket.gethostname():
-        return f"running on {session['host']}, {seen}"
-    try:
-        os.kill(session["pid"], 0)
-    except ProcessLookupError:
-        return f"stopped without a word (killed?), {seen}; the same command continues it"
-    except PermissionError:
-        pass
-    return f"running (process {session['pid']}), {seen}"
-
-
-def show_end(curriculum: CurriculumConfig, folder: Path, history: History) -> None:
-    """Print where a session has left the stages, and where everything lies."""
-    title = f"{folder.name}: {curriculum.name}"
-    terminal.console().print(stages_table(curriculum, history, title))
-    terminal.verbatim(f"files: {folder}  (lineage.json, lineage.md, journal.jsonl, stages/)")
-    terminal.verbatim(f"curves: tensorboard --logdir {folder}")
-
-
-def log_failures(curriculum: CurriculumConfig, history: History, broken: Mapping[str, str]) -> None:
-    """Say of each stage that did not pass why. `broken`: see session.Outcome."""
-    for name, reason in broken.items():
-        logger.error("stage %s could not run: %s", name, reason)
-    for stage in curriculum.stages:
-        state = history.stage(stage.name)
-        if state.status == "failed" and state.current is not None and state.current.decision:
-            logger.error(
-                "stage %s was not promoted: %s. Edit its gate or on_fail and run the same command, "
-                "or train it again with --from-stage %s.",
-                stage.name,
-                state.current.decision["reason"],
-                stage.name,
-            )
-
+# -- the lineage --------------------------------------------------------------------------------
 
 PICTURE_FILE = "lineage.md"
 _COLOURS = {"passed": "#d5f5d5", "running": "#fff3c4", "failed": "#f8d0d0", "waiting": "#eeeeee"}
 
 
-class LineageWriter:
-    """Keeps lineage.json and lineage.md up to date. `code`: the version that runs now."""
-
-    def __init__(self, curriculum: CurriculumConfig, folder: Path, code: str) -> None:
-        self._curriculum, self._folder, self.code = curriculum, folder, code
-
-    def event(self, history: History, event: Mapping[str, Any]) -> None:
-        """Write after whatever changes the picture."""
-        if event["event"] in ("started", "decided", "tested", "reset"):
-            self.write(history)
-
-    def write(self, history: History) -> None:
-        """Write both files, each at once."""
-        lineage = describe(self._curriculum, history, self._folder, self.code)
-        text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self._folder / layout.LINEAGE_FILE, text)
-        write_atomic(self._folder / PICTURE_FILE, picture(lineage))
+def write_lineage(curriculum: CurriculumConfig, record: Curriculum, code: str) -> None:
+    """Write lineage.json and lineage.md, each at once. `code`: the version that runs now."""
+    lineage = describe(curriculum, record, code)
+    text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(record.folder / layout.LINEAGE_FILE, text)
+    write_atomic(record.folder / PICTURE_FILE, picture(lineage))
 
 
-def describe(
-    curriculum: CurriculumConfig, history: History, folder: Path, code: str
-) -> dict[str, Any]:
+def describe(curriculum: CurriculumConfig, record: Curriculum, code: str) -> dict[str, Any]:
     """The lineage as plain data. Accuracies are 0..1 or null; paths are absolute."""
     last = curriculum.last.name
-    return {
-        "name": folder.name,
+    shown: dict[str, Any] = {
+        "name": record.folder.name,
         "curriculum": curriculum.name,
         "last_stage": last,
         "code": code,
-        "stages": [
-            _stage(stage, history.stage(stage.name), folder, last) for stage in curriculum.stages
-        ],
+        "stages": [],
     }
+    for stage in curriculum.stages:
+        state = record.stage(stage.name)
+        fixed = {
+            "name": stage.name,
+            "task": stage.task,
+            "attention": stage.config.attention.to_plain(),
+            "status": state.status,
+            "parent": stage.parent,
+            "init_from": None,
+        }
+        promoted = state.promoted or {}
+        folder = str(record.folder / promoted["path"]) if promoted else None
+        current = state.current
+        results = {
+            DEV_ACCURACY: promoted.get(DEV_ACCURACY),
+            TEST_ACCURACY: state.tests.get(stage.name),
+            _TEST_ON_LAST: state.tests.get(last),
+            "checkpoint": folder,
+            "sha256": promoted.get("sha256"),
+            "config": folder and f"{folder}/{layout.CONFIG_FILE}",
+            "step": promoted.get("step"),
+            "attempts": len(state.attempts),
+            "gate": {
+                "passed": current.passed if current else None,
+                "reason": current.decision.get("reason") if current else None,
+            },
+        }
+        shown["stages"].append({**fixed, **results, **_attempt(state)})
+    plain: dict[str, Any] = finite(shown)
+    return plain
 
 
-def _stage(stage: StageConfig, state: Stage, folder: Path, last: str) -> dict[str, Any]:
-    promoted, attempt = state.promoted or {}, state.shown
-    decision = (state.current.decision if state.current is not None else None) or {}
-    checkpoint = folder / promoted["path"] if promoted else None
-    shown: dict[str, Any] = {
-        "name": stage.name,
-        "task": stage.task,
-        "attention": stage.config.attention.to_plain(),
-        "status": state.status,
-        "parent": stage.parent,
-        "init_from": None,
-        DEV_ACCURACY: promoted.get(DEV_ACCURACY),
-        TEST_ACCURACY: state.tests.get(stage.name),
-        _TEST_ON_LAST: state.tests.get(last),
-        "checkpoint": checkpoint and str(checkpoint),
-        "sha256": promoted.get("sha256"),
-        "config": checkpoint and str(checkpoint / layout.CONFIG_FILE),
-        "step": promoted.get("step"),
-        "attempts": len(state.attempts),
-        "gate": {"passed": decision.get("passed"), "reason": decision.get("reason")},
+def _attempt(state: Stage) -> dict[str, Any]:
+    """What the lineage says of the attempt that is promoted, or was the latest."""
+    attempt = state.shown
+    if attempt is None:
+        return {}
+    source, trained = dict(attempt.source), attempt.trained
+    if "stage" in source:
+        source["path"] = str(state.folder / source["path"])
+    found = {
+        "init_from": source or None,
+        "attempt": attempt.number,
+        "folder": str(attempt_folder(state.folder, state.name, attempt.number)),
+        "data": dict(attempt.data),
+        "code": attempt.spec.get("code"),
+        "seeds": {"model": trained["train"]["seed"], "data": trained["data"]["seed"]},
+        STEPS: attempt.steps,
+        TRAIN_SECONDS: attempt.last_report.get(TRAIN_SECONDS),
+        "all_attempts": {STEPS: state.all_steps, TRAIN_SECONDS: state.seconds},
     }
-    if attempt is not None:
-        source = dict(attempt.source)
-        if "stage" in source:
-            source["path"] = str(folder / source["path"])
-        shown["init_from"] = source or None
-        shown["attempt"] = attempt.number
-        shown["folder"] = str(attempt_folder(folder, stage.name, attempt.number))
-        shown["data"] = dict(attempt.data)
-        shown["code"] = attempt.spec.get("code")
-        shown["seeds"] = {
-            "model": attempt.trained["train"]["seed"],
-            "data": attempt.trained["data"]["seed"],
-        }
-        shown[STEPS] = attempt.steps
-        shown[TRAIN_SECONDS] = attempt.last.get(TRAIN_SECONDS)
-        shown["all_attempts"] = {
-            STEPS: sum(a.all_steps for a in state.attempts),
-            TRAIN_SECONDS: math.fsum(a.all_seconds for a in state.attempts),
-        }
-        if attempt.search is not None:
-            shown["attention"] = dict(attempt.trained["attention"])
-            shown["search"] = {k: attempt.search[k] for k in ("trial", "num_trials", "params")}
-        shown[PARAMETERS] = attempt.last.get(PARAMETERS)
-    return shown
+    if attempt.search is not None:
+        found["attention"] = dict(trained["attention"])
+        found["search"] = {k: attempt.search[k] for k in ("trial", "num_trials", "params")}
+    return {**found, PARAMETERS: attempt.last_report.get(PARAMETERS)}
 
 
 def picture(lineage: Mapping[str, Any]) -> str:
     """A Markdown page with a mermaid graph of the stages, and their table."""
-    lines = [f"# Lineage of {lineage['name']}", "", "```mermaid", "graph TD"]
-    names = {stage["name"]: f"s{number}" for number, stage in enumerate(lineage["stages"])}
-    for stage in lineage["stages"]:
-        node = names[stage["name"]]
-        text = (
-            f"<b>{stage['name']}</b><br/>{stage['task']}<br/>{_attention(stage)}"
-            f"<br/>dev {_percent(stage['dev_accuracy'])}, test {_percent(stage['test_accuracy'])}"
-        )
-        lines.append(f'  {node}["{text}"]')
-        lines.append(f"  style {node} fill:{_COLOURS[stage['status']]}")
-        source = stage["init_from"] or {}
-        if stage["parent"] is not None:
-            lines.append(f"  {names[stage['parent']]} --> {node}")
-        elif "path" in source:
-            lines.append(f'  {node}_init(["{source["path"]}"]) --> {node}')
+    graph: list[str] = []
     last = lineage["last_stage"]
-    lines += [
-        *("```", "", f"Code: {lineage['code']}.", ""),
+    table = [
         f"| stage | status | from | attention | data | step | dev | test | on {last} |",
         "|---|---|---|---|---|---:|---:|---:|---:|",
     ]
+    names = {stage["name"]: f"s{number}" for number, stage in enumerate(lineage["stages"])}
     for stage in lineage["stages"]:
-        data = stage.get("data") or {}
-        source = stage["init_from"] or {}
-        cells = [
-            stage["name"],
-            stage["status"],
-            source.get("stage") or source.get("path") or "-",
-            _attention(stage),
+        node, attention = names[stage["name"]], _attention(stage)
+        source, data = stage["init_from"] or {}, stage.get("data") or {}
+        dev, test, on_last = (
+            _percent(stage[key]) for key in (DEV_ACCURACY, TEST_ACCURACY, _TEST_ON_LAST)
+        )
+        text = f"<b>{stage['name']}</b><br/>{stage['task']}<br/>{attention}"
+        graph.append(f'  {node}["{text}<br/>dev {dev}, test {test}"]')
+        graph.append(f"  style {node} fill:{_COLOURS[stage['status']]}")
+        if stage["parent"] is not None:
+            graph.append(f"  {names[stage['parent']]} --> {node}")
+        elif "path" in source:
+            graph.append(f'  {node}_init(["{source["path"]}"]) --> {node}')
+        cells = (
+            *(stage["name"], stage["status"]),
+            *(source.get("stage") or source.get("path") or "-", attention),
             f"{data['label']} `{data['checksum'][:12]}`" if data else "-",
-            str(stage.get("step") or "-"),
-            *(_percent(stage[k]) for k in ("dev_accuracy", "test_accuracy")),
-            _percent(stage[_TEST_ON_LAST]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            *(str(stage["step"] or "-"), dev, test, on_last),
+        )
+        table.append(f"| {' | '.join(cells)} |")
+    head = (f"# Lineage of {lineage['name']}", "", "```mermaid", "graph TD")
+    return "\n".join([*head, *graph, "```", "", f"Code: {lineage['code']}.", "", *table]) + "\n"
 
 
 def _attention(stage: Mapping[str, Any]) -> str:
@@ -427,4 +404,4 @@ def _attention(stage: Mapping[str, Any]) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -25,6 +25,7 @@ from dmx.reporting.caveats import caveats, comparable
 from dmx.reporting.chart import clean
 from dmx.reporting.importance import importances
 from dmx.reporting.published import column_of, load_published
+from dmx.runs.curriculum import Stage
 from dmx.runs.folders import kind_of, load, load_all, runs_below
 from dmx.runs.layout import (
     DEV_ACCURACY,
@@ -35,7 +36,6 @@ from dmx.runs.layout import (
     TEST_ACCURACY,
 )
 from dmx.runs.run import Run
-from dmx.runs.stages import Stage
 from dmx.runs.study import Study
 from dmx.schema import finite, flatten
 from dmx.storage.files import write_atomic

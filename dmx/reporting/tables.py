@@ -19,10 +19,10 @@ from dmx.format import (
 )
 from dmx.reporting.published import CHANCE, COLUMNS, column_of, load_published
 from dmx.runs import layout
+from dmx.runs.curriculum import Attempt, Stage
 from dmx.runs.events import base_name, settings_of
 from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECONDS
 from dmx.runs.run import Run
-from dmx.runs.stages import Attempt, Stage
 from dmx.runs.trial import ACCURACY, OBJECTIVES, Trial, ranked
 from dmx.schema import flatten
 from dmx.search.rungs import Brackets, Rung

@@ -75,7 +75,6 @@ _ATTEMPT = {"stage": str, "attempt": int}
 
 CURRICULUM: Mapping[str, Mapping[str, Any]] = {
     "settings": _SETTINGS,
-    "created": {"time": float},
     # A session came to its end, or was cut off.
     **{name: {"time": float} for name in ("closed", "interrupted")},
     # `stages`: those of the file. `last_stage`: that which all are measured on.

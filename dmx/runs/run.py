@@ -19,7 +19,7 @@ from dmx.schema import read_yaml
 from dmx.storage.journal import read_journal
 
 if TYPE_CHECKING:
-    from dmx.runs.stages import Stage
+    from dmx.runs.curriculum import Stage
     from dmx.runs.study import FinalSeeds, Report, Search, Takeover
 
 UNKNOWN = "unknown"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmx.attention import AttentionConfig
-from dmx.cluster import gpu_packing
+from dmx.cluster import capacity
 from dmx.cluster.capacity import Resources
 from dmx.costs.measure import check_memory
 from dmx.data.store import Store
@@ -121,7 +121,7 @@ class Plan:
             searched=self.space.names(),
             num_trials=_first(options.num_trials, known.get("num_trials")),
             max_steps=_first(options.max_steps, known.get("max_steps")),
-            trials_per_gpu=trials_per_gpu or gpu_packing.wanted(options.trials_per_gpu),
+            trials_per_gpu=trials_per_gpu or capacity.wanted_per_gpu(options.trials_per_gpu),
             cpus_per_trial=options.cpus_per_trial,
             gpus_per_trial=options.gpus_per_trial,
             workers_per_trial=options.workers_per_trial,

@@ -268,7 +268,7 @@ def retrain(
     try:
         while waiting or running:
             while waiting and len(running) < slots:
-                running.append(gang.start(waiting.pop(0), cpus=workers.cpus, gpus=workers.gpus))
+                running.append(gang.start(waiting.pop(0)))
             for run, report in gang.wait_any(running, timeout_seconds=60):
                 if report.get(FAILURE):
                     raise RunFailedError(f"{run.job.folder}: {report[FAILURE]}.")

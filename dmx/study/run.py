@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dmx import process
-from dmx.cluster import capacity, connection, gpu_packing
+from dmx.cluster import capacity, connection
 from dmx.costs import estimate
 from dmx.costs.estimate import check_price, corner_runs, describe, dry_data
 from dmx.data.store import Store
@@ -152,8 +152,8 @@ def _search(
     with contextlib.ExitStack() as stack:
         resources = stack.enter_context(connection.connect(options.address))
         config, settings, files = here or checked(resources)
-        if options.trials_per_gpu == gpu_packing.AUTO:
-            fitting = gpu_packing.measure(corner_runs(config), store)
+        if options.trials_per_gpu == capacity.AUTO:
+            fitting = capacity.measure_per_gpu(corner_runs(config), store)
             budget = plan.budget(resources, trials_per_gpu=fitting)
             config = plan.study(budget, folder.name, sync.layout)
         cpus, gpus = config.cpus_per_trial, config.gpus_per_trial

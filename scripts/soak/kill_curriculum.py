@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from dmx import terminal
-from dmx.runs.stages import History, fold
+from dmx.runs.curriculum import Curriculum
 from dmx.storage.journal import read_journal
+from dmx.training.checkpoint import open_checkpoint
 
 logger = logging.getLogger("dmx.kill")
 _LIMIT_SECONDS = 1800
@@ -97,10 +98,10 @@ def disturbed(command: list[str], folder: Path, log_file: Path, kills: int, seed
 
 def differences(one: Path, two: Path) -> list[str]:
     """Everything in which two finished runs differ, times and memory apart."""
-    first, second = fold(events(one)), fold(events(two))
+    first, second = Curriculum.read(one), Curriculum.read(two)
     found = []
-    for name, state in first.stages.items():
-        other = second.stage(name)
+    for state in first.stages:
+        name, other = state.name, second.stage(state.name)
         if reports(state.attempts) != reports(other.attempts):
             found.append(f"{name}: reports")
         if dict(state.tests) != dict(other.tests):
@@ -108,14 +109,12 @@ def differences(one: Path, two: Path) -> list[str]:
         if state.promoted is None or other.promoted is None:
             found.append(f"{name}: not promoted in both")
             continue
-        for kind in ("model.safetensors", "training_state.pt"):
-            files = [
-                r / p["path"] / kind for r, p in ((one, state.promoted), (two, other.promoted))
-            ]
-            a, b = (torch.load(f, weights_only=True) for f in files)
-            if not equal(a, b):
-                found.append(f"{name}: {kind}")
-    return found + twice(second, two)
+        a, b = (open_checkpoint(Path(s.checkpoint)) for s in (state, other))
+        if not equal(a.model_state(), b.model_state()):
+            found.append(f"{name}: weights")
+        if not equal(a.training_state(), b.training_state()):
+            found.append(f"{name}: training state")
+    return found + twice(second)
 
 
 def reports(attempts: Any) -> list[dict[int, dict[str, Any]]]:
@@ -137,10 +136,10 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def twice(history: History, folder: Path) -> list[str]:
+def twice(record: Curriculum) -> list[str]:
     """Stages that were begun again although they had finished."""
-    started = [(e["stage"], e["attempt"]) for e in events(folder) if e["event"] == "started"]
-    return [f"{name}: begun twice" for name in history.stages if started.count((name, 0)) > 1]
+    found = [(s.name, [a.number for a in s.attempts]) for s in record.stages]
+    return [f"{name}: begun twice" for name, numbers in found if numbers.count(0) > 1]
 
 
 def main() -> int:

@@ -112,7 +112,7 @@ def stop_once(folder: Path, number: int, draw: random.Random) -> tuple[str, str,
     if kind == "crowded":
         holder = ray.remote(num_cpus=1)(Holder).remote()
         ray.get(holder.hold.remote())
-    run = gang.start(job, cpus=1, gpus=0)
+    run = gang.start(job)
     try:
         seconds = to_moment(run, kind, draw)
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmx.cluster import gpu_packing
-from dmx.cluster.gpu_packing import Usage, trials_that_fit, wanted
+from dmx.cluster import capacity
+from dmx.cluster.capacity import Usage, trials_that_fit, wanted_per_gpu
 from dmx.errors import ConfigError
 from dmx.schema import to_dict
 from tests.tiny import config, one_sentence
@@ -31,15 +31,10 @@ def test_as_many_as_fit(peak, total, expected):
     assert trials_that_fit(Usage(peak, total)) == expected
 
 
-def test_headroom_and_limit_are_given():
-    assert trials_that_fit(Usage(10, 100), headroom=0.0) == 10
-    assert trials_that_fit(Usage(10, 100), headroom=0.5, most=3) == 3
-
-
 def test_the_option():
-    assert wanted(None) is None and wanted("3") == 3 and wanted("auto") == 1
+    assert wanted_per_gpu(None) is None and wanted_per_gpu("3") == 3 and wanted_per_gpu("auto") == 1
     with pytest.raises(ConfigError, match="--trials-per-gpu is 'many'") as error:
-        wanted("many")
+        wanted_per_gpu("many")
     one_sentence(error.value)
 
 
@@ -54,6 +49,6 @@ def test_the_largest_corner_keeps_most_memory(tiny_store):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_measured_on_a_gpu(tiny_store):
-    usage = gpu_packing.peak_usage(to_dict(config()), str(tiny_store.folder))
+    usage = capacity.peak_usage(to_dict(config()), str(tiny_store.folder))
     assert torch.cuda.max_memory_allocated() <= usage.peak < usage.total
     assert usage.total == torch.cuda.get_device_properties(0).total_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 from dmx.config import parse_run_config
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
-from dmx.curriculum.controller import Controller, Key, Message
-from dmx.curriculum.resources import ResourcePlan
+from dmx.curriculum.controller import Controller, CurriculumLog, Key, Message
+from dmx.curriculum.planner import ResourcePlan
 from dmx.runs import layout
+from dmx.runs.curriculum import Curriculum
 from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
     BEST_STEP,
@@ -23,8 +25,6 @@ from dmx.runs.layout import (
     TRAIN_LOSS,
     TRAIN_SECONDS,
 )
-from dmx.runs.stages import History
-from dmx.storage.journal import Journal
 from dmx.training.checkpoint import save_checkpoint
 from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job
@@ -34,31 +34,39 @@ OTHER_TASK = "pathfinder16-cl2-d0"
 LATE_TASK = "pathfinder16-cl4-d0"
 
 
-def curriculum(*stages: Mapping[str, Any], **defaults: Any) -> CurriculumConfig:
+def file(*stages: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """Stages on the tiny task; each mapping lies over the tiny settings."""
     shared = {"task": TASK, "cpus": 1, **SETTINGS, **defaults}
-    return load_curriculum({"name": "test", "defaults": shared, "stages": list(stages)})
+    return {"name": "test", "defaults": shared, "stages": list(stages)}
+
+
+def chain_file(**changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Three stages a -> b -> c on three tasks; `b={...}` changes one of them."""
+    tasks = {"a": TASK, "b": OTHER_TASK, "c": LATE_TASK}
+    return file(*({"name": n, "task": t, **changes.get(n, {})} for n, t in tasks.items()))
+
+
+def curriculum(*stages: Mapping[str, Any], **defaults: Any) -> CurriculumConfig:
+    return load_curriculum(file(*stages, **defaults))
 
 
 def chain(**changes: Mapping[str, Any]) -> CurriculumConfig:
-    """Three stages a -> b -> c on three tasks; `b={...}` changes one of them."""
-    tasks = {"a": TASK, "b": OTHER_TASK, "c": LATE_TASK}
-    return curriculum(*({"name": n, "task": t, **changes.get(n, {})} for n, t in tasks.items()))
+    return load_curriculum(chain_file(**changes))
 
 
 class Crash(Exception):
     """The power cut."""
 
 
-class CrashingJournal(Journal):
-    """A journal whose process dies right after its n-th line of this session."""
+class CrashingLog(CurriculumLog):
+    """A record whose process dies right after its n-th line of this session."""
 
-    def __init__(self, path: Path, lines: int) -> None:
-        super().__init__(path)
+    def __init__(self, folder: Path, lines: int) -> None:
+        super().__init__(folder)
         self._left = lines
 
-    def append(self, **event: Any) -> None:
-        super().append(**event)
+    def record(self, event: str, **values: Any) -> None:
+        super().record(event, **values)
         self._left -= 1
         if self._left == 0:
             raise Crash
@@ -86,7 +94,7 @@ class FakeBackend:
         self.prepared: list[tuple[str, bool, int, int]] = []
         self.tested: list[tuple[str, str]] = []
 
-    def train(self, key: Key, job: Job, *, cpus: float, gpus: float) -> None:
+    def train(self, key: Key, job: Job) -> None:
         number = int(Path(job.folder).name.removeprefix("attempt-"))
         self.trained.append((key.stage, number))
         self.jobs[f"{key.stage}-{number}"] = job
@@ -97,13 +105,13 @@ class FakeBackend:
         raise AssertionError("no search here")
 
     def prepare(
-        self, key: Key, task: str, root: Path, options: Mapping[str, Any], workers: int, nice: int
+        self, key: Key, root: Path, options: Mapping[str, Any], workers: int, nice: int
     ) -> None:
-        self.prepared.append((task, bool(self.running), workers, nice))
-        write_tiny(root, task)
+        self.prepared.append((key.detail, bool(self.running), workers, nice))
+        write_tiny(root, key.detail)
         self.queue.append(Message(key=key, done=True, value=0.0))
 
-    def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
+    def test(self, key: Key, wanted: EvaluationJob, worker: Any) -> None:
         self.tested.append((key.stage, key.detail))
         self.queue.append(Message(key=key, done=True, value=0.25))
 
@@ -181,19 +189,20 @@ def run(
     cpus: float = 2,
     crash_after: int | None = None,
     observers: tuple[Any, ...] = (),
-) -> tuple[bool, History]:
+) -> tuple[bool, Curriculum]:
     """One session; with `crash_after` it dies after so many journal lines."""
-    path = folder / layout.JOURNAL_FILE
-    journal = Journal(path) if crash_after is None else CrashingJournal(path, crash_after)
-    with journal:
+    log = CurriculumLog(folder) if crash_after is None else CrashingLog(folder, crash_after)
+    log.observers = observers
+    with contextlib.closing(log):
+        if not log.sessions:
+            plan = [stage.brief() for stage in config.stages]
+            log.record("session", pid=1, host="h", stages=plan, last_stage=config.last.name)
         controller = Controller(
             config,
-            folder,
-            journal,
+            log,
             backend,
             plan=ResourcePlan(num_cpus=cpus, num_gpus=0, cpus=1, gpus=0),
             data_root=backend.root,
             selected=[s.name for s in config.stages] if selected is None else list(selected),
-            observers=observers,
         )
-        return controller.run(), controller.history
+        return controller.run(), log

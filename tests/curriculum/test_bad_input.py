@@ -17,8 +17,8 @@ from dmx.cli import options as cli
 from dmx.curriculum.__main__ import main
 from dmx.runs import layout
 from dmx.storage.journal import Journal
-from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, run
-from tests.tiny import SETTINGS, TASK, write_tiny
+from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, chain_file, run
+from tests.tiny import TASK, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = [0.5, 0.7, 0.8, 0.75]
@@ -32,11 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stages(**changes: dict[str, Any]) -> dict[str, Any]:
-    """The file of tests.curriculum.fakes.chain, as a user would write it."""
-    tasks = {"a": TASK, "b": OTHER_TASK, "c": LATE_TASK}
-    listed = [{"name": n, "task": t, **changes.get(n, {})} for n, t in tasks.items()]
-    return {"defaults": {"task": TASK, "cpus": 1, **SETTINGS}, "stages": listed}
+stages = chain_file
 
 
 Result = tuple[int, str]

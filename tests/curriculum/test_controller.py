@@ -13,7 +13,7 @@ from dmx.curriculum.checks import check_unchanged
 from dmx.curriculum.views import describe
 from dmx.errors import StageError
 from dmx.runs import layout
-from dmx.runs.stages import History, fold
+from dmx.runs.curriculum import Curriculum
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.checkpoint import open_checkpoint
@@ -216,12 +216,12 @@ def test_data_that_break_stop_their_stage_only(tmp_path: Path, root: Path) -> No
     assert [history.stage(n).status for n in "abc"] == ["passed", "passed", "waiting"]
 
 
-def outcome(history: History, folder: Path) -> dict[str, Any]:
+def outcome(record: Curriculum, folder: Path) -> dict[str, Any]:
     """What must be equal whatever happened on the way; no times."""
     found: dict[str, Any] = {}
-    for name, state in history.stages.items():
+    for state in record.stages:
         promoted = dict(state.promoted or {})
-        found[name] = {
+        found[state.name] = {
             "status": state.status,
             "promoted": promoted,
             "curves": [a.dev_accuracies for a in state.attempts],
@@ -267,11 +267,11 @@ def test_a_crash_after_any_journal_line_changes_nothing(tmp_path: Path, root: Pa
 def test_an_edited_stage_is_refused_with_its_differences(tmp_path: Path, root: Path) -> None:
     backend = FakeBackend({n: [GOOD] for n in "abc"}, root)
     run(chain(), tmp_path / "run", backend, selected=["a", "b"])
-    history = fold(read_journal(tmp_path / "run" / layout.JOURNAL_FILE)[0])
-    check_unchanged(chain(), history)
-    check_unchanged(chain(c={"optim.learning_rate": 0.5}), history)  # not trained yet
+    stages = Curriculum.read(tmp_path / "run").stages
+    check_unchanged(chain(), stages)
+    check_unchanged(chain(c={"optim.learning_rate": 0.5}), stages)  # not trained yet
     with pytest.raises(StageError) as error:
-        check_unchanged(chain(b={"optim.learning_rate": 0.5}), history)
+        check_unchanged(chain(b={"optim.learning_rate": 0.5}), stages)
     text = one_sentence(error.value)
     assert "optim.learning_rate: 0.005 -> 0.5" in text and "--from-stage b" in text
     for change in (
@@ -281,15 +281,15 @@ def test_an_edited_stage_is_refused_with_its_differences(tmp_path: Path, root: P
         {"generate": {"num_images": 5}},
     ):
         with pytest.raises(StageError, match="stage b was edited"):
-            check_unchanged(chain(b=change), history)
+            check_unchanged(chain(b=change), stages)
     with pytest.raises(StageError, match="stage b was trained in this run but is not in the file"):
-        check_unchanged(curriculum({"name": "a"}, {"name": "c"}), history)
+        check_unchanged(curriculum({"name": "a"}, {"name": "c"}), stages)
 
 
 def test_cpus_and_gpus_are_no_edit(tmp_path: Path, root: Path) -> None:
     run(chain(), tmp_path / "run", FakeBackend({n: [GOOD] for n in "abc"}, root))
-    history = fold(read_journal(tmp_path / "run" / layout.JOURNAL_FILE)[0])
-    check_unchanged(chain(b={"cpus": 2, "gpus": 0.5}), history)
+    stages = Curriculum.read(tmp_path / "run").stages
+    check_unchanged(chain(b={"cpus": 2, "gpus": 0.5}), stages)
 
 
 def test_a_reset_trains_the_stage_and_its_children_again(tmp_path: Path, root: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_second_controller_is_refused(tmp_path: Path, root: Path) -> None:
 def test_lineage_tells_where_each_stage_came_from(tmp_path: Path, root: Path) -> None:
     folder = tmp_path / "run"
     _, history = run(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
-    lineage = json.loads(json.dumps(describe(chain(), history, folder, "v1")))
+    lineage = json.loads(json.dumps(describe(chain(), history, "v1")))
     a, b, c = lineage["stages"]
     assert [s["name"] for s in (a, b, c)] == ["a", "b", "c"]
     assert b["dev_accuracy"] == 0.8 and b["test_accuracy"] == 0.25

@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from dmx.runs import layout
+from dmx.runs.curriculum import Curriculum
 from dmx.runs.folders import load
 from dmx.runs.layout import DEV_ACCURACY, FAILURE, TRAIN_SECONDS
-from dmx.runs.stages import fold
 from dmx.schema import to_dict
 from dmx.storage.journal import read_journal
 from dmx.training.job import Job
@@ -154,7 +154,7 @@ def test_killed_anywhere_it_ends_as_if_never_disturbed(tmp_path: Path, root: Pat
     started = [(e["stage"], e["attempt"]) for e in events if e["event"] == "started"]
     assert started == [("a", 0), ("b", 0)]
     plain_run(root, tmp_path / "plain")
-    history = fold(events)
+    history = Curriculum.read(command.folder)
     for name in "ab":
         state = history.stage(name)
         assert state.promoted is not None and state.current is not None
@@ -185,7 +185,7 @@ def test_a_stage_may_be_a_search_and_its_best_trial_goes_on(tmp_path: Path, root
     command = Command(tmp_path, root, {"defaults": shared, "stages": stages})
     _, err = command.finish()
     assert "trial 1 step 24: dev accuracy" in err and "trial 1 ran its full budget" in err
-    a = fold(read_journal(command.folder / layout.JOURNAL_FILE)[0]).stage("a")
+    a = Curriculum.read(command.folder).stage("a")
     assert a.promoted is not None and a.current is not None
     trials = command.folder / "stages" / "a" / "attempt-0" / "trials"
     accuracies = [
@@ -255,7 +255,7 @@ def test_a_search_that_is_interrupted_ends_as_the_undisturbed_one(
     assert reports()[: len(before)] == before
     ended = []
     for command in commands:
-        history = fold(read_journal(command.folder / layout.JOURNAL_FILE)[0])
+        history = Curriculum.read(command.folder)
         a, b = history.stage("a"), history.stage("b")
         assert a.current is not None and a.current.search is not None
         found = {k: a.current.search[k] for k in ("trial", "num_trials", "params", "steps")}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dmx.curriculum.gates import GATES, Gate
+from dmx.curriculum.gates.base import GATES, Gate
 from dmx.errors import ConfigError
-from dmx.runs.stages import Attempt
+from dmx.runs.curriculum import Attempt
 
 
 def attempt(*accuracies: float, num_classes: int = 2) -> Attempt:
@@ -25,7 +25,6 @@ def attempt(*accuracies: float, num_classes: int = 2) -> Attempt:
         source={},
         spec={},
         data={},
-        started=0.0,
         curve=reports,
     )
 

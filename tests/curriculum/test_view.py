@@ -14,29 +14,36 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dmx.curriculum.config import CurriculumConfig
-from dmx.curriculum.controller import Message
-from dmx.curriculum.resources import Key
-from dmx.curriculum.session import Options, run_curriculum
+from dmx.curriculum.controller import Key, Message
+from dmx.curriculum.run import run_curriculum
 from dmx.curriculum.views import (
     STAGE_NUMBER,
     TENSORBOARD_DIR,
-    LineageWriter,
     TensorBoardView,
     show_status,
+    write_lineage,
 )
 from dmx.data.store import open_store
 from dmx.registry import code_version
 from dmx.reporting.leaderboard import cell_text, leaderboard_rows
 from dmx.reporting.report import write_report
 from dmx.runs import layout
+from dmx.runs.curriculum import Curriculum
 from dmx.runs.folders import load
 from dmx.runs.layout import DEV_ACCURACY
-from dmx.runs.stages import fold
 from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_journal
 from dmx.training.evaluation import EvaluationJob
 from tests import tiny
-from tests.curriculum.fakes import LATE_TASK, OTHER_TASK, FakeBackend, chain, curriculum, run
+from tests.curriculum.fakes import (
+    LATE_TASK,
+    OTHER_TASK,
+    FakeBackend,
+    chain,
+    chain_file,
+    curriculum,
+    run,
+)
 from tests.tiny import TASK, write_tiny
 
 GOOD = [0.5, 0.7, 0.8, 0.75]
@@ -59,7 +66,7 @@ def session(config: CurriculumConfig, folder: Path, backend: FakeBackend, **more
         config,
         folder,
         backend,
-        observers=(view.event, LineageWriter(config, folder, "v1").event),
+        observers=(view.event, lambda record, event: write_lineage(config, record, "v1")),
         **more,
     )
     view.close()
@@ -125,8 +132,7 @@ def test_the_picture_shows_every_stage(tmp_path: Path) -> None:
     text = (folder / "lineage.md").read_text()
     assert text.count("```") == 2 and "s0 --> s1" in text and "s1 --> s2" in text
     assert "| b | failed | a |" in text and "| c | waiting |" in text
-    history = fold(read_journal(folder / layout.JOURNAL_FILE)[0])
-    assert history.stage("b").status == "failed"
+    assert Curriculum.read(folder).stage("b").status == "failed"
 
 
 def branched(*more: dict[str, Any]) -> CurriculumConfig:
@@ -171,7 +177,7 @@ def test_weights_that_do_not_fit_the_last_stage_are_healthy_everywhere(
     """Their test accuracy there is null, in the journal and in what is read from it."""
 
     class Unfit(FakeBackend):
-        def test(self, key: Key, wanted: EvaluationJob, *, cpus: float, gpus: float) -> None:
+        def test(self, key: Key, wanted: EvaluationJob, worker: Any) -> None:
             value = 0.25 if key.detail == key.stage else None
             self.queue.append(Message(key=key, done=True, value=value))
 
@@ -218,7 +224,7 @@ def test_views_that_were_removed_come_back_from_the_journal(tmp_path: Path) -> N
     for name in pages:
         (folder / name).unlink()
     shutil.rmtree(folder / TENSORBOARD_DIR)
-    outcome = run_curriculum(chain(), Options(folder=folder, data_root=root))
+    outcome = run_curriculum(chain_file(), name="run", storage=str(tmp_path), data_root=str(root))
     assert outcome.passed and not outcome.broken and not ray.is_initialized()
     after = {name: (folder / name).read_text().replace(code_version(), "v1") for name in pages}
     assert after == before

@@ -23,7 +23,7 @@ from dmx.data.store import _digest, open_store
 from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
-from dmx.runs.stages import fold
+from dmx.runs.curriculum import Curriculum
 from dmx.search.study_log import StudyLog
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, encode, read_journal
@@ -55,7 +55,10 @@ EVENTS: list[dict[str, Any]] = [
     },
 ]
 STAGES: list[dict[str, Any]] = [
-    {"event": "created", "curriculum": "c", "time": 1.0},
+    {
+        **{"event": "session", "host": "h", "pid": 1, "time": 1.0, "last_stage": "a"},
+        "stages": [{"name": "a", "task": TASK, "attention": "butterfly-16"}],
+    },
     {
         **{"event": "started", "stage": "a", "attempt": 0, "retry": 0, "time": 2.0},
         **{"config": {"model": {"num_classes": 2}}, "source": {}, "spec": {}, "data": {}},
@@ -145,7 +148,7 @@ def test_journals_of_curricula(room, content):
     file.write_bytes(content)
     with held(room):
         events, _ = read_journal(file)
-        fold(events)
+        Curriculum.read(file.parent)
         with Journal(file) as journal:
             assert journal.events == events
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("ray", reason="Ray is not installed here")
 pytest.importorskip("optuna", reason="Optuna is not installed here")
-from dmx.cluster import gpu_packing
+from dmx.cluster import capacity
 from dmx.runs.layout import FAILURE
 from dmx.schema import to_dict
 from dmx.study.ray_tune import TrialTrainable
@@ -21,7 +21,7 @@ def test_a_measured_trial(gpu, tiny_store):
     peaks = []
     for width in (16, 512):
         changed = config(model__embedding_dim=width, model__execution="dense")
-        usage = gpu_packing.peak_usage(to_dict(changed), str(tiny_store.folder))
+        usage = capacity.peak_usage(to_dict(changed), str(tiny_store.folder))
         assert torch.cuda.max_memory_allocated() <= usage.peak < usage.total
         assert usage.total == torch.cuda.mem_get_info()[1]
         peaks.append(usage.peak)

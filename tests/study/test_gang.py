@@ -121,7 +121,7 @@ def test_closed_between_two_evaluations_it_goes_on_there(two_cpus, tiny_store, a
 def test_stopped_between_and_in_the_middle_of_steps(two_cpus, tiny_store, alone, tmp_path):
     """`stop` ends all workers and gives the room back; one process then goes on."""
     long = job(tmp_path / "run", tiny_store, workers=Workers(count=2))
-    running = start(long, cpus=1, gpus=0)
+    running = start(long)
     [(_, report)] = wait_any([running], timeout_seconds=240)
     check_close([report], alone[:1])
     stop(running)

@@ -191,7 +191,7 @@ def test_a_single_run_that_is_stopped_keeps_its_steps(tiny_store, tmp_path, monk
     changes = {"train.num_steps": 500, "train.eval_every_steps": 500}
     plain = study_config(tmp_path, overrides=changes).trial_config({})
     job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / "run"))
-    running = start(job, cpus=1, gpus=0)
+    running = start(job)
     deadline = time.monotonic() + 120
     while running.steps < 3:
         assert wait_any([running], timeout_seconds=0.1) == [], "no evaluation yet"
@@ -276,7 +276,7 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
 
     def to_end(name: str, kill_at: int | None) -> dict[str, Any]:
         job = Job(run_config=plain, data_folder=str(tiny_store.folder), folder=str(tmp_path / name))
-        running, reports, killed = start(job, cpus=1, gpus=0), [], []
+        running, reports, killed = start(job), [], []
         while not reports or not reports[-1]["done"]:
             for _, report in wait_any([running], timeout_seconds=60):
                 reports.append(report)
