@@ -6,10 +6,10 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from dmx.data.prepare import default_data_root, is_prepared
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.format import duration, scaled
+from dmx.nn.device import pick_device
 from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.tasks import NUM_IMAGES, Task
 
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 _MOST_MODELS = 16
 """Models of different size that are counted, of all that a space can propose."""
 _COUNT_SECONDS = 20.0
-_MOST_SIMULATED = 300
-"""Trials of a study whose early stopping is simulated."""
+_PROBE_SECONDS = 6.0
 _STAGE_EXAMPLES = 4
 """Enough for a typical number of real tokens, which FLOPs and memory hang on."""
 
@@ -42,9 +42,9 @@ class Cost:
         models: counted, by rising FLOPs. num_models: of different size that the space proposes.
         probes: measured on the cheapest and the dearest model; empty where this machine cannot
             stand for the one that will train (`note` says why).
-        steps: optimizer steps in all. evaluations: of the dev split, in all.
+        steps: optimizer steps in all, but for final_steps, those of retraining the best with other
+            seeds.
         gpus_per_trial, cpus_per_trial, slots: trials at once.
-        final_steps: optimizer steps of retraining the best with other seeds.
     """
 
     what: str
@@ -52,12 +52,12 @@ class Cost:
     num_models: int = 1
     probes: tuple[Probe, ...]
     steps: ExpectedSteps
+    final_steps: int = 0
+    eval_every_steps: int
     num_trials: int = 1
-    evaluations: float
     gpus_per_trial: float = 0.0
     cpus_per_trial: float = 1.0
     slots: int = 1
-    final_steps: int = 0
     note: str = ""
 
     @property
@@ -86,13 +86,15 @@ class Cost:
         return measured[0] + max(slope, 0.0) * (mean - low)
 
     @property
+    def evaluations(self) -> int:
+        """Of the dev split, in all."""
+        return math.ceil((self.steps.expected + self.final_steps) / self.eval_every_steps)
+
+    @property
     def trial_seconds(self) -> float:
         """Training and evaluating of all trials one after another, final seeds included."""
-        evaluations = self.evaluations
-        if self.final_steps and self.steps.expected:
-            evaluations *= 1 + self.final_steps / self.steps.expected
         steps = self.steps.expected + self.final_steps
-        return self.step_seconds * steps + self.eval_seconds * evaluations
+        return self.step_seconds * steps + self.eval_seconds * self.evaluations
 
     @property
     def wall_seconds(self) -> float:
@@ -100,14 +102,9 @@ class Cost:
         return self.trial_seconds / max(min(self.slots, self.num_trials), 1)
 
     @property
-    def gpu_hours(self) -> float:
-        """0 where no GPU is used."""
-        return self.trial_seconds * self.gpus_per_trial / 3600 if self.gpus_per_trial else 0.0
-
-    @property
-    def cpu_hours(self) -> float:
-        """Core-hours."""
-        return self.trial_seconds * self.cpus_per_trial / 3600
+    def hours(self) -> float:
+        """GPU-hours; core-hours where no GPU is used."""
+        return self.trial_seconds * (self.gpus_per_trial or self.cpus_per_trial) / 3600
 
 
 # -- estimates ----------------------------------------------------------------------------------
@@ -119,39 +116,27 @@ def study_cost(
     *,
     slots: int,
     final_seeds: int = 0,
-    probe_seconds: float = 6.0,
+    seconds: float = _PROBE_SECONDS,
     num_dev: int | None = None,
 ) -> Cost:
     """Estimate a study: count models at the space's corners, time the cheapest and the dearest.
 
     Args:
-        slots: trials at once. probe_seconds: for each of the two; 0 measures nothing.
+        slots: trials at once. seconds: for timing each of the two.
         num_dev: examples of the dev split; None takes the store's.
     """
     runs = corner_runs(config)
     every = runs[0].train.eval_every_steps
-    distinct = _distinct(runs)
-    counted = _counted(distinct, store)
-    probes, note = _measured(
-        [run for _, run in counted],
+    return _cost(
+        runs,
         store,
+        what=f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",
         cpus=config.cpus_per_trial,
         gpus=config.gpus_per_trial,
-        seconds=probe_seconds,
+        seconds=seconds,
         num_dev=num_dev,
-    )
-    steps = _steps(config, every, slots)
-    return Cost(
-        what=f"study of {config.num_trials} trials, up to {config.max_steps:,} steps each",
-        models=tuple(step for step, _ in counted),
-        num_models=len(distinct),
-        probes=probes,
-        note=note,
-        steps=steps,
+        steps=expected_steps(config, eval_every_steps=every, slots=slots),
         num_trials=config.num_trials,
-        evaluations=steps.expected / every,
-        cpus_per_trial=config.cpus_per_trial,
-        gpus_per_trial=config.gpus_per_trial,
         slots=slots,
         final_steps=final_seeds * config.max_steps,
     )
@@ -162,25 +147,23 @@ def run_cost(
     store: Store,
     *,
     threads: int,
-    probe_seconds: float = 6.0,
+    seconds: float = _PROBE_SECONDS,
     num_dev: int | None = None,
+    examples: int = 2,
 ) -> Cost:
-    """Estimate a single run; `num_dev` as in study_cost."""
+    """Estimate a single run; `seconds` and `num_dev` as in study_cost, `examples` in count_step."""
     train = config.train
     on_gpu = train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available())
-    gpus = 1.0 if on_gpu else 0.0
-    probes, note = _measured(
-        [config], store, cpus=threads, gpus=gpus, seconds=probe_seconds, num_dev=num_dev
-    )
-    return Cost(
+    return _cost(
+        [config],
+        store,
         what=f"run of {train.num_steps:,} steps",
-        models=(count_step(config, store),),
-        probes=probes,
-        note=note,
+        cpus=threads,
+        gpus=1.0 if on_gpu else 0.0,
+        seconds=seconds,
+        num_dev=num_dev,
+        examples=examples,
         steps=ExpectedSteps(full=train.num_steps, expected=float(train.num_steps)),
-        evaluations=math.ceil(train.num_steps / train.eval_every_steps),
-        cpus_per_trial=threads,
-        gpus_per_trial=gpus,
     )
 
 
@@ -195,22 +178,53 @@ def stage_cost(
     Returns:
         The estimate, always with a probe, and what it was measured on.
     """
-    train = config.train
+    pick_device(config.train.device)
     with contextlib.ExitStack() as stack:
         data = store or stack.enter_context(stand_in(config.task_info))
-        cost = Cost(
-            what="stage",
-            models=(count_step(config, data, examples=_STAGE_EXAMPLES),),
-            probes=(probe_step(config, data, num_threads=threads, seconds=1.0, num_dev=num_dev),),
-            steps=ExpectedSteps(full=train.num_steps, expected=float(train.num_steps)),
-            evaluations=math.ceil(train.num_steps / train.eval_every_steps),
+        cost = run_cost(
+            config, data, threads=threads, seconds=1.0, num_dev=num_dev, examples=_STAGE_EXAMPLES
         )
         return cost, data.manifest.label if store is not None else data.manifest.data_name
 
 
+def _cost(
+    runs: Sequence[RunConfig],
+    store: Store,
+    *,
+    cpus: float,
+    gpus: float,
+    seconds: float,
+    num_dev: int | None,
+    examples: int = 2,
+    **more: Any,
+) -> Cost:
+    """Count the runs' models, and time the cheapest and the dearest, where this machine can."""
+    distinct = _distinct(runs)
+    counted = _counted(distinct, store, examples)
+    ends = [run for _, run in counted]
+    note = ""
+    if gpus and not torch.cuda.is_available():
+        ends, note = [], "this machine has no GPU, so no time can be measured here"
+    elif len(ends) > 1:
+        ends = [ends[0], ends[-1]]
+    return Cost(
+        models=tuple(step for step, _ in counted),
+        num_models=len(distinct),
+        probes=tuple(
+            probe_step(run, store, threads=max(int(cpus), 1), seconds=seconds, num_dev=num_dev)
+            for run in ends
+        ),
+        note=note,
+        eval_every_steps=runs[0].train.eval_every_steps,
+        cpus_per_trial=cpus,
+        gpus_per_trial=gpus,
+        **more,
+    )
+
+
 def corner_runs(config: StudyConfig) -> list[RunConfig]:
     """The runs at the corners of a study's space, and at its initial points."""
-    points = [*map(dict, config.space.initial_points), *config.space.corners()]
+    points = [*config.space.initial_points, *config.space.corners()]
     return [config.space.run_config(config.task, config.overrides, point) for point in points]
 
 
@@ -227,7 +241,9 @@ def _distinct(runs: Iterable[RunConfig]) -> list[RunConfig]:
     return list(found.values())
 
 
-def _counted(runs: list[RunConfig], store: Store) -> list[tuple[StepCost, RunConfig]]:
+def _counted(
+    runs: list[RunConfig], store: Store, examples: int = 2
+) -> list[tuple[StepCost, RunConfig]]:
     """Counted models by rising FLOPs; no more than fit into a moment, spread over all."""
     every = max(math.ceil(len(runs) / _MOST_MODELS), 1)
     last = [runs[-1]] if (len(runs) - 1) % every else []
@@ -236,57 +252,14 @@ def _counted(runs: list[RunConfig], store: Store) -> list[tuple[StepCost, RunCon
     for run in [*runs[::every], *last]:
         if len(found) >= 2 and time.perf_counter() - started > _COUNT_SECONDS:
             break
-        found.append((count_step(run, store), run))
+        found.append((count_step(run, store, examples=examples), run))
     return sorted(found, key=lambda item: (item[0].flops, item[0].parameters))
 
 
-def _measured(
-    runs: list[RunConfig],
-    store: Store,
-    *,
-    cpus: float,
-    gpus: float,
-    seconds: float,
-    num_dev: int | None,
-) -> tuple[tuple[Probe, ...], str]:
-    """Probes of the first and the last run; or none, and why."""
-    if gpus and not torch.cuda.is_available():
-        return (), "this machine has no GPU, so no time can be measured here"
-    if seconds <= 0:
-        return (), ""
-    ends = runs if len(runs) < 2 else [runs[0], runs[-1]]
-    threads = max(int(cpus), 1)
-    return tuple(
-        probe_step(run, store, num_threads=threads, seconds=seconds, num_dev=num_dev)
-        for run in ends
-    ), ""
+# -- for a dry run ------------------------------------------------------------------------------
 
 
-def _steps(config: StudyConfig, every: int, slots: int) -> ExpectedSteps:
-    """Steps of the whole study; of a long one a part is simulated and stands for the rest.
-
-    The simulation's time grows with the square of the trials, and the share that is saved hardly
-    changes any more.
-    """
-    simulated = min(config.num_trials, _MOST_SIMULATED)
-    part = expected_steps(
-        num_trials=simulated,
-        max_steps=config.max_steps,
-        grace_steps=config.grace_steps,
-        reduction_factor=config.reduction_factor,
-        eval_every_steps=every,
-        slots=min(slots, simulated),
-        scheduler=config.scheduler,
-    )
-    more = config.num_trials / simulated
-    return ExpectedSteps(full=config.num_trials * config.max_steps, expected=part.expected * more)
-
-
-# -- data for a dry run -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DryData:
+class DryData(NamedTuple):
     """What a dry run measures on.
 
     Attributes:
@@ -313,21 +286,18 @@ def dry_data(
         DataError: see obtain.
     """
     root = default_data_root() if root is None else root
-    if not generate or not task.generated or is_prepared(task.name, root):
-        with tempfile.TemporaryDirectory(prefix="dmx-dry-run-") as temporary:
-            store = obtain(Path(temporary))
-            yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
+    if generate and task.generated and not is_prepared(task.name, root):
+        num_dev = NUM_IMAGES // 10 if task.published is None else task.published.counts[0][1]
+        with stand_in(task) as store:
+            words = (
+                f"{task.name} is not in {root}; the run would generate it. Measured on "
+                f"{store.manifest.data_name}"
+            )
+            yield DryData(store, num_dev, words)
         return
-    num_dev = NUM_IMAGES // 10 if task.published is None else task.published.counts[0][1]
-    with stand_in(task) as store:
-        words = (
-            f"{task.name} is not in {root}; the run would generate it. Measured on "
-            f"{store.manifest.data_name}"
-        )
-        yield DryData(store, num_dev, words)
-
-
-# -- for the terminal ---------------------------------------------------------------------------
+    with tempfile.TemporaryDirectory(prefix="dmx-dry-run-") as temporary:
+        store = obtain(Path(temporary))
+        yield DryData(store, None, f"{store.manifest.label}; {dict(store.manifest.splits)}")
 
 
 def check_price(price: float | None, *, dry_run: bool = True) -> None:
@@ -347,53 +317,50 @@ def check_price(price: float | None, *, dry_run: bool = True) -> None:
 
 def describe(cost: Cost, price_per_gpu_hour: float | None = None) -> list[str]:
     """The estimate as lines for the terminal."""
-    models, peaks = cost.models, [p.peak_memory_bytes for p in cost.probes]
-    of = ""
-    if cost.num_models > 1:
-        of = f" ({len(models)} of {cost.num_models} sizes counted)"
+    models, probes = cost.models, cost.probes
+    counted = f" ({len(models)} of {cost.num_models} sizes counted)" if cost.num_models > 1 else ""
     process = "" if cost.gpus_per_trial else "; the process itself needs about 400 MiB more"
     lines = [
         f"cost of the {cost.what}:",
-        f"  parameters: {_range([m.parameters for m in models])}{of}",
+        f"  parameters: {_range([m.parameters for m in models])}{counted}",
         f"  per step: {_range([m.flops for m in models], 'FLOP')}, "
         f"{scaled(models[0].tokens)} real tokens",
         "  memory for weights, optimizer and activations: "
         f"{_range([m.memory_bytes for m in models], 'B', 1024)}{process}",
     ]
-    if measured := [peak for peak in peaks if peak is not None]:
-        lines.append(f"  memory measured on the GPU: {_range(measured, 'B', 1024)}")
+    if peaks := [p.peak_memory_bytes for p in probes if p.peak_memory_bytes is not None]:
+        lines.append(f"  memory measured on the GPU: {_range(peaks, 'B', 1024)}")
     if cost.num_trials > 1:
         lines.append(
             f"  optimizer steps: about {scaled(cost.steps.expected)} of {scaled(cost.steps.full)}; "
             f"early stopping saves about {100 * cost.steps.saved:.0f} %"
         )
-    if not cost.probes:
-        return [*lines, f"  time: not estimated ({cost.note or 'nothing was measured'})"]
+    if not probes:
+        return [*lines, f"  time: not estimated ({cost.note})"]
     lines.append(
-        f"  measured on {cost.probes[0].device}: {_span([p.step_seconds for p in cost.probes])} a "
-        f"step, {_span([p.eval_seconds for p in cost.probes])} an evaluation"
+        f"  measured on {probes[0].device}: {_span([p.step_seconds for p in probes])} a step, "
+        f"{_span([p.eval_seconds for p in probes])} an evaluation"
     )
     if cost.num_trials > 1:
         trial = duration(cost.trial_seconds / cost.num_trials)
         lines.append(f"  time: about {trial} a trial on average, {cost.slots} at once")
     lines.append(f"  wall time: about {duration(cost.wall_seconds)}, without start-up")
     if not cost.gpus_per_trial:
-        lines.append(f"  core-hours: about {cost.cpu_hours:.2f} (no GPU)")
-    elif price_per_gpu_hour is None:
-        lines.append(f"  GPU-hours: about {cost.gpu_hours:.2f}")
-    else:
-        money = cost.gpu_hours * price_per_gpu_hour
-        lines.append(
-            f"  GPU-hours: about {cost.gpu_hours:.2f}; {money:.2f} at {price_per_gpu_hour:g} each"
-        )
-    return lines
+        return [*lines, f"  core-hours: about {cost.hours:.2f} (no GPU)"]
+    money = ""
+    if price_per_gpu_hour is not None:
+        money = f"; {cost.hours * price_per_gpu_hour:.2f} at {price_per_gpu_hour:g} each"
+    return [*lines, f"  GPU-hours: about {cost.hours:.2f}{money}"]
 
 
-def _range(values: list[float], unit: str = "", base: int = 1000) -> str:
-    first, last = scaled(min(values), unit, base), scaled(max(values), unit, base)
-    return first if first == last else f"{first} to {last}"
+def _range(values: Sequence[float], unit: str = "", base: int = 1000) -> str:
+    return _from_to(values, lambda value: scaled(value, unit, base))
 
 
-def _span(times: list[float]) -> str:
-    first, last = duration(min(times)), duration(max(times))
+def _span(seconds: Sequence[float]) -> str:
+    return _from_to(seconds, duration)
+
+
+def _from_to(values: Sequence[float], text: Callable[[float], str]) -> str:
+    first, last = text(min(values)), text(max(values))
     return first if first == last else f"{first} to {last}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch.utils import flop_counter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dmx.config import RunConfig, TrainConfig
 from dmx.data.batches import Batch, eval_batches, make_batch
@@ -27,7 +26,7 @@ from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import ConfigError, DmxError
 from dmx.model import Classifier
 from dmx.nn.device import pick_device, total_memory
-from dmx.schema import to_dict
+from dmx.schema import flatten, to_dict
 from dmx.tasks import Task
 from dmx.training.trainer import Trainer, resolve
 
@@ -54,40 +53,12 @@ class StepCost:
     memory_bytes: float
 
 
-def _same_as(known: Any) -> Callable[..., int]:
-    """PyTorch's own formula of another operation; like those in its table, it takes tensors."""
-
-    def count(*args: Any, **kwargs: Any) -> int:
-        return int(flop_counter.flop_registry[known](*args, **kwargs))
-
-    count._get_raw = True  # type: ignore[attr-defined]
-    return count
-
-
-_ATEN = torch.ops.aten
-_ATTENTION = "_scaled_dot_product_flash_attention"
-_FORMULAS = {  # what PyTorch's table lacks: in-place products, and the CPU's attention
-    _ATEN.addmm_: _same_as(_ATEN.addmm),
-    _ATEN.baddbmm_: _same_as(_ATEN.baddbmm),
-    **{
-        getattr(_ATEN, f"{_ATTENTION}_for_cpu{end}"): _same_as(getattr(_ATEN, f"{_ATTENTION}{end}"))
-        for end in ("", "_backward")
-    },
-}
-
-
 def sizes(config: RunConfig) -> str:
-    """What a run's cost depends on, as text; equal ones cost the same."""
-    parts = (to_dict(config.attention), to_dict(config.model), config.train.batch_size)
-    text = json.dumps(_without_dropout(parts), sort_keys=True, default=str)
-    return text + str(config.train.micro_batch_size)
-
-
-def _without_dropout(value: Any) -> Any:
-    """Dropout rates change a result, and hardly its cost."""
-    if isinstance(value, Mapping):
-        return {k: _without_dropout(v) for k, v in value.items() if "dropout" not in k}
-    return [_without_dropout(v) for v in value] if isinstance(value, list | tuple) else value
+    """What a run's cost depends on, as text: not on dropout rates. Equal ones cost the same."""
+    train = config.train
+    shape = {"attention": to_dict(config.attention), "model": to_dict(config.model)}
+    kept = [(k, v) for k, v in flatten(shape).items() if "dropout" not in k]
+    return repr((sorted(kept), train.batch_size, train.micro_batch_size))
 
 
 def num_parameters(config: RunConfig) -> float:
@@ -100,8 +71,7 @@ def num_parameters(config: RunConfig) -> float:
         vocab_size=config.model.vocab_size or task.vocab_size,
         num_classes=config.model.num_classes or task.num_classes,
     )
-    # All layers have the same shape.
-    layers = config.model.num_layers
+    layers = config.model.num_layers  # all of the same shape
     counts = []
     for some in range(min(layers, 1), min(layers, 2) + 1):
         model = dataclasses.replace(config.model, num_layers=some)
@@ -129,15 +99,15 @@ def check_memory(runs: Iterable[tuple[str, RunConfig]], device: torch.device) ->
     have = total_memory(device)
     for name, run in kinds.values():
         parameters = num_parameters(run)
-        if _STATE_BYTES * parameters > have:
-            many = f"{parameters:.3g}" if math.isfinite(parameters) else "more than 10^18"
-            need = f"{_STATE_BYTES * parameters / 2**30:,.0f} GiB"
-            need = f"need {need}" if math.isfinite(parameters) else "fit nowhere"
+        need = _STATE_BYTES * parameters
+        if need > have:
+            finite = math.isfinite(need)
             where = "the GPU" if device.type == "cuda" else "this machine"
             raise ConfigError(
-                f"{name}the model has {many} parameters: weights, gradients and the optimizer's "
-                f"state {need}, and {where} has {have / 2**30:,.0f} GiB of memory; make the model "
-                "smaller."
+                f"{name}the model has {f'{parameters:.3g}' if finite else 'more than 10^18'} "
+                "parameters: weights, gradients and the optimizer's state "
+                f"{f'need {need / 2**30:,.0f} GiB' if finite else 'fit nowhere'}, and {where} has "
+                f"{have / 2**30:,.0f} GiB of memory; make the model smaller."
             )
 
 
@@ -145,8 +115,7 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
     """Count a step on the CPU, on `examples` training examples and on twice as many.
 
     The difference of the two is what an example costs; what remains is the cost of a pass. The
-    examples are spread over the split, so that their lengths are typical. One thread: the counters
-    see only the thread they were started in.
+    examples are spread over the split, so that their lengths are typical.
 
     Raises:
         ConfigError: the model does not fit this machine's memory.
@@ -160,31 +129,47 @@ def count_step(config: RunConfig, store: Store, *, examples: int = 2) -> StepCos
     once = make_batch(split, chosen, length)
     twice = make_batch(split, np.concatenate([chosen, chosen]), length)
     train = config.train
-    with threads(1), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         model = Classifier(config.model, config.attention, paired=config.task_info.paired)
-        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        on_gpu = train.device != "cpu" and torch.cuda.is_available()
         if on_gpu and not model.encoder.packs_on_accelerators:
             model.encoder.packs = False  # counted here, as the run computes it there
         model.train()
-        first, second = _count(model, once), _count(model, twice)
+        counted = list(zip(_count(model, once), _count(model, twice), strict=True))
     micro = train.micro_batch_size or train.batch_size
-    passes = train.batch_size // micro
-
-    def whole(kind: int, count: int, of: int) -> float:
-        slope = max(second[kind] - first[kind], 0) / examples
-        return max(first[kind] - slope * examples, 0) * of + slope * count
-
+    # A pass over n examples costs fixed + n * each, in FLOPs and in bytes.
+    each = [max(second - first, 0) / examples for first, second in counted]
+    fixed = [max(c[0] - e * examples, 0) for c, e in zip(counted, each, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
-    real = float(np.count_nonzero(once.input_ids.numpy())) / examples
-    if once.input_ids_1 is not None:
-        real += float(np.count_nonzero(once.input_ids_1.numpy())) / examples
+    sides = [once.input_ids] if once.input_ids_1 is None else [once.input_ids, once.input_ids_1]
+    real = sum(float(torch.count_nonzero(ids)) for ids in sides) / examples
     return StepCost(
         parameters=parameters,
         tokens=real * train.batch_size,
-        flops=whole(0, train.batch_size, passes),
-        memory_bytes=_STATE_BYTES * parameters + whole(1, micro, 1),
+        flops=fixed[0] * (train.batch_size // micro) + each[0] * train.batch_size,
+        memory_bytes=_STATE_BYTES * parameters + fixed[1] + each[1] * micro,
     )
+
+
+def _same_as(known: Any) -> Callable[..., int]:
+    """PyTorch's own formula of another operation; like those in its table, it takes tensors."""
+    count = functools.partial(flop_registry[known])
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+_ATEN = torch.ops.aten
+_SDPA = "_scaled_dot_product_flash_attention"
+_FORMULAS = {  # what PyTorch's table lacks: in-place products, and the CPU's attention
+    getattr(_ATEN, lacking): _same_as(getattr(_ATEN, known))
+    for lacking, known in (
+        ("addmm_", "addmm"),
+        ("baddbmm_", "baddbmm"),
+        (f"{_SDPA}_for_cpu", _SDPA),
+        (f"{_SDPA}_for_cpu_backward", f"{_SDPA}_backward"),
+    )
+}
 
 
 def _count(model: Classifier, batch: Batch) -> tuple[int, int]:
@@ -202,7 +187,7 @@ def _count(model: Classifier, batch: Batch) -> tuple[int, int]:
 
     model.zero_grad(set_to_none=True)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    alone = threads(1)  # the counter sees this thread only
+    alone = _threads(1)  # the counter sees this thread only
     with alone, flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = model(batch.input_ids, batch.input_ids_1)
         F.cross_entropy(logits.float(), batch.labels).backward()
@@ -239,28 +224,36 @@ def probe_step(
     config: RunConfig,
     store: Store,
     *,
-    num_threads: int = 1,
+    threads: int = 1,
     seconds: float = 6.0,
     num_dev: int | None = None,
 ) -> Probe:
     """Time real optimizer steps, and evaluation, for about `seconds`; nothing is written.
 
     Args:
-        num_threads: CPU threads of a worker.
-        num_dev: examples of the dev split; None takes the store's.
+        threads: CPU threads of a worker. num_dev: examples of the dev split; None: the store's.
     """
-    whole = config.train.batch_size
     length = config.model.max_length or config.task_info.max_length
     on_cpu = pick_device(config.train.device).type == "cpu"
     train = _part(config.train, max(_CPU_POSITIONS // length, 1)) if on_cpu else config.train
+    times = config.train.batch_size / train.batch_size
     # Enough steps for a schedule, however few the run has.
     train = dataclasses.replace(train, compile=False, num_steps=max(train.num_steps, 64))
-    with threads(num_threads), torch.random.fork_rng():
+    with _threads(threads), torch.random.fork_rng():
         trainer = Trainer(dataclasses.replace(config, train=train), store)
+        device, dev = trainer.device, store.split("dev")
         try:
-            return _time(trainer, seconds, whole / train.batch_size, num_dev)
+            steps, peak = _time_steps(trainer, 0.7 * seconds)
+            per_example = _time_evaluation(trainer, 0.3 * seconds)
         finally:
             trainer.close()
+    return Probe(
+        step_seconds=sorted(steps)[len(steps) // 2] * times,
+        eval_seconds=per_example * (len(dev) if num_dev is None else num_dev),
+        peak_memory_bytes=peak,
+        steps=len(steps),
+        device=device.type,
+    )
 
 
 def _part(train: TrainConfig, most: int) -> TrainConfig:
@@ -274,38 +267,35 @@ def _part(train: TrainConfig, most: int) -> TrainConfig:
     )
 
 
-def _time(trainer: Trainer, seconds: float, times: float, num_dev: int | None) -> Probe:
-    """Measure; an optimizer step of the run is `times` as long as one of the trainer."""
-    device = trainer.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _time_steps(trainer: Trainer, seconds: float) -> tuple[list[float], float | None]:
+    """Seconds of each step after the first one, and the GPU's peak memory in bytes."""
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     started, measured = time.perf_counter(), []
     for step in range(_MOST_STEPS):
         batch = trainer.batches(step)
         before = time.perf_counter()
         trainer.train_step(batch)  # exactly what training does
-        _wait(device)
+        _wait(trainer.device)
         measured.append(time.perf_counter() - before)
-        if step and time.perf_counter() - started > 0.7 * seconds:
+        if step and time.perf_counter() - started > seconds:
             break
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    dev = trainer.store.split("dev")
+    peak = float(torch.cuda.max_memory_allocated(trainer.device)) if on_gpu else None
+    return measured[1:], peak
+
+
+def _time_evaluation(trainer: Trainer, seconds: float) -> float:
+    """Seconds an example."""
+    dev, size = trainer.store.split("dev"), trainer.passes.evaluation.size
     seen, before = 0, time.perf_counter()
-    for batch in eval_batches(dev, trainer.passes.evaluation.size, trainer.length, device):
+    for batch in eval_batches(dev, size, trainer.length, trainer.device):
         trainer.probabilities(batch)
-        _wait(device)
+        _wait(trainer.device)
         seen += len(batch.labels)
-        if time.perf_counter() - before > 0.3 * seconds:
+        if time.perf_counter() - before > seconds:
             break
-    per_example = (time.perf_counter() - before) / max(seen, 1)
-    timed = sorted(measured[1:])
-    return Probe(
-        step_seconds=timed[len(timed) // 2] * times,
-        eval_seconds=per_example * (len(dev) if num_dev is None else num_dev),
-        peak_memory_bytes=None if peak is None else float(peak),
-        steps=len(timed),
-        device=device.type,
-    )
+    return (time.perf_counter() - before) / max(seen, 1)
 
 
 def _wait(device: torch.device) -> None:
@@ -314,7 +304,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     """Within the block torch uses so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(count, 1))

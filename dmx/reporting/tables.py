@@ -25,7 +25,7 @@ from dmx.runs.layout import PARAMETERS, PEAK_MEMORY_MB, STEP_SECONDS, TRAIN_SECO
 from dmx.runs.run import Run
 from dmx.runs.trial import ACCURACY, OBJECTIVES, Trial, ranked
 from dmx.schema import flatten
-from dmx.search.rungs import Brackets, Rung
+from dmx.search.rungs import Rung, SuccessiveHalving
 
 NEAR = ("lra", "nystromformer", "flashattention")
 """Sources whose models are like ours."""
@@ -318,14 +318,9 @@ def filled_rungs(run: Run) -> list[Rung]:
     search = run.search
     if search is None or search.scheduler not in _HALVING:
         return []
-    brackets = Brackets(
-        search.scheduler,
-        grace_steps=search.grace_steps,
-        max_steps=search.max_steps,
-        reduction_factor=search.reduction_factor,
-    )
-    brackets.fill(reports_of(run))
-    return brackets.rungs
+    scheduler = SuccessiveHalving(search)
+    scheduler.fill(run.history)
+    return scheduler.rungs
 
 
 def rungs_table(run: Run, rungs: Sequence[Rung]) -> Table:

@@ -5,93 +5,64 @@ It is made anew at the start of each session and never read: what decides is `jo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import FixedTrial, create_trial
 
+from dmx.runs import layout
+from dmx.runs.study import Study
 from dmx.runs.trial import OBJECTIVES, Trial, directions
-from dmx.search.samplers import STATES, accuracies, accuracy_of
+from dmx.search.samplers import STATES, accuracy_at, frozen_trial, values_in
 from dmx.search.space import SearchSpace
 
 logger = logging.getLogger("dmx.study")
 
 
 class OptunaView:
-    """Writes the file. A storage that fails ends the view until the next session, not the study.
+    """Writes the file, first what the record tells of earlier sessions.
 
-    Args:
-        path: of the file; what is there is replaced. trials: those of earlier sessions.
-        outcomes: how they ended.
+    A storage that fails ends the view until the next session, not the study.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        *,
-        space: SearchSpace,
-        objectives: Sequence[str],
-        trials: Iterable[Trial],
-        outcomes: Mapping[int, Mapping[str, Any]],
-    ) -> None:
-        self._space, self._objectives = space, objectives
-        self._file = _ViewFile(path)
+    def __init__(self, record: Study, space: SearchSpace) -> None:
+        self._space, self._ids = space, dict[int, int]()
+        self._file = _ViewFile(record.folder / layout.OPTUNA_FILE)
         self._storage = JournalStorage(self._file)
-        self._ids: dict[int, int] = {}
         with warnings.catch_warnings(action="ignore"):
-            self._study = optuna.create_study(
-                study_name=name, storage=self._storage, directions=directions(objectives)
+            study = optuna.create_study(
+                study_name=record.name,
+                storage=self._storage,
+                directions=directions(record.objectives),
             )
-            self._study.set_metric_names([OBJECTIVES[o].label for o in objectives])
-        self._study_id = self._storage.get_study_id_from_name(name)
-        for trial in trials:
-            self.started(trial, outcomes.get(trial.number))
+            study.set_metric_names([OBJECTIVES[o].label for o in record.objectives])
+        self._study_id = self._storage.get_study_id_from_name(record.name)
+        for trial in record.trials:
+            self.started(trial)
         self._file.open()
 
-    def started(self, trial: Trial, outcome: Mapping[str, Any] | None = None) -> None:
+    def started(self, trial: Trial) -> None:
         """A trial and all that is known of it."""
-        fixed = FixedTrial(dict(trial.drawn))
-        self._space.suggest(fixed)
-        distributions: Mapping[str, BaseDistribution] = fixed.distributions
-        frozen = create_trial(
-            state=STATES[trial.status],
-            params=fixed.params,
-            distributions=dict(distributions),
-            values=None if outcome is None else self._values(trial, outcome),
-            intermediate_values=accuracies(trial) if len(self._objectives) == 1 else None,
-            user_attrs={"error": trial.error} if trial.error else None,
-        )
+        frozen = frozen_trial(self._space, trial)
         self._ids[trial.number] = self._storage.create_new_trial(self._study_id, frozen)
 
     def reported(self, trial: Trial, step: int) -> None:
         """A point of its curve; Optuna has none for several objectives."""
-        value = accuracy_of(trial.curve[step])
-        if value is not None and len(self._objectives) == 1:
+        if (value := accuracy_at(trial, step)) is not None:
             self._storage.set_trial_intermediate_value(self._ids[trial.number], step, value)
 
-    def ended(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
-        number = self._ids[trial.number]
+    def ended(self, trial: Trial) -> None:
+        number, state = self._ids[trial.number], STATES[trial.status]
         if trial.error:
             self._storage.set_trial_user_attr(number, "error", trial.error)
-        values = self._values(trial, outcome)
-        self._storage.set_trial_state_values(number, STATES[trial.status], values)
-
-    def _values(self, trial: Trial, outcome: Mapping[str, Any]) -> list[float] | None:
-        """Of a COMPLETE trial its best ones; of a PRUNED one the last, as Optuna has it itself."""
-        if trial.status == "COMPLETE":
-            return list(outcome.get("values") or (outcome["value"],))
-        curve = accuracies(trial)
-        pruned = trial.status == "PRUNED" and len(self._objectives) == 1
-        return [curve[max(curve)]] if pruned and curve else None
+        self._storage.set_trial_state_values(number, state, values_in(state, trial))
 
     def close(self) -> None:
         self._file.close()
@@ -107,44 +78,45 @@ class _ViewFile(BaseJournalBackend):
     def open(self) -> None:
         """Replace the file by what is known, and write on from there."""
         new = self._path.with_name(f".{self._path.name}.new")
-        try:
-            new.write_text("".join(map(_line, self._logs)), encoding="utf-8")
-            new.replace(self._path)
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            self._give_up(error)
-        finally:
-            new.unlink(missing_ok=True)
+        with self._or_give_up():
+            try:
+                new.write_text(_lines(self._logs), encoding="utf-8")
+                new.replace(self._path)
+                self._file = self._path.open("a", encoding="utf-8")
+            finally:
+                new.unlink(missing_ok=True)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         return self._logs[log_number_from:]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         self._logs.extend(logs)
-        if self._file is None:
-            return
-        try:
-            self._file.write("".join(map(_line, logs)))
-            self._file.flush()
-        except OSError as error:
-            self.close()
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        logger.warning(
-            "%s cannot be written (%s); the next session writes it anew.",
-            self._path,
-            error.strerror,
-        )
+        if self._file is not None:
+            with self._or_give_up():
+                self._file.write(_lines(logs))
+                self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
+            with self._or_give_up():
+                self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             file, self._file = self._file, None
-            try:
-                file.close()
-            except OSError as error:
-                self._give_up(error)
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+            logger.warning(
+                "%s cannot be written (%s); the next session writes it anew.",
+                self._path,
+                error.strerror,
+            )
 
 
-def _line(log: dict[str, Any]) -> str:
-    return json.dumps(log, separators=(",", ":")) + "\n"
+def _lines(logs: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)

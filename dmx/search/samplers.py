@@ -13,36 +13,44 @@ import importlib.util
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from dmx.errors import ConfigError, DmxError
 from dmx.runs.layout import DEV_ACCURACY
 from dmx.runs.study import SAMPLERS, Study
-from dmx.runs.trial import DEFAULT, directions
-from dmx.runs.trial import Trial as RecordedTrial
+from dmx.runs.trial import DEFAULT, Trial, directions
 from dmx.search.space import SearchSpace
-from dmx.search.warm_start import ObservedTrial, as_quantiles, rescaled
+from dmx.search.warm_start import PriorTrial, as_quantiles, rescaled
+
+if TYPE_CHECKING:
+    from dmx.study.study import StudyConfig
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-GENERATIONAL_SAMPLERS = frozenset({"cmaes", "nsga2"})
-"""Samplers whose proposals depend on what was known at each proposal before: generations."""
+STATES = {
+    "COMPLETE": TrialState.COMPLETE,
+    "PRUNED": TrialState.PRUNED,
+    "FAILED": TrialState.FAIL,
+    "RUNNING": TrialState.RUNNING,
+}
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("scipy", "torch")}
 
 
 def check_sampler(kind: str, space: SearchSpace, objectives: Sequence[str] = DEFAULT) -> None:
-    """Refuse what a sampler cannot do, before anything is started.
-
-    Raises:
-        ConfigError: a package is missing, or the sampler does not suit space or objectives.
-    """
+    """Refuse a sampler whose package is missing, or which does not suit space or objectives."""
     lacking = [p for p in _PACKAGES.get(kind, ()) if importlib.util.find_spec(p) is None]
     if lacking:
         raise ConfigError(
@@ -58,13 +66,14 @@ def check_sampler(kind: str, space: SearchSpace, objectives: Sequence[str] = DEF
 
 def independent(kind: str, space: SearchSpace) -> tuple[str, ...]:
     """What the sampler draws at random, each by itself; by Optuna's names."""
-    conditional = [space.label(n, d) for c in space.conditions for n, d in c.then.items()]
-    if kind == "cmaes":
-        choices = [name for name, dist in space.space.items() if dist.kind == "choice"]
-        return tuple(dict.fromkeys([*choices, *conditional]))
-    if kind in ("gp", "nsga2"):
-        return tuple(dict.fromkeys(conditional))
-    return ()
+    if kind in ("tpe", "random"):
+        return ()
+    alone = (
+        item.label
+        for item in space.searched
+        if item.when is not None or (kind == "cmaes" and item.dist.kind == "choice")
+    )
+    return tuple(dict.fromkeys(alone))
 
 
 def make_sampler(
@@ -80,36 +89,110 @@ def make_sampler(
     Args:
         prior: finished trials of earlier studies, with those values only that CMA-ES moves.
     """
-    if kind == "tpe":
-        return TPESampler(
-            seed=seed,
-            n_startup_trials=_startup(num_trials),
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-        )
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if kind == "cmaes":
-        return optuna.samplers.CmaEsSampler(
-            seed=seed,
-            with_margin=True,
-            warn_independent_sampling=False,
-            source_trials=list(prior) or None,
-        )
-    if kind == "gp":
-        return optuna.samplers.GPSampler(
-            seed=seed, n_startup_trials=_startup(num_trials), warn_independent_sampling=False
-        )
-    if kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(
-            seed=seed, population_size=max(4, min(50, num_trials // 4))
-        )
+    startup = max(3, min(10, num_trials // 4))
+    match kind:
+        case "tpe":
+            return TPESampler(
+                seed=seed,
+                n_startup_trials=startup,
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+            )
+        case "random":
+            return RandomSampler(seed=seed)
+        case "cmaes":
+            return CmaEsSampler(
+                seed=seed,
+                with_margin=True,
+                warn_independent_sampling=False,
+                source_trials=list(prior) or None,
+            )
+        case "gp":
+            return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+        case "nsga2":
+            return NSGAIISampler(seed=seed, population_size=max(4, min(50, num_trials // 4)))
     raise DmxError(f"sampler {kind!r} is unknown; choices: {', '.join(SAMPLERS)}.")
 
 
-def _startup(num_trials: int) -> int:
-    return max(3, min(10, num_trials // 4))
+class _Seeded(BaseSampler):
+    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
+
+    So what is drawn for a trial does not depend on how many of its values a crash had already
+    left in the storage, nor on the session that draws.
+    """
+
+    def __init__(self, config: StudyConfig, number: int, prior: Sequence[FrozenTrial] = ()) -> None:
+        self._make = lambda name: make_sampler(
+            config.sampler,
+            zlib.crc32(f"{config.seed}/{number}/{name}".encode()),
+            config.num_trials,
+            prior,
+        )
+        self._together = self._make("")
+        self._alone = independent(config.sampler, config.space)
+
+    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
+        # Optuna finds the values that all trials had so far; one that exists under a condition may
+        # be among them at first, and CMA-ES breaks when it goes. So those are left out at once.
+        found = self._together.infer_relative_search_space(study, trial)
+        return {name: dist for name, dist in found.items() if name not in self._alone}
+
+    def sample_relative(
+        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        sampler = self._make(param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+# -- trials as Optuna has them ------------------------------------------------------------------
+
+
+def frozen_trial(space: SearchSpace, trial: Trial, *, stopped_count: bool = False) -> FrozenTrial:
+    """All that is known of a trial.
+
+    Args:
+        stopped_count: a stopped trial is shown as COMPLETE, with its best values.
+    """
+    fixed = FixedTrial(dict(trial.drawn))
+    space.suggest(fixed)
+    state = STATES[trial.status]
+    if stopped_count and state == TrialState.PRUNED:
+        state = TrialState.COMPLETE
+    return create_trial(
+        state=state,
+        params=fixed.params,
+        distributions=fixed.distributions,
+        values=values_in(state, trial),
+        intermediate_values=accuracies(trial),
+        user_attrs={"error": trial.error} if trial.error else None,
+    )
+
+
+def values_in(state: TrialState, trial: Trial) -> list[float] | None:
+    """Of a COMPLETE trial its best ones; of a PRUNED one the last, as Optuna has it itself."""
+    if state == TrialState.COMPLETE:
+        return list(trial.values.values())
+    curve = accuracies(trial) if state == TrialState.PRUNED else {}
+    return [curve[max(curve)]] if curve else None
+
+
+def accuracies(trial: Trial) -> dict[int, float]:
+    """Step -> dev accuracy, where Optuna can take it."""
+    found = ((step, accuracy_at(trial, step)) for step in sorted(trial.curve))
+    return {step: value for step, value in found if value is not None}
+
+
+def accuracy_at(trial: Trial, step: int) -> float | None:
+    """The dev accuracy of a report; None where Optuna takes none: NaN, or several objectives."""
+    value = trial.curve[step].get(DEV_ACCURACY)
+    fits = isinstance(value, float) and math.isfinite(value) and len(trial.objectives) == 1
+    return value if fits else None
 
 
 class _Shared(FrozenTrial):
@@ -122,197 +205,104 @@ class _Shared(FrozenTrial):
         return copy.copy(self)
 
 
-class _Seeded(BaseSampler):
-    """A sampler whose every draw has a seed of its own: the study's, the trial's, the name's.
-
-    So what is drawn for a trial does not depend on how many of its values a crash had already
-    left in the storage, nor on the session that draws.
-    """
-
-    def __init__(self, proposer: Proposer, number: int, prior: Sequence[FrozenTrial]) -> None:
-        self._make = lambda name: make_sampler(
-            proposer.kind,
-            zlib.crc32(f"{proposer.seed}/{number}/{name}".encode()),
-            proposer.num_trials,
-            prior,
-        )
-        self._together = self._make("")
-        self._alone = frozenset(independent(proposer.kind, proposer.space))
-
-    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
-        """What is drawn together.
-
-        Optuna finds the values that all trials had so far; one that exists under a condition may
-        be among them at first, and CMA-ES breaks when it goes. So those are left out at once.
-        """
-        found = self._together.infer_relative_search_space(study, trial)
-        return {name: dist for name, dist in found.items() if name not in self._alone}
-
-    def sample_relative(
-        self, study: Any, trial: FrozenTrial, search_space: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Draw it."""
-        return self._together.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        """Draw one value by itself."""
-        sampler = self._make(param_name)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
+# -- proposals ----------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
 class Proposer:
-    """Proposes points.
+    """Proposes the points of a study.
 
-    Attributes:
-        kind: one of SAMPLERS. seed: of the study. num_trials: of the whole study.
-        objectives: names. prior: finished trials of earlier studies (see warm_start).
+    Args:
+        prior: finished trials of earlier studies (see warm_start).
     """
 
-    kind: str
-    space: SearchSpace
-    seed: int
-    num_trials: int
-    objectives: tuple[str, ...] = DEFAULT
-    prior: tuple[ObservedTrial, ...] = ()
-    _ended: dict[int, tuple[ObservedTrial, FrozenTrial]] = field(default_factory=dict)
-    _replay: _GenerationReplay | None = None
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether a proposal depends on the trials before it."""
-        return self.kind != "random"
+    def __init__(self, config: StudyConfig, prior: Sequence[PriorTrial] = ()) -> None:
+        self._config, self._prior = config, prior
+        self._ended: dict[int, FrozenTrial] = {}
+        self._replay: _GenerationReplay | None = None
 
     def propose(self, record: Study, number: int) -> dict[str, Any]:
-        """The values of trial `number` by SearchSpace's labels, a function of the record alone.
+        """The values of trial `number`, the next one, by Optuna's names.
 
-        The first trials are the space's initial points; what these leave open is drawn.
+        They are a function of the record alone. The first trials are the space's initial points;
+        what these leave open is drawn.
         """
-        points = self.space.initial_points
-        known = self.space.for_optuna(points[number]) if number < len(points) else {}
-        try:
-            fixed = FixedTrial(known)
-            self.space.suggest(fixed)
-            return fixed.params
-        except ValueError:  # something is still open
-            pass
-        earlier = self._observe(record, number) if self.uses_history else []
-        if self.kind in GENERATIONAL_SAMPLERS:
+        space, kind = self._config.space, self._config.sampler
+        points = space.initial_points
+        known = space.for_optuna(points[number]) if number < len(points) else {}
+        if (point := space.point_from(known)) is not None:
+            return point
+        if kind in ("cmaes", "nsga2"):  # they have generations
             self._replay = self._replay or _GenerationReplay(self)
-            return self._replay.ask(earlier, number, known, len(record.outcomes))
-        study = self._fresh(earlier)
-        for index, past in enumerate(earlier):
-            study.add_trial(self._ended[index][1] if index in self._ended else self._frozen(past))
-        return self._ask(study, number, known).params
+            return self._replay.ask(record, known)
+        study = self.new_study(filter(None, map(_values, record.outcomes.values())))
+        for trial in record.trials if kind != "random" else ():
+            study.add_trial(self._known(trial))
+        return self.ask(study, number, known).params
 
-    def _observe(self, record: Study, number: int) -> list[ObservedTrial]:
-        """The trials before one; those that have ended are made once."""
-        order = {trial: place for place, trial in enumerate(record.outcomes)}
-        found = []
-        for trial in record.trials[:number]:
-            if trial.number in self._ended:
-                found.append(self._ended[trial.number][0])
-                continue
-            fixed = FixedTrial(dict(trial.drawn))
-            self.space.suggest(fixed)
-            outcome = record.outcomes.get(trial.number, {})
-            values = None
-            if trial.status in ("COMPLETE", "PRUNED"):
-                values = tuple(outcome.get("values") or (outcome["value"],))
-            past = ObservedTrial(
-                params=fixed.params,
-                distributions=fixed.distributions,
-                state=STATES[trial.status],
-                values=values,
-                curve=accuracies(trial),
-                asked_after=trial.started_after,
-                finish_order=order.get(trial.number),
-            )
-            found.append(past)
-            if past.finish_order is not None:  # else it will change
-                self._ended[trial.number] = (past, self._frozen(past))
-        return found
-
-    def _fresh(self, own: Sequence[ObservedTrial]) -> optuna.Study:
-        """A study in memory that knows the earlier studies."""
-        study = optuna.create_study(directions=directions(self.objectives))
-        for past in rescaled(self.prior, own):
-            study.add_trial(self._frozen(past, first_generation=self.kind == "nsga2"))
+    def new_study(self, own: Iterable[Sequence[float]] = ()) -> optuna.Study:
+        """A study in memory that knows the earlier studies; `own`: the new one's values so far."""
+        config = self._config
+        study = optuna.create_study(directions=directions(config.objectives))
+        nsga2 = {NSGAIISampler._get_generation_key(): 0} if config.sampler == "nsga2" else None
+        for trial in _frozen(rescaled(self._prior, list(own)), system_attrs=nsga2):
+            trial.__class__ = _Shared
+            study.add_trial(trial)
         return study
 
-    def _ask(self, study: optuna.Study, number: int, known: Mapping[str, Any]) -> Trial:
-        study.sampler = _Seeded(self, number, self._source())
+    def ask(self, study: optuna.Study, number: int, known: Mapping[str, Any]) -> optuna.Trial:
+        """Draw a trial in such a study; the `known` values are fixed."""
+        study.sampler = _Seeded(self._config, number, self._source())
         if known:
             study.enqueue_trial(dict(known))
         trial = study.ask()
         _ = trial.relative_params  # drawn now, even where every value is known already
-        self.space.suggest(trial)
+        self._config.space.suggest(trial)
         return trial
 
-    def _frozen(self, past: ObservedTrial, *, first_generation: bool = False) -> FrozenTrial:
-        """The trial for Optuna. TPE ranks stopped trials by itself; the others take their best.
+    def _known(self, trial: Trial) -> FrozenTrial:
+        """The trial for Optuna, made once when it has ended.
 
-        They would forget them otherwise, and propose the same again.
+        TPE ranks stopped trials by itself; the others would forget them, and propose the same
+        again.
         """
-        state = past.state
-        if self.kind != "tpe" and _counts(past):
-            state = TrialState.COMPLETE
-        single = len(self.objectives) == 1
-        attributes = {}
-        if first_generation:
-            attributes[NSGAIISampler._get_generation_key()] = 0
-        trial = create_trial(
-            state=state,
-            params=dict(past.params),
-            distributions=dict(past.distributions),
-            values=list(past.values or ()) if state == TrialState.COMPLETE else None,
-            intermediate_values=dict(past.curve) if single else None,
-            system_attrs=attributes,
-        )
-        trial.__class__ = _Shared
-        return trial
+        if trial.number in self._ended:
+            return self._ended[trial.number]
+        tpe = self._config.sampler == "tpe"
+        found = frozen_trial(self._config.space, trial, stopped_count=not tpe)
+        found.__class__ = _Shared
+        if trial.status != "RUNNING":
+            self._ended[trial.number] = found
+        return found
 
     def _source(self) -> list[FrozenTrial]:
         """What CMA-ES begins from: the prior's values that it moves itself."""
-        if self.kind != "cmaes" or not self.prior:
+        if self._config.sampler != "cmaes" or not self._prior:
             return []
-        left_out = set(independent(self.kind, self.space))
         # It looks at the best tenth; of fewer than ten trials that is the best one.
-        times = -(-10 // len(self.prior))
-        return times * [
-            create_trial(
-                params={k: v for k, v in past.params.items() if k not in left_out},
-                distributions={k: d for k, d in past.distributions.items() if k not in left_out},
-                values=list(past.values or ()),
-            )
-            for past in as_quantiles(self.prior)
-        ]
+        times = -(-10 // len(self._prior))
+        left_out = independent("cmaes", self._config.space)
+        return times * _frozen(as_quantiles(self._prior), left_out)
 
 
-STATES = {
-    "COMPLETE": TrialState.COMPLETE,
-    "PRUNED": TrialState.PRUNED,
-    "FAILED": TrialState.FAIL,
-    "RUNNING": TrialState.RUNNING,
-}
+def _frozen(
+    prior: Sequence[PriorTrial], left_out: Collection[str] = (), **more: Any
+) -> list[FrozenTrial]:
+    return [
+        create_trial(
+            params={k: v for k, v in past.params.items() if k not in left_out},
+            distributions={k: d for k, d in past.distributions.items() if k not in left_out},
+            values=list(past.values),
+            **more,
+        )
+        for past in prior
+    ]
 
 
-def accuracies(trial: RecordedTrial) -> dict[int, float]:
-    """Step -> dev accuracy, as far as Optuna can take it: it refuses NaN."""
-    found = ((step, accuracy_of(metrics)) for step, metrics in sorted(trial.curve.items()))
-    return {step: value for step, value in found if value is not None}
-
-
-def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
-    """One report's dev accuracy, or None where Optuna cannot take it."""
-    value = metrics.get(DEV_ACCURACY)
-    return value if isinstance(value, float) and math.isfinite(value) else None
-
-
-def _counts(past: ObservedTrial) -> bool:
-    return past.state in (TrialState.COMPLETE, TrialState.PRUNED) and past.values is not None
+def _values(outcome: Mapping[str, Any]) -> list[float] | None:
+    """Of a trial that ended; None where it failed."""
+    if outcome["status"] == "FAILED":
+        return None
+    return list(outcome.get("values") or (outcome["value"],))
 
 
 class _GenerationReplay:
@@ -325,32 +315,25 @@ class _GenerationReplay:
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self._study = proposer._fresh(())
-        self._asked: list[Trial] = []
+        self._study = proposer.new_study()
+        self._asked: list[optuna.Trial] = []
         self._told = 0
 
-    def ask(
-        self, earlier: Sequence[ObservedTrial], number: int, known: Mapping[str, Any], after: int
-    ) -> dict[str, Any]:
+    def ask(self, record: Study, known: Mapping[str, Any]) -> dict[str, Any]:
         """See Proposer.propose."""
-        ended = sorted(
-            (p.finish_order, n) for n, p in enumerate(earlier) if p.finish_order is not None
-        )
-        order = [n for _, n in ended]
-        for past in earlier[len(self._asked) :]:
-            self._tell(earlier, order[: past.asked_after])
-            self._asked.append(self._proposer._ask(self._study, len(self._asked), past.params))
-        self._tell(earlier, order[:after])
-        trial = self._proposer._ask(self._study, number, known)
-        self._asked.append(trial)
-        return trial.params
+        ended = list(record.outcomes.items())
+        for trial in record.trials[len(self._asked) :]:
+            self._ask(ended[: trial.started_after], trial.drawn)
+        return self._ask(ended, known).params
 
-    def _tell(self, earlier: Sequence[ObservedTrial], order: Sequence[int]) -> None:
-        for number in order[self._told :]:
-            past, trial = earlier[number], self._asked[number]
-            if _counts(past):
-                assert past.values is not None
-                self._study.tell(trial, list(past.values))
-            else:
-                self._study.tell(trial, state=TrialState.FAIL)
-            self._told += 1
+    def _ask(
+        self, ended: Sequence[tuple[int, Mapping[str, Any]]], known: Mapping[str, Any]
+    ) -> optuna.Trial:
+        for number, outcome in ended[self._told :]:
+            values = _values(outcome)
+            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+            self._study.tell(self._asked[number], values, state=state)
+        self._told = len(ended)
+        trial = self._proposer.ask(self._study, len(self._asked), known)
+        self._asked.append(trial)
+        return trial

@@ -10,45 +10,40 @@ import enum
 import math
 import random
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 from dmx.errors import ConfigError
 from dmx.runs.layout import DEV_ACCURACY
-from dmx.runs.study import SchedulerKind
-from dmx.search.rungs import Brackets
-from dmx.search.space import Distribution, Scalar, SearchSpace
+from dmx.runs.study import Search, Study, Takeover
+from dmx.search.space import Scalar, SearchSpace
+
+if TYPE_CHECKING:
+    from dmx.study.study import StudyConfig
+
+Settings: TypeAlias = Union[Search, "StudyConfig"]
+"""Of a study, as its journal tells them or as it is run."""
 
 
-class _Trial(Protocol):
-    """A trial, see runs.run.Trial."""
+class Record(Study):
+    """A study as its driver knows it: what a scheduler decides by.
 
-    @property
-    def curve(self) -> Mapping[int, Mapping[str, Any]]: ...
-    @property
-    def changes(self) -> Mapping[int, Mapping[str, Any]]: ...
-    def params_at(self, step: float) -> Mapping[str, Any]: ...
-
-
-class Record(Protocol):
-    """What a scheduler decides by.
-
-    `in_flight` are the trials that train a segment now; all else is a runs.study.Study.
+    Attributes:
+        num_trials: of the whole study. in_flight: the trials that train a segment now.
     """
 
-    @property
-    def num_trials(self) -> int: ...
-    @property
-    def in_flight(self) -> Collection[int]: ...
-    @property
-    def by_number(self) -> Mapping[int, _Trial]: ...
-    @property
-    def history(self) -> Sequence[tuple[int, int, Mapping[str, Any], float]]: ...
-    @property
-    def outcomes(self) -> Collection[int]: ...
-    @property
-    def compared(self) -> Collection[int]: ...
+    def __init__(self, folder: Path, num_trials: int) -> None:
+        super().__init__(folder)
+        self.num_trials = num_trials
+        self.in_flight: set[int] = set()
+
+    def alive(self) -> Iterator[int]:
+        """Trials that have not ended, by number, the new ones included."""
+        # A study that was continued may want fewer than it has.
+        count = max(self.num_trials, len(self.by_number))
+        return (trial for trial in range(count) if trial not in self.outcomes)
 
 
 @dataclass(frozen=True)
@@ -76,21 +71,11 @@ class Idle(enum.Enum):
 WAIT, DONE = Idle.WAIT, Idle.DONE
 
 
-@dataclass(frozen=True)
-class Exploit:
-    """`trial` goes on from the weights of `source`, with the searched values `params`."""
-
-    trial: int
-    source: int
-    params: Mapping[str, Scalar]
-
-
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A population's decision at a step; it is carried out and recorded before training goes on."""
 
     step: int
-    exploits: tuple[Exploit, ...]
+    takeovers: tuple[Takeover, ...]
 
 
 class Scheduler:
@@ -102,8 +87,8 @@ class Scheduler:
 
     proposes_at_once = False
 
-    def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
+    def __init__(self, settings: Settings) -> None:
+        self._max_steps = settings.max_steps
 
     def keep_training(self, record: Record, trial: int, step: int) -> bool:
         """Whether a trial goes on after its report at a step, the latest one in the record."""
@@ -115,51 +100,14 @@ class Scheduler:
 
     def next_segment(self, record: Record) -> Segment | Idle:
         """What is trained next; a trial that was interrupted comes before one that is new."""
-        busy, ended = record.in_flight, record.outcomes
-        free = (n for n in _numbers(record) if n not in ended and n not in busy)
-        trial = next(free, None)
+        trial = next((n for n in record.alive() if n not in record.in_flight), None)
         if trial is None:
-            return WAIT if busy else DONE
+            return WAIT if record.in_flight else DONE
         return Segment(trial, self._max_steps)
 
     def comparison(self, record: Record) -> Comparison | None:
         """The decision that is due between all trials; None where there is none."""
         return None
-
-
-def _numbers(record: Record) -> range:
-    """Of all trials, the new ones included; a study that was continued may want fewer."""
-    return range(max(record.num_trials, len(record.by_number)))
-
-
-def _alive(record: Record) -> list[int]:
-    """Trials that have not ended, by number."""
-    return [trial for trial in _numbers(record) if trial not in record.outcomes]
-
-
-class SuccessiveHalving(Scheduler):
-    """`asha` (Li et al. 2020, arXiv 1810.05934, the variant that stops) and `hyperband`."""
-
-    def __init__(
-        self, kind: SchedulerKind, *, grace_steps: int, max_steps: int, reduction_factor: float
-    ) -> None:
-        super().__init__(max_steps)
-        self.brackets = Brackets(
-            kind,
-            grace_steps=min(grace_steps, max_steps),
-            max_steps=max_steps,
-            reduction_factor=reduction_factor,
-        )
-        self._read = 0
-
-    def stopped(self, record: Record) -> Mapping[int, str]:
-        while self._read < len(record.history):
-            trial, step, metrics, _ = record.history[self._read]
-            self._read += 1
-            accuracy = metrics.get(DEV_ACCURACY)
-            if accuracy is not None:
-                self.brackets.report(trial, step, accuracy)
-        return self.brackets.stopped
 
 
 # -- population based training -----------------------------------------------------------------
@@ -179,21 +127,24 @@ class PopulationBasedTraining(Scheduler):
     and each copied setting is perturbed or drawn anew: a function of the seed, the step and the
     scores. Between two comparisons a member trains one segment, so members take turns where there
     are fewer slots than members.
-
-    Args:
-        steps: at which the population is compared, and the last one; see comparison_steps.
     """
 
     proposes_at_once = True
 
-    def __init__(self, *, steps: Sequence[int], seed: int, space: SearchSpace) -> None:
-        super().__init__(steps[-1])
-        self._steps, self._seed, self._space = steps, seed, space
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
+        self._seed, self._space = config.seed, config.space
+        run = self._space.run_config(config.task, config.overrides, self._space.first())
+        self._steps = comparison_steps(
+            every=config.grace_steps,
+            eval_every_steps=run.train.eval_every_steps,
+            max_steps=config.max_steps,
+        )
 
     def next_segment(self, record: Record) -> Segment | Idle:
-        alive = _alive(record)
+        alive = list(record.alive())
         reached = {n: max(record.by_number[n].curve, default=0) for n in alive}
-        for trial in sorted(set(alive) - set(record.in_flight), key=lambda n: (reached[n], n)):
+        for trial in sorted(set(alive) - record.in_flight, key=lambda n: (reached[n], n)):
             at = reached[trial]
             if at in self._steps[:-1] and at not in record.compared:
                 continue  # the others must get there first
@@ -206,31 +157,27 @@ class PopulationBasedTraining(Scheduler):
     def comparison(self, record: Record) -> Comparison | None:
         """At the first step without one that every member has reached."""
         step = next((s for s in self._steps[:-1] if s not in record.compared), None)
-        members = {n: record.by_number[n] for n in _alive(record)}
+        members = {n: record.by_number[n] for n in record.alive()}
         if step is None or not members or any(step not in m.curve for m in members.values()):
             return None
         scores = {n: float(m.curve[step][DEV_ACCURACY]) for n, m in members.items()}
         params = {n: m.params_at(step) for n, m in members.items()}
-        return Comparison(step, choose_exploits(self._seed, step, scores, params, self._space))
+        return Comparison(step, choose_takeovers(self._seed, step, scores, params, self._space))
 
 
 def comparison_steps(*, every: int, eval_every_steps: int, max_steps: int) -> tuple[int, ...]:
-    """The steps at which a population is compared, and the last step at the end.
-
-    Args:
-        every: the wanted interval, rounded up to whole evaluations.
-    """
+    """Where a population is compared: every so many steps, in whole evaluations; and the end."""
     interval = math.ceil(every / eval_every_steps) * eval_every_steps
     return (*range(interval, max_steps, interval), max_steps)
 
 
-def choose_exploits(
+def choose_takeovers(
     seed: int,
     step: int,
     scores: Mapping[int, float],
     params: Mapping[int, Mapping[str, Scalar]],
     space: SearchSpace,
-) -> tuple[Exploit, ...]:
+) -> tuple[Takeover, ...]:
     """Which trial copies which at a step.
 
     Args:
@@ -247,7 +194,7 @@ def choose_exploits(
         draw = random.Random(zlib.crc32(f"{seed}/{step}/{trial}".encode()))
         source = draw.choice(best)
         if scores[source] > scores[trial]:
-            found.append(Exploit(trial, source, explore(params[source], space, draw)))
+            found.append(Takeover(step, trial, source, explore(params[source], space, draw)))
     return tuple(found)
 
 
@@ -255,34 +202,16 @@ def explore(
     params: Mapping[str, Scalar], space: SearchSpace, draw: random.Random
 ) -> dict[str, Scalar]:
     """Values near `params`: each is drawn anew, or moved by a fifth, or to the next choice."""
-    return {
-        name: _fresh(dist, draw) if draw.random() < RESAMPLE else _moved(params[name], dist, draw)
-        for name, dist in space.space.items()
-    }
-
-
-def _fresh(dist: Distribution, draw: random.Random) -> Scalar:
-    if dist.kind == "choice":
-        return draw.choice(dist.values)
-    low, high = (float(v) for v in dist.values)
-    if dist.kind.startswith("log"):
-        value = math.exp(draw.uniform(math.log(low), math.log(high)))
-    else:
-        value = draw.uniform(low, high)
-    return _within(value, dist)
-
-
-def _moved(value: Scalar, dist: Distribution, draw: random.Random) -> Scalar:
-    if dist.kind == "choice":
-        index = dist.values.index(value) + draw.choice((-1, 1))
-        return dist.values[min(max(index, 0), len(dist.values) - 1)]
-    return _within(float(value) * draw.choice(FACTORS), dist)
-
-
-def _within(value: float, dist: Distribution) -> Scalar:
-    low, high = (float(v) for v in dist.values)
-    value = min(max(value, low), high)
-    return round(value) if dist.kind.endswith("int") else value
+    found = {}
+    for name, dist in space.space.items():
+        if draw.random() < RESAMPLE:
+            found[name] = dist.sample(draw)
+        elif dist.kind == "choice":
+            index = dist.values.index(params[name]) + draw.choice((-1, 1))
+            found[name] = dist.values[min(max(index, 0), len(dist.values) - 1)]
+        else:
+            found[name] = dist.clip(float(params[name]) * draw.choice(FACTORS))
+    return found
 
 
 def changeable(name: str) -> bool:
@@ -291,12 +220,7 @@ def changeable(name: str) -> bool:
 
 
 def check_population(space: SearchSpace, num_trials: int) -> None:
-    """Refuse a search that population based training cannot do.
-
-    Raises:
-        ConfigError: a searched value shapes the model or the data, a value is conditional, nothing
-            is searched, or there are too few members.
-    """
+    """Refuse a search that population based training cannot do."""
     fixed = [name for name in space.names() if not changeable(name)]
     if fixed:
         raise ConfigError(

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dmx.config import RunConfig, parse_run_config
 from dmx.errors import ConfigError
 from dmx.registry import find_yaml
-from dmx.runs.events import BRANCH, setting_of, settings_of
-from dmx.schema import flatten, read_yaml
+from dmx.runs.events import BRANCH, settings_of
+from dmx.schema import convert, flatten, from_dict, read_yaml
 from dmx.tasks import task_families, task_for
+
+if TYPE_CHECKING:  # importing it takes a second
+    from optuna.trial import BaseTrial
 
 Scalar = str | int | float | bool
 
-
-_NUM_DRAWN = 32
+_KINDS = ("choice", "uniform", "loguniform", "int", "logint")
+_LARGEST = 2**53  # exact as a float, which Optuna computes with
+_NUM_SAMPLED = 32
 """Points within a space that are built before a search begins, beside all corners."""
-
-
-class Suggests(Protocol):
-    """The part of optuna.Trial that a space needs."""
-
-    def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -40,16 +36,64 @@ class Distribution:
     kind: str
     values: tuple[Scalar, ...]
 
-    def suggest(self, trial: Suggests, name: str) -> Scalar:
+    @classmethod
+    def parse(cls, data: object, path: str) -> Distribution:
+        """A distribution of a space's file, such as `{int: [1, 4]}`."""
+        key = path.rpartition(".")[2]
+        if key in ("when", "initial_points"):  # indented by mistake
+            raise ConfigError(f"{path}: `{key}` stands beside `space`, not in it.")
+        pairs = list(data.items()) if isinstance(data, Mapping) else []
+        if len(pairs) != 1 or pairs[0][0] not in _KINDS:
+            raise ConfigError(
+                f"{path} must be one of {{choice: [...]}}, {{uniform: [low, high]}}, "
+                f"{{loguniform: [low, high]}}, {{int: [low, high]}}, {{logint: [low, high]}}, "
+                f"not {data!r}."
+            )
+        kind, values = pairs[0]
+        path = f"{path}.{kind}"
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path} must be a list of values, not {values!r}.")
+        if kind != "choice":
+            return cls(kind, _bounds(kind, values, path))
+        if not all(isinstance(v, str | int | float) for v in values):
+            raise ConfigError(f"{path} may hold texts, numbers and true/false only.")
+        if len(set(map(repr, values))) != len(values):
+            raise ConfigError(f"{path} holds a value twice.")
+        return cls(kind, tuple(values))
+
+    @property
+    def _whole(self) -> bool:
+        return self.kind.endswith("int")
+
+    @property
+    def _log(self) -> bool:
+        return self.kind.startswith("log")
+
+    def suggest(self, trial: BaseTrial, name: str) -> Scalar:
         """Draw through Optuna."""
         if self.kind == "choice":
-            return trial.suggest_categorical(name, self.values)
+            chosen: Scalar = trial.suggest_categorical(name, self.values)  # type: ignore[assignment]
+            return chosen
         low, high = self.values
-        log = self.kind.startswith("log")
-        if self.kind.endswith("int"):
+        if self._whole:
             assert isinstance(low, int) and isinstance(high, int)
-            return trial.suggest_int(name, low, high, log=log)
-        return trial.suggest_float(name, float(low), float(high), log=log)
+            return trial.suggest_int(name, low, high, log=self._log)
+        return trial.suggest_float(name, float(low), float(high), log=self._log)
+
+    def sample(self, draw: random.Random) -> Scalar:
+        """Draw without Optuna."""
+        if self.kind == "choice":
+            return draw.choice(self.values)
+        low, high = map(float, self.values)
+        if self._log:
+            return self.clip(math.exp(draw.uniform(math.log(low), math.log(high))))
+        return self.clip(draw.uniform(low, high))
+
+    def clip(self, value: float) -> Scalar:
+        """The nearest number between the bounds."""
+        low, high = map(float, self.values)
+        value = min(max(value, low), high)
+        return round(value) if self._whole else value
 
     def holds(self, value: object) -> bool:
         """Whether the distribution can yield the value."""
@@ -57,11 +101,29 @@ class Distribution:
             return any(
                 value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values
             )
-        low, high = self.values
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int if self._whole else int | float):
             return False
-        whole = not self.kind.endswith("int") or isinstance(value, int)
-        return whole and float(low) <= value <= float(high)
+        low, high = map(float, self.values)
+        return low <= value <= high
+
+
+def _bounds(kind: str, values: list[Any], path: str) -> tuple[Scalar, ...]:
+    whole = kind.endswith("int")
+    number = int if whole else int | float
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, number) for v in values):
+        what = "two whole numbers" if whole else "two numbers"
+        hint = ""
+        if len(values) == 3:
+            hint = "; for steps, list the values: {choice: [...]}"
+        elif any(isinstance(v, str) for v in values):
+            hint = "; numbers stand without quotes"
+        raise ConfigError(f"{path} must be [low, high], {what}, not {values!r}{hint}.")
+    low, high = values
+    if not -_LARGEST < low < high < _LARGEST:
+        raise ConfigError(f"{path} is [{low}, {high}]; low must be below high.")
+    if kind.startswith("log") and low <= 0:
+        raise ConfigError(f"{path} starts at {low}; a logarithmic range must be positive.")
+    return (low, high) if whole else (float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -71,6 +133,36 @@ class Condition:
     key: str
     value: Scalar
     then: Mapping[str, Distribution]
+
+    @classmethod
+    def parse(cls, data: object, path: str) -> Condition:
+        """An item of a space's `when`."""
+        parts = data if isinstance(data, Mapping) else {}
+        test, then = parts.get("if"), parts.get("then")
+        tests = list(test.items()) if isinstance(test, Mapping) else []
+        if set(parts) != {"if", "then"} or len(tests) != 1 or not then:
+            raise ConfigError(
+                f"{path} must be {{if: {{SETTING: VALUE}}, then: {{SETTING: DISTRIBUTION}}}}, with "
+                f"one setting under `if`, not {data!r}."
+            )
+        ((key, value),) = tests
+        return cls(str(key), value, convert(Mapping[str, Distribution], then, f"{path}.then"))
+
+
+class Searched(NamedTuple):
+    """A setting with one of its distributions.
+
+    Attributes:
+        label: Optuna's name of it, for which a name has one distribution: that of the setting; of a
+            setting with another distribution under each condition, such as
+            `model.dropout if attention.inner=linear`.
+        when: the condition under which it exists, or None.
+    """
+
+    name: str
+    label: str
+    dist: Distribution
+    when: Condition | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +174,7 @@ class SearchSpace:
         attention: what it is for.
         defaults: fixed RunConfig values, dotted.
         space: searched values, dotted.
-        conditions: the `when` part.
+        conditions: the `when` part, each after those that search its key.
         initial_points: points that are tried first, dotted; they may leave values open.
     """
 
@@ -91,84 +183,89 @@ class SearchSpace:
     defaults: Mapping[str, Any]
     space: Mapping[str, Distribution]
     conditions: tuple[Condition, ...] = ()
-    initial_points: tuple[Mapping[str, Scalar], ...] = field(default=())
-
-    def suggest(self, trial: Suggests) -> dict[str, Scalar]:
-        """Draw one point: dotted path -> value. The trial is asked by Optuna's names."""
-        draw = {
-            name: dist.suggest(trial, self.label(name, dist)) for name, dist in self.space.items()
-        }
-        for condition in self.conditions:
-            if draw.get(condition.key, self.defaults.get(condition.key)) == condition.value:
-                for name, dist in condition.then.items():
-                    draw[name] = dist.suggest(trial, self.label(name, dist))
-        return draw
+    initial_points: tuple[Mapping[str, Scalar], ...] = ()
 
     @functools.cached_property
-    def _labels(self) -> dict[tuple[str, str], str]:
-        """(setting, its distribution as text) -> Optuna's name."""
-        ways: dict[str, dict[str, str]] = {n: {repr(d): n} for n, d in self.space.items()}
-        for c in self.conditions:
-            for name, dist in c.then.items():
-                label = f"{name}{BRANCH}{c.key}={c.value}"
-                ways.setdefault(name, {}).setdefault(repr(dist), label)
-        return {
-            (name, dist): label if len(found) > 1 else name
-            for name, found in ways.items()
-            for dist, label in found.items()
-        }
-
-    def label(self, name: str, dist: Distribution) -> str:
-        """Optuna's name of a setting that is drawn from `dist`.
-
-        For Optuna a name has one distribution. A setting with another one under each condition has
-        a name for each: `model.dropout if attention.inner=linear`.
-        """
-        return self._labels[name, repr(dist)]
-
-    def distributions(self) -> dict[str, Distribution]:
-        """Every distribution by Optuna's name, conditional ones included."""
-        every = itertools.chain(self.space.items(), *(c.then.items() for c in self.conditions))
-        return {self.label(name, dist): dist for name, dist in every}
-
-    def plain(self, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """Plain values of all that decides what is proposed; the same values, the same trials.
-
-        Args:
-            overrides: fixed by the command or the stage, in place of defaults.
-        """
-        return {
-            "searched": _plain(self.distributions()),
-            "defaults": {k: v for k, v in self.defaults.items() if k not in overrides},
-            "when": [{"if": {c.key: c.value}, "then": _plain(c.then)} for c in self.conditions],
-            "initial_points": [dict(point) for point in self.initial_points],
-        }
-
-    def names(self) -> tuple[str, ...]:
-        """Every searched setting, conditional ones included."""
-        return tuple(settings_of(self.distributions()))
-
-    def holds(self, name: str, value: object) -> bool:
-        """Whether a setting can have the value, under some condition or other."""
-        return any(
-            setting_of(label) == name and dist.holds(value)
-            for label, dist in self.distributions().items()
+    def searched(self) -> tuple[Searched, ...]:
+        """Everything that is searched, in the order in which a point is drawn."""
+        every: list[tuple[str, Distribution, Condition | None]] = [
+            *((name, dist, None) for name, dist in self.space.items()),
+            *((name, dist, c) for c in self.conditions for name, dist in c.then.items()),
+        ]
+        labels: dict[str, dict[str, str]] = {}
+        for name, dist, c in every:
+            label = name if c is None else f"{name}{BRANCH}{c.key}={c.value}"
+            labels.setdefault(name, {}).setdefault(repr(dist), label)
+        return tuple(
+            Searched(name, labels[name][repr(dist)] if len(labels[name]) > 1 else name, dist, c)
+            for name, dist, c in every
         )
+
+    def _point(self, value: Callable[[Searched], Scalar]) -> dict[str, Scalar]:
+        """One point by Optuna's names; `value` is asked for each that exists there, in turn."""
+        point, known = {}, dict(self.defaults)
+        for item in self.searched:
+            if item.when is None or known.get(item.when.key) == item.when.value:
+                point[item.label] = known[item.name] = value(item)
+        return point
+
+    def suggest(self, trial: BaseTrial) -> dict[str, Scalar]:
+        """Draw one point through Optuna: dotted path -> value."""
+        return settings_of(self._point(lambda item: item.dist.suggest(trial, item.label)))
+
+    def _sample(self, seed: int) -> dict[str, Scalar]:
+        draw = random.Random(seed)
+        return settings_of(self._point(lambda item: item.dist.sample(draw)))
+
+    def point_from(self, values: Mapping[str, Any]) -> dict[str, Scalar] | None:
+        """The point with these values, both by Optuna's names; None where one is missing or bad."""
+
+        def given(item: Searched) -> Scalar:
+            if not item.dist.holds(values.get(item.label)):
+                raise LookupError
+            found: Scalar = values[item.label]
+            return found
+
+        try:
+            return self._point(given)
+        except LookupError:
+            return None
 
     def for_optuna(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values of settings under Optuna's names: all those that the setting may turn out to have.
 
-        Which conditions hold may still be open. Optuna's own names stay as they are.
+        Which conditions hold may still be open.
         """
-        found = {}
-        labels = self.distributions()
-        for name, value in values.items():
-            ways = [label for label in labels if setting_of(label) == name]
-            if name in labels or not ways:
-                found[name] = value
-            else:
-                found |= {label: value for label in ways if labels[label].holds(value)}
-        return found
+        return {
+            item.label: values[item.name]
+            for item in self.searched
+            if item.name in values and item.dist.holds(values[item.name])
+        }
+
+    def distributions(self) -> dict[str, Distribution]:
+        """Every distribution by Optuna's name."""
+        return {item.label: item.dist for item in self.searched}
+
+    def names(self) -> tuple[str, ...]:
+        """Every searched setting."""
+        return tuple(dict.fromkeys(item.name for item in self.searched))
+
+    def holds(self, name: str, value: object) -> bool:
+        """Whether a setting can have the value, under some condition."""
+        return any(item.name == name and item.dist.holds(value) for item in self.searched)
+
+    def plain(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain values of all that decides what is proposed, `overrides` aside."""
+
+        def plain(distributions: Mapping[str, Distribution]) -> dict[str, Any]:
+            return {name: [d.kind, *d.values] for name, d in distributions.items()}
+
+        return {
+            "searched": plain(self.distributions()),
+            "defaults": {k: v for k, v in self.defaults.items() if k not in overrides},
+            "when": [{"if": {c.key: c.value}, "then": plain(c.then)} for c in self.conditions],
+            "initial_points": [dict(point) for point in self.initial_points],
+        }
 
     def run_config(
         self, task: str, overrides: Mapping[str, Any], point: Mapping[str, Any]
@@ -180,25 +277,21 @@ class SearchSpace:
 
     def without(self, overrides: Mapping[str, Any]) -> SearchSpace:
         """The space with overridden values no longer searched."""
-        fixed = set(flatten(overrides))
-        conditions = []
-        for c in self.conditions:
-            then = {k: v for k, v in c.then.items() if k not in fixed}
-            active = c.key not in fixed or flatten(overrides)[c.key] == c.value
-            if then and active:
-                conditions.append(Condition(c.key, c.value, then))
-        return SearchSpace(
-            name=self.name,
-            attention=self.attention,
-            defaults={
-                **self.defaults,
-                **{k: v for k, v in flatten(overrides).items() if k in fixed},
-            },
-            space={k: v for k, v in self.space.items() if k not in fixed},
-            conditions=tuple(conditions),
-            initial_points=tuple(
-                {k: v for k, v in point.items() if k not in fixed} for point in self.initial_points
+        fixed = flatten(overrides)
+
+        def free(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in values.items() if k not in fixed}
+
+        return dataclasses.replace(
+            self,
+            defaults={**self.defaults, **fixed},
+            space=free(self.space),
+            conditions=tuple(
+                Condition(c.key, c.value, then)
+                for c in self.conditions
+                if (then := free(c.then)) and fixed.get(c.key, c.value) == c.value
             ),
+            initial_points=tuple(map(free, self.initial_points)),
         )
 
     def check(self, task: str, overrides: Mapping[str, Any]) -> None:
@@ -207,54 +300,48 @@ class SearchSpace:
         Raises:
             ConfigError: a point is impossible; names the point.
         """
-        drawn = (self.suggest(_Draw(seed)) for seed in range(_NUM_DRAWN))
-        for point in itertools.chain([dict(s) for s in self.initial_points], self.corners(), drawn):
+        sampled = map(self._sample, range(_NUM_SAMPLED))
+        for point in itertools.chain(self.initial_points, self.corners(), sampled):
             try:
                 self.run_config(task, overrides, point)
             except ConfigError as error:
-                self._check_whole(str(error))
-                at = ", ".join(f"{k}={v}" for k, v in point.items())
-                raise ConfigError(
-                    f"search space {self.name} at {at or 'its defaults'}: {error}"
-                ) from None
+                at = ", ".join(f"{k}={v}" for k, v in point.items()) or "its defaults"
+                why = str(error).removesuffix(".") + self._whole_numbers(str(error))
+                raise ConfigError(f"search space {self.name} at {at}: {why}.") from None
 
-    def _check_whole(self, error: str) -> None:
-        """Say of a range of fractions for a whole number what it ought to be."""
-        for label, dist in self.distributions().items():
-            name = setting_of(label)
+    def _whole_numbers(self, error: str) -> str:
+        """What a range of fractions for a whole number, the cause of an error, ought to be."""
+        for name, _, dist, _ in self.searched:
             if dist.kind.endswith("uniform") and error.startswith(f"{name} must be a whole number"):
-                low, high = math.ceil(dist.values[0]), math.floor(dist.values[1])  # type: ignore[arg-type]
+                low, high = map(float, dist.values)
                 kind = "logint" if dist.kind.startswith("log") else "int"
-                raise ConfigError(
-                    f"search space {self.name}: {name} is a whole number, and {dist.kind} draws "
-                    f"fractions; use {{{kind}: [{low}, {high}]}}."
-                ) from None
+                whole = f"{{{kind}: [{math.ceil(low)}, {math.floor(high)}]}}"
+                return f", and {dist.kind} draws fractions; use {whole}"
+        return ""
 
     def first(self) -> dict[str, Scalar]:
         """The first initial point, or a corner where there is none."""
-        return dict(self.initial_points[0]) if self.initial_points else next(self.corners())
+        return dict(self.initial_points[0] if self.initial_points else self.corners()[0])
 
-    def corners(self, limit: int = 256) -> Iterator[dict[str, Scalar]]:
+    def corners(self, limit: int = 256) -> list[dict[str, Scalar]]:
         """All combinations of options and bounds; a seeded sample of them where there are more.
 
         A value that a condition asks for counts as a bound.
         """
-        corners = list(self._combinations(self.space, limit))
-        for condition in self.conditions:  # in the order in which `suggest` meets them
+        corners = self._combinations(self.space, limit)
+        for c in self.conditions:
+            room = max(limit // len(corners), 4)
             grown: list[dict[str, Scalar]] = []
             for corner in corners:
-                if corner.get(condition.key, self.defaults.get(condition.key)) == condition.value:
-                    room = max(limit // len(corners), 4)
-                    more = self._combinations(condition.then, room)
-                    grown.extend({**corner, **m} for m in more)
-                else:
-                    grown.append(corner)
+                here = corner.get(c.key, self.defaults.get(c.key)) == c.value
+                more = self._combinations(c.then, room) if here else [{}]
+                grown.extend({**corner, **values} for values in more)
             corners = grown
-        yield from corners
+        return corners
 
     def _combinations(
         self, space: Mapping[str, Distribution], limit: int
-    ) -> Iterator[dict[str, Scalar]]:
+    ) -> list[dict[str, Scalar]]:
         asked = [(c.key, c.value) for c in self.conditions]
         options = {
             name: tuple(
@@ -263,38 +350,33 @@ class SearchSpace:
             for name, d in space.items()
         }
         if math.prod(len(values) for values in options.values()) <= limit:
-            for combination in itertools.product(*options.values()):
-                yield dict(zip(options, combination, strict=True))
-            return
+            return [
+                dict(zip(options, values, strict=True))
+                for values in itertools.product(*options.values())
+            ]
         draw = random.Random(0)
-        for _ in range(limit):
-            yield {name: draw.choice(values) for name, values in options.items()}
+        return [
+            {name: draw.choice(values) for name, values in options.items()} for _ in range(limit)
+        ]
 
 
-class _Draw:
-    """A trial of random values, without Optuna."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def suggest_categorical(self, name: str, choices: Any, /) -> Any:
-        return self._random.choice(choices)
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        if log:
-            return math.exp(self._random.uniform(math.log(low), math.log(high)))
-        return self._random.uniform(low, high)
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return min(max(round(self.suggest_float(name, low, high, log=log)), low), high)
+# -- files --------------------------------------------------------------------------------------
 
 
-def _plain(distributions: Mapping[str, Distribution]) -> dict[str, list[Any]]:
-    return {name: [d.kind, *d.values] for name, d in distributions.items()}
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a space's file says of every task, or of one task or family."""
+
+    defaults: Mapping[str, Any] | None = None
+    space: Mapping[str, Distribution] | None = None
+    when: tuple[Condition, ...] | None = None
+    initial_points: tuple[Mapping[str, Any], ...] | None = None
 
 
-_LARGEST = 2**53  # exact as a float, which Optuna computes with
-_KINDS = {"choice", "uniform", "loguniform", "int", "logint"}
+@dataclass(frozen=True, kw_only=True)
+class _File(_Part):
+    attention: str
+    tasks: Mapping[str, _Part | None] | None = None
 
 
 def load_space(name: str, task: str, family: str) -> SearchSpace:
@@ -305,95 +387,62 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     """
     path = find_yaml(name, "search_spaces")
     raw = read_yaml(path)
-    where = path.name
-    allowed = {"attention", "defaults", "space", "when", "initial_points", "tasks"}
-    _only(raw, allowed, where)
-    attention = raw.get("attention")
-    if not isinstance(attention, str):
-        raise ConfigError(f"{where}: attention must name an attention, not {attention!r}.")
-    tasks = _mapping(raw.get("tasks"), f"{where}: tasks")
+    try:
+        return _checked(_for_task(name, from_dict(_File, raw), task, family))
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from None
+
+
+def _for_task(name: str, file: _File, task: str, family: str) -> SearchSpace:
+    tasks = file.tasks or {}
     for key in tasks:
         if key not in task_families():
-            try:
-                task_for(key)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: tasks: {error}") from None
+            task_for(key)
     own: dict[str, Any] = {}
-    for key in (family, task):
-        own = {**own, **_mapping(tasks.get(key), f"{where}: tasks.{key}")}
-    _only(own, {"defaults", "space", "initial_points", "when"}, f"{where}: tasks.{task}")
-    defaults: dict[str, Any] = {}
-    for part in (raw.get("defaults"), own.get("defaults")):
-        for key, value in flatten(_mapping(part, f"{where}: defaults")).items():
-            defaults[key] = value
-    space = {
-        **_distributions(raw.get("space"), f"{where}: space"),
-        **_distributions(own.get("space"), f"{where}: tasks.{task}.space"),
-    }
-    conditions = tuple(
-        itertools.chain(
-            _conditions(raw.get("when"), f"{where}: when"),
-            _conditions(own.get("when"), f"{where}: tasks.{task}.when"),
-        )
+    for part in (tasks.get(family), tasks.get(task)):
+        if part is not None:
+            own |= {k: v for k, v in vars(part).items() if v is not None}
+    space = {**(file.space or {}), **own.get("space", {})}
+    return SearchSpace(
+        name,
+        file.attention,
+        defaults=flatten(file.defaults or {}) | flatten(own.get("defaults", {})),
+        space=space,
+        conditions=_ordered([*(file.when or ()), *own.get("when", ())], set(space)),
+        initial_points=tuple(map(flatten, own.get("initial_points", file.initial_points or ()))),
     )
-    points = own.get("initial_points", raw.get("initial_points"))
-    points = _initial_points(points, f"{where}: initial_points")
-    conditions = _ordered(conditions, space)
-    found = SearchSpace(name, attention, defaults, space, conditions, points)
-    every = found.names()
-    for key in (*defaults, *every):
-        if key in ("task", "attention", "attention.name"):
-            raise ConfigError(f"{where}: {key} is not to be set here; a space is for one of each.")
-    _check_conditions(found, where)
-    _check_ways(found, where)
-    for point in points:
-        for key, value in point.items():
-            if not found.holds(key, value):
-                raise ConfigError(
-                    f"{where}: initial_points gives {key}={value!r}, which the space cannot yield."
-                )
-    return found
 
 
-def _ordered(
-    conditions: tuple[Condition, ...], space: Mapping[str, Distribution]
-) -> tuple[Condition, ...]:
+def _ordered(waiting: list[Condition], known: set[str]) -> tuple[Condition, ...]:
     """Each condition after those that search its key, in whatever order the file has them."""
-    waiting, found = list(conditions), list[Condition]()
+    found = []
     while waiting:
-        open_keys = {name for c in waiting for name in c.then} - set(space)
-        ready = next((c for c in waiting if c.key not in open_keys), waiting[0])
+        still_open = {name for c in waiting for name in c.then} - known
+        ready = next((c for c in waiting if c.key not in still_open), waiting[0])
         waiting.remove(ready)
         found.append(ready)
     return tuple(found)
 
 
-def _check_conditions(space: SearchSpace, where: str) -> None:
-    known = set(space.space)
-    searched = set(space.names())
-    for condition in space.conditions:
-        key, value = condition.key, condition.value
-        if key not in known and key in searched and key not in space.defaults:
-            raise ConfigError(f"{where}: `when` searches {key} only where {key} has a value.")
-        if key not in searched and key not in space.defaults:
-            raise ConfigError(
-                f"{where}: `when` asks for {key}, which is neither searched nor a default."
-            )
-        if key in searched and not space.holds(key, value):
-            raise ConfigError(
-                f"{where}: `when` asks for {key}={value!r}, which the space cannot yield."
-            )
-        known.update(condition.then)
-
-
-def _check_ways(space: SearchSpace, where: str) -> None:
-    """Refuse a setting that two distributions would give a value at once."""
+def _checked(space: SearchSpace) -> SearchSpace:
+    """See that all that conditions and initial points name can be drawn, by one way at a time."""
+    names = space.names()
+    for key in ("task", "attention", "attention.name"):
+        if key in (*space.defaults, *names):
+            raise ConfigError(f"{key} is not to be set here; a space is for one of each.")
     # Of a setting: what must hold for it to exist, by distribution; each a list of alternatives.
     ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
         name: [(repr(dist), {})] for name, dist in space.space.items()
     }
     for c in space.conditions:
-        before = [{}] if c.key in space.defaults else [w for _, w in ways.get(c.key, [])]
+        if c.key not in ways and c.key not in space.defaults:
+            why = f"asks for {c.key}, which is neither searched nor a default"
+            if c.key in names:
+                why = f"searches {c.key} only where {c.key} has a value"
+            raise ConfigError(f"`when` {why}.")
+        if c.key in names and not space.holds(c.key, c.value):
+            raise ConfigError(f"`when` asks for {c.key}={c.value!r}, which the space cannot yield.")
+        before = [{}] if c.key in space.defaults else [w for _, w in ways[c.key]]
         here = [{**w, c.key: c.value} for w in before if w.get(c.key, c.value) == c.value]
         for name, dist in c.then.items():
             for other, there in ways.get(name, []):
@@ -401,92 +450,14 @@ def _check_ways(space: SearchSpace, where: str) -> None:
                 if other != repr(dist) and both:
                     at = " and ".join(f"{k}={v}" for k, v in there.items()) or "every condition"
                     raise ConfigError(
-                        f"{where}: {name} has two distributions at once, under {c.key}={c.value} "
-                        f"and under {at}; give it one for each value of one setting."
+                        f"{name} has two distributions at once, under {c.key}={c.value} and under "
+                        f"{at}; give it one for each value of one setting."
                     )
             ways.setdefault(name, []).extend((repr(dist), w) for w in here)
-
-
-def _only(raw: Mapping[str, Any], allowed: set[str], where: str) -> None:
-    for key in raw:
-        if key not in allowed:
-            raise ConfigError(
-                f"{where}: {key!r} is not a key here; allowed: {', '.join(sorted(allowed))}."
-            )
-
-
-def _mapping(value: object, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
-        raise ConfigError(f"{where} must be a mapping, not {value!r}.")
-    return value
-
-
-def _distributions(value: object, where: str) -> dict[str, Distribution]:
-    found = _mapping(value, where)
-    for key in ("when", "initial_points"):  # indented by mistake
-        if key in found:
-            raise ConfigError(f"{where}.{key}: `{key}` stands beside `space`, not in it.")
-    return {k: _distribution(v, f"{where}.{k}") for k, v in found.items()}
-
-
-def _distribution(value: object, where: str) -> Distribution:
-    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _KINDS:
-        raise ConfigError(
-            f"{where} must be one of {{choice: [...]}}, {{uniform: [low, high]}}, "
-            f"{{loguniform: [low, high]}}, {{int: [low, high]}}, {{logint: [low, high]}}, "
-            f"not {value!r}."
-        )
-    kind, values = next(iter(value.items()))
-    if not isinstance(values, list) or not values:
-        raise ConfigError(f"{where}.{kind} must be a list of values, not {values!r}.")
-    if kind == "choice":
-        if not all(isinstance(v, str | int | float) for v in values):
-            raise ConfigError(f"{where}.choice may hold texts, numbers and true/false only.")
-        if len(set(map(repr, values))) != len(values):
-            raise ConfigError(f"{where}.choice holds a value twice.")
-        return Distribution(kind, tuple(values))
-    whole = kind.endswith("int")
-    number: tuple[type, ...] = (int,) if whole else (int, float)
-    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, number) for v in values):
-        what = "two whole numbers" if whole else "two numbers"
-        hint = ""
-        if len(values) == 3:
-            hint = "; for steps, list the values: {choice: [...]}"
-        elif any(isinstance(v, str) for v in values):
-            hint = "; numbers stand without quotes"
-        raise ConfigError(f"{where}.{kind} must be [low, high], {what}, not {values!r}{hint}.")
-    low, high = values
-    if not -_LARGEST < low < high < _LARGEST:
-        raise ConfigError(f"{where}.{kind} is [{low}, {high}]; low must be below high.")
-    if kind.startswith("log") and low <= 0:
-        raise ConfigError(f"{where}.{kind} starts at {low}; a logarithmic range must be positive.")
-    return Distribution(kind, (low, high) if whole else (float(low), float(high)))
-
-
-def _conditions(value: object, where: str) -> Iterator[Condition]:
-    if value is None:
-        return
-    if not isinstance(value, list):
-        raise ConfigError(f"{where} must be a list of {{if: ..., then: ...}}.")
-    for i, item in enumerate(value):
-        place = f"{where}[{i}]"
-        item = _mapping(item, place)
-        _only(item, {"if", "then"}, place)
-        test = _mapping(item.get("if"), f"{place}.if")
-        if len(test) != 1:
-            raise ConfigError(f"{place}.if must name one setting and one value.")
-        key, wanted = next(iter(test.items()))
-        then = _distributions(item.get("then"), f"{place}.then")
-        if not then:
-            raise ConfigError(f"{place}.then must search something.")
-        yield Condition(key, wanted, then)
-
-
-def _initial_points(value: object, where: str) -> tuple[Mapping[str, Scalar], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise ConfigError(f"{where} must be a list of mappings.")
-    return tuple(flatten(_mapping(v, f"{where}[{i}]")) for i, v in enumerate(value))
+    for point in space.initial_points:
+        for key, value in point.items():
+            if not space.holds(key, value):
+                raise ConfigError(
+                    f"initial_points gives {key}={value!r}, which the space cannot yield."
+                )
+    return space

@@ -11,75 +11,42 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from optuna.trial import FixedTrial
+from typing import TYPE_CHECKING, Any
 
 from dmx.errors import StageError
 from dmx.runs import layout
 from dmx.runs.layout import REPORT_KEYS
-from dmx.runs.study import Study
-from dmx.runs.trial import DEFAULT, TrialStatus, missing
+from dmx.runs.trial import TrialStatus, missing
 from dmx.search.optuna_view import OptunaView
 from dmx.search.samplers import Proposer
-from dmx.search.schedulers import Comparison
-from dmx.search.space import SearchSpace
+from dmx.search.schedulers import Comparison, Record
 from dmx.search.warm_start import read_prior
 from dmx.storage.journal import Journal
 
+if TYPE_CHECKING:
+    from dmx.study.study import StudyConfig
 
-class StudyLog(Study):
+
+class StudyLog(Record):
     """A study that is open for writing.
 
     Args:
-        folder: the study's folder. space: what is searched.
-        num_trials: trials of the whole study. seed: of the sampler.
-        sampler: see samplers.make_sampler. objectives: names, see objectives.OBJECTIVES.
-        storage_timeout: seconds that a write waits for the storage.
-
-    Attributes:
-        in_flight: the trials that train a segment now.
+        folder: the study's folder. config: what is searched.
 
     Raises:
         StageError: the study is damaged, or another process works on it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        space: SearchSpace,
-        num_trials: int,
-        seed: int,
-        sampler: str = "tpe",
-        objectives: tuple[str, ...] = DEFAULT,
-        storage_timeout: float = 0.0,
-    ) -> None:
-        super().__init__(folder)
-        self.space, self.num_trials = space, num_trials
-        self.in_flight: set[int] = set()
-        self._objectives = objectives
-        self._proposer = Proposer(
-            kind=sampler,
-            space=space,
-            seed=seed,
-            num_trials=num_trials,
-            objectives=objectives,
-            prior=read_prior(folder, space),
-        )
-        self.journal = Journal(folder / layout.JOURNAL_FILE, storage_timeout=storage_timeout)
+    def __init__(self, folder: Path, config: StudyConfig) -> None:
+        super().__init__(folder, config.num_trials)
+        self.study_config = config
+        self._proposer = Proposer(config, read_prior(folder, config.space))
+        self.journal = Journal(folder / layout.JOURNAL_FILE, storage_timeout=config.storage_timeout)
         try:
             for event in self.journal.events:
                 self.add(event)
             self._check_points()
-            self._optuna = OptunaView(
-                folder / layout.OPTUNA_FILE,
-                folder.name,
-                space=space,
-                objectives=objectives,
-                trials=self.trials,
-                outcomes=self.outcomes,
-            )
+            self._optuna = OptunaView(self, config.space)
         except BaseException:
             self.journal.close()
             raise
@@ -91,14 +58,7 @@ class StudyLog(Study):
             StageError: one was not.
         """
         for place, trial in enumerate(self.trials):
-            try:
-                fixed = FixedTrial(dict(trial.drawn))
-                sound = place == trial.number and all(
-                    self.space.holds(k, v) for k, v in self.space.suggest(fixed).items()
-                )
-            except (ValueError, TypeError):
-                sound = False
-            if not sound:
+            if place != trial.number or self.study_config.space.point_from(trial.drawn) is None:
                 raise StageError(
                     f"{self.journal.path} tells of trial {trial.number} without a point of the "
                     "search space, so dmx did not write it; restore the journal from a backup, or "
@@ -107,7 +67,7 @@ class StudyLog(Study):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        return self._objectives
+        return self.study_config.objectives
 
     @property
     def complete(self) -> bool:
@@ -153,13 +113,13 @@ class StudyLog(Study):
         self._append(
             event="outcome", trial=number, status=status, value=value, **several, error=error
         )
-        self._optuna.ended(trial, self.outcomes[number])
+        self._optuna.ended(trial)
 
     def compare(self, comparison: Comparison) -> None:
         """Record which trials of a population take over others at a step."""
         made = [
-            {"trial": e.trial, "source": e.source, "params": dict(e.params)}
-            for e in comparison.exploits
+            {"trial": t.trial, "source": t.source, "params": dict(t.params)}
+            for t in comparison.takeovers
         ]
         self._append(event="compared", step=comparison.step, exploits=made)
 

@@ -283,18 +283,15 @@ def check_study(
     """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)
-    here = warm_start.TargetStudy(
-        task=config.task,
-        space=config.space,
-        overrides=config.overrides,
-        max_steps=config.max_steps,
-        data_checksum=store.manifest.checksum,
-        objectives=config.objectives,
-        sampler=config.sampler,
-    )
     known = Run.read(folder).settings.get("warm_start") if options.resume else None
     identity, files, notes = warm_start.prepare(
-        options.warm_start, Path(options.storage), here, folder, known=known, resume=options.resume
+        options.warm_start,
+        Path(options.storage),
+        config,
+        store.manifest.checksum,
+        folder,
+        known=known,
+        resume=options.resume,
     )
     for note in notes:
         logger.info("%s", note)

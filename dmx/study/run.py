@@ -235,13 +235,7 @@ def dry_run(
         out.print("first trial:")
         point = plan.space.first()
         verbatim(plan.space.run_config(plan.task.name, plan.fixed(budget), point).to_yaml())
-        stops = describe_rungs(
-            config.scheduler,
-            grace_steps=config.grace_steps,
-            max_steps=config.max_steps,
-            reduction_factor=config.reduction_factor,
-        )
-        out.print(f"scheduler: {stops}", highlight=False)
+        out.print(f"scheduler: {describe_rungs(config)}", highlight=False)
         cost = estimate.study_cost(
             config,
             data.store,

@@ -15,18 +15,11 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.format import short
 from dmx.runs import layout
-from dmx.runs.study import SamplerKind, SchedulerKind, Study
+from dmx.runs.study import SamplerKind, SchedulerKind, Study, Takeover
 from dmx.runs.trial import DEFAULT
 from dmx.schema import to_dict
-from dmx.search.schedulers import (
-    Comparison,
-    Exploit,
-    Idle,
-    PopulationBasedTraining,
-    Scheduler,
-    SuccessiveHalving,
-    comparison_steps,
-)
+from dmx.search.rungs import SuccessiveHalving
+from dmx.search.schedulers import Comparison, Idle, PopulationBasedTraining, Scheduler
 from dmx.search.space import SearchSpace
 from dmx.storage.files import STORAGE_TIMEOUT, copy_folder, persist, put_back
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
@@ -101,21 +94,8 @@ class StudyConfig:
     def make_scheduler(self) -> Scheduler:
         """What decides which trials are trained, and how far."""
         if self.scheduler == "none":
-            return Scheduler(self.max_steps)
-        if self.scheduler == "pbt":
-            run = self.space.run_config(self.task, self.overrides, self.space.first())
-            steps = comparison_steps(
-                every=self.grace_steps,
-                eval_every_steps=run.train.eval_every_steps,
-                max_steps=self.max_steps,
-            )
-            return PopulationBasedTraining(steps=steps, seed=self.seed, space=self.space)
-        return SuccessiveHalving(
-            self.scheduler,
-            grace_steps=self.grace_steps,
-            max_steps=self.max_steps,
-            reduction_factor=self.reduction_factor,
-        )
+            return Scheduler(self)
+        return PopulationBasedTraining(self) if self.scheduler == "pbt" else SuccessiveHalving(self)
 
 
 class SegmentQueue:
@@ -172,14 +152,14 @@ class SegmentQueue:
 
     def _carry_out(self, comparison: Comparison) -> None:
         """Copy the checkpoints that are taken over, then record it."""
-        for exploit in comparison.exploits:
+        for takeover in comparison.takeovers:
             persist(
-                functools.partial(self._copy, exploit, comparison.step),
+                functools.partial(self._copy, takeover),
                 self._log.folder,
                 seconds=self._config.storage_timeout,
             )
         self._log.compare(comparison)
-        for e in comparison.exploits:
+        for e in comparison.takeovers:
             logger.info(
                 "step %d: trial %d takes over trial %d: %s",
                 comparison.step,
@@ -188,12 +168,12 @@ class SegmentQueue:
                 ", ".join(f"{k}={short(v)}" for k, v in e.params.items()),
             )
 
-    def _copy(self, exploit: Exploit, step: int) -> None:
+    def _copy(self, takeover: Takeover) -> None:
         places, folder = self._config.places, self._log.folder
-        source = layout.trial_folder(folder, exploit.source) / layout.LAST_DIR
+        source = layout.trial_folder(folder, takeover.source) / layout.LAST_DIR
         places.pull(source)
         put_back(source)
-        target = adopted(folder, exploit.trial, step)
+        target = adopted(folder, takeover.trial, takeover.step)
         copy_folder(source, target)
         places.push(target)
 
@@ -211,15 +191,7 @@ def open_log(config: StudyConfig, folder: Path) -> StudyLog:
     """
     from dmx.search.study_log import StudyLog
 
-    return StudyLog(
-        folder,
-        space=config.space,
-        num_trials=config.num_trials,
-        seed=config.seed,
-        sampler=config.sampler,
-        objectives=config.objectives,
-        storage_timeout=config.storage_timeout,
-    )
+    return StudyLog(folder, config)
 
 
 def train_trials(

@@ -27,10 +27,12 @@ from soak_study import SPACE, TASK
 
 from dmx.runs import layout
 from dmx.runs.layout import BEST_DEV_ACCURACY, DEV_ACCURACY, REPORT_KEYS, STEPS, trial_folder
-from dmx.search.schedulers import Idle, Scheduler, SuccessiveHalving
+from dmx.runs.study import SamplerKind
+from dmx.search.schedulers import Idle, Scheduler
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
 from dmx.study.folder import write_trials
+from dmx.study.study import StudyConfig
 from dmx.study.views import TensorBoardView
 
 EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
@@ -38,21 +40,25 @@ EVERY, MAX_STEPS, AT_ONCE = 100, 1000, 8
 
 def next_trial(log: StudyLog) -> tuple[int, dict[str, Any]] | None:
     """(number, values) of the next trial, as a study hands it out."""
-    segment = Scheduler(MAX_STEPS).next_segment(log)
+    segment = Scheduler(log.study_config).next_segment(log)
     if isinstance(segment, Idle):
         return None
     log.in_flight.add(segment.trial)
     return segment.trial, log.start(segment.trial)
 
 
-def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: str) -> StudyLog:
+def open_ledger(folder: Path, space: SearchSpace, trials: int, sampler: SamplerKind) -> StudyLog:
     """The study's memory."""
-    return StudyLog(folder, space=space, num_trials=trials, seed=0, sampler=sampler)
-
-
-def asha() -> SuccessiveHalving:
-    """As `dmx.tune` builds it."""
-    return SuccessiveHalving("asha", max_steps=MAX_STEPS, grace_steps=EVERY, reduction_factor=3.0)
+    config = StudyConfig(
+        name=folder.name,
+        task=TASK,
+        space=space,
+        num_trials=trials,
+        max_steps=MAX_STEPS,
+        grace_steps=EVERY,
+        sampler=sampler,
+    )
+    return StudyLog(folder, config)
 
 
 def metrics(point: dict[str, Any], step: int, best: float, draw: random.Random) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def drive(folder: Path, space: SearchSpace, trials: int, events: bool) -> Times:
     """A whole study with made-up workers."""
     draw, spent = random.Random(0), Times()
     ledger = open_ledger(folder, space, trials, "random")
-    scheduler = asha()
+    scheduler = ledger.study_config.make_scheduler()
     view = TensorBoardView(folder, {"task": TASK}, tuple(space.distributions()))
     running: dict[int, tuple[dict[str, Any], int, float]] = {}
     while True:
@@ -154,7 +160,7 @@ def row(root: Path, space: SearchSpace, trials: int) -> dict[str, str]:
     made["TPE proposal, ms"] = f"{tpe_seconds(folder, space, trials) * 1000:.0f}"
     began = time.perf_counter()
     ledger = open_ledger(folder, space, trials, "random")
-    asha().stopped(ledger)
+    ledger.study_config.make_scheduler().stopped(ledger)
     made["open it again, s"] = f"{time.perf_counter() - began:.2f}"
     began = time.perf_counter()
     write_trials(ledger)

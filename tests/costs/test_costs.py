@@ -7,13 +7,14 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dmx.attention import ATTENTIONS
 from dmx.config import RunConfig, parse_run_config
-from dmx.costs import estimate, measure
+from dmx.costs import measure
 from dmx.costs.estimate import Cost, check_price, describe, run_cost, stage_cost, study_cost
 from dmx.costs.measure import (
     GENERATED,
@@ -30,6 +31,8 @@ from dmx.costs.measure import (
 from dmx.data.batches import Batch
 from dmx.data.store import Store
 from dmx.errors import ConfigError
+from dmx.runs.study import Search
+from dmx.search import simulate
 from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.training.trainer import Trainer
 from tests.tiny import SETTINGS, TASK, one_sentence
@@ -126,7 +129,7 @@ def test_counting_and_probing_leave_no_trace(tiny_store: Store) -> None:
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     count_step(_config("butterfly-16"), tiny_store)
-    probe = probe_step(_config("butterfly-16"), tiny_store, num_threads=1, seconds=0.2)
+    probe = probe_step(_config("butterfly-16"), tiny_store, threads=1, seconds=0.2)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert probe.step_seconds > 0 and probe.eval_seconds > 0 and probe.steps >= 1
     assert probe.device == "cpu" and probe.peak_memory_bytes is None
@@ -191,36 +194,32 @@ def test_a_part_counts_for_the_whole(tiny_store: Store, monkeypatch: pytest.Monk
     assert 16 * 0.01 <= probe.step_seconds < 16 * 0.05
 
 
-def _expected(**changes: int) -> ExpectedSteps:
-    values = {"num_trials": 9, "max_steps": 9, "grace_steps": 1, "eval_every_steps": 1, "slots": 1}
-    return expected_steps(**{**values, **changes}, reduction_factor=3.0)  # type: ignore[arg-type]
+def _expected(every: int = 1, slots: int = 1, **changes: Any) -> ExpectedSteps:
+    settings = Search(
+        searched={},
+        scheduler="asha",
+        sampler="tpe",
+        seed=1,
+        num_trials=9,
+        max_steps=9,
+        grace_steps=1,
+        reduction_factor=3.0,
+    )
+    return expected_steps(
+        dataclasses.replace(settings, **changes), eval_every_steps=every, slots=slots
+    )
 
 
 def test_expected_steps_at_the_ends() -> None:
     assert _expected(num_trials=1).expected == 9, "nobody to compare with"
     assert _expected(grace_steps=9).expected == 81, "no rung below the full budget"
-    full = expected_steps(
-        num_trials=5,
-        max_steps=10,
-        grace_steps=1,
-        reduction_factor=3.0,
-        eval_every_steps=1,
-        slots=2,
-        scheduler="none",
-    )
+    full = _expected(num_trials=5, max_steps=10, slots=2, scheduler="none")
     assert full.expected == full.full == 50 and full.saved == 0
 
 
 def test_expected_steps_of_two_trials_by_hand() -> None:
     """The second goes on when it is no worse than the first: half of the time."""
-    found = expected_steps(
-        num_trials=2,
-        max_steps=100,
-        grace_steps=10,
-        reduction_factor=20.0,
-        eval_every_steps=10,
-        slots=1,
-    )
+    found = _expected(num_trials=2, max_steps=100, grace_steps=10, reduction_factor=20.0, every=10)
     assert found.expected == pytest.approx(100 + 0.5 * 100 + 0.5 * 10, abs=15)
 
 
@@ -232,8 +231,8 @@ def test_many_trials_come_near_to_successive_halving() -> None:
 
 
 def test_rungs_between_evaluations_wait_for_the_next_one() -> None:
-    coarse = _expected(num_trials=30, max_steps=90, grace_steps=10, eval_every_steps=25)
-    fine = _expected(num_trials=30, max_steps=90, grace_steps=10, eval_every_steps=10)
+    coarse = _expected(num_trials=30, max_steps=90, grace_steps=10, every=25)
+    fine = _expected(num_trials=30, max_steps=90, grace_steps=10, every=10)
     assert coarse.expected > fine.expected >= 30 * 10
 
 
@@ -252,7 +251,7 @@ def _cost(**changes: object) -> Cost:
         "probes": (cheap_probe, dear_probe),
         "steps": ExpectedSteps(full=1000, expected=400.0),
         "num_trials": 10,
-        "evaluations": 40.0,
+        "eval_every_steps": 10,
         "gpus_per_trial": 0.5,
         "cpus_per_trial": 2.0,
         "slots": 4,
@@ -266,8 +265,8 @@ def test_hours_by_hand() -> None:
     assert cost.step_seconds == 2.0 and cost.eval_seconds == 15.0
     assert cost.trial_seconds == 400 * 2 + 40 * 15
     assert cost.wall_seconds == 1400 / 4
-    assert cost.gpu_hours == pytest.approx(1400 * 0.5 / 3600)
-    assert cost.cpu_hours == pytest.approx(1400 * 2 / 3600)
+    assert cost.hours == pytest.approx(1400 * 0.5 / 3600)
+    assert _cost(gpus_per_trial=0.0).hours == pytest.approx(1400 * 2 / 3600)
     final = _cost(final_steps=200)
     assert final.trial_seconds == 600 * 2 + 60 * 15
     assert _cost(num_trials=1).wall_seconds == 1400
@@ -287,7 +286,7 @@ def test_run_and_study_of_real_data(tiny_store: Store) -> None:
     from dmx.search.space import Distribution, SearchSpace
     from dmx.study.study import StudyConfig
 
-    run = run_cost(_config("butterfly-16"), tiny_store, threads=1, probe_seconds=0.1)
+    run = run_cost(_config("butterfly-16"), tiny_store, threads=1, seconds=0.1)
     assert run.evaluations == 4 and run.steps.expected == 8 and run.wall_seconds > 0
     space = SearchSpace(
         name="x",
@@ -307,10 +306,12 @@ def test_run_and_study_of_real_data(tiny_store: Store) -> None:
         max_steps=8,
         grace_steps=2,
     )
-    many = estimate._steps(dataclasses.replace(config, num_trials=10**9), 2, 4)
-    few = estimate._steps(dataclasses.replace(config, num_trials=estimate._MOST_SIMULATED), 2, 4)
+    many, few = (
+        expected_steps(dataclasses.replace(config, num_trials=n), eval_every_steps=2, slots=4)
+        for n in (10**9, simulate._MOST_TRIALS)
+    )
     assert many.full == 8 * 10**9 and many.saved == pytest.approx(few.saved)
-    study = study_cost(config, tiny_store, slots=2, probe_seconds=0.1)
+    study = study_cost(config, tiny_store, slots=2, seconds=0.1)
     assert study.num_models == 2, "learning rates cost nothing"
     assert len(study.models) == len(study.probes) == 2
     assert study.steps.full == 48 and 12 <= study.steps.expected < 48

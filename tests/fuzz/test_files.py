@@ -24,7 +24,6 @@ from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
 from dmx.runs.curriculum import Curriculum
-from dmx.search.study_log import StudyLog
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, encode, read_journal
 from dmx.study.folder import open_folder
@@ -33,7 +32,7 @@ from scripts.convert_pickles import load_pickle
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed, torn
 from tests.reporting.makers import make_curriculum, make_run, make_study
-from tests.study.helpers import next_trial, space
+from tests.study.helpers import next_trial, open_log, space
 from tests.tiny import TASK, trainer, write_tiny
 
 METRICS = {"steps": 2, "dev_accuracy": 0.5, "best_dev_accuracy": 0.5, "train_loss": 1.0}
@@ -87,7 +86,7 @@ def study(room: Path) -> Path:
     """A study with one finished and one running trial."""
     folder = room / "study"
     with_space = space(room)
-    ledger = StudyLog(folder, space=with_space, num_trials=4, seed=1)
+    ledger = open_log(folder, space=with_space, num_trials=4, seed=1)
     for _ in range(2):
         number, _point = next_trial(ledger) or (0, {})
         ledger.report(number, 2, METRICS)
@@ -111,7 +110,7 @@ def test_journals_of_studies(room, study, content):
     (folder / "journal.jsonl").write_bytes(content)
     with held(room):
         try:
-            ledger = StudyLog(folder, space=space(room), num_trials=4, seed=1)
+            ledger = open_log(folder, space=space(room), num_trials=4, seed=1)
         except StageError:
             kept = (folder / "journal.jsonl").read_bytes()
             lost = content[len(kept) :]
@@ -133,7 +132,7 @@ def test_optunas_file(room, study, data):
     file = folder / "optuna.journal"
     file.write_bytes(data.draw(torn(file.read_bytes())))
     with held(room):
-        ledger = StudyLog(folder, space=space(room), num_trials=4, seed=1)
+        ledger = open_log(folder, space=space(room), num_trials=4, seed=1)
         try:
             assert ledger.trials is not None
         finally:

@@ -5,34 +5,44 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dmx.search.rungs import (
-    Brackets,
-    Rung,
-    bracket_of,
-    describe_rungs,
-    num_brackets,
-)
+from dmx.runs.study import Search
+from dmx.search.rungs import Rung, SuccessiveHalving, deal, describe_rungs, num_brackets
 from dmx.search.simulate import expected_steps
+
+
+def settings(grace, max_steps, factor=3.0, scheduler="hyperband"):
+    return Search(
+        searched={},
+        scheduler=scheduler,
+        sampler="tpe",
+        seed=1,
+        num_trials=27,
+        max_steps=max_steps,
+        grace_steps=grace,
+        reduction_factor=factor,
+    )
 
 
 def test_how_many():
     """81 units and eta 3 give s_max = 4 in the paper."""
-    assert num_brackets(grace_steps=1, max_steps=81, reduction_factor=3) == 5
-    assert num_brackets(grace_steps=40, max_steps=320, reduction_factor=3) == 3
-    assert num_brackets(grace_steps=7, max_steps=7, reduction_factor=3) == 1
-    assert num_brackets(grace_steps=2, max_steps=20, reduction_factor=3) == 4
+    assert num_brackets(settings(1, 81)) == 5
+    assert num_brackets(settings(40, 320)) == 3
+    assert num_brackets(settings(7, 7)) == 1
+    assert num_brackets(settings(2, 20)) == 4
+    assert num_brackets(settings(1, 81, scheduler="asha")) == 1
 
 
 def test_shares_are_hyperbands():
     """ceil(5 / (s + 1) * 3^s) for s = 4, 3, 2, 1, 0: 81, 33.75, 15, 7.5 and 5."""
-    assert Counter(bracket_of(n, 5, 3) for n in range(143)) == {0: 81, 1: 34, 2: 15, 3: 8, 4: 5}
-    assert all(bracket_of(n, 1, 3) == 0 for n in range(5))
-    assert [bracket_of(n, 3, 3) for n in range(6)] == [0, 1, 0, 2, 0, 1]
+    assert Counter(islice(deal(5, 3), 143)) == {0: 81, 1: 34, 2: 15, 3: 8, 4: 5}
+    assert list(islice(deal(1, 3), 5)) == [0] * 5
+    assert list(islice(deal(3, 3), 6)) == [0, 1, 0, 2, 0, 1]
 
 
 def reports_of(seed: int, max_steps: int, grace: int) -> list[tuple[int, int, float]]:
@@ -62,9 +72,9 @@ def test_decisions_are_rays(seed, scheduler):
     draw = random.Random(seed)
     grace, factor = draw.choice([1, 2, 5]), draw.choice([1.5, 2.0, 3.0, 4.0])
     max_steps = grace * draw.choice([1, 3, 9, 20, 50])
-    where = {"grace_steps": grace, "max_steps": max_steps, "reduction_factor": factor}
-    ours = Brackets(scheduler, **where)
-    count = num_brackets(**where) if scheduler == "hyperband" else 1
+    where = settings(grace, max_steps, factor, scheduler)
+    ours, count = SuccessiveHalving(where), num_brackets(where)
+    dealt = list(islice(deal(count, factor), 30))
     theirs = AsyncHyperBandScheduler(
         time_attr="steps",
         metric="accuracy",
@@ -83,14 +93,14 @@ def test_decisions_are_rays(seed, scheduler):
             assert goes_on, "a trial with a full budget ends by itself"
             continue
         known = SimpleNamespace(trial_id=str(trial))
-        theirs._trial_info[known.trial_id] = theirs._brackets[bracket_of(trial, count, factor)]
+        theirs._trial_info[known.trial_id] = theirs._brackets[dealt[trial]]
         result = {"steps": step, "accuracy": accuracy}
         expected = theirs.on_trial_result(None, known, result) == TrialScheduler.CONTINUE
         assert goes_on == expected, (trial, step, accuracy)
         stopped.update(() if goes_on else (trial,))
-    assert stopped == ours.stopped.keys()
+    assert stopped == ours.fill([]).keys()
     assert stopped or max_steps < 9 * grace, "the script is one in which something is stopped"
-    last = {t for t in range(30) if bracket_of(t, count, factor) == count - 1}
+    last = {t for t in range(30) if dealt[t] == count - 1}
     assert count == 1 or not stopped & last, "the last bracket stops nothing"
 
 
@@ -110,10 +120,9 @@ def test_the_cutoff_is_numpys_quantile_to_the_last_digit():
 
 
 def test_expected_steps_lie_between_asha_and_none():
-    common = {"num_trials": 27, "max_steps": 81, "grace_steps": 3, "reduction_factor": 3.0}
-    common |= {"eval_every_steps": 3, "slots": 2}
-    asha_steps = expected_steps(**common).expected
-    hyperband = expected_steps(**common, scheduler="hyperband").expected
+    common = {"eval_every_steps": 3, "slots": 2}
+    asha_steps = expected_steps(settings(3, 81, scheduler="asha"), **common).expected
+    hyperband = expected_steps(settings(3, 81), **common).expected
     assert asha_steps < hyperband < 27 * 81
 
 
@@ -128,5 +137,4 @@ def test_expected_steps_lie_between_asha_and_none():
     ],
 )
 def test_rungs_in_words(scheduler, grace, steps, factor, said):
-    found = describe_rungs(scheduler, grace_steps=grace, max_steps=steps, reduction_factor=factor)
-    assert found == said
+    assert describe_rungs(settings(grace, steps, factor, scheduler)) == said

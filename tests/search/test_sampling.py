@@ -14,13 +14,15 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from dmx.errors import ConfigError
+from dmx.runs.study import SamplerKind
 from dmx.runs.trial import OBJECTIVES, Trial, directions, pareto_front, parse_objectives
 from dmx.search import samplers
-from dmx.search.samplers import SAMPLERS, check_sampler, independent, make_sampler
+from dmx.search.samplers import SAMPLERS, _Seeded, check_sampler, independent, make_sampler
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
+from dmx.study.study import StudyConfig
 from tests.search.test_space import WAYS
-from tests.study.helpers import next_trial, remaining, space
+from tests.study.helpers import next_trial, open_log, remaining, space
 from tests.tiny import TASK, one_sentence
 
 KINDS = [(kind, ("accuracy",)) for kind in SAMPLERS] + [
@@ -33,7 +35,7 @@ def ids(case: tuple[str, tuple[str, ...]]) -> str:
 
 
 def open_ledger(folder: Path, kind: str, objectives: tuple[str, ...], count: int) -> StudyLog:
-    return StudyLog(
+    return open_log(
         folder,
         space=space(folder.parent),
         num_trials=count,
@@ -98,16 +100,23 @@ def test_restarts_change_no_proposal(tmp_path, monkeypatch, case):
         assert whole != play(tmp_path / "c", ("random", case[1]), set(), count)
 
 
-def live_points(kind: str, objectives: tuple[str, ...], folder: Path, count: int):
+def live_points(kind: SamplerKind, objectives: tuple[str, ...], folder: Path, count: int):
     """The same samplers in one Optuna study that lives on, as Optuna means them to be used."""
     chosen = space(folder)
     study = optuna.create_study(directions=directions(objectives))
-    from dmx.search.samplers import Proposer, _Seeded
-
-    proposer = Proposer(kind=kind, space=chosen, seed=3, num_trials=count, objectives=objectives)
+    config = StudyConfig(
+        name="s",
+        task=TASK,
+        space=chosen,
+        num_trials=count,
+        max_steps=2,
+        grace_steps=2,
+        sampler=kind,
+        seed=3,
+    )
     points = []
     for number in range(count):
-        study.sampler = _Seeded(proposer, number, [])
+        study.sampler = _Seeded(config, number)
         if number < len(chosen.initial_points):
             study.enqueue_trial(dict(chosen.initial_points[number]))
         trial = study.ask()
@@ -251,13 +260,13 @@ def test_every_sampler_searches_a_setting_with_several_distributions(tmp_path, k
 
     def points(name: str, restarts: set[int]) -> list[dict[str, Any]]:
         make = {"space": chosen, "num_trials": count, "seed": 2, "sampler": kind}
-        ledger, found = StudyLog(tmp_path / name, **make), []
+        ledger, found = open_log(tmp_path / name, **make), []
         while (asked := next_trial(ledger)) is not None:
             number, point = asked
             found.append(point)
             if number in restarts:
                 ledger.close()
-                ledger = StudyLog(tmp_path / name, **make)
+                ledger = open_log(tmp_path / name, **make)
                 assert next_trial(ledger) == asked
             value = point.get("model.dropout", 0.0) + number / 100
             ledger.report(number, 2, {"steps": 2, "dev_accuracy": value})

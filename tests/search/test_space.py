@@ -173,6 +173,7 @@ def test_a_large_space_is_sampled_the_same_every_time(tmp_path):
         ("attention.block_size: {int: [64, 100]}", "attention.block_size=100"),
         ("model.num_layer: {int: [1, 2]}", "model.num_layer"),
         ("train.micro_batch_size: {choice: [5]}", "train.micro_batch_size=5"),
+        ("1: {choice: [2]}", "1 is not a setting"),
         ("optim.anneal: {choice: [cos, linear, square]}", "optim.anneal=square"),
         ("model.num_layers: {choice: [1000000000]}", "model.num_layers=1000000000"),
         ("model.dropout: {choice: [0.1, '0.1']}", "model.dropout=0.1"),
@@ -281,17 +282,19 @@ BAD = {
     "tabs": ("attention:\n\t- a\n", "is not valid YAML"),
     "python": ("attention: !!python/name:os.system\n", "is not valid YAML"),
     "twice": ("attention: a\nattention: b\n", "key 'attention' is given twice"),
-    "no-attention": ("space: {}\n", "attention must name an attention, not None"),
-    "attention-list": ("attention: [butterfly]\n", "attention must name an attention"),
-    "unknown-key": ("attention: butterfly\nspaces: {}\n", "'spaces' is not a key here; allowed:"),
+    "no-attention": ("space: {}\n", "attention is required"),
+    "attention-list": ("attention: [butterfly]\n", "attention must be text"),
+    "unknown-key": (
+        "attention: butterfly\nspaces: {}\n",
+        "spaces is not a setting; did you mean space?",
+    ),
     "space-list": ("attention: butterfly\nspace: [1]\n", "space must be a mapping, not [1]"),
     "defaults-text": ("attention: butterfly\ndefaults: x\n", "defaults must be a mapping"),
-    "key-number": ("attention: butterfly\nspace: {1: {int: [1, 2]}}\n", "space must be a mapping"),
     "task-unknown": ("attention: butterfly\ntasks: {txt: {}}\n", "did you mean 'text'"),
     "task-list": ("attention: butterfly\ntasks: [text]\n", "tasks must be a mapping"),
     "task-key": (
         "attention: butterfly\ntasks: {text: {attention: x}}\n",
-        "tasks.text: 'attention' is not a key here",
+        "tasks.text.attention is not a setting; allowed:",
     ),
     "task-part-list": (
         "attention: butterfly\ntasks: {text: [1]}\n",
@@ -302,17 +305,23 @@ BAD = {
         "space.when: `when` stands beside `space`, not in it",
     ),
     "when-mapping": ("attention: butterfly\nwhen: {if: 1}\n", "when must be a list"),
-    "when-text": ("attention: butterfly\nwhen: [x]\n", "when[0] must be a mapping"),
-    "when-keys": ("attention: butterfly\nwhen: [{iff: {}}]\n", "when[0]: 'iff' is not a key"),
-    "when-no-if": ("attention: butterfly\nwhen: [{then: {}}]\n", "when[0].if must name one"),
+    "when-text": (
+        "attention: butterfly\nwhen: [x]\n",
+        "when[0] must be {if: {SETTING: VALUE}, then:",
+    ),
+    "when-keys": (
+        "attention: butterfly\nwhen: [{iff: {}}]\n",
+        "when[0] must be {if: {SETTING: VALUE}, then:",
+    ),
+    "when-no-if": ("attention: butterfly\nwhen: [{then: {}}]\n", "one setting under `if`"),
     "when-two": (
         "attention: butterfly\nspace: {a: {int: [1, 2]}}\n"
         "when: [{if: {a: 1, b: 2}, then: {c: {int: [1, 2]}}}]\n",
-        "when[0].if must name one setting",
+        "one setting under `if`",
     ),
     "when-nothing": (
         "attention: butterfly\nspace: {a: {int: [1, 2]}}\nwhen: [{if: {a: 1}}]\n",
-        "when[0].then must search something",
+        "when[0] must be {if: {SETTING: VALUE}, then:",
     ),
     "when-unknown": (
         "attention: butterfly\nwhen: [{if: {a: 1}, then: {c: {int: [1, 2]}}}]\n",
@@ -346,7 +355,7 @@ BAD = {
     ),
     "start-mapping": (
         "attention: butterfly\ninitial_points: {a: 1}\n",
-        "initial_points must be a list of mappings",
+        "initial_points must be a list",
     ),
     "start-number": (
         "attention: butterfly\ninitial_points: [1]\n",

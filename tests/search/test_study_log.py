@@ -21,7 +21,7 @@ from dmx.search.optuna_view import _ViewFile
 from dmx.search.samplers import make_sampler
 from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal, encode
-from tests.study.helpers import next_trial, open_log, remaining, space
+from tests.study.helpers import next_trial, open_log, remaining
 from tests.tiny import one_sentence
 
 NUM_TRIALS = 14
@@ -30,7 +30,7 @@ NUM_TRIALS = 14
 @contextmanager
 def opened(folder: Path, **changes: Any) -> Iterator[StudyLog]:
     settings = {"num_trials": NUM_TRIALS, "seed": 7, **changes}
-    made = StudyLog(folder, space=settings.pop("space", None) or space(folder.parent), **settings)
+    made = open_log(folder, **settings)
     try:
         yield made
     finally:
@@ -92,7 +92,7 @@ def test_a_fresh_study(uninterrupted, tmp_path):
         assert ledger.trials == ()
         number, point = next_trial(ledger) or (None, {})
         assert number == 0
-        assert point == dict(ledger.space.initial_points[0]), "start points come first"
+        assert point == dict(ledger.study_config.space.initial_points[0]), "start points come first"
         assert ledger.trials[0].status == "RUNNING"
     with opened(uninterrupted) as ledger:
         assert next_trial(ledger) is None and remaining(ledger) == 0

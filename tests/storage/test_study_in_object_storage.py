@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmx.search.study_log import StudyLog
 from dmx.training.checkpoint import open_checkpoint
-from tests.study.helpers import NUM_TRIALS, command, journal, next_trial, rows, run, space
+from tests.study.helpers import NUM_TRIALS, command, journal, next_trial, open_log, rows, run, space
 from tests.study.processes import Command
 
 
@@ -66,7 +65,7 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
         return StorageLayout(run=str(tmp_path / node), run_url=f"file://{tmp_path}/bucket")
 
     def work(node: str, value: float) -> None:
-        ledger = StudyLog(tmp_path / node, space=space(tmp_path), num_trials=3, seed=1)
+        ledger = open_log(tmp_path / node, space=space(tmp_path), num_trials=3, seed=1)
         found = next_trial(ledger)
         assert found is not None
         ledger.report(found[0], 2, {"dev_accuracy": value, "steps": 2})
@@ -78,7 +77,7 @@ def test_two_drivers_at_once_are_found_out(tmp_path: Path):
     FolderSync(places("b")).restore()
     assert journal(tmp_path / "b") == journal(tmp_path / "a")
     for node, value in (("a", 0.6), ("b", 0.7)):
-        ledger = StudyLog(tmp_path / node, space=space(tmp_path), num_trials=3, seed=1)
+        ledger = open_log(tmp_path / node, space=space(tmp_path), num_trials=3, seed=1)
         ledger.report(0, 4, {"dev_accuracy": value, "steps": 4})
         ledger.close()
     with FolderSync(places("a")):

@@ -13,6 +13,7 @@ from typing import Any
 from dmx.search.schedulers import Idle, Scheduler
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
+from dmx.study.study import StudyConfig
 from tests.tiny import SETTINGS, TASK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +55,15 @@ def space(folder: Path) -> SearchSpace:
 
 
 def open_log(folder: Path, **changes: Any) -> StudyLog:
-    """A study of that space, open for writing."""
+    """A study of that space, open for writing; what else of a StudyConfig is to be otherwise."""
     chosen = changes.pop("space", None) or space(folder.parent)
-    return StudyLog(folder, space=chosen, **{"num_trials": 4, "seed": 1, **changes})
+    values = {"num_trials": 4, "max_steps": MAX_STEPS, "grace_steps": 2, "seed": 1, **changes}
+    return StudyLog(folder, StudyConfig(name=folder.name, task=TASK, space=chosen, **values))
 
 
 def next_trial(log: StudyLog) -> tuple[int, dict[str, Any]] | None:
     """(number, values) of the trial that a study hands out next; None where none is left."""
-    segment = Scheduler(MAX_STEPS).next_segment(log)
+    segment = Scheduler(log.study_config).next_segment(log)
     if isinstance(segment, Idle):
         return None
     log.in_flight.add(segment.trial)

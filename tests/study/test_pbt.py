@@ -21,7 +21,7 @@ from dmx.search.schedulers import (
     Idle,
     changeable,
     check_population,
-    choose_exploits,
+    choose_takeovers,
     comparison_steps,
     explore,
 )
@@ -68,16 +68,16 @@ def test_the_worst_fifth_copies_the_best(tmp_path):
     points = {n: {**point, "model.dropout": 0.01 * n} for n in range(10)}
     scores = {0: 0.5, 1: 0.9, 2: 0.1, 3: 0.6, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.2, 8: 0.6, 9: 0.3}
     common = {"step": 40, "scores": scores, "params": points, "space": chosen}
-    found = choose_exploits(seed=1, **common)
+    found = choose_takeovers(seed=1, **common)
     assert [e.trial for e in found] == [2, 7] and {e.source for e in found} <= {1, 6}
-    assert choose_exploits(seed=1, **common) == found, "a function of its arguments"
-    assert choose_exploits(seed=2, **common) != found
-    assert choose_exploits(seed=1, **{**common, "step": 80}) != found
+    assert choose_takeovers(seed=1, **common) == found, "a function of its arguments"
+    assert choose_takeovers(seed=2, **common) != found
+    assert choose_takeovers(seed=1, **{**common, "step": 80}) != found
     level = dict.fromkeys(range(10), 0.5)
-    assert choose_exploits(seed=1, **{**common, "scores": level}) == (), (
+    assert choose_takeovers(seed=1, **{**common, "scores": level}) == (), (
         "nobody is better than another"
     )
-    assert choose_exploits(seed=1, **{**common, "scores": {3: 0.5}}) == ()
+    assert choose_takeovers(seed=1, **{**common, "scores": {3: 0.5}}) == ()
 
 
 def test_what_changes_stays_in_the_space(tmp_path):

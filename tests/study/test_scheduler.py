@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from dmx.runs.layout import DEV_ACCURACY, FAILURE, STEPS, UNDER_WAY
-from dmx.runs.study import SchedulerKind
-from dmx.search.schedulers import DONE, WAIT, Idle, Scheduler, Segment, SuccessiveHalving
+from dmx.runs.study import Search
+from dmx.search.rungs import SuccessiveHalving
+from dmx.search.schedulers import DONE, WAIT, Idle, Scheduler, Segment
 from dmx.search.study_log import StudyLog
 from dmx.study.ray_tune import NUMBER_KEY, SchedulerAdapter
 from dmx.study.study import catch_up
@@ -60,13 +61,25 @@ def open_study(folder: Path) -> StudyLog:
     return open_log(folder, num_trials=TRIALS)
 
 
-def asha(kind: SchedulerKind = "asha") -> SuccessiveHalving:
-    return SuccessiveHalving(kind, max_steps=MAX_STEPS, grace_steps=GRACE, reduction_factor=FACTOR)
+SETTINGS = Search(
+    searched={},
+    scheduler="asha",
+    sampler="tpe",
+    seed=1,
+    num_trials=TRIALS,
+    max_steps=MAX_STEPS,
+    grace_steps=GRACE,
+    reduction_factor=FACTOR,
+)
+
+
+def asha() -> SuccessiveHalving:
+    return SuccessiveHalving(SETTINGS)
 
 
 def rungs(scheduler: SuccessiveHalving) -> list[tuple[int, dict[int, float]]]:
     """(steps, {trial: accuracy}), lowest first."""
-    found = scheduler.brackets.rungs
+    found = scheduler.rungs
     return [(int(r.steps), {e.trial: e.accuracy for e in r.entries}) for r in found]
 
 
@@ -151,7 +164,7 @@ def test_a_restart_before_any_report_changes_nothing(tmp_path, monkeypatch):
 def test_a_failure_and_training_that_goes_on_are_no_results(tmp_path):
     log = open_study(tmp_path / "s")
     log.start(0)
-    for scheduler in (asha(), Scheduler(MAX_STEPS)):
+    for scheduler in (asha(), Scheduler(SETTINGS)):
         adapter, trial = SchedulerAdapter(log, scheduler), fake_trial(0, "x")
         failed = {STEPS: 2, DEV_ACCURACY: 0.0, FAILURE: "it broke", "done": True}
         under_way = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
@@ -164,7 +177,7 @@ def test_a_failure_and_training_that_goes_on_are_no_results(tmp_path):
 
 def test_without_a_scheduler_everything_is_recorded(tmp_path):
     log = open_study(tmp_path / "s")
-    adapter = SchedulerAdapter(log, Scheduler(MAX_STEPS))
+    adapter = SchedulerAdapter(log, Scheduler(SETTINGS))
     for number in range(3):
         log.start(number)
         for step in (2, 4):
@@ -177,7 +190,7 @@ def test_without_a_scheduler_everything_is_recorded(tmp_path):
 
 def test_segments_are_a_function_of_the_record(tmp_path):
     """Interrupted trials come first; a study waits for those that train, and then it is done."""
-    log, scheduler = open_log(tmp_path / "s", num_trials=3), Scheduler(MAX_STEPS)
+    log, scheduler = open_log(tmp_path / "s", num_trials=3), Scheduler(SETTINGS)
 
     def take() -> Segment | Idle:
         found = scheduler.next_segment(log)
