@@ -211,7 +211,7 @@ def _cost(
         models=tuple(step for step, _ in counted),
         num_models=len(distinct),
         probes=tuple(
-            probe_step(run, store, threads=max(int(cpus), 1), seconds=seconds, num_dev=num_dev)
+            probe_step(run, store, num_threads=max(int(cpus), 1), seconds=seconds, num_dev=num_dev)
             for run in ends
         ),
         note=note,

@@ -187,7 +187,7 @@ def _count(model: Classifier, batch: Batch) -> tuple[int, int]:
 
     model.zero_grad(set_to_none=True)
     flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    alone = _threads(1)  # the counter sees this thread only
+    alone = threads(1)  # the counter sees this thread only
     with alone, flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = model(batch.input_ids, batch.input_ids_1)
         F.cross_entropy(logits.float(), batch.labels).backward()
@@ -224,14 +224,14 @@ def probe_step(
     config: RunConfig,
     store: Store,
     *,
-    threads: int = 1,
+    num_threads: int = 1,
     seconds: float = 6.0,
     num_dev: int | None = None,
 ) -> Probe:
     """Time real optimizer steps, and evaluation, for about `seconds`; nothing is written.
 
     Args:
-        threads: CPU threads of a worker. num_dev: examples of the dev split; None: the store's.
+        num_threads: CPU threads of a worker. num_dev: examples of the dev split, or the store's.
     """
     length = config.model.max_length or config.task_info.max_length
     on_cpu = pick_device(config.train.device).type == "cpu"
@@ -239,7 +239,7 @@ def probe_step(
     times = config.train.batch_size / train.batch_size
     # Enough steps for a schedule, however few the run has.
     train = dataclasses.replace(train, compile=False, num_steps=max(train.num_steps, 64))
-    with _threads(threads), torch.random.fork_rng():
+    with threads(num_threads), torch.random.fork_rng():
         trainer = Trainer(dataclasses.replace(config, train=train), store)
         device, dev = trainer.device, store.split("dev")
         try:
@@ -304,7 +304,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Within the block torch uses so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(count, 1))

@@ -129,7 +129,7 @@ def test_counting_and_probing_leave_no_trace(tiny_store: Store) -> None:
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     count_step(_config("butterfly-16"), tiny_store)
-    probe = probe_step(_config("butterfly-16"), tiny_store, threads=1, seconds=0.2)
+    probe = probe_step(_config("butterfly-16"), tiny_store, num_threads=1, seconds=0.2)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert probe.step_seconds > 0 and probe.eval_seconds > 0 and probe.steps >= 1
     assert probe.device == "cpu" and probe.peak_memory_bytes is None
