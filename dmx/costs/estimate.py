@@ -20,6 +20,7 @@ from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.format import duration, scaled
 from dmx.nn.device import pick_device
+from dmx.schema import check_number
 from dmx.search.simulate import ExpectedSteps, expected_steps
 from dmx.tasks import NUM_IMAGES, Task
 
@@ -301,18 +302,13 @@ def dry_data(
 
 
 def check_price(price: float | None, *, dry_run: bool = True) -> None:
-    """Refuse a price that is none, or that no estimate would use.
-
-    Raises:
-        ConfigError: it is negative or not a number, or given without --dry-run.
-    """
+    """Refuse a price that is none, or that no estimate would use."""
     if price is not None and not dry_run:
         raise ConfigError(
             "--price-per-gpu-hour is for --dry-run, which starts nothing; add --dry-run, or leave "
             "it out."
         )
-    if price is not None and not 0 <= price < math.inf:
-        raise ConfigError(f"--price-per-gpu-hour is {price}; it must not be negative.")
+    check_number("--price-per-gpu-hour", price, least=0)
 
 
 def describe(cost: Cost, price_per_gpu_hour: float | None = None) -> list[str]:
