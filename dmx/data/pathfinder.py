@@ -223,7 +223,7 @@ class Generator:
         while drawn <= _MOST_WORDS:
             tools.board.clear()
             cursor[0] = 0
-            used, origin = tools.place(tools.geometry, tools.board, tools.counts, words, cursor)
+            used, origin = tools.place(tools.geometry, tools.board, words, cursor)
             if used >= 0:
                 return used, origin
             # No word dropped: a single attempt takes them all, so twice as many are needed.
@@ -245,12 +245,11 @@ class _Tools:
     def __init__(self, p: GeneratorParameters, margin: int, render: Render) -> None:
         # Imported here, so that parameters can be looked up without numba and its start-up time.
         from dmx.data.pathfinder_core import draw, place
-        from dmx.data.pathfinder_geometry import Counts, geometry_for, make_board, pictures_for
+        from dmx.data.pathfinder_geometry import geometry_for, make_board, pictures_for
 
         self.place, self.draw = place, draw
         self.geometry = geometry_for(p, margin)
         self.board = make_board(p, self.geometry)
-        self.counts = Counts(p.contour_length, p.distractor_length, p.num_distractors)
         pictures = pictures_for(p, margin)
         lines = pictures.raw_lines if render == "lra" else pictures.lines / 255.0
         # Double precision until the contrast is in, then single: the original's order.

@@ -17,7 +17,7 @@ from numba.core.cpu import CPUTargetOptions
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from dmx.data.pathfinder_geometry import Bits, Board, Counts, Geometry
+    from dmx.data.pathfinder_geometry import Bits, Board, Geometry
 
 DEGREES = 360
 FREE_LEVEL = 76
@@ -314,7 +314,7 @@ def _fits(g: Geometry, b: Board, y: int, x: int, picture: int) -> bool:
 
 
 @entry
-def place(g: Geometry, b: Board, counts: Counts, words: Words, cursor: Cursor) -> tuple[int, int]:
+def place(g: Geometry, b: Board, words: Words, cursor: Cursor) -> tuple[int, int]:
     """Place both targets, then the distractors; the paddles go to b.paddles, the ends to b.tips.
 
     The board must be cleared, the cursor 0. Returns the number of paddles and the target whose
@@ -322,18 +322,18 @@ def place(g: Geometry, b: Board, counts: Counts, words: Words, cursor: Cursor) -
     behind, and call again; the attempts that failed on those need not be made again.
     """
     none = used = begin = int(cursor[0])  # a variable: a literal 0 would compile the calls twice
-    while used < 2 * counts.contour_length:
+    while used < 2 * g.contour_length:
         if cursor[0] > words.size:
             cursor[0] = begin
             return WORDS_EXHAUSTED, 0
         begin = int(cursor[0])
         restore(g, b, none, used)
-        used = _place_targets(g, b, counts, words, cursor)
+        used = _place_targets(g, b, words, cursor)
     keep(g, b, none, used)
-    for _ in range(counts.num_distractors):
+    for _ in range(g.num_distractors):
         for _ in range(DISTRACTOR_TRIALS):
-            end = used + _place_distractor(g, b, counts, used, words, cursor)
-            if end == used + counts.distractor_length:
+            end = used + _place_distractor(g, b, used, words, cursor)
+            if end == used + g.distractor_length:
                 keep(g, b, used, end)
                 used = end
                 break
@@ -365,14 +365,14 @@ def draw(
 
 
 @helper
-def _place_targets(g: Geometry, b: Board, counts: Counts, words: Words, cursor: Cursor) -> int:
+def _place_targets(g: Geometry, b: Board, words: Words, cursor: Cursor) -> int:
     """One attempt at two snakes that grow in turn. Returns how many paddles it got to."""
     first, second = b.snakes[0], b.snakes[1]
     if not _start(g, b, first, b.target_zone, 0.0, words, cursor):
         return 0
     if not _start_second(g, first, second, words, cursor):
         return 0
-    for n in range(2 * counts.contour_length):
+    for n in range(2 * g.contour_length):
         snake = b.snakes[n % 2]
         if n < 2:
             b.tips[n, 0, 0], b.tips[n, 0, 1] = snake[3], snake[4]
@@ -386,26 +386,24 @@ def _place_targets(g: Geometry, b: Board, counts: Counts, words: Words, cursor: 
     # As in the original, the first target's last paddle never joins the mask: a distractor may
     # cross it.
     take(g, b, second[3], second[4], second[5])
-    return 2 * counts.contour_length
+    return 2 * g.contour_length
 
 
 @helper
-def _place_distractor(
-    g: Geometry, b: Board, counts: Counts, used: int, words: Words, cursor: Cursor
-) -> int:
+def _place_distractor(g: Geometry, b: Board, used: int, words: Words, cursor: Cursor) -> int:
     """One attempt at a distractor, after `used` paddles. Returns how many paddles it got to."""
     snake = b.snakes[0]
     if not _start(g, b, snake, b.distractor_zone, LEAST_FREE_SHARE, words, cursor):
         return 0
     _record(b, used, snake, DISTRACTOR)
-    for n in range(1, counts.distractor_length):
+    for n in range(1, g.distractor_length):
         y, x, picture = snake[3], snake[4], snake[5]
         if not extend(g, b, snake, words, cursor):
             return n
         take(g, b, y, x, picture)
         _record(b, used + n, snake, DISTRACTOR)
     take(g, b, snake[3], snake[4], snake[5])
-    return counts.distractor_length
+    return g.distractor_length
 
 
 @helper

@@ -26,6 +26,9 @@ NEGLIGIBLE = 1e-30
 class Geometry(NamedTuple):
     """Read-only tables for one margin. D = 360 + K directions, K candidates, S = 2 * half + 1."""
 
+    contour_length: int
+    distractor_length: int
+    num_distractors: int
     window: int
     half: int
     frame: int
@@ -155,6 +158,9 @@ def geometry_for(parameters: GeneratorParameters, margin: int) -> Geometry:
     kernels = [_kernel(mask, half, reach) for mask in masks[:DEGREES]]
     flat = np.concatenate(kernels)
     geometry = Geometry(
+        contour_length=parameters.contour_length,
+        distractor_length=parameters.distractor_length,
+        num_distractors=parameters.num_distractors,
         window=parameters.window,
         half=half,
         frame=frame,
@@ -261,14 +267,6 @@ Bits = NDArray[np.uint64]
 """A set of pixels. Pixel (y, x) is bit x % 64 of word 1 + (y + bit_frame) * stride + 1 + x // 64;
 bits outside the image (rows above and below, words left and right, one guard word at each end)
 are set where the set means `no obstacle`."""
-
-
-class Counts(NamedTuple):
-    """How many paddles and snakes an image has."""
-
-    contour_length: int
-    distractor_length: int
-    num_distractors: int
 
 
 class Board(NamedTuple):

@@ -90,6 +90,11 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def places(self, tails: Sequence[str]) -> Iterator[list[str]]:
+        """Folders whose paths end with one of `tails`, the likeliest first; those of a list are
+        equally likely.
+        """
+
     def locate(self, tails: Sequence[str], probe: str) -> str | None:
         """The folder whose path ends with one of `tails`, an earlier one rather than a later, and
         that holds `probe`; None where there is none.
@@ -97,6 +102,16 @@ class Source(ABC):
         Raises:
             DataError: there are several.
         """
+        for places in self.places(tails):
+            found = [place for place in places if self.has(posixpath.join(place, probe))]
+            if len(found) > 1:
+                raise DataError(
+                    f"{self.path} holds the data more than once, in {' and in '.join(found)}; "
+                    "give one of these folders as --source."
+                )
+            if found:
+                return found[0]
+        return None
 
     @abstractmethod
     def at(self, folder: str) -> Source:
@@ -177,20 +192,11 @@ class FolderSource(Source):
             with stream:
                 yield name, stream
 
-    def locate(self, tails: Sequence[str], probe: str) -> str | None:
-        """Looks in the folder itself, then one level deeper, then two; see Source.locate."""
+    def places(self, tails: Sequence[str]) -> Iterator[list[str]]:
+        """Of the folder itself, then one level deeper, then two."""
         for depth in range(_DEPTH + 1):
             for tail in tails:
-                places = [posixpath.join(f, tail).rstrip("/") for f in self._level(depth)]
-                found = [p for p in places if self.has(posixpath.join(p, probe))]
-                if len(found) > 1:
-                    raise DataError(
-                        f"{self.path} holds the data more than once, in {' and in '.join(found)}; "
-                        "give one of these folders as --source."
-                    )
-                if found:
-                    return found[0]
-        return None
+                yield [posixpath.join(f, tail).rstrip("/") for f in self._level(depth)]
 
     def _level(self, depth: int) -> list[str]:
         """The folders `depth` levels below: a source may hold millions of files, so not all."""
@@ -283,15 +289,12 @@ class ArchiveSource(Source):
                     if not wanted:
                         return
 
-    def locate(self, tails: Sequence[str], probe: str) -> str | None:
-        """Of several folders that fit a tail the deepest; see Source.locate."""
+    def places(self, tails: Sequence[str]) -> Iterator[list[str]]:
+        """The deepest first: lra_release.gz has two copies; everybody uses the inner one."""
         for tail in tails:
-            # lra_release.gz has two copies; everybody uses the inner, deeper one.
             fitting = [f for f in self.index if not tail or f == tail or f.endswith(f"/{tail}")]
-            for root in sorted(fitting, key=lambda folder: (-folder.count("/"), folder)):
-                if self.has(posixpath.join(root, probe)):
-                    return root
-        return None
+            for place in sorted(fitting, key=lambda folder: (-folder.count("/"), folder)):
+                yield [place]
 
     def at(self, folder: str) -> Source:
         if not folder:

@@ -21,37 +21,29 @@ from dmx.format import scaled
 from dmx.tasks import SPLITS, Task
 
 
-def _stems(task: Task) -> tuple[str, str]:
-    """What the files' names begin with."""
-    return task.name, f"lra-{task.name}"
-
-
 def _find(task: Task, source: Source) -> str | None:
-    for stem in _stems(task):
-        for ending in ("npz", "pickle"):
-            root = source.locate(("",), f"{stem}.train.{ending}")
-            if root is not None:
-                return root
+    for name in (
+        f"{task.name}.train.npz",
+        f"{task.name}.train.pickle",
+        f"lra-{task.name}.train.pickle",
+    ):
+        if (root := source.locate(("",), name)) is not None:
+            return root
     return None
 
 
-def _stem(request: Request) -> str:
-    for stem in _stems(request.task):
-        if request.source.has(f"{stem}.train.npz"):
-            return stem
-    raise DataError(
-        f"{request.source.path} holds pickles of {request.task.name}, which dmx does not read, "
-        "since a pickle can run programs; convert them, and give OUT as --source: "
-        f"python scripts/convert_pickles.py {request.source.given} OUT"
-    )
-
-
 def _describe(request: Request) -> dict[str, Any]:
-    task = request.task
+    source, task = request.source, request.task
+    if not source.has(f"{task.name}.train.npz"):
+        raise DataError(
+            f"{source.path} holds pickles of {task.name}, which dmx does not read, since a pickle "
+            "can run programs; convert them, and give OUT as --source: "
+            f"python scripts/convert_pickles.py {source.given} OUT"
+        )
     small = task.image_side is not None or task.vocab_size <= 256
     return {
         "data_name": f"reference-{task.name}",
-        "origin": f"arrays {request.source.describe(_stem(request))}.*.npz",
+        "origin": f"arrays {source.describe(task.name)}.*.npz",
         "dtype": "uint8" if small else "uint16",
         "licence": "as the data they were made from",
     }
@@ -103,9 +95,9 @@ def _unpadded(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _fill(request: Request, writer: StoreWriter) -> None:
     """Exactly the files' examples in their order, dev and test apart."""
-    task, stem = request.task, _stem(request)
+    task = request.task
     names = ["input_ids_0", "input_ids_1"][: 1 + task.paired]
-    for split, stream, where in request.files({s: f"{stem}.{s}.npz" for s in SPLITS}):
+    for split, stream, where in request.files({s: f"{task.name}.{s}.npz" for s in SPLITS}):
         if not isinstance(getattr(stream, "raw", None), io.FileIO):  # in an archive: no seeking
             stream = io.BytesIO(stream.read())
         labels, *sides = _load(stream, ["label", *names], where)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import posixpath
 import random
 import shutil
-import time
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -27,7 +25,7 @@ from dmx.data.shards import ShardPlan, make_shards, read_shards
 from dmx.data.sources import Source, safe_name
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import ConfigError, DataError
-from dmx.format import duration, scaled
+from dmx.format import scaled
 from dmx.storage.files import explained
 from dmx.tasks import EMPTY_IMAGES, NUM_IMAGES, Task
 from dmx.terminal import progress
@@ -45,8 +43,6 @@ thickness, margin, number of contrasts. Some versions of the generator write mor
 _LABEL_FIELD = 3
 _LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 _NPY_MAGIC = b"\x93NUMPY"
-_PROBE_SECONDS = 2.0
-_PROBE_IMAGES = 40
 _SHARD_SHARE = 0.25
 """Compressed shards need at most about this share of the images' bytes."""
 
@@ -238,11 +234,11 @@ def make_shard(
     }
 
 
-def _estimate(plan: ShardPlan, pixels: int, workers: int, on_cluster: bool) -> None:
-    """Log how long generating takes and what disk it needs.
+def _check_room(plan: ShardPlan, pixels: int) -> None:
+    """Log what disk the set needs.
 
     Raises:
-        DataError: the disk has too little room.
+        DataError: there is too little room.
     """
     todo, size = sum(map(len, plan.missing)), plan.total * pixels
     need = size + int(_SHARD_SHARE * pixels * todo)
@@ -253,23 +249,10 @@ def _estimate(plan: ShardPlan, pixels: int, workers: int, on_cluster: bool) -> N
             f"{plan.store.name} needs {scaled(need, 'B')} in {plan.store.parent}, but only "
             f"{scaled(free, 'B')} are free; choose another --data-root or fewer --num-images."
         )
-    rate = _images_per_second(plan) if todo else math.inf
-    how = f"about {duration(todo / rate / workers)} with {workers} worker(s)"
     log.info(
-        "%s: generating %s images, %s (%.3g images/s a core); %s on disk, %s free",
-        *(plan.store.name, f"{todo:,}", "on the Ray cluster" if on_cluster else how, rate),
-        *(scaled(size, "B"), scaled(free, "B")),
+        "%s: generating %s images, %s on disk of the %s that are free",
+        *(plan.store.name, f"{todo:,}", scaled(size, "B"), scaled(free, "B")),
     )
-
-
-def _images_per_second(plan: ShardPlan) -> float:
-    make_shard(0, 1, **plan.arguments)  # compiles what has to be compiled
-    start = time.monotonic()
-    for count in range(_PROBE_IMAGES):
-        make_shard(count, count + 1, **plan.arguments)
-        if time.monotonic() - start > _PROBE_SECONDS:
-            break
-    return (count + 1) / (time.monotonic() - start)
 
 
 def _plan(request: Request) -> ShardPlan:
@@ -321,7 +304,7 @@ def _describe_generated(request: Request) -> dict[str, Any]:
 def _generate(request: Request, writer: StoreWriter) -> None:
     """Make what is missing; split as the reference splits."""
     plan = _plan(request)
-    _estimate(plan, request.task.max_length, request.workers, request.on_cluster)
+    _check_room(plan, request.task.max_length)
     make_shards(plan, workers=request.workers, on_cluster=request.on_cluster)
     for _, arrays in read_shards(plan):
         writer.add_rows(None, arrays["images"], arrays["labels"])
