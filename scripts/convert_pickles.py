@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from dmx.data.readers.image import BATCHES, PER_BATCH, PIXELS
+from dmx.data.readers.archives import BATCHES, PER_BATCH, PIXELS
 from dmx.data.sources import Source, open_source
 from dmx.errors import EXIT_BAD_INPUT, DataError, DmxError
 from dmx.tasks import SPLITS, task_names

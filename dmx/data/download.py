@@ -26,14 +26,7 @@ def download(address: str, folder: Path, checksum: str = "") -> Path:
     """The file at `address`, in `folder`; nothing is fetched if it is there already.
 
     An interrupted download stays as `<name>.part` and is continued, provided that the server says
-    it is still the same file.
-
-    Args:
-        checksum: "md5:..." or "sha256:..."; "" when none is published.
-
-    Raises:
-        DataError: the server does not answer or the checksum differs; it names the address and
-            `--source`.
+    it is still the same file. `checksum`: "md5:..." or "sha256:..."; "" when none is published.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):

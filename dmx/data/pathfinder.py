@@ -50,31 +50,24 @@ _MOST_WORDS = 1 << 26
 class GeneratorParameters:
     """Everything that decides an image besides the seed. Lengths are pixels of the final image."""
 
-    window: int
-    """Height and width of the image."""
+    window: int  # height and width of the image
     margins: tuple[int, ...]
     """Clear space around a paddle; drawn once per image. Paddles of a snake are 2 margins apart."""
     seed_distance: int
     """Between the starts of the two targets; the first keeps twice this from the border."""
     marker_radius: float
-    contour_length: int
-    """Paddles of a target snake."""
-    distractor_length: int
-    """Paddles of a distractor snake."""
+    contour_length: int  # paddles of a target snake
+    distractor_length: int  # paddles of a distractor snake
     num_distractors: int
     """Distractor snakes tried; one that finds no room in five tries is left out."""
     paddle_length: int = 5
-    paddle_thickness: float = 1.5
-    """A multiple of 1 / antialias."""
-    padding: int = 1
-    """Border that snakes avoid."""
+    paddle_thickness: float = 1.5  # a multiple of 1 / antialias
+    padding: int = 1  # border that snakes avoid
     continuity: float = 1.8
     """How straight snakes run: the angle between paddles is scaled by it (1 = up to 90 degrees)."""
     snake_contrast: float = 0.9
-    paddle_contrast: float = 1.0
-    """Further factor on the brightness of the targets only."""
-    antialias: int = 2
-    """Paddles and discs are drawn this many times larger, then reduced."""
+    paddle_contrast: float = 1.0  # further factor on the brightness of the targets only
+    antialias: int = 2  # paddles and discs are drawn this many times larger, then reduced
 
 
 # The released images hold as many distractors as the baseline (contour 6, distractors of 2) for

@@ -31,39 +31,31 @@ class Geometry(NamedTuple):
     num_distractors: int
     window: int
     half: int
-    frame: int
-    """Pixels around the mask, so that no look-up near its border needs a check."""
-    side: int
-    """Of the mask with its frame."""
+    frame: int  # pixels around the mask, so that no look-up near its border needs a check
+    side: int  # of the mask with its frame
     bit_frame: int
     """Rows above and below the bit set of free pixels, for the same reason: length + margin, which
     is how far kernel and candidates reach."""
-    stride: int
-    """64-bit words of a row of the bit set, with one word of frame on each side."""
+    stride: int  # 64-bit words of a row of the bit set, with one word of frame on each side
     levels: NDArray[np.float64]
     """[256] mask levels as the original holds them: k / 255 rounded to single precision."""
-    masks: NDArray[np.uint8]
-    """[D, S, S] masks of a paddle that starts at the centre."""
+    masks: NDArray[np.uint8]  # [D, S, S] masks of a paddle that starts at the centre
     boxes: NDArray[np.int64]
     """[D, 4] top, left, bottom, right of a mask's pixels above 0, from the paddle's start."""
     steps: NDArray[np.float64]
     """[D, 2] (y, x) from one pivot to the next: over a paddle and the gap behind it."""
-    heads: NDArray[np.float64]
-    """[360, 2] from the start of a first paddle to its end."""
+    heads: NDArray[np.float64]  # [360, 2] from the start of a first paddle to its end
     backs: NDArray[np.float64]
     """[360, 2] from the end of a first paddle to the pivot before its start."""
-    ring: NDArray[np.float64]
-    """[360, 2] from the start of the first target to that of the second."""
+    ring: NDArray[np.float64]  # [360, 2] from the start of the first target to that of the second
     candidates: NDArray[np.int64]
     """[K, 2] from the pivot to the points where the next paddle may end, in (y, x) order."""
-    weights: NDArray[np.float64]
-    """[D, K] preference for a candidate, given the last direction."""
+    weights: NDArray[np.float64]  # [D, K] preference for a candidate, given the last direction
     favoured_ends: NDArray[np.int64]
     """[D + 1] where each direction's part of `favoured` begins and ends."""
     favoured: NDArray[np.int64]
     """Candidates less than a quarter turn (over continuity) from a direction."""
-    disc: NDArray[np.int64]
-    """Offsets in the framed, flat mask of the pixels within `margin`."""
+    disc: NDArray[np.int64]  # offsets in the framed, flat mask of the pixels within `margin`
     kernel_ends: NDArray[np.int64]
     """[361] where each degree's part of `kernel_words` and `kernel_shifts` begins and ends."""
     kernel_words: NDArray[np.int64]
@@ -76,12 +68,10 @@ class Geometry(NamedTuple):
 class PaddlePictures(NamedTuple):
     """Read-only pictures [D, S, S] of a paddle in every direction; it starts in the centre."""
 
-    lines: NDArray[np.uint8]
-    """The dash, 0..255, reduced with clipping."""
+    lines: NDArray[np.uint8]  # the dash, 0..255, reduced with clipping
     raw_lines: NDArray[np.float32]
     """The dash, about 0..1, reduced in floating point: over- and undershoots of Lanczos kept."""
-    masks: NDArray[np.uint8]
-    """The dash widened by the margin, 0..255."""
+    masks: NDArray[np.uint8]  # the dash widened by the margin, 0..255
 
 
 @lru_cache(maxsize=16)
@@ -272,37 +262,25 @@ are set where the set means `no obstacle`."""
 class Board(NamedTuple):
     """Arrays that the compiled core reads and writes; owned by one generator, for one margin."""
 
-    mask: NDArray[np.uint8]
-    """[side * side] the image with a frame; 255 = taken, 0 in the frame."""
-    free: Bits
-    """Where the kept mask is at most 0.3, and the frame."""
-    kept_mask: NDArray[np.uint8]
-    """Without the snake that is being placed."""
-    fresh_mask: NDArray[np.uint8]
-    """The empty image: only its border of `padding` pixels is taken."""
+    mask: NDArray[np.uint8]  # [side * side] the image with a frame; 255 = taken, 0 in the frame
+    free: Bits  # where the kept mask is at most 0.3, and the frame
+    kept_mask: NDArray[np.uint8]  # without the snake that is being placed
+    fresh_mask: NDArray[np.uint8]  # the empty image: only its border of `padding` pixels is taken
     fresh_free: Bits
-    inside: Bits
-    """The image without the frame."""
+    inside: Bits  # the image without the frame
     target_zone: Bits
     """All but the band of 2 * seed_distance along the border: no first target lies on that."""
-    distractor_zone: Bits
-    """All but a band of one pixel."""
+    distractor_zone: Bits  # all but a band of one pixel
     source: Bits
     result: Bits
-    shares: NDArray[np.float64]
-    """[K] the favoured candidates' weights, then their cumulated shares."""
-    chosen: NDArray[np.int64]
-    """[K] which candidates those are."""
-    ranks: NDArray[np.int64]
-    """[K] number of a candidate among those inside the image, -1 outside."""
-    first: NDArray[np.int64]
-    """[1] the candidate of rank 0."""
-    lanes: NDArray[np.float64]
-    """[8] running sums of the weights."""
+    shares: NDArray[np.float64]  # [K] the favoured candidates' weights, then their cumulated shares
+    chosen: NDArray[np.int64]  # [K] which candidates those are
+    ranks: NDArray[np.int64]  # [K] number of a candidate among those inside the image, -1 outside
+    first: NDArray[np.int64]  # [1] the candidate of rank 0
+    lanes: NDArray[np.float64]  # [8] running sums of the weights
     snakes: NDArray[np.int64]
     """[2, 6] of each growing snake: pivot y, x; direction; last paddle's start y, x and picture."""
-    tips: NDArray[np.int64]
-    """[2, 2, 2] start and end (y, x) of both targets."""
+    tips: NDArray[np.int64]  # [2, 2, 2] start and end (y, x) of both targets
     paddles: NDArray[np.int64]
     """[most, 4] start y, x, picture and role of the paddles placed so far."""
 

@@ -33,21 +33,14 @@ SAMPLES_FOLDER = "samples"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request to prepare one task.
-
-    Attributes:
-        folder: the store's final place.
-        given: the source at the place that the reader found, or None to generate.
-        workers: local processes. on_cluster: the connected Ray cluster generates instead.
-        options: reader-specific settings that the user gave (num_images, seed, render, ...).
-    """
+    """A request to prepare one task."""
 
     task: Task
-    folder: Path
-    given: Source | None = None
-    workers: int = 1
-    on_cluster: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path  # the store's final place
+    given: Source | None = None  # at the place that the reader found; None to generate
+    workers: int = 1  # local processes
+    on_cluster: bool = False  # the connected Ray cluster generates instead
+    options: Mapping[str, Any] = field(default_factory=dict)  # num_images, seed, render, ...
 
     @property
     def source(self) -> Source:
@@ -64,33 +57,22 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One way to get a task's data.
+    """One way to get a task's data."""
 
-    Attributes:
-        name: the data's name in the manifest, e.g. "lra-text".
-        families: task families it serves; empty for all.
-        find: the folder of the task's data in a source, or None; no function: it needs no source.
-        expects: what `find` looks for, in words, for the message when nothing fits.
-        describe: fields of the manifest beside the task's own; it refuses what cannot be read.
-        fill: adds the examples; what it returns is added to the manifest's parameters.
-        options: the settings it understands; others are refused.
-        address: official download, or "".
-        checksum: "md5:..." or "sha256:..." of the download, or "".
-        sample: one line on what it is, if the data only stand in for the published ones.
-        rank: readers with a lower rank are asked first.
-    """
-
-    name: str
-    families: tuple[str, ...]
+    name: str  # of the data in the manifest, e.g. "lra-text"
+    families: tuple[str, ...]  # task families it serves; empty for all
     find: Callable[[Task, Source], str | None] | None = None
-    expects: str = ""
+    """The folder of the task's data in a source, or None; no function: it needs no source."""
+    expects: str = ""  # what `find` looks for, in words, for the message when nothing fits
     describe: Callable[[Request], dict[str, Any]]
+    """Fields of the manifest beside the task's own; it refuses what cannot be read."""
     fill: Callable[[Request, StoreWriter], Mapping[str, Any] | None]
-    options: tuple[str, ...] = ()
-    address: str = ""
-    checksum: str = ""
-    sample: str = ""
-    rank: int = 10
+    """Adds the examples; what it returns is added to the manifest's parameters."""
+    options: tuple[str, ...] = ()  # the settings it understands; others are refused
+    address: str = ""  # official download
+    checksum: str = ""  # "md5:..." or "sha256:..." of the download
+    sample: str = ""  # what it is, if the data only stand in for the published ones
+    rank: int = 10  # readers with a lower rank are asked first
 
     def found(self, task: Task, source: Source | None) -> str | None:
         """The folder of the data in the source, "" where none is needed; None: it does not fit."""
@@ -235,8 +217,6 @@ def prepare_data(
         options: settings of the reader (seed, num_images, render, num_train, ...).
         force: replace an existing store.
 
-    Raises:
-        ConfigError: unknown task or option. DataError: bad or missing data.
     """
     start = time.monotonic()
     task = task_for(task_name)
@@ -293,11 +273,7 @@ def write(reader: Reader, request: Request, *, force: bool = False) -> Store:
 
 
 def _choose(task: Task, source: Source | None) -> tuple[Reader, str]:
-    """The reader for the task and source, and the folder of the data in the source.
-
-    Raises:
-        DataError: none fits; the sentence says what was looked for.
-    """
+    """The reader for the task and source, and the folder of the data in the source."""
     readers = readers_for(task)
     for reader in readers:
         if (inner := reader.found(task, source)) is not None:
@@ -320,11 +296,7 @@ def _holds(source: Source, task: Task) -> bool:
 def prepare_all(
     source: Path, data_root: Path | None = None, *, force: bool = False
 ) -> dict[str, str]:
-    """Prepare every published task that `source` holds; the errors of those that failed.
-
-    Raises:
-        DataError: the source does not exist or holds no known task.
-    """
+    """Prepare every published task that `source` holds; the errors of those that failed."""
     opened = open_source(source)
     held = [name for name in task_names() if _holds(opened, task_for(name))]
     if not held:

@@ -44,22 +44,13 @@ _TASKS_PER_CPU = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """What is to be made. A shard is the range of its examples.
+    """What is to be made. A shard is the range of its examples."""
 
-    Attributes:
-        store: the store that the shards will become; they lie in a hidden folder beside it.
-        maker: "module:function", importable in every worker.
-        arguments: keyword arguments of the maker, JSON values.
-        total: number of examples. size: examples per shard.
-        unit: what an example is called, plural.
-    """
-
-    store: Path
-    maker: str
-    arguments: Mapping[str, Any]
-    total: int
-    size: int
-    unit: str
+    store: Path  # that the shards will become; they lie in a hidden folder beside it
+    maker: str  # "module:function", importable in every worker
+    arguments: Mapping[str, Any]  # keyword arguments of the maker, JSON values
+    total: int  # examples
+    size: int  # examples per shard
 
     @property
     def folder(self) -> Path:
@@ -106,14 +97,14 @@ def make_shards(plan: ShardPlan, *, workers: int, on_cluster: bool = False) -> N
     if not (missing := plan.missing):
         return
     if done := plan.total - sum(map(len, missing)):
-        log.info("continuing %s: %d of %d %s exist", plan.store.name, done, plan.total, plan.unit)
+        log.info("continuing %s: %d of %d examples exist", plan.store.name, done, plan.total)
     if on_cluster:
         finished = _on_cluster(plan, missing)
     elif workers > 1 and len(missing) > 1:
         finished = _in_processes(plan, missing, min(workers, len(missing)))
     else:
         finished = _in_order(plan, missing)
-    with progress(plan.store.name, plan.total, plan.unit, done) as advance:
+    with progress(plan.store.name, plan.total, "examples", done) as advance:
         for shard in finished:
             advance(len(shard))
 
@@ -164,11 +155,7 @@ def _in_order(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
 
 
 def _in_processes(plan: ShardPlan, shards: list[range], count: int) -> Iterator[range]:
-    """Shards as `count` processes finish them, in any order.
-
-    Raises:
-        DataError: a worker died (killed for memory, say), or the maker raised it.
-    """
+    """Shards as `count` processes finish them, in any order."""
     workers = [_start_worker(plan, shards[number::count]) for number in range(count)]
     left = set(shards)
     try:
@@ -255,9 +242,6 @@ def _end_with_parent() -> None:
 def _on_cluster(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
     """Shards as the connected cluster finishes them; their bytes come back and are written here,
     so that nodes need no shared file system.
-
-    Raises:
-        DataError: the cluster has no CPU, or a task failed.
     """
     import ray
 

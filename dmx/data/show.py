@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Column, Table
 
 from dmx.data.prepare import SAMPLES_FOLDER
+from dmx.data.readers.archives import decode as decode_text
 from dmx.data.readers.listops import decode as decode_listops
-from dmx.data.readers.text import decode as decode_text
 from dmx.data.store import Manifest, Split, Store, open_store
 from dmx.errors import ConfigError, DataError
 from dmx.format import scaled

@@ -73,31 +73,21 @@ class Source(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of the file `name`.
-
-        Raises:
-            DataError: there is no such file.
-        """
+        """Bytes of the file `name`; DataError: there is none."""
 
     @abstractmethod
     def open(self, names: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
-        """(name, stream) of the files; in the given order for a folder, an archive's own order
-        for an archive. A stream is valid until the next one is asked for, and read where errors
-        are `explained`.
+        """(name, stream) of the files; in the given order for a folder, in its own for an archive.
 
-        Raises:
-            DataError: a file is missing, or the archive is damaged.
+        A stream is valid until the next one is asked for, and read where errors are `explained`.
         """
 
     @abstractmethod
     def places(self, tails: Sequence[str]) -> Iterator[list[str]]:
-        """Folders whose paths end with one of `tails`, the likeliest first; those of a list are
-        equally likely.
-        """
+        """Folders that end with one of `tails`, the likeliest first; a list's are equally so."""
 
     def locate(self, tails: Sequence[str], probe: str) -> str | None:
-        """The folder whose path ends with one of `tails`, an earlier one rather than a later, and
-        that holds `probe`; None where there is none.
+        """The likeliest folder that ends with one of `tails` and holds `probe`, or None.
 
         Raises:
             DataError: there are several.
@@ -118,11 +108,7 @@ class Source(ABC):
         """One of its folders as a source."""
 
     def read_small(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """(name, content) of files that are read whole.
-
-        Raises:
-            DataError: also when a file is larger than 256 MiB.
-        """
+        """(name, content) of files that are read whole; none is larger than 256 MiB."""
         with self.explained():
             for name, stream in self.open(names):
                 # Not read(limit): that would reserve the limit's memory for each of 50,000 reviews.
@@ -252,7 +238,7 @@ class ArchiveSource(Source):
 
     def has(self, name: str) -> bool:
         folder, base = posixpath.split(name)
-        return name in self.index or base in self.index.get(folder, ())
+        return name in self.index or base in self.index.get(folder, {})
 
     def files(self, folder: str) -> list[str]:
         return sorted(self.index.get(folder, ()))
@@ -301,12 +287,8 @@ class ArchiveSource(Source):
             return self
         inner = copy.copy(self)
         inner.path, inner._root = self.path / folder, posixpath.join(self._root, folder)
-        below = {f"{f}/": files for f, files in self.index.items()}
-        inner.index = {
-            f.removeprefix(f"{folder}/").rstrip("/"): files
-            for f, files in below.items()
-            if f.startswith(f"{folder}/")
-        }
+        below = {f: files for f, files in self.index.items() if f"{f}/".startswith(f"{folder}/")}
+        inner.index = {f[len(folder) + 1 :]: files for f, files in below.items()}
         return inner
 
 
@@ -345,11 +327,7 @@ class TarSource(ArchiveSource):
 
 
 def safe_name(name: str, archive: Path | str) -> str:
-    """A member's path, normalised and relative.
-
-    Raises:
-        DataError: it is absolute or leads outside (`..`).
-    """
+    """A member's path, normalised and relative; DataError: it leads outside the archive."""
     clean = name.replace("\\", "/")
     parts = [part for part in clean.split("/") if part not in ("", ".")]
     if clean.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")):
@@ -361,7 +339,7 @@ def open_source(path: Path) -> Source:
     """The folder, tar archive (plain, gz, bz2 or xz) or zip archive at `path`.
 
     Raises:
-        DataError: it does not exist, or is none of them; says what it is.
+        DataError: it is none of them; says what it is.
     """
     path = Path(path).expanduser().absolute()
     if path.is_dir():
@@ -402,11 +380,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def without_bom(stream: Any, where: str) -> Any:
-    """The stream of a text, behind the byte order mark that some editors put before it.
-
-    Raises:
-        DataError: the mark is UTF-16's.
-    """
+    """The stream of a text, behind the byte order mark that some editors put before it."""
     mark = stream.peek(3)[:3]
     if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{where} is UTF-16; save it as UTF-8.")

@@ -34,55 +34,39 @@ VERIFIED_FILE = "verified.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """What the manifest says of a file; `quick` is a sampled checksum."""
+    """What the manifest says of a file."""
 
     bytes: int
     sha256: str
-    quick: str
+    quick: str  # a sampled checksum
     mtime_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds.
-
-    Attributes:
-        task: the task's name, e.g. "text".
-        data_name: which data, e.g. "lra-text", "generated-listops", "sample-bbc".
-        origin: where the data came from, in words.
-        is_sample: True for a stand-in that is not the published data set.
-        num_classes: classes in the data; it wins over the task's own number.
-        class_names: a name per class, or empty.
-        max_length: tokens per sequence once padded.
-        vocab_size: ids lie in 0..vocab_size-2; vocab_size-1 is the model's CLS.
-        dtype: "uint8" or "uint16", the stored token type (little endian).
-        paired: each example has a second sequence.
-        splits: examples per split, for train, dev and test.
-        parameters: what the preparation was told (seed, limits, skipped examples, ...).
-        note: a short remark for the label, e.g. "generated"; empty for the usual data.
-        partial: what sets the data apart from the task's published set, e.g. "20 of 200,000
-            examples"; empty for the whole set, for samples and for tasks that are not published.
-            Banners, lists, reports and the leaderboard know it from the label.
-        created: UTC time, ISO 8601.
-    """
+    """What a store holds."""
 
     task: str
-    data_name: str
-    origin: str
-    is_sample: bool = False
-    num_classes: int
-    class_names: tuple[str, ...] = ()
-    max_length: int
-    vocab_size: int
-    dtype: str
-    paired: bool = False
-    splits: Mapping[str, int] = field(default_factory=dict)
+    data_name: str  # which data, e.g. "lra-text", "generated-listops", "sample-bbc"
+    origin: str  # where the data came from, in words
+    is_sample: bool = False  # a stand-in that is not the published data set
+    num_classes: int  # in the data; it wins over the task's own number
+    class_names: tuple[str, ...] = ()  # a name per class, or empty
+    max_length: int  # tokens per sequence once padded
+    vocab_size: int  # ids lie in 0..vocab_size-2; vocab_size-1 is the model's CLS
+    dtype: str  # "uint8" or "uint16", the stored token type (little endian)
+    paired: bool = False  # each example has a second sequence
+    splits: Mapping[str, int] = field(default_factory=dict)  # examples of train, dev and test
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
+    """What the preparation was told or found (seed, limits, skipped examples, ...)."""
+    note: str = ""  # for the label, e.g. "generated"; empty for the usual data
     partial: str = ""
+    """What sets the data apart from the task's published set, e.g. "20 of 200,000 examples"; empty
+    for the whole set, for samples and for tasks that are not published. Banners, lists, reports and
+    the leaderboard know it from the label."""
     licence: str = ""
     dmx_version: str = ""
-    created: str = ""
+    created: str = ""  # UTC, ISO 8601
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @classmethod
@@ -140,11 +124,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder`/manifest.json.
-
-    Raises:
-        DataError: it is missing, torn, edited, or of another format version.
-    """
+    """Read and check `folder`/manifest.json."""
     path = folder / MANIFEST_FILE
     try:
         body = json.loads(path.read_bytes())
@@ -245,11 +225,7 @@ class Store:
         self._splits = {name: Split(self, name, labels, sides) for name in manifest.splits}
 
     def split(self, name: str) -> Split:
-        """The split "train", "dev" or "test".
-
-        Raises:
-            DataError: the store has no such split.
-        """
+        """The split "train", "dev" or "test"."""
         if name not in self._splits:
             raise DataError(
                 f"{self.folder} has no split {name!r}; it has {', '.join(self._splits)}."
@@ -319,11 +295,7 @@ class Split:
         return of.tokens[of.offsets[row] : of.offsets[row + 1]]
 
     def gather(self, numbers: npt.ArrayLike, length: int, side: int = 0) -> npt.NDArray[Any]:
-        """Examples `numbers` [B] as [B, length], zero-padded, in the stored dtype.
-
-        Raises:
-            DataError: one is longer; none is cut.
-        """
+        """Examples `numbers` [B] as [B, length], zero-padded, in the stored dtype; none is cut."""
         rows = self._index[np.asarray(numbers, dtype=np.int64)]
         tokens, offsets = self._sides[side].tokens, self._sides[side].offsets
         fixed = self._sides[side].fixed

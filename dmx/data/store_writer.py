@@ -43,9 +43,8 @@ def write_store(
     """Write the store `folder`, `<data root>/<task>`, unless it exists; and open it.
 
     `fill` adds the examples; what it returns is added to the manifest's parameters (counts of
-    skipped examples). Splits, files, version and time are filled in here. On an exception nothing
-    remains. When two processes call this at once, the second waits and then uses what the first
-    wrote.
+    skipped examples). On an exception nothing remains. When two processes call this at once, the
+    second waits and then uses what the first wrote.
 
     Raises:
         DataError: another store or a foreign folder is there, the disk is full or read-only, an id

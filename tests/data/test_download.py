@@ -12,7 +12,7 @@ import pytest
 
 from dmx.data.download import download
 from dmx.data.prepare import READERS, prepare_data
-from dmx.data.readers import text as text_reader
+from dmx.data.readers import archives as text_reader
 from dmx.errors import DataError
 from tests.data.helpers import write_tar
 from tests.data.test_text_and_retrieval import REVIEWS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dmx.data.prepare import prepare_data
-from dmx.data.readers import image
-from dmx.data.readers.image import tf_grey
+from dmx.data.readers import archives as image
+from dmx.data.readers.archives import tf_grey
 from dmx.errors import DataError
 from scripts import convert_pickles
 from tests.data.helpers import write_folder, write_tar

@@ -11,7 +11,7 @@ import pytest
 
 from dmx.data import prepare as locating
 from dmx.data.prepare import default_data_root, open_data
-from dmx.data.readers.text import decode
+from dmx.data.readers.archives import decode
 from dmx.errors import ConfigError, DataError
 
 

@@ -20,7 +20,6 @@ def plan(folder: Path, maker: str = "squares", total: int = 25, **arguments: int
         arguments=arguments,
         total=total,
         size=10,
-        unit="squares",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dmx.data.prepare import prepare_data
-from dmx.data.readers import text as text_reader
+from dmx.data.readers import archives as text_reader
 from dmx.errors import DataError
 from tests.data.helpers import write_folder, write_tar
 

@@ -52,9 +52,6 @@ def pathfinder_split(count: int) -> dict[str, npt.NDArray[np.int64]]:
 
     The reference seeds Python's generator once and shuffles one set after another, so all but the
     first of its splits depend on which sets it made before; here every set has a fresh generator.
-
-    Raises:
-        DataError: fewer than 10 images leave dev or test empty.
     """
     if count < LEAST_IMAGES:
         raise DataError(f"{count} images are too few to split; at least {LEAST_IMAGES} are needed.")
@@ -90,9 +87,6 @@ def _find(task: Task, source: Source) -> str | None:
 def _parse_metadata(content: bytes, where: str) -> list[tuple[str, int]]:
     """(path, label) of the images of a metadata file: text lines (released) or a real npy of bytes
     (generator).
-
-    Raises:
-        DataError: a line has other columns, an unsafe path or no label, or is not UTF-8.
     """
     try:
         if content.startswith(_NPY_MAGIC):
@@ -122,11 +116,7 @@ def _parse_metadata(content: bytes, where: str) -> list[tuple[str, int]]:
 def _images(source: Source, allowed: int) -> tuple[dict[str, int], int]:
     """Path -> label in the order of the metadata files, and how many empty images are left out.
 
-    Args:
-        allowed: image files that are empty in the published set.
-
-    Raises:
-        DataError: no metadata, or an image is missing, empty or listed twice.
+    `allowed`: image files that are empty in the published set.
     """
     names = [n for n in source.files("metadata") if n.endswith(".npy") and "bkp" not in n]
     if not names:
@@ -162,11 +152,7 @@ def _images(source: Source, allowed: int) -> tuple[dict[str, int], int]:
 
 
 def _grey_pixels(content: bytes, side: int, where: str) -> npt.NDArray[np.uint8]:
-    """Pixels [side * side], rows from the top, of an 8-bit one-channel PNG.
-
-    Raises:
-        DataError: it is no PNG, truncated, of another size, or has colours.
-    """
+    """Pixels [side * side], rows from the top, of an 8-bit one-channel PNG."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.verify()  # checksums up to the end mark; decoding alone overlooks a torn tail
@@ -235,11 +221,7 @@ def make_shard(
 
 
 def _check_room(plan: ShardPlan, pixels: int) -> None:
-    """Log what disk the set needs.
-
-    Raises:
-        DataError: there is too little room.
-    """
+    """Log what disk the set needs; refuse it where there is too little room."""
     todo, size = sum(map(len, plan.missing)), plan.total * pixels
     need = size + int(_SHARD_SHARE * pixels * todo)
     with explained(plan.store.parent, "read"):
@@ -272,7 +254,6 @@ def _plan(request: Request) -> ShardPlan:
         arguments=arguments,
         total=count,
         size=SHARD_SIZE,
-        unit="images",
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dmx.data.prepare import Reader, Request, register
-from dmx.data.readers.text import MAX_TEXT_IDS, encode
+from dmx.data.readers.archives import MAX_TEXT_IDS, encode
 from dmx.data.store_writer import StoreWriter
 from dmx.errors import DataError
 
