@@ -209,14 +209,14 @@ class Generator:
         return stretch(image, raw=raw), label
 
     def _place(self, tools: _Tools, index: int) -> tuple[int, int]:
-        """Place the snakes of the image whose stream has begun, see pathfinder_core.place."""
+        """Place the snakes of the image whose stream has begun; see place_snakes."""
         words = self._draw_words(_WORDS)
         cursor = np.zeros(1, np.int64)
         drawn = len(words)
         while drawn <= _MOST_WORDS:
             tools.board.clear()
             cursor[0] = 0
-            used, origin = tools.place(tools.geometry, tools.board, words, cursor)
+            used, origin = tools.place_snakes(tools.geometry, tools.board, words, cursor)
             if used >= 0:
                 return used, origin
             # No word dropped: a single attempt takes them all, so twice as many are needed.
@@ -237,10 +237,10 @@ class _Tools:
 
     def __init__(self, p: GeneratorParameters, margin: int, render: Render) -> None:
         # Imported here, so that parameters can be looked up without numba and its start-up time.
-        from dmx.data.pathfinder_core import draw, place
+        from dmx.data.pathfinder_core import draw, place_snakes
         from dmx.data.pathfinder_geometry import geometry_for, make_board, pictures_for
 
-        self.place, self.draw = place, draw
+        self.place_snakes, self.draw = place_snakes, draw
         self.geometry = geometry_for(p, margin)
         self.board = make_board(p, self.geometry)
         pictures = pictures_for(p, margin)

@@ -314,7 +314,7 @@ def _fits(g: Geometry, b: Board, y: int, x: int, picture: int) -> bool:
 
 
 @entry
-def place(g: Geometry, b: Board, words: Words, cursor: Cursor) -> tuple[int, int]:
+def place_snakes(g: Geometry, b: Board, words: Words, cursor: Cursor) -> tuple[int, int]:
     """Place both targets, then the distractors; the paddles go to b.paddles, the ends to b.tips.
 
     The board must be cleared, the cursor 0. Returns the number of paddles and the target whose
