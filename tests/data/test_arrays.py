@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,20 @@ def test_arrays_come_from_an_archive_and_torn_ones_are_named(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"text\.test\.npz is missing"):
         (folder / "text.test.npz").unlink()
         prepare_data("text", tmp_path / "b", source=folder)
+
+
+def test_what_a_header_announces_is_not_reserved(tmp_path: Path) -> None:
+    folder = save(tmp_path / "raw")
+    with np.load(folder / "text.dev.npz") as archive:
+        ids = archive["input_ids_0"]
+    header = io.BytesIO()
+    shape = {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    np.savez(folder / "text.dev.npz", input_ids_0=ids)
+    with zipfile.ZipFile(folder / "text.dev.npz", "a") as archive:
+        archive.writestr("label.npy", header.getvalue())
+    with pytest.raises(DataError, match=r"text\.dev\.npz .*an array of 8 PB is announced, but"):
+        prepare_data("text", tmp_path / "data", source=folder)
 
 
 def test_a_pickle_is_refused_with_the_script_that_converts_it(tmp_path: Path) -> None:
