@@ -194,7 +194,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys; from dmx.data.shards import *\n"
         "p = ShardPlan(store=pathlib.Path(sys.argv[1]) / 'x', maker='tests.data.makers:pids',"
-        " arguments={'folder': sys.argv[1]}, total=1000, size=1, unit='pids')\n"
+        " arguments={'folder': sys.argv[1]}, total=1000, size=1)\n"
         "make_shards(p, workers=2)"
     )
     process = subprocess.Popen(
