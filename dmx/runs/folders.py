@@ -46,11 +46,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[DmxError]]:
-    """(The runs, why others could not be read): each is read on its own.
-
-    Raises:
-        ConfigError: a folder holds no run.
-    """
+    """(The runs, why others could not be read): each is read on its own."""
     found: list[Run] = []
     errors: list[DmxError] = []
     for folder in folders:
@@ -58,10 +54,9 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[DmxError]]:
             found.append(load(folder))
         except ConfigError:
             raise
-        except DmxError as error:
-            errors.append(error)
         except Exception as error:  # a foreign file may be anything; it must not hide the others
-            errors.append(DataError(f"{folder} cannot be read ({type(error).__name__}: {error})."))
+            foreign = DataError(f"{folder} cannot be read ({type(error).__name__}: {error}).")
+            errors.append(error if isinstance(error, DmxError) else foreign)
     return found, errors
 
 

@@ -137,7 +137,6 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What it trains on."""
         return str((self.config or {}).get("task", UNKNOWN))
 
     @property
@@ -152,7 +151,6 @@ class Run:
 
     @property
     def data_checksum(self) -> str:
-        """Of the prepared data, or ""."""
         return self._recorded("data_checksum")
 
     def _recorded(self, key: str) -> str:
@@ -166,7 +164,7 @@ class Run:
 
     @staticmethod
     def stands_in(data: str) -> bool:
-        """Whether data with this label stand in for the published ones."""
+        """`is_sample` of a label."""
         return data.endswith(_SAMPLE)
 
     @property
@@ -206,12 +204,12 @@ class Run:
 
     @property
     def best_trial(self) -> Trial | None:
-        """The trial with the highest dev accuracy (the earlier one on a tie), or None."""
+        """The most accurate one on the dev split (the earlier one on a tie), or None."""
         return best_of(self.trials)
 
     @property
     def best_trials(self) -> tuple[Trial, ...]:
-        """The trials on the Pareto front; with one objective, the best one."""
+        """Those on the Pareto front; with one objective, the best one."""
         return () if self.best_trial is None else (self.best_trial,)
 
     @property
@@ -222,7 +220,7 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, or None."""
+        """Of the best checkpoint, or None."""
         return (self._result or self._metrics).get("best_step")
 
     @property
@@ -232,7 +230,6 @@ class Run:
 
     @property
     def test_loss(self) -> float:
-        """Of the best checkpoint; NaN where it was not tested."""
         return number(self._tested, "test_loss")
 
     @property
@@ -287,7 +284,6 @@ class Run:
         return sum(s.all_steps for s in self.stages)
 
     def count(self, status: str) -> int:
-        """Trials with this status."""
         return sum(t.status == status for t in self.trials)
 
     def dev_error(self, accuracy: float) -> float:
@@ -321,15 +317,11 @@ class Run:
         return "" if gpus is None else "GPU" if gpus else "process"
 
 
-# -- the files beside a journal -------------------------------------------------------------
+# -- the files beside a journal: a damaged one is a DataError that names it -----------------
 
 
 def read_json(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping in a JSON file, its fields checked as an event's; {} where there is no file.
-
-    Raises:
-        DataError: it cannot be read, is no JSON, or a value is of another type; names it.
-    """
+    """The mapping in a JSON file, its fields checked as an event's; {} where there is no file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -361,9 +353,6 @@ def read_scalars(folder: Path) -> dict[int, dict[str, float]]:
     """The scalars in a folder's own TensorBoard files, by rising step.
 
     A run that was resumed may have written a step twice; the later value counts.
-
-    Raises:
-        DataError: a file is damaged.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event

@@ -155,7 +155,6 @@ class Study(Run):
 
     @property
     def task(self) -> str:
-        """What its trials train on."""
         return str(self.settings.get("task", UNKNOWN))
 
     @property
@@ -165,7 +164,7 @@ class Study(Run):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The names of what it optimises, accuracy first."""
+        """What it optimises, accuracy first."""
         return tuple(self.settings.get("objectives") or DEFAULT)
 
     @property
@@ -180,7 +179,6 @@ class Study(Run):
 
     @property
     def search(self) -> Search:  # type: ignore[override]
-        """How it searched."""
         names = Search.__dataclass_fields__
         found = {name: value for name, value in self.settings.items() if name in names}
         found["grace_steps"] = min(max(found.get("grace_steps", 1), 1), found.get("max_steps", 1))
@@ -191,7 +189,6 @@ class Study(Run):
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """Every trial that was proposed, by number."""
         return tuple(self.by_number[n] for n in sorted(self.by_number))
 
     @property
@@ -219,12 +216,11 @@ class Study(Run):
 
     @property
     def best_value(self) -> float:
-        """The best trial's dev accuracy, in 0..1, or NaN."""
+        """Its dev accuracy, in 0..1, or NaN."""
         return math.nan if self.best_trial is None else self.best_trial.best
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best trial's best checkpoint, or None."""
         return None if self.best_trial is None else self.best_trial.best_step
 
     @property

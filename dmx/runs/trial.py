@@ -59,7 +59,7 @@ class Trained:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken, as far as reported."""
+        """Optimizer steps, as far as reported."""
         return max(self.curve, default=0)
 
     @property
@@ -74,12 +74,11 @@ class Trained:
 
     @property
     def best_step(self) -> int:
-        """The step of its best checkpoint."""
         return int(self.last_report.get(BEST_STEP, 0))
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of its best checkpoint, if there is one."""
+        """The folder of the best one, if there is one."""
         found = None if self.folder is None else self.folder / layout.BEST_DIR
         return found if found is not None and found.is_dir() else None
 
