@@ -236,25 +236,8 @@ class Study(Run):
         names = ("seeds", "dev_accuracies", "test_accuracies")
         return FinalSeeds(**{name: tuple(self._tested[name]) for name in names})
 
-    def trials_dataframe(self) -> pandas.DataFrame:
-        """One row a trial: number, status, its values, searched values and last metrics."""
-        import pandas
-
-        rows = [
-            {
-                "number": t.number,
-                "status": t.status,
-                **{f"value_{name}": value for name, value in t.values.items()},
-                **{f"params_{name}": value for name, value in t.params.items()},
-                **t.last_report,
-                "error": t.error,
-            }
-            for t in self.trials
-        ]
-        return pandas.DataFrame(rows)
-
     def trial_rows(self) -> list[dict[str, Any]]:
-        """A row a trial, each with every column: trials.csv, and the report's CSV."""
+        """A row a trial, each with every column: trials.csv, the report's CSV, trials_dataframe."""
         front = {t.number for t in self.best_trials}
         measured = [key for key in REPORT_KEYS if key != BEST_DEV_ACCURACY]
         params = sorted({key for t in self.trials for key in t.params})
@@ -271,6 +254,12 @@ class Study(Run):
                 row["changes"] = json.dumps(trial.changes) if trial.changes else None
             rows.append({**row, "data": self.settings.get("data", UNKNOWN), "error": trial.error})
         return rows
+
+    def trials_dataframe(self) -> pandas.DataFrame:
+        """The rows of trials.csv."""
+        import pandas
+
+        return pandas.DataFrame(self.trial_rows())
 
     # -- its best checkpoint ----------------------------------------------------------------
 
