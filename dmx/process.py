@@ -207,6 +207,14 @@ def output_counts() -> bool:
     return not _files_decide
 
 
+def command() -> list[str]:
+    """The words by which this process was called: `python -m dmx.tune ...`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None:
+        return list(sys.argv)
+    return ["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]]
+
+
 def num_cores() -> int:
     """CPU cores that this process may use."""
     try:

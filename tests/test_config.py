@@ -12,7 +12,7 @@ from dmx.cluster.capacity import Resources
 from dmx.config import parse_run_config
 from dmx.errors import ConfigError
 from dmx.schema import flatten, parse_assignments, parse_yaml, to_dict
-from dmx.study.budget import fit_budget
+from dmx.study.plan import StudyOptions, fit, make_plan
 from dmx.tasks import task_for, task_names
 from tests.tiny import one_sentence
 
@@ -198,13 +198,9 @@ def test_warm_up_and_evaluations_follow_the_steps_in_train_as_in_a_search(steps,
     every = every or preset["train.eval_every_steps"]
     made = parse_run_config({"task": "text"}, {"train.num_steps": steps})
     assert (made.optim.warmup_steps, made.train.eval_every_steps) == (warmup, every)
-    fit = fit_budget(
-        task_for("text"),
-        Resources(2, 0),
-        {},
-        **{"num_trials": None, "max_steps": steps, "trials_per_gpu": None, "cpus_per_trial": None},
-    )
-    searched = parse_run_config({"task": "text"}, fit.settings)
+    options = StudyOptions(attention="linear", task="text", max_steps=steps)
+    overrides = {**fit(make_plan(options, {}), Resources(2, 0)).overrides}
+    searched = parse_run_config({"task": "text"}, overrides)
     assert (searched.optim.warmup_steps, searched.train.eval_every_steps) == (warmup, every)
     fixed = {"train.num_steps": steps, "train.eval_every_steps": 7}
     assert parse_run_config({"task": "text"}, fixed).train.eval_every_steps == 7

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmx.errors import ConfigError
-from dmx.study.locations import run_folder
+from dmx.study.folder import run_folder
 from tests.tiny import one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from dmx.runs.study import Study
 from dmx.runs.trial import Trial
 from dmx.study.views import trials_table
 from dmx.terminal import Column, FittingTable
@@ -15,8 +17,9 @@ NAMES = (
     *("attention.block_size", "attention.inner", "attention.dropout", "model.dropout"),
     *("optim.learning_rate", "model.num_layers", "model.mlp_dropout", "optim.weight_decay"),
 )
-TRIALS = tuple(
-    Trial(
+STUDY = Study(Path("s"))
+STUDY.by_number = {
+    n: Trial(
         number=n,
         status="COMPLETE" if n % 2 else "PRUNED",
         drawn={p: f"v{n}{i}" for i, p in enumerate(NAMES)},
@@ -29,7 +32,7 @@ TRIALS = tuple(
         },
     )
     for n in range(5)
-)
+}
 
 
 def printed(table: FittingTable, width: int) -> str:
@@ -43,17 +46,17 @@ def printed(table: FittingTable, width: int) -> str:
 
 @pytest.mark.parametrize("width", [200, 140, 100, 80, 60])
 def test_a_study_keeps_every_setting_of_every_trial(width: int) -> None:
-    text = printed(trials_table(TRIALS, "study: butterfly on text", 3), width)
-    for trial in TRIALS:
+    text = printed(trials_table(STUDY, "study: butterfly on text"), width)
+    for trial in STUDY.trials:
         assert f"{trial.best:.4f}" in text and trial.status in text
         assert all(str(value) in text for value in trial.params.values())
-    assert "3 *" in text
-    assert all(f"{trial.seconds:.1f}" in text for trial in TRIALS) == (width >= 100)
+    assert "4 *" in text
+    assert all(f"{trial.seconds:.1f}" in text for trial in STUDY.trials) == (width >= 100)
     assert ("train s: see trials.csv" in text) == (width <= 80)
 
 
 def test_settings_whose_names_end_alike_are_told_apart() -> None:
-    wide = printed(trials_table(TRIALS, "t", None), 200)
+    wide = printed(trials_table(STUDY, "t"), 200)
     assert "attention.dropout" in wide and "model.dropout" in wide and " mlp_dropout " in wide
     row = next(line for line in wide.splitlines() if "│     2 │" in line)
     cells = [cell.strip() for cell in row.split("│")[1:-1]]

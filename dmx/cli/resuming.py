@@ -12,7 +12,7 @@ from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
 from dmx.runs.run import Run
 from dmx.schema import is_url
-from dmx.study.locations import find_places
+from dmx.study.folder import find_places
 
 COMMANDS: dict[Kind, str] = {
     "study": "dmx.tune",

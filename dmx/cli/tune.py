@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from dmx.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_PARTIAL,
+    ConfigError,
     InterruptedRun,
     StorageError,
 )
@@ -182,34 +185,35 @@ def main(argv: Sequence[str]) -> int:
     from dmx.study.run import dry_run, run_study
 
     p = parser()
-    given, record = resuming.resumed(p.given(argv), "study", default_name=_default_name)
+    given, _ = resuming.resumed(p.given(argv), "study", default_name=_default_name)
     args = p.filled(given)
-    overrides = flatten(parse_assignments(args.set))
-    options = StudyOptions(
-        overrides=overrides, resume=bool(args.resume), **chosen(StudyOptions, args)
-    )
+    if not args.attention or not args.task:
+        raise ConfigError("give --attention and --task, or --resume RUN.")
+    options = chosen(StudyOptions, args)
+    options |= {"overrides": flatten(parse_assignments(args.set)), "resume": bool(args.resume)}
     if args.dry_run:
-        dry_run(options, record=record, price_per_gpu_hour=args.price_per_gpu_hour)
+        dry_run(**options, price_per_gpu_hour=args.price_per_gpu_hour)
         return EXIT_OK
     check_price(args.price_per_gpu_hour, dry_run=False)
     again = command_line("dmx.tune", argv, add="--resume")
+    began = time.monotonic()
     try:
-        outcome = run_study(
-            options, recorded=resuming.recorded(given), record=record, write_page=_write_page
-        )
+        study = run_study(**options, recorded=resuming.recorded(given), write_page=_write_page)
     except InterruptedRun:
         logger.warning("interrupted. Continue with:\n%s", again)
         return EXIT_INTERRUPTED
     except StorageError as error:
         logger.error("%s\n%s", error, again)
         return EXIT_FAILED
-    if not outcome.summary["complete"]:
+    if not study.complete:
         logger.warning(
             "the study is not complete (%d of %d trials ended). Continue with:\n%s",
-            *(outcome.ended, outcome.summary["num_trials"], again),
+            *(len(study.outcomes), study.search.num_trials, again),
         )
-        return EXIT_PARTIAL if outcome.out_of_time else EXIT_INTERRUPTED
-    return EXIT_OK if outcome.summary["best"] is not None else EXIT_FAILED
+        out_of_time = time.monotonic() - began >= (args.time_budget or math.inf)
+        return EXIT_PARTIAL if out_of_time else EXIT_INTERRUPTED
+    best = study.best_trial
+    return EXIT_OK if best is not None and best.checkpoint is not None else EXIT_FAILED
 
 
 def _write_page(folder: Path) -> Path | None:
@@ -221,4 +225,5 @@ def _write_page(folder: Path) -> Path | None:
 def _default_name(given: Mapping[str, Any]) -> str | None:
     from dmx.study.plan import StudyOptions
 
-    return StudyOptions(attention=given.get("attention"), task=given.get("task")).default_name
+    attention, task = given.get("attention"), given.get("task")
+    return StudyOptions(attention=attention, task=task).default_name if attention and task else None

@@ -25,8 +25,8 @@ from dmx.schema import to_dict
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, decode
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
-from dmx.study import results as study_results
-from dmx.study.folder import note_settings, write_study
+from dmx.study import results
+from dmx.study.folder import note_settings
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
@@ -265,12 +265,11 @@ def _search(
     view = TensorBoardView(path, {"task": study.task}, study.space.names())
     try:
         store = open_store(study.places.data(data_folder))
-        note_settings(path, settings_event("study", study_results.settings(study, store)))
+        note_settings(path, settings_event("study", study.settings(store.manifest)))
         with sync:
             done = train_trials(study, store, path, slots=slots, observers=(view,))
-        summary = study_results.summarise(study, store, done)
-        del summary["environment"]["argv"]  # a Ray worker's
-        write_study(path, summary)
+        results.copy_best(done)
+        results.write_files(done)
         best = done.best_trial
         if best is None:
             return [], "no trial of the search reported a dev accuracy", None
@@ -282,7 +281,7 @@ def _search(
     found = {
         "trial": best.number,
         "num_trials": len(done.trials),
-        "params": summary["best"]["params"],
+        "params": dict(done.best_params),
         "config": to_dict(config),
         "attention": config.attention.label,
         STEPS: sum(t.steps for t in done.trials),

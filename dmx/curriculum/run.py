@@ -40,8 +40,7 @@ from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout
-from dmx.study import locations
-from dmx.study.folder import append_settings
+from dmx.study.folder import append_settings, find_places, stage_data_root
 from dmx.tasks import NUM_IMAGES
 from dmx.terminal import Column, FittingTable
 from dmx.training.transfer import TransferReport
@@ -102,7 +101,7 @@ class Session:
 
     @functools.cached_property
     def _places(self) -> tuple[Path, StorageLayout]:
-        return locations.find_places(
+        return find_places(
             storage=self.storage,
             name=self.name,
             default=self.config.name,
@@ -124,7 +123,7 @@ class Session:
     @functools.cached_property
     def _root(self) -> Path:
         tasks = {stage.task for stage in self.config.stages}
-        return locations.stage_data_root(self.places, self.data_root, tasks)
+        return stage_data_root(self.places, self.data_root, tasks)
 
     def check(self) -> None:
         """See that the options make sense; nothing is created.

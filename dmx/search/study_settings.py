@@ -6,12 +6,12 @@ It is the first line of the journal, so that a run that was killed at once is kn
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dmx.attention.base import attention_label, sized
+from dmx.process import command
 from dmx.registry import environment
 from dmx.runs.layout import Kind
 from dmx.schema import flatten
@@ -40,7 +40,7 @@ def settings_event(
         "options": dict(options or {}),
         "environment": environment(),
         "attention": label,
-        "argv": sys.argv,
+        "argv": command(),
         "time": time.time(),
     }
 

@@ -1,50 +1,136 @@
-"""The files a study leaves: its settings, study.json, trials.csv and the best checkpoint."""
+"""A run's folder: where it and its data lie, who may have it, and what its journal begins with."""
 
 from __future__ import annotations
 
+import errno
 import fnmatch
-import json
-import shutil
-from collections.abc import Mapping
+import hashlib
+import os
+import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dmx.data.prepare import default_data_root
 from dmx.errors import ConfigError, StorageError
-from dmx.format import csv_text
 from dmx.runs import layout
 from dmx.runs.run import Run
-from dmx.runs.study import Study
-from dmx.runs.trial import Trial
-from dmx.schema import finite
-from dmx.search.study_settings import SETTINGS, changes, settings_event
-from dmx.storage.files import copy_folder, fsync_path, write_atomic
+from dmx.schema import is_url
+from dmx.search.study_settings import SETTINGS, changes
+from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import CLAIM_FILE, Claim, Journal, read_journal
+from dmx.storage.remote import ObjectStorage, StorageLayout, copy_store, join
+
+_LONGEST_NAME = 255
+
+# -- where it lies ------------------------------------------------------------------------------
+
+
+def run_folder(storage: str, name: str | None, default: str) -> Path:
+    """The absolute folder of a run or study, below its storage; nothing is created.
+
+    Raises:
+        ConfigError: `name` is not a plain folder name, or the storage cannot be written.
+    """
+    name = default if name is None else name
+    if not name or "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"--name is {name!r}; it must be a plain folder name.")
+    folder = Path(storage).absolute() / name
+    try:
+        if len(os.fsencode(name)) > _LONGEST_NAME:  # where the storage is new, nobody would say so
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):  # a file with no name
+            pass
+        if place == folder:
+            next(folder.iterdir(), None)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError | StorageError) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
+    return ConfigError(f"{folder} cannot be written ({reason}); give another --storage.")
+
+
+def find_places(
+    *,
+    storage: str,
+    name: str | None,
+    default: str,
+    scratch: str | None,
+    data_root: str | None,
+    node_data: str | None,
+) -> tuple[Path, StorageLayout]:
+    """The run's folder on this node, and where its nodes meet; nothing is created.
+
+    Raises:
+        ConfigError: the name is no plain folder name, a folder cannot be written, a URL is none.
+    """
+    home = os.path.expanduser("~")  # noqa: PTH111  pathlib raises where there is none
+    own = Path(home) / ".cache" / "dmx"
+    if home == "~":
+        own = Path(tempfile.gettempdir()) / f"dmx-{os.getuid()}"
+    base = Path(scratch or own).absolute()
+    run_url = None
+    if is_url(storage):
+        ObjectStorage(storage)  # a malformed one is said now
+        own = base / "runs" / hashlib.sha256(storage.encode()).hexdigest()[:12]
+        folder = run_folder(str(own), name, default)
+        run_url = join(storage, folder.name)
+    else:
+        folder = run_folder(storage, name, default)
+    for option, value in (("--scratch", scratch), ("--node-data", node_data)):
+        _check_folder(option, value)
+    source = None
+    if data_root is not None and is_url(data_root):
+        ObjectStorage(data_root)
+        source, node_data = data_root, node_data or str(base / "data")
+    elif node_data is not None:
+        shared = Path(data_root).absolute() if data_root else default_data_root()
+        if shared.is_relative_to(Path(node_data).absolute()):
+            raise ConfigError(
+                f"--node-data {node_data} is or holds the data themselves, {shared}; give another "
+                "folder, on each node's own disk."
+            )
+        source = str(shared)
+    places = StorageLayout(
+        run=str(folder) if run_url else None,
+        run_url=run_url,
+        data_source=source,
+        node_data=str(Path(node_data).absolute()) if node_data is not None else None,
+    )
+    return folder, places
+
+
+def _check_folder(option: str, value: str | None) -> None:
+    if value is None:
+        return
+    path = Path(value).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not value or not there.is_dir():
+        raise ConfigError(f"{option} is {value!r}; it must be a folder, or one that can be made.")
+
+
+def stage_data_root(places: StorageLayout, data_root: str | None, tasks: Collection[str]) -> Path:
+    """The data root of a curriculum on this node; from a URL all its tasks are copied here.
+
+    Raises:
+        DataError: the URL lacks one of them; nothing can be generated there.
+    """
+    if places.data_source is not None and is_url(places.data_source):
+        assert places.node_data is not None
+        for task in sorted(tasks):
+            copy_store(places.data_source, task, Path(places.node_data))
+        return Path(places.node_data)
+    return Path(data_root).absolute() if data_root else default_data_root()
+
+
+# -- who may have it ----------------------------------------------------------------------------
 
 MAY_CHANGE = frozenset({"num_trials"})
 """Settings that a later session may have otherwise."""
-
-
-def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """See that the folder holds the study with these settings; nothing is written.
-
-    Raises:
-        ConfigError: it holds none, or another one.
-        StageError: its settings are damaged.
-    """
-    old = Run.read(folder).settings
-    if not old:
-        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
-    changed = changes(old, settings, MAY_CHANGE)
-    if changed:
-        why = ""
-        if any(text.startswith("--max-steps") for text in changed):
-            why = "the learning rate's schedule and the rungs span all steps of a trial; "
-        raise ConfigError(
-            f"{folder} holds another study ({'; '.join(changed[:3])}); {why}repeat its settings "
-            "or give --name."
-        )
-
-
 _OF_A_START = (
     *(layout.JOURNAL_FILE, f".{layout.JOURNAL_FILE}.lock", layout.SETTINGS_FILE),
     *(layout.WARM_START_FILE, layout.ERROR_FILE, CLAIM_FILE, "events.out.tfevents.*"),
@@ -71,12 +157,6 @@ def check_free(folder: Path) -> None:
         Claim(folder, wait_seconds=0).release()
 
 
-def clear(folder: Path) -> None:
-    """Remove what a failed start left in a folder that is free."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        path.unlink()
-
-
 def check_unused(folder: Path) -> None:
     """See that the study's journal is sound and that no other process works on it.
 
@@ -86,47 +166,55 @@ def check_unused(folder: Path) -> None:
     Journal(folder / layout.JOURNAL_FILE).close()
 
 
-def open_folder(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    resume: bool,
-    options: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
-) -> None:
-    """Create the study's folder, or check that `resume` continues the same study.
-
-    Args:
-        settings: what must stay the same for the trials to belong together.
-        options: of the command. files: name -> content of what a new study keeps beside them.
+def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """See that the folder holds the study with these settings; nothing is written.
 
     Raises:
-        ConfigError: the folder exists without `resume`, does not exist with it, cannot be written,
-            or holds a study with other settings.
-        StageError: the study is damaged, or another process works on it.
+        ConfigError: it holds none, or another one.
+        StageError: its settings are damaged.
     """
-    if not resume:
-        check_free(folder)
-    event = settings_event("study", settings, options)
+    old = Run.read(folder).settings
+    if not old:
+        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
+    if changed := changes(old, settings, MAY_CHANGE):
+        why = ""
+        if any(text.startswith("--max-steps") for text in changed):
+            why = "the learning rate's schedule and the rungs span all steps of a trial; "
+        raise ConfigError(
+            f"{folder} holds another study ({'; '.join(changed[:3])}); {why}repeat its settings "
+            "or give --name."
+        )
+
+
+def open_folder(
+    folder: Path,
+    event: Mapping[str, Any],
+    *,
+    resume: bool,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Create a run's folder, or note what is new of a session that continues it.
+
+    Args:
+        event: see settings_event; until it is in the journal, nothing was begun.
+        files: name -> content of what a new study keeps beside it.
+
+    Raises:
+        ConfigError: the folder exists without `resume`, or cannot be written.
+        StageError: the journal is damaged, or another process works on the run.
+    """
     try:
-        if resume:
-            check_same(folder, settings)
-            note_settings(folder, event)
-            return
-        new = folder.with_name(f".{folder.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        if not resume:
+            check_free(folder)
+            for path in folder.iterdir() if folder.is_dir() else ():
+                path.unlink()  # what a failed start left
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in (files or {}).items():
-            write_atomic(new / name, content)
-        note_settings(new, event)
-        clear(folder)
-        new.rename(folder)  # all of it at once; an empty folder may be there
+            write_atomic(folder / name, content)
+        note_settings(folder, event)
         fsync_path(folder.parent)
     except (OSError, StorageError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
-        raise ConfigError(
-            f"{folder} cannot be written ({reason}); give another --storage."
-        ) from None
+        raise _unwritable(folder, error) from None
 
 
 def note_settings(folder: Path, event: Mapping[str, Any]) -> None:
@@ -146,22 +234,3 @@ def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
     same = ("settings", "options", "environment")
     if not known or any(known[-1].get(key) != event[key] for key in same):
         journal.append(**event)
-
-
-def write_trials(study: Study) -> None:
-    """trials.csv: one row a trial, one column for every value that any trial had."""
-    write_atomic(study.folder / layout.TRIALS_FILE, csv_text(study.trial_rows()))
-
-
-def copy_best(folder: Path, best: Trial | None) -> Path | None:
-    """Copy the best trial's checkpoint to best/; None when there is none."""
-    if best is None or best.checkpoint is None:
-        return None
-    target = folder / layout.BEST_DIR
-    copy_folder(best.checkpoint, target)
-    return target
-
-
-def write_study(folder: Path, summary: Mapping[str, Any]) -> None:
-    """study.json, the study's result for machines."""
-    write_atomic(folder / layout.STUDY_FILE, json.dumps(finite(summary), indent=2) + "\n")

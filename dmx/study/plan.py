@@ -1,9 +1,9 @@
-"""What a caller asks of a study: its options, and all that is checked before it starts."""
+"""A study's options, checked, and fitted to the machines that there are."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,14 @@ import torch
 from dmx.attention import AttentionConfig
 from dmx.cluster import capacity
 from dmx.cluster.capacity import Resources
+from dmx.config import full_budget, schedule
 from dmx.costs.measure import check_memory
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.registry import code_version, shipped_names
-from dmx.runs.run import Run
 from dmx.runs.study import SamplerKind, SchedulerKind
 from dmx.runs.trial import parse_objectives
+from dmx.schema import check_number, convert
 from dmx.search import warm_start
 from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.samplers import check_sampler, independent
@@ -28,15 +29,15 @@ from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.files import STORAGE_TIMEOUT
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
-from dmx.study import folder as study_folder
-from dmx.study import results as study_results
-from dmx.study.budget import Budget, fit_budget
+from dmx.study.folder import check_same
 from dmx.study.study import StudyConfig
 from dmx.study.views import Output
 from dmx.tasks import Task, task_for
-from dmx.training.job import check_batch
+from dmx.training.job import check_batch, share_out
 
 logger = logging.getLogger("dmx.tune")
+_CPU_TRIALS = 10
+_GPU_TRIALS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class StudyOptions:
             seconds. resume: continue the study that is there. Others: see `dmx.tune --help`.
     """
 
-    attention: str | None = None
-    task: str | None = None
+    attention: str
+    task: str
     space: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
@@ -81,11 +82,12 @@ class StudyOptions:
     resume: bool = False
 
     @property
-    def default_name(self) -> str | None:
+    def default_name(self) -> str:
         """The study's name where none is given."""
-        if not self.attention or not self.task:
-            return None
         return f"{self.attention}-{task_for(self.task).name}"
+
+
+# -- what needs no data and no cluster to be checked --------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +95,8 @@ class Plan:
     """A study's options with the names in them looked up.
 
     Attributes:
-        space: what is searched, with the overrides no longer in it.
+        space: what is searched, with what the caller fixes no longer in it.
         overrides: dotted values that hold for every trial.
-        known: the settings of the study that is continued: another machine would choose others.
     """
 
     options: StudyOptions
@@ -104,90 +105,17 @@ class Plan:
     overrides: Mapping[str, Any]
     objectives: tuple[str, ...]
     scheduler: SchedulerKind
-    known: Mapping[str, Any]
-
-    @property
-    def _chosen(self) -> dict[str, Any]:
-        overrides = self.known.get("overrides", {})
-        return {k: v for k, v in overrides.items() if k != "train.num_steps"}
-
-    def budget(self, resources: Resources, trials_per_gpu: int | None = None) -> Budget:
-        """How much to train with such resources."""
-        options, known = self.options, self.known
-        return fit_budget(
-            self.task,
-            resources,
-            {**self._chosen, **self.space.defaults},
-            searched=self.space.names(),
-            num_trials=_first(options.num_trials, known.get("num_trials")),
-            max_steps=_first(options.max_steps, known.get("max_steps")),
-            trials_per_gpu=trials_per_gpu or capacity.wanted_per_gpu(options.trials_per_gpu),
-            cpus_per_trial=options.cpus_per_trial,
-            gpus_per_trial=options.gpus_per_trial,
-            workers_per_trial=options.workers_per_trial,
-        )
-
-    def fixed(self, budget: Budget) -> dict[str, Any]:
-        """Dotted values of every trial."""
-        return {**self._chosen, **self.overrides, **budget.settings}
-
-    def check(self, budget: Budget) -> None:
-        """Build the experiment at every corner of the space.
-
-        Raises:
-            ConfigError: one is impossible, does not fit this machine, or its batch cannot be
-                shared out.
-        """
-        self.space.check(self.task.name, self.fixed(budget))
-        runs = []
-        for corner in self.space.corners():
-            config = self.space.run_config(self.task.name, self.fixed(budget), corner)
-            check_batch(config.train.batch_size, budget.workers)
-            at = ", ".join(f"{k}={v}" for k, v in corner.items()) or "its defaults"
-            runs.append((f"search space {self.space.name} at {at}: ", config))
-        if self.options.address is None:  # a cluster's machines are others
-            check_memory(runs, torch.device("cuda" if budget.gpus else "cpu"))
-
-    def study(
-        self, budget: Budget, name: str, places: StorageLayout = SHARED_FILESYSTEM
-    ) -> StudyConfig:
-        """The study to run."""
-        options = self.options
-        rungs: dict[str, Any] = {"grace_steps": budget.grace_steps, **_rungs(options)}
-        return StudyConfig(
-            name=name,
-            task=self.task.name,
-            space=self.space,
-            overrides=self.fixed(budget),
-            num_trials=budget.num_trials,
-            max_steps=budget.max_steps,
-            **rungs,
-            scheduler=self.scheduler,
-            sampler=options.sampler,
-            objectives=self.objectives,
-            seed=options.seed,
-            cpus_per_trial=budget.cpus,
-            gpus_per_trial=budget.gpus,
-            workers_per_trial=budget.workers,
-            time_budget_seconds=options.time_budget,
-            trial_timeout_seconds=options.trial_timeout,
-            storage_timeout=options.storage_patience,
-            places=places,
-        )
-
-
-def _first(given: int | None, known: int | None) -> int | None:
-    return known if given is None else given
 
 
 def make_plan(options: StudyOptions, known: Mapping[str, Any]) -> Plan:
-    """Look up the names; everything that needs no data and no cluster is checked here.
+    """Look the names up, and check them and the numbers.
+
+    Args:
+        known: the settings of the study that is continued: another machine would choose others.
 
     Raises:
         ConfigError: what is asked for does not exist, or contradicts itself.
     """
-    if options.attention is None or options.task is None:
-        raise ConfigError("give --attention and --task, or --resume RUN.")
     task = task_for(options.task)
     config_class, given = AttentionConfig.find(options.attention)
     overrides = dict(options.overrides)
@@ -209,17 +137,32 @@ def make_plan(options: StudyOptions, known: Mapping[str, Any]) -> Plan:
     if "data.root" in {**space.defaults, **overrides, **space.distributions()}:
         raise ConfigError("data.root is not possible in a search; use --data-root.")
     space = space.without(overrides)
+    _check_numbers(options)
     objectives, scheduler = _choose(options, space)
-    _check_limits(options)
+    earlier = {k: v for k, v in known.get("overrides", {}).items() if k != "train.num_steps"}
+    repeated = ("num_trials", "max_steps")
+    kept = {k: known[k] for k in repeated if k in known and getattr(options, k) is None}
     return Plan(
-        options=options,
+        options=dataclasses.replace(options, **kept),
         task=task,
         space=space,
-        overrides=overrides,
+        overrides={**earlier, **overrides},
         objectives=objectives,
         scheduler=scheduler,
-        known=known,
     )
+
+
+def _check_numbers(options: StudyOptions) -> None:
+    counts = ("num_trials", "max_steps", "grace_steps", "max_concurrent_trials")
+    amounts = ("cpus_per_trial", "gpus_per_trial", "time_budget", "trial_timeout")
+    for names, bounds in (
+        (counts, {"least": 1}),
+        (amounts, {"above": 0}),
+        (("storage_patience", "final_seeds"), {"least": 0}),
+        (("reduction_factor",), {"least": LEAST_FACTOR}),
+    ):
+        for name in names:
+            check_number("--" + name.replace("_", "-"), getattr(options, name), **bounds)
 
 
 def _choose(options: StudyOptions, space: SearchSpace) -> tuple[tuple[str, ...], SchedulerKind]:
@@ -237,60 +180,173 @@ def _choose(options: StudyOptions, space: SearchSpace) -> tuple[tuple[str, ...],
             f"--scheduler {scheduler} {why} --objective {options.objective}; leave --scheduler "
             "out, or give --objective accuracy."
         )
-    _check_rungs(options, scheduler)
-    if scheduler == "pbt" and options.num_trials is not None:
-        check_population(space, options.num_trials)
-    check_sampler(options.sampler, space, objectives)
-    return objectives, scheduler
-
-
-def _check_rungs(options: StudyOptions, scheduler: str) -> None:
-    """Refuse rungs that make no sense, or that nobody would look at."""
-    grace, factor = options.grace_steps, options.reduction_factor
-    if grace is not None and grace < 1:
-        raise ConfigError(f"--grace-steps is {grace}; it must be at least 1.")
-    if factor is not None and not LEAST_FACTOR <= factor < math.inf:
-        raise ConfigError(
-            f"--reduction-factor is {factor:.10g}; it must be at least {LEAST_FACTOR} and finite."
-        )
     for option, value, of in (
-        ("--grace-steps", grace, ("asha", "hyperband", "pbt")),
-        ("--reduction-factor", factor, ("asha", "hyperband")),
+        ("--grace-steps", options.grace_steps, ("asha", "hyperband", "pbt")),
+        ("--reduction-factor", options.reduction_factor, ("asha", "hyperband")),
     ):
         if value is not None and scheduler not in of:
             raise ConfigError(
                 f"{option} means nothing to --scheduler {scheduler}; leave it out, or choose "
                 f"{' or '.join(of)}."
             )
+    if scheduler == "pbt" and options.num_trials is not None:
+        check_population(space, options.num_trials)
+    check_sampler(options.sampler, space, objectives)
+    return objectives, scheduler
 
 
-def _rungs(options: StudyOptions) -> dict[str, float]:
-    """What was said of the rungs, by StudyConfig's names."""
-    said = {"grace_steps": options.grace_steps, "reduction_factor": options.reduction_factor}
-    return {name: value for name, value in said.items() if value is not None}
+# -- fitted to resources and data ---------------------------------------------------------------
+
+
+def fit(
+    plan: Plan,
+    resources: Resources,
+    name: str = "",
+    places: StorageLayout = SHARED_FILESYSTEM,
+    *,
+    trials_per_gpu: int | None = None,
+) -> StudyConfig:
+    """The study on such resources: the task's full budget on GPUs, one that fits on CPUs.
+
+    What the caller left open is chosen, and said in `reason`. Warm-up and evaluations follow the
+    number of steps (see dmx.config.schedule); what is fixed or searched is left alone.
+
+    Args:
+        name, places: of the study. trials_per_gpu: as measured, instead of the options'.
+
+    Raises:
+        ConfigError: the numbers contradict, or GPUs are asked for where there are none.
+    """
+    options, task = plan.options, plan.task
+    searched = plan.space.names()
+    if "train.num_steps" in searched:
+        raise ConfigError("train.num_steps cannot be searched: all trials have the same schedule.")
+    shared = trials_per_gpu or capacity.wanted_per_gpu(options.trials_per_gpu)
+    fixed = {**plan.overrides, **plan.space.defaults}
+    _check_gpus(options, shared, fixed, resources)
+    for key in ("train.num_steps", "train.eval_every_steps"):
+        if key in fixed:
+            convert(int, fixed[key], key)
+    steps, wanted = options.max_steps, fixed.get("train.num_steps")
+    if None not in (steps, wanted) and steps != wanted:
+        raise ConfigError(
+            f"--max-steps is {steps}, but train.num_steps is {wanted}; give one of them."
+        )
+    on_gpu = resources.num_gpus > 0
+    full, batch = full_budget(task, "train.num_steps"), full_budget(task, "train.batch_size")
+    steps = steps or int(wanted or (full if on_gpu else min(full, task.cpu_steps)))
+    chosen: dict[str, Any] = {**schedule(task, steps)}
+    if not on_gpu:
+        chosen["train.batch_size"] = min(batch, task.cpu_batch_size)
+    every = {"train.eval_every_steps": full_budget(task, "train.eval_every_steps")}
+    every |= {**chosen, **fixed}
+    left = {k: v for k, v in chosen.items() if k not in fixed and k not in searched}
+    num_trials = options.num_trials or (_GPU_TRIALS if on_gpu else _CPU_TRIALS)
+    gpus = (options.gpus_per_trial or 1.0 / (shared or 1)) if on_gpu else 0.0
+    cpus = options.cpus_per_trial or float(options.workers_per_trial or 1)
+    if on_gpu:
+        part = resources.num_cpus * gpus // resources.num_gpus
+        cpus = options.cpus_per_trial or max(1.0, part)
+    workers = share_out(cpus=cpus, gpus=gpus, workers=options.workers_per_trial).count
+    reason = f"{num_trials} trials of up to {steps:,} steps"
+    if on_gpu:
+        reason = f"{resources.num_gpus} GPUs: {reason}"
+    else:
+        of = {**left, **fixed}.get("train.batch_size", "as searched")
+        reason = (
+            f"no GPU, {resources.num_cpus} CPU cores: {reason}, batch {of} (the task's full budget "
+            f"is {full:,} steps, batch {batch})"
+        )
+    if workers > 1:
+        reason += f", each by {workers} workers"
+    return StudyConfig(
+        name=name,
+        task=task.name,
+        space=plan.space,
+        overrides={**plan.overrides, **left, "train.num_steps": steps},
+        num_trials=num_trials,
+        max_steps=steps,
+        grace_steps=options.grace_steps or max(int(every["train.eval_every_steps"]), steps // 9),
+        reduction_factor=options.reduction_factor or 3.0,
+        scheduler=plan.scheduler,
+        sampler=options.sampler,
+        objectives=plan.objectives,
+        seed=options.seed,
+        cpus_per_trial=cpus,
+        gpus_per_trial=gpus,
+        workers_per_trial=workers,
+        time_budget_seconds=options.time_budget,
+        trial_timeout_seconds=options.trial_timeout,
+        storage_timeout=options.storage_patience,
+        places=places,
+        reason=reason,
+    )
+
+
+def _check_gpus(
+    options: StudyOptions, shared: int | None, fixed: Mapping[str, Any], resources: Resources
+) -> None:
+    check_number("--trials-per-gpu", shared, least=1)
+    if shared is not None and options.gpus_per_trial is not None:
+        raise ConfigError("--gpus-per-trial and --trials-per-gpu contradict; give one of them.")
+    if resources.num_gpus:
+        return
+    if shared is not None:
+        raise ConfigError("--trials-per-gpu is given, but the cluster has no GPU; leave it out.")
+    if options.gpus_per_trial is not None:
+        raise ConfigError(
+            "--gpus-per-trial is given, but the cluster has no GPU; --workers-per-trial shares a "
+            "trial's work among CPU processes."
+        )
+    if fixed.get("train.device") == "cuda":
+        raise ConfigError("train.device is cuda, but the cluster has no GPU; leave it out.")
+
+
+def check_space(config: StudyConfig, *, here: bool) -> None:
+    """Build the experiment at every corner of the space.
+
+    Args:
+        here: the trials run on this machine.
+
+    Raises:
+        ConfigError: one is impossible, does not fit this machine, or its batch cannot be shared
+            out.
+    """
+    space, runs = config.space, []
+    space.check(config.task, config.overrides)
+    for corner in space.corners():
+        run = space.run_config(config.task, config.overrides, corner)
+        check_batch(run.train.batch_size, config.workers_per_trial)
+        at = ", ".join(f"{k}={v}" for k, v in corner.items()) or "its defaults"
+        runs.append((f"search space {space.name} at {at}: ", run))
+    if here:
+        check_memory(runs, torch.device("cuda" if config.gpus_per_trial else "cpu"))
 
 
 def check_study(
-    options: StudyOptions, config: StudyConfig, store: Store, folder: Path, code: str | None
+    options: StudyOptions,
+    config: StudyConfig,
+    store: Store,
+    folder: Path,
+    record: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(the study's settings, the files it keeps of earlier ones); nothing is written.
 
     Args:
-        code: the version that trained the study that is continued.
+        record: what the journal of a study that is continued says of its latest session.
 
     Raises:
         ConfigError, StageError: the search is impossible, or an earlier study cannot be used.
     """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)
-    known = Run.read(folder).settings.get("warm_start") if options.resume else None
     identity, files, notes = warm_start.prepare(
         options.warm_start,
         Path(options.storage),
         config,
         store.manifest.checksum,
         folder,
-        known=known,
+        known=record.get("settings", {}).get("warm_start"),
         resume=options.resume,
     )
     for note in notes:
@@ -298,32 +354,10 @@ def check_study(
     if alone := independent(config.sampler, config.space):
         names = ", ".join(alone)
         logger.info("sampler %s draws at random, each by itself: %s", options.sampler, names)
-    settings = study_results.settings(config, store, identity)
+    settings = config.settings(store.manifest, identity)
     if options.resume:
-        study_folder.check_same(folder, settings)
-        begun, now = code, code_version()
+        check_same(folder, settings)
+        begun, now = record.get("environment", {}).get("code"), code_version()
         if begun not in (None, now):
             logger.warning("the study was trained by code %s until now; this is %s", begun, now)
     return settings, files
-
-
-def _check_limits(options: StudyOptions) -> None:
-    """Refuse limits that make no sense.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    if options.max_concurrent_trials is not None and options.max_concurrent_trials < 1:
-        raise ConfigError(
-            f"--max-concurrent-trials is {options.max_concurrent_trials}; it must be 1 or more."
-        )
-    if options.trial_timeout is not None and not options.trial_timeout > 0:
-        raise ConfigError(f"--trial-timeout is {options.trial_timeout:g}; it must be positive.")
-    if not options.storage_patience >= 0:
-        raise ConfigError(
-            f"--storage-patience is {options.storage_patience:g}; it must not be negative."
-        )
-    if options.final_seeds < 0:
-        raise ConfigError(f"--final-seeds is {options.final_seeds}; it must not be negative.")
-    if options.time_budget is not None and not options.time_budget > 0:
-        raise ConfigError(f"--time-budget is {options.time_budget}; it must be positive.")

@@ -1,7 +1,7 @@
 """A study on Ray Tune, which trains segments and decides nothing.
 
-Tune asks the searcher for the next segment, tells the recorder what is reported, and is told by the
-scheduler's adapter when a trial is to stop; all three ask the study's record and its scheduler.
+Tune asks the searcher for the next segment, and for each result that comes in whether its trial
+goes on; both ask the study's record and its scheduler.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import shutil
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import PlacementGroupID, tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -82,7 +81,7 @@ class TrialTrainable(tune.Trainable):
         """Nothing: the runner writes its own, and nothing is restored from Ray's."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing, likewise."""
+        pass
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse the process for another trial; everything of the old one is dropped."""
@@ -148,34 +147,34 @@ class SegmentSearcher(Searcher):
         """Outcomes are recorded by the Recorder, which knows the trial."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The journal is the state."""
+        """Nothing: the journal is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """The journal is the state."""
+        pass
 
 
-class SchedulerAdapter(FIFOScheduler):
-    """Records every report, and passes on what the study's scheduler decides."""
+class Decisions(tune.Stopper):
+    """Records every report, and stops what the study's scheduler stops.
 
-    def __init__(self, log: StudyLog, scheduler: Scheduler) -> None:
-        super().__init__()
-        self._log, self._scheduler = log, scheduler
+    Tune asks it before anything else hears of a result, the trial's last one included.
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    Args:
+        deadline: of time.monotonic, when the session ends; Tune's own goes by the wall clock.
+    """
+
+    def __init__(self, log: StudyLog, scheduler: Scheduler, deadline: float = math.inf) -> None:
+        self._log, self._scheduler, self._deadline = log, scheduler, deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """A report that is known from before a crash decides nothing new."""
-        if FAILURE in result:
-            return self.STOP
         if not is_report(result):
-            return self.CONTINUE
-        number, step = trial.config[NUMBER_KEY], int(result[STEPS])
+            return FAILURE in result
+        number, step = result["config"][NUMBER_KEY], int(result[STEPS])
         self._log.report(number, step, result)
-        goes_on = self._scheduler.keep_training(self._log, number, step)
-        return self.CONTINUE if goes_on else self.STOP
+        return not self._scheduler.keep_training(self._log, number, step)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """The last report reaches a scheduler only here."""
-        if is_report(result):
-            self._log.report(trial.config[NUMBER_KEY], int(result[STEPS]), result)
+    def stop_all(self) -> bool:
+        return time.monotonic() >= self._deadline
 
 
 class Recorder(tune.Callback):
@@ -208,13 +207,12 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A report came in; the adapter has recorded it, unless it was the trial's last."""
-        number, step = trial.config[NUMBER_KEY], int(result[STEPS])
+        """A report came in, and Decisions has recorded it."""
         if result.get(RESUMABLE):  # the next trial would meet the same storage
             raise StorageError(str(result[FAILURE]))
         if not is_report(result):
             return
-        self._log.report(number, step, result)
+        number, step = trial.config[NUMBER_KEY], int(result[STEPS])
         if (number, step) not in self._shown:
             self._shown.add((number, step))
             self._lost.pop(number, None)
@@ -269,7 +267,7 @@ START_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
 
 
-def hang_timeout(intervals: list[float], fixed: float | None) -> float:
+def hang_timeout(intervals: Collection[float], fixed: float | None) -> float:
     """Seconds without a report after which a trial hangs.
 
     Args:
@@ -300,7 +298,7 @@ class Watchdog(tune.Callback):
         self._since: dict[Any, float] = {}  # it was last heard of
         self._reported: dict[Any, float] = {}
         self._started: set[Any] = set()
-        self._intervals: list[float] = []
+        self._intervals: deque[float] = deque(maxlen=1000)
         self._looked = clock()
         self.hung: dict[int, str] = {}
 
@@ -311,13 +309,13 @@ class Watchdog(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """It is alive; the last thousand intervals say what is usual."""
+        """It is alive; the latest intervals say what is usual."""
         now = self._clock()
         self._started.discard(trial)
         self._since[trial] = now
         if is_report(result):
             if (since := self._reported.get(trial)) is not None:
-                self._intervals = [*self._intervals[-999:], now - since]
+                self._intervals.append(now - since)
             self._reported[trial] = now
             self.hung.pop(trial.config[NUMBER_KEY], None)
 
@@ -354,54 +352,30 @@ class Watchdog(tune.Callback):
         return (tune.Callback, ())  # see StudyLog.__reduce__
 
 
-class OutOfTime(tune.Stopper):
-    """Ends the session at a moment of the monotonic clock; Tune's own goes by the wall clock."""
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial by itself."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Everything, once the time is over."""
-        return time.monotonic() >= self._deadline
-
-
-def _measures_process(config: StudyConfig) -> bool:
-    """A process's peak memory never falls: without a GPU, each trial needs one of its own."""
-    return "memory" in config.objectives and not config.gpus_per_trial
-
-
 def fit(
-    config: StudyConfig,
-    log: StudyLog,
-    scheduler: Scheduler,
-    segments: SegmentQueue,
-    observers: tuple[StudyObserver, ...],
-    slots: int,
-    deadline: float,
+    segments: SegmentQueue, observers: tuple[StudyObserver, ...], *, slots: int, deadline: float
 ) -> None:
     """Train segments until there are no more, or until the deadline (of time.monotonic)."""
+    config, log, scheduler = segments.config, segments.log, segments.scheduler
     storage = log.folder.absolute() / "ray"
     watchdog = Watchdog(config.trial_timeout_seconds)
     recorder = Recorder(
         log, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
     )
+    # A process's peak memory never falls: without a GPU, each trial needs one of its own.
+    measures_process = "memory" in config.objectives and not config.gpus_per_trial
     tuner = tune.Tuner(
         tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), log.folder)),
         tune_config=tune.TuneConfig(
             search_alg=SegmentSearcher(segments),
-            scheduler=SchedulerAdapter(log, scheduler),
             num_samples=-1,  # the searcher says when it is over
             max_concurrent_trials=slots,
-            reuse_actors=config.reuse_actors and not _measures_process(config),
+            reuse_actors=config.reuse_actors and not measures_process,
         ),
         run_config=tune.RunConfig(
             name=f"session-{uuid.uuid4().hex}",
             storage_path=str(storage),
-            stop=OutOfTime(deadline),
+            stop=Decisions(log, scheduler, deadline),
             callbacks=[recorder, watchdog],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -1,21 +1,20 @@
-"""The end of a study: test, retraining, study.json, trials.csv, and what the terminal shows."""
+"""The end of a study: its test, retraining, study.json, trials.csv, and what the terminal shows."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import statistics
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmx.cluster import gang
 from dmx.data.store import Store
 from dmx.errors import RunFailedError
-from dmx.registry import environment
+from dmx.format import csv_text, mean_and_deviation
 from dmx.runs import layout
 from dmx.runs.layout import (
     BEST_DEV_ACCURACY,
@@ -28,321 +27,227 @@ from dmx.runs.layout import (
 from dmx.runs.study import Study
 from dmx.runs.trial import OBJECTIVES, describe_failures
 from dmx.schema import to_dict
+from dmx.storage.files import copy_folder, write_atomic
 from dmx.storage.journal import Journal
-from dmx.storage.remote import StorageLayout
-from dmx.study import folder as study_folder
 from dmx.study.study import StudyConfig
-from dmx.study.views import TensorBoardView, trials_table
+from dmx.study.views import trials_table
+from dmx.tensorboard import RunWriter
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.evaluation import EvaluationJob
-from dmx.training.job import Job, Workers
+from dmx.training.job import Job
 from dmx.training.passes import Evaluation
 
 logger = logging.getLogger("dmx.study")
 
+# -- the test -----------------------------------------------------------------------------------
+
 
 def finish(
-    config: StudyConfig,
-    store: Store,
-    study: Study,
-    tensorboard: TensorBoardView,
-    *,
-    slots: int,
-    final_seeds: int,
-) -> dict[str, Any]:
-    """Test the best checkpoint, retrain it with `final_seeds` seeds, and write the files.
-
-    Returns:
-        The content of study.json but for `seconds`. An incomplete study is not tested: its best
-        trial may still change.
-    """
-    folder, best = study.folder, study.best_trial
-    summary = summarise(config, store, study)
-    if best is None or best.checkpoint is None:
-        return summary
-    best_folder = folder / layout.BEST_DIR
-    config.places.push(best_folder)
-    if study.complete:
-        test = evaluate_test(best_folder, store, config.workers, config.places)
-        summary["best"][TEST_ACCURACY] = test.accuracy
-        summary["best"][TEST_LOSS] = test.loss
-        tensorboard.test(best.number, test.accuracy, best.best_step)
-        if final_seeds:
-            summary["final_seeds"] = retrain(
-                best_folder,
-                store,
-                folder,
-                final_seeds,
-                workers=config.workers,
-                slots=slots,
-                places=config.places,
-            )
-        note_final(folder, best.number, best.best_step, test, summary.get("final_seeds"))
-    return summary
-
-
-def note_final(
-    folder: Path,
-    trial: int,
-    step: int,
-    test: Evaluation,
-    retrained: Mapping[str, Any] | None,
+    config: StudyConfig, store: Store, study: Study, *, slots: int, final_seeds: int
 ) -> None:
-    """Record the best trial's test in the journal, where that is not what it says already."""
-    names = ("seeds", "dev_accuracies", "test_accuracies")
-    found = {
-        "event": "final",
-        "trial": trial,
-        "step": step,
-        TEST_ACCURACY: test.accuracy,
-        TEST_LOSS: test.loss if math.isfinite(test.loss) else None,
-        **{name: list((retrained or {}).get(name, ())) for name in names},
-    }
-    with Journal(folder / layout.JOURNAL_FILE) as journal:
-        ends = [e for e in journal.events if e["event"] in ("final", "outcome")]
-        last = ends[-1] if ends else {}
-        if any(last.get(key) != value for key, value in found.items()):
-            journal.append(**found, time=time.time())
+    """Copy the best checkpoint to best/; of a complete study test it, and train it again.
 
-
-def summarise(config: StudyConfig, store: Store, study: Study) -> dict[str, Any]:
-    """Write trials.csv and best/; the content of study.json, but for tests and `seconds`."""
-    several = len(config.objectives) > 1
-    label = store.manifest.label
-    study_folder.write_trials(study)
-    study_folder.copy_best(study.folder, study.best_trial)
-    summary: dict[str, Any] = {
-        "name": config.name,
-        "data": label,
-        "is_sample": store.manifest.is_sample,
-        "data_checksum": store.manifest.checksum,
-        "task": config.task,
-        "attention": config.space.attention,
-        "complete": study.complete,
-        "num_trials": config.num_trials,
-        "max_steps": config.max_steps,
-        "grace_steps": config.grace_steps,
-        "reduction_factor": config.reduction_factor,
-        "trials": {
-            s: sum(t.status == s for t in study.trials) for s in ("COMPLETE", "PRUNED", "FAILED")
-        },
-        **(front_summary(config.objectives, study) if several else {}),
-        **({"population": population(study)} if config.scheduler == "pbt" else {}),
-        "best": None,
-        "environment": {**environment(), "argv": sys.argv},
-    }
-    best = study.best_trial
-    if best is not None and best.checkpoint is not None:
-        summary["best"] = {
-            "trial": best.number,
-            "params": best.params_at(best.best_step),
-            DEV_ACCURACY: best.best,
-            "step": best.best_step,
-            "checkpoint": layout.BEST_DIR,
-        }
-    return summary
-
-
-def seconds_so_far(folder: Path) -> float:
-    """How long the sessions until now have worked on the study; 0 for a new one."""
-    seconds = Study.read(folder).seconds
-    return seconds if math.isfinite(seconds) else 0.0
-
-
-def front_of(study: Study) -> tuple[int, ...]:
-    """The trials on the Pareto front of a study with several objectives; () where there is one."""
-    return tuple(t.number for t in study.best_trials) if study.several else ()
-
-
-def population(study: Study) -> list[dict[str, Any]]:
-    """`population` of study.json: what each trial began with, and what it changed to and when."""
-    return [
-        {
-            "trial": t.number,
-            "params": dict(t.params),
-            "changes": [{"step": s, "params": dict(p)} for s, p in sorted(t.changes.items())],
-        }
-        for t in study.trials
-    ]
-
-
-def front_summary(objectives: tuple[str, ...], study: Study) -> dict[str, list[dict[str, Any]]]:
-    """`objectives` and `front` of study.json: what was optimised, and the trials on the front."""
-    described = [OBJECTIVES[name] for name in objectives]
-    return {
-        "objectives": [
-            {"name": o.name, "direction": o.direction, "label": o.label} for o in described
-        ],
-        "front": [
-            {"trial": t.number, "values": t.values, "params": dict(t.params)}
-            for t in study.best_trials
-        ],
-    }
-
-
-def show(summary: Mapping[str, Any], study: Study, store: Store) -> None:
-    """Print the table of trials, the best configuration and its test accuracy."""
-    out = console()
-    best = summary["best"]
-    title = (
-        f"{summary['name']}: {summary['attention']} on {summary['task']} (data: {summary['data']})"
-    )
-    names = tuple(o["name"] for o in summary.get("objectives", ()))
-    number = best["trial"] if best else None
-    out.print(trials_table(study.trials, title, number, names, front_of(study)))
-    if names:
-        on = ", ".join(str(n) for n in front_of(study)) or "none"
-        out.print(f"Pareto front of {', '.join(names)} (marked +): trials {on}", highlight=False)
-    if best is None:
-        failed = describe_failures(study.trials)
-        out.print(failed or "No trial reported a dev accuracy.", highlight=False, markup=False)
-        return
-    labels = store.split("test").labels
-    majority = max((labels == c).mean() for c in set(labels.tolist()))
-    out.print(f"best: trial {best['trial']}, dev accuracy {best[DEV_ACCURACY]:.4f}")
-    for key, value in best["params"].items():
-        out.print(f"  {key}: {value}", highlight=False)
-    if TEST_ACCURACY in best:
-        out.print(
-            f"test accuracy {best[TEST_ACCURACY]:.4f} (majority class {majority:.4f}; "
-            f"data: {summary['data']})"
-        )
-    if "final_seeds" in summary:
-        out.print(describe(summary["final_seeds"]))
-    files = f"({layout.STUDY_FILE}, {layout.TRIALS_FILE}, {layout.BEST_DIR}/)"
-    verbatim(f"files: {study.folder}  {files}")  # to be copied in one piece
-    verbatim(f"curves: tensorboard --logdir {study.folder.parent}")
-
-
-def evaluate_test(best: Path, store: Store, workers: Workers, places: StorageLayout) -> Evaluation:
-    """Loss and accuracy of a checkpoint over the whole test split, by one worker in the cluster."""
-    data = str(store.folder)
-    wanted = EvaluationJob(checkpoint=str(best), data_folder=data, places=places)
-    return gang.evaluate(wanted, workers)
-
-
-def retrain(
-    best: Path,
-    store: Store,
-    folder: Path,
-    num_seeds: int,
-    *,
-    workers: Workers,
-    slots: int,
-    places: StorageLayout,
-) -> dict[str, Any]:
-    """Train the best configuration again from `num_seeds` other seeds; continues after a crash.
-
-    Returns:
-        {"seeds", "dev_accuracies", "test_accuracies", "mean", "standard_deviation"}, the last two
-        over the test accuracies (sample standard deviation, None for one seed).
+    What came of it is in the journal, and so in `study`. An incomplete study is not tested: its
+    best trial may still change.
 
     Raises:
-        RunFailedError: a run failed.
+        RunFailedError: a run with another seed failed.
     """
-    config = open_checkpoint(best).config
-    seeds = [config.train.seed + 1 + i for i in range(num_seeds)]
+    best = copy_best(study)
+    if best is None or study.best_trial is None:
+        return
+    config.places.push(best)
+    known = len(study.finals.seeds) if study.finals else 0
+    tested = math.isfinite(study.test_accuracy) and known >= final_seeds
+    if not study.complete or tested:
+        return
+    with Journal(study.folder / layout.JOURNAL_FILE) as journal:
+
+        def record(**event: Any) -> None:
+            journal.append(**event, time=time.time())
+            study.add(journal.events[-1])
+
+        record(event="session")
+        test = _tested(config, store, best)
+        trial, step = study.best_trial.number, study.best_trial.best_step
+        writer = RunWriter(layout.trial_folder(study.folder, trial))
+        writer.scalars({TEST_ACCURACY: test.accuracy}, step)
+        writer.close()
+        again = _retrained(config, store, best, num_seeds=final_seeds, slots=slots)
+        loss = test.loss if math.isfinite(test.loss) else None
+        found = {TEST_ACCURACY: test.accuracy, TEST_LOSS: loss, **again}
+        record(event="final", trial=trial, step=step, **found)
+
+
+def _tested(config: StudyConfig, store: Store, checkpoint: Path) -> Evaluation:
+    """Of the whole test split, by one worker in the cluster."""
+    data, places = str(store.folder), config.places
+    wanted = EvaluationJob(checkpoint=str(checkpoint), data_folder=data, places=places)
+    return gang.evaluate(wanted, config.workers)
+
+
+def _retrained(
+    config: StudyConfig, store: Store, best: Path, *, num_seeds: int, slots: int
+) -> dict[str, list[Any]]:
+    """`seeds`, `dev_accuracies` and `test_accuracies` of the best setting; survives a crash."""
+    run = open_checkpoint(best).config
+    folder = best.parent
+    folders = {
+        run.train.seed + more: folder / "final" / f"seed-{run.train.seed + more}"
+        for more in range(1, num_seeds + 1)
+    }
     waiting = []
-    for seed in seeds:
-        train = dataclasses.replace(config.train, seed=seed)
-        data = dataclasses.replace(config.data, seed=config.data.seed + seed - config.train.seed)
-        plain = to_dict(dataclasses.replace(config, train=train, data=data))
+    for seed, place in folders.items():
+        train = dataclasses.replace(run.train, seed=seed)
+        data = dataclasses.replace(run.data, seed=run.data.seed + seed - run.train.seed)
         waiting.append(
             Job(
-                run_config=plain,
+                run_config=to_dict(dataclasses.replace(run, train=train, data=data)),
                 data_folder=str(store.folder),
-                folder=str(folder / "final" / f"seed-{seed}"),
-                places=places,
-                workers=workers,
+                folder=str(place),
+                places=config.places,
+                workers=config.workers,
                 within=str(folder),
             )
         )
-    logger.info(
-        "training the best configuration with %d other seeds, %d at once",
-        num_seeds,
-        min(slots, num_seeds),
-    )
+    if waiting:
+        logger.info(
+            "training the best configuration with %d other seeds, %d at once",
+            *(num_seeds, min(slots, num_seeds)),
+        )
     running: list[gang.Running] = []
     dev: dict[str, float] = {}
     try:
         while waiting or running:
             while waiting and len(running) < slots:
                 running.append(gang.start(waiting.pop(0)))
-            for run, report in gang.wait_any(running, timeout_seconds=60):
+            for one, report in gang.wait_any(running, timeout_seconds=60):
                 if report.get(FAILURE):
-                    raise RunFailedError(f"{run.job.folder}: {report[FAILURE]}.")
-                dev[run.job.folder] = report[BEST_DEV_ACCURACY]
+                    raise RunFailedError(f"{one.job.folder}: {report[FAILURE]}.")
+                dev[one.job.folder] = report[BEST_DEV_ACCURACY]
                 logger.info(
                     "%s: step %s of %s, dev accuracy %.4f (best %.4f)",
-                    Path(run.job.folder).name,
+                    Path(one.job.folder).name,
                     f"{report[STEPS]:,}",
-                    f"{config.train.num_steps:,}",
-                    report[DEV_ACCURACY],
-                    report[BEST_DEV_ACCURACY],
+                    f"{run.train.num_steps:,}",
+                    *(report[DEV_ACCURACY], report[BEST_DEV_ACCURACY]),
                 )
                 if report.get("done"):
-                    running.remove(run)
+                    running.remove(one)
     finally:
         gang.stop(*running)
-    tests = [
-        evaluate_test(
-            folder / "final" / f"seed-{s}" / layout.BEST_DIR, store, workers, places
-        ).accuracy
-        for s in seeds
-    ]
+    tests = [_tested(config, store, place / layout.BEST_DIR) for place in folders.values()]
     return {
-        "seeds": seeds,
-        "dev_accuracies": [dev[str(folder / "final" / f"seed-{s}")] for s in seeds],
-        "test_accuracies": tests,
-        "mean": statistics.fmean(tests),
-        "standard_deviation": statistics.stdev(tests) if len(tests) > 1 else None,
+        "seeds": list(folders),
+        "dev_accuracies": [dev[str(place)] for place in folders.values()],
+        "test_accuracies": [test.accuracy for test in tests],
     }
 
 
-def describe(finals: Mapping[str, Any]) -> str:
-    """One line for the terminal."""
-    spread = finals["standard_deviation"]
-    plus = "" if spread is None else f" ± {spread:.4f}"
-    return f"test accuracy over {len(finals['seeds'])} seeds: {finals['mean']:.4f}{plus}"
+# -- files --------------------------------------------------------------------------------------
 
 
-def settings(
-    config: StudyConfig, store: Store, warm_start: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What must be equal for a later session to continue the study: all that decides a trial.
+def copy_best(study: Study) -> Path | None:
+    """best/, now a copy of the best trial's checkpoint; None where there is none."""
+    best, target = study.best_trial, study.folder / layout.BEST_DIR
+    if best is None or best.checkpoint is None:
+        return None
+    copy_folder(best.checkpoint, target)
+    return target
 
-    `num_trials` alone may change (see files.MAY_CHANGE): more trials may be asked for.
-    """
-    overrides = dict(config.overrides)
-    more: dict[str, Any] = {}
-    if len(config.objectives) > 1:
-        more["objectives"] = list(config.objectives)
-    if warm_start is not None:
-        more["warm_start"] = dict(warm_start)
-    return {
-        "task": config.task,
-        "attention": config.space.attention,
-        "overrides": overrides,
-        **config.space.plain(overrides),
-        "num_trials": config.num_trials,
-        "max_steps": config.max_steps,
-        "grace_steps": config.grace_steps,
-        "reduction_factor": config.reduction_factor,
-        "scheduler": config.scheduler,
-        "sampler": config.sampler,
-        "seed": config.seed,
-        "data": store.manifest.label,
-        "data_checksum": store.manifest.checksum,
-        **more,
+
+def summarise(study: Study) -> dict[str, Any]:
+    """The content of study.json: the result, for machines."""
+    names = ("task", "attention", "data", "data_checksum", "num_trials", "max_steps")
+    statuses = [t.status for t in study.trials]
+    best = study.best_trial
+    summary: dict[str, Any] = {
+        "name": study.name,
+        **{k: study.settings[k] for k in (*names, "grace_steps", "reduction_factor")},
+        "is_sample": study.is_sample,
+        "complete": study.complete,
+        "trials": {s: statuses.count(s) for s in ("COMPLETE", "PRUNED", "FAILED")},
+        "best": None,
+        "seconds": study.seconds,
+        "environment": study.environment,
     }
+    if study.several:
+        objectives = [OBJECTIVES[name] for name in study.several]
+        summary["objectives"] = [
+            {"name": o.name, "direction": o.direction, "label": o.label} for o in objectives
+        ]
+        summary["front"] = [
+            {"trial": t.number, "values": t.values, "params": t.params} for t in study.best_trials
+        ]
+    if study.is_population:
+        summary["population"] = [
+            {
+                "trial": t.number,
+                "params": t.params,
+                "changes": [{"step": s, "params": dict(p)} for s, p in sorted(t.changes.items())],
+            }
+            for t in study.trials
+        ]
+    if best is not None and best.checkpoint is not None:
+        summary["best"] = {
+            "trial": best.number,
+            "params": study.best_params,
+            DEV_ACCURACY: best.best,
+            "step": best.best_step,
+            "checkpoint": layout.BEST_DIR,
+        }
+        if math.isfinite(study.test_accuracy):
+            summary["best"] |= {TEST_ACCURACY: study.test_accuracy, TEST_LOSS: study.test_loss}
+    if study.finals:
+        tests = study.finals.test_accuracies
+        summary["final_seeds"] = {
+            **dataclasses.asdict(study.finals),
+            "mean": statistics.fmean(tests),
+            "standard_deviation": statistics.stdev(tests) if len(tests) > 1 else None,
+        }
+    return summary
 
 
-def tensorboard_view(folder: Path, config: StudyConfig, store: Store) -> TensorBoardView:
-    """The view that writes a row of HParams and the curves of each trial."""
-    constants = {
-        "attention": config.space.attention,
-        "task": config.task,
-        "data": store.manifest.label,
-    }
-    return TensorBoardView(folder, constants, config.space.names())
+def write_files(study: Study) -> dict[str, Any]:
+    """Write study.json, whose content is returned, and trials.csv."""
+    summary = to_dict(summarise(study), finite=True)
+    write_atomic(study.folder / layout.TRIALS_FILE, csv_text(study.trial_rows()))
+    write_atomic(study.folder / layout.STUDY_FILE, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+# -- the terminal -------------------------------------------------------------------------------
+
+
+def show(study: Study, store: Store) -> None:
+    """Print the table of trials, the best configuration and its test accuracy."""
+    out, best = console(), study.best_trial
+    title = f"{study.name}: {study.attention} on {study.task} (data: {study.data})"
+    out.print(trials_table(study, title))
+    if study.several:
+        on = ", ".join(str(t.number) for t in study.best_trials) or "none"
+        names = ", ".join(study.several)
+        out.print(f"Pareto front of {names} (marked +): trials {on}", highlight=False)
+    if best is None or best.checkpoint is None:
+        failed = describe_failures(study.trials)
+        out.print(failed or "No trial reported a dev accuracy.", highlight=False, markup=False)
+        return
+    labels = store.split("test").labels
+    majority = max((labels == c).mean() for c in set(labels.tolist()))
+    out.print(f"best: trial {best.number}, dev accuracy {best.best:.4f}")
+    for key, value in study.best_params.items():
+        out.print(f"  {key}: {value}", highlight=False)
+    if math.isfinite(study.test_accuracy):
+        out.print(
+            f"test accuracy {study.test_accuracy:.4f} (majority class {majority:.4f}; "
+            f"data: {study.data})"
+        )
+    if study.finals:
+        tests = study.finals.test_accuracies
+        mean, deviation = mean_and_deviation(tests)
+        plus = f" ± {deviation:.4f}" if math.isfinite(deviation) else ""
+        out.print(f"test accuracy over {len(tests)} seeds: {mean:.4f}{plus}")
+    files = f"({layout.STUDY_FILE}, {layout.TRIALS_FILE}, {layout.BEST_DIR}/)"
+    verbatim(f"files: {study.folder}  {files}")  # to be copied in one piece
+    verbatim(f"curves: tensorboard --logdir {study.folder.parent}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,231 +12,218 @@ from dmx import process
 from dmx.cluster import capacity, connection
 from dmx.costs import estimate
 from dmx.costs.estimate import check_price, corner_runs, describe, dry_data
-from dmx.data.store import Store
+from dmx.data import prepare
+from dmx.data.store import Store, open_store
 from dmx.errors import InterruptedRun
 from dmx.runs.folder_sync import FolderSync
+from dmx.runs.run import Run
+from dmx.runs.study import Study
 from dmx.schema import is_url
 from dmx.search.rungs import describe_rungs
-from dmx.storage.remote import StorageLayout
-from dmx.study import folder as study_folder
-from dmx.study import locations
-from dmx.study import results as study_results
-from dmx.study.plan import Plan, StudyOptions, check_study, make_plan
+from dmx.search.study_settings import settings_event
+from dmx.storage.remote import StorageLayout, copy_store
+from dmx.study import results
+from dmx.study.folder import check_free, check_unused, find_places, open_folder
+from dmx.study.plan import Plan, StudyOptions, check_space, check_study, fit, make_plan
 from dmx.study.study import StudyConfig, train_trials
-from dmx.study.views import choose_view, write_json
+from dmx.study.views import TensorBoardView, choose_view, write_json
 from dmx.terminal import console, verbatim
 
 logger = logging.getLogger("dmx.tune")
 
 
-@dataclass(frozen=True)
-class StudyOutcome:
-    """How a session of a study ended.
-
-    Attributes:
-        summary: the content of study.json. ended: trials that have ended. out_of_time: whether
-            the time budget was used up.
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-    ended: int
-    out_of_time: bool
-
-
-def _prepared(options: StudyOptions, record: Mapping[str, Any]) -> tuple[Plan, Path, StorageLayout]:
-    """The plan, the study's folder and where its nodes meet; all that needs no data is checked."""
-    plan = make_plan(options, record.get("settings", {}))
-    folder, places = locations.find_places(
-        storage=options.storage,
-        name=options.name,
-        default=options.default_name or "",
-        scratch=options.scratch,
-        data_root=options.data_root,
-        node_data=options.node_data,
-    )
-    if options.address is None:
-        _check_budget(plan, capacity.local_resources())
-    return plan, folder, places
-
-
-def _check_budget(plan: Plan, resources: capacity.Resources) -> None:
-    budget = plan.budget(resources)
-    capacity.check_request(resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers)
-    plan.check(budget)
-
-
-def _open_data(
-    plan: Plan, places: StorageLayout, *, generate: bool, temporary: Path | None = None
-) -> Store:
-    return locations.open_data(
-        places,
-        plan.task.name,
-        plan.options.data_root,
-        allow_sample=plan.options.address is None,
-        generate=generate,
-        on_cluster=plan.options.address is not None,
-        temporary=temporary,
-    )
-
-
 def run_study(
-    options: StudyOptions,
+    attention: str,
+    task: str,
     *,
     recorded: Mapping[str, Any] | None = None,
-    record: Mapping[str, Any] | None = None,
     write_page: Callable[[Path], Path | None] = lambda folder: None,
-) -> StudyOutcome:
-    """Run or continue a study, and print its end.
+    **asked: Any,
+) -> Study:
+    """Run or continue a study, print its end, and return it.
 
     Args:
+        recorded: the options that its journal keeps for the next session.
         write_page: what writes a complete study's report into its folder.
-        recorded: the options that its journal keeps for the next session. record: what the
-            journal of the study that is continued says of it (its latest `settings` event).
+        asked: the other fields of StudyOptions.
 
     Raises:
         DmxError: it cannot be run; nothing was started. InterruptedRun: a signal came while the
             study was under way. StorageError: its storage stayed away.
     """
-    started = time.monotonic()
-    record = record or {}
-    plan, folder, places = _prepared(options, record)
+    options = StudyOptions(attention=attention, task=task, **asked)
+    folder, places = _located(options)
     sync = FolderSync(places)
     sync.restore()
+    record = Run.read(folder).session if options.resume else {}
     if not options.resume:
-        study_folder.check_free(folder)
+        check_free(folder)
+    plan = make_plan(options, record.get("settings", {}))
     process.files_decide()
-    with contextlib.ExitStack() as stack:
-        if options.address is not None:  # what cannot be met there is refused before data are made
-            _check_budget(plan, stack.enter_context(connection.connect(options.address)))
-        with capacity.for_task():  # a shard of data that waits for room is spoken of
-            store = _open_data(plan, places, generate=options.prepare)
-        kept = dict(recorded or {})
-        if not store.manifest.is_sample and not is_url(options.data_root or ""):
-            kept.setdefault("data_root", str(store.folder.parent))
-        code = record.get("environment", {}).get("code")
-        try:
-            with process.terminate_like_interrupt():
-                return _search(plan, store, folder, sync, kept, code, write_page, started)
-        except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
-            raise InterruptedRun from None
+    begun = options.resume
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(process.terminate_like_interrupt())
+            # What can be refused is refused before data are made, Ray is started, or a file is
+            # written: a study that never began is in nobody's way.
+            resources = _resources(options, stack)
+            config = _fitted(plan, resources, folder.name, places)
+            with capacity.for_task():  # a shard of data that waits for room is spoken of
+                store = _open_data(plan, places, generate=options.prepare)
+            settings, files = check_study(options, config, store, folder, record)
+            if options.resume:
+                check_unused(folder)
+            logger.info("study %s on data: %s; %s", folder, store.manifest.label, config.reason)
+            if options.address is None:
+                resources = stack.enter_context(connection.connect(None))
+            if options.trials_per_gpu == capacity.AUTO:
+                fitting = capacity.measure_per_gpu(corner_runs(config), store)
+                config = fit(plan, resources, folder.name, places, trials_per_gpu=fitting)
+            slots = _slots(config, resources, options)
+            kept = dict(recorded or {})
+            if not store.manifest.is_sample and not is_url(options.data_root or ""):
+                kept.setdefault("data_root", str(store.folder.parent))
+            event = settings_event("study", settings, kept)
+            open_folder(folder, event, resume=options.resume, files=files)
+            begun = True
+            stack.enter_context(sync)
+            return _search(config, store, folder, options, slots, write_page)
+    except KeyboardInterrupt:  # outside of the trials' own time, which ends more gently
+        if not begun:
+            raise
+        raise InterruptedRun from None
 
 
-def _search(
-    plan: Plan,
-    store: Store,
-    folder: Path,
-    sync: FolderSync,
-    recorded: Mapping[str, Any],
-    code: str | None,
-    write_page: Callable[[Path], Path | None],
-    started: float,
-) -> StudyOutcome:
-    """Run the study, and what follows it."""
-    options = plan.options
-
-    def checked(resources: capacity.Resources) -> tuple[StudyConfig, dict[str, Any], Any]:
-        budget = plan.budget(resources)
-        plan.check(budget)
-        config = plan.study(budget, folder.name, sync.layout)
-        settings, files = check_study(options, config, store, folder, code)
-        if options.resume:
-            study_folder.check_unused(folder)
-        logger.info("study %s on data: %s; %s", folder, store.manifest.label, budget.reason)
-        return config, settings, files
-
-    # Here all is known before Ray starts; of a cluster nothing before it is connected.
-    here = None if options.address else checked(capacity.local_resources())
-    with contextlib.ExitStack() as stack:
-        resources = stack.enter_context(connection.connect(options.address))
-        config, settings, files = here or checked(resources)
-        if options.trials_per_gpu == capacity.AUTO:
-            fitting = capacity.measure_per_gpu(corner_runs(config), store)
-            budget = plan.budget(resources, trials_per_gpu=fitting)
-            config = plan.study(budget, folder.name, sync.layout)
-        cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
-        workers = config.workers.count
-        slots = capacity.check_request(resources, cpus=cpus, gpus=gpus, workers=workers)
-        slots = min(slots, options.max_concurrent_trials or slots)
-        # Not before all that can be refused: a study that never began is in nobody's way.
-        study_folder.open_folder(
-            folder, settings, resume=options.resume, options=recorded, files=files
-        )
-        stack.enter_context(sync)
-        tensorboard = study_results.tensorboard_view(folder, config, store)
-        title = f"{folder.name} (data: {store.manifest.label})"
-        view = choose_view(
-            options.output, num_trials=config.num_trials, max_steps=config.max_steps, title=title
-        )
-        earlier = study_results.seconds_so_far(folder)
-        with view:
-            result = train_trials(config, store, folder, slots=slots, observers=(view, tensorboard))
-        tensorboard.close()
-        summary = study_results.finish(
-            config, store, result, tensorboard, slots=slots, final_seeds=options.final_seeds
-        )
-        summary["seconds"] = earlier + time.monotonic() - started
-        study_folder.write_study(folder, summary)
-        page = write_page(folder) if result.complete else None
-    if options.output == "json":
-        write_json(event="finished", **summary, report=page)
-    else:
-        study_results.show(summary, result, store)
-        if page is not None:
-            verbatim(f"report: {page}")
-    budget_seconds = options.time_budget
-    return StudyOutcome(
-        folder,
-        summary,
-        ended=sum(t.status != "RUNNING" for t in result.trials),
-        out_of_time=budget_seconds is not None and time.monotonic() - started >= budget_seconds,
+def _located(options: StudyOptions) -> tuple[Path, StorageLayout]:
+    return find_places(
+        storage=options.storage,
+        name=options.name,
+        default=options.default_name,
+        scratch=options.scratch,
+        data_root=options.data_root,
+        node_data=options.node_data,
     )
 
 
-def dry_run(
+def _resources(options: StudyOptions, stack: contextlib.ExitStack) -> capacity.Resources:
+    """Of this machine, without starting Ray; only of a cluster must Ray be asked."""
+    if options.address is None:
+        return capacity.local_resources()
+    return stack.enter_context(connection.connect(options.address))
+
+
+def _fitted(
+    plan: Plan, resources: capacity.Resources, name: str, places: StorageLayout
+) -> StudyConfig:
+    """The study on such resources, where it has room."""
+    config = fit(plan, resources, name, places)
+    _slots(config, resources, plan.options)
+    check_space(config, here=plan.options.address is None)
+    return config
+
+
+def _slots(config: StudyConfig, resources: capacity.Resources, options: StudyOptions) -> int:
+    """Trials at once."""
+    slots = capacity.check_request(
+        resources,
+        cpus=config.cpus_per_trial,
+        gpus=config.gpus_per_trial,
+        workers=config.workers_per_trial,
+    )
+    return min(slots, options.max_concurrent_trials or slots)
+
+
+def _open_data(
+    plan: Plan, places: StorageLayout, *, generate: bool, temporary: Path | None = None
+) -> Store:
+    """The task's data, copied to this node where `places` says so.
+
+    With `temporary`, a folder, they are read where they are, or copied there and not to where the
+    node keeps them.
+
+    Raises:
+        DataError: see prepare.open_data and copy_store.
+    """
+    options, task = plan.options, plan.task.name
+    if places.data_source is not None and is_url(places.data_source):
+        assert places.node_data is not None
+        return open_store(copy_store(places.data_source, task, temporary or Path(places.node_data)))
+    store = prepare.open_data(
+        task,
+        None if options.data_root is None else Path(options.data_root),
+        allow_sample=options.address is None,
+        generate=generate,
+        on_cluster=options.address is not None,
+        temporary=temporary,
+    )
+    here = store.folder if temporary is not None else places.data(str(store.folder))
+    return store if here == store.folder else open_store(here)
+
+
+def _search(
+    config: StudyConfig,
+    store: Store,
+    folder: Path,
     options: StudyOptions,
-    *,
-    record: Mapping[str, Any] | None = None,
-    price_per_gpu_hour: float | None = None,
+    slots: int,
+    write_page: Callable[[Path], Path | None],
+) -> Study:
+    """Train the trials, and what follows them."""
+    label = store.manifest.label
+    constants = {"attention": config.space.attention, "task": config.task, "data": label}
+    tensorboard = TensorBoardView(folder, constants, config.space.names())
+    view = choose_view(
+        options.output,
+        num_trials=config.num_trials,
+        max_steps=config.max_steps,
+        title=f"{folder.name} (data: {label})",
+    )
+    with view, contextlib.closing(tensorboard):
+        study = train_trials(config, store, folder, slots=slots, observers=(view, tensorboard))
+    results.finish(config, store, study, slots=slots, final_seeds=options.final_seeds)
+    summary = results.write_files(study)
+    page = write_page(folder) if study.complete else None
+    if options.output == "json":
+        write_json(event="finished", **summary, report=page)
+    else:
+        results.show(study, store)
+        if page is not None:
+            verbatim(f"report: {page}")
+    return study
+
+
+def dry_run(
+    attention: str, task: str, *, price_per_gpu_hour: float | None = None, **asked: Any
 ) -> None:
-    """Check all that the study would check, print the plan and its cost, and start nothing."""
-    record = record or {}
+    """Check all that run_study would check, print the plan and its cost, and start nothing."""
+    options = StudyOptions(attention=attention, task=task, **asked)
     check_price(price_per_gpu_hour, dry_run=True)
-    plan, folder, places = _prepared(options, record)
+    folder, places = _located(options)
+    record = Run.read(folder).session if options.resume else {}
+    plan = make_plan(options, record.get("settings", {}))
     root = None if options.data_root is None else Path(options.data_root)
 
     def opened(temporary: Path) -> Store:
         return _open_data(plan, places, generate=False, temporary=temporary)
 
     generate = options.prepare and not is_url(options.data_root or "")
-    with dry_data(plan.task, root, opened, generate=generate) as data:
-        # Of this machine without starting Ray; only of a cluster must Ray be asked.
-        with (
-            contextlib.nullcontext(capacity.local_resources())
-            if options.address is None
-            else connection.connect(options.address)
-        ) as resources:
-            budget = plan.budget(resources)
-            slots = capacity.check_request(
-                resources, cpus=budget.cpus, gpus=budget.gpus, workers=budget.workers
-            )
-            slots = min(slots, options.max_concurrent_trials or slots)
-        plan.check(budget)
-        config = plan.study(budget, folder.name)
-        code = record.get("environment", {}).get("code")
-        check_study(options, config, data.store, folder, code)
+    with contextlib.ExitStack() as stack:
+        resources = _resources(options, stack)
+        config = _fitted(plan, resources, folder.name, places)
+        slots = _slots(config, resources, options)
+        data = stack.enter_context(dry_data(plan.task, root, opened, generate=generate))
+        check_study(options, config, data.store, folder, record)
         out = console()
         out.print(f"data: {data.words}", highlight=False)
-        out.print(f"budget: {budget.reason}; {slots} at once")
+        out.print(f"budget: {config.reason}; {slots} at once")
         for name, dist in plan.space.distributions().items():
             out.print(f"search {name}: {dist.kind} {list(dist.values)}", highlight=False)
         out.print("first trial:")
-        point = plan.space.first()
-        verbatim(plan.space.run_config(plan.task.name, plan.fixed(budget), point).to_yaml())
+        first = plan.space.run_config(plan.task.name, config.overrides, plan.space.first())
+        verbatim(first.to_yaml())
         out.print(f"scheduler: {describe_rungs(config)}", highlight=False)
         cost = estimate.study_cost(
-            config,
-            data.store,
+            *(config, data.store),
             slots=slots,
             final_seeds=options.final_seeds,
             num_dev=data.num_dev,

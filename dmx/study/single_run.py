@@ -27,8 +27,7 @@ from dmx.runs.run import Run
 from dmx.schema import check_number, flatten, is_url, local_path, read_yaml, to_dict
 from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
-from dmx.study import folder as study_folder
-from dmx.study.locations import run_folder
+from dmx.study.folder import check_free, open_folder, run_folder
 from dmx.tensorboard import RunWriter
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import meant_checkpoint
@@ -186,7 +185,7 @@ def run_training(
     workers = asked.workers(config)
     folder = asked.folder(f"{called}-{config.task}")
     if not asked.resume:
-        study_folder.check_free(folder)
+        check_free(folder)
     elif not folder.exists():
         raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
@@ -219,10 +218,7 @@ def run_training(
                 from dmx.cluster import connection
 
                 gang = stack.enter_context(connection.opened(job, asked.address))
-            if not asked.resume:
-                study_folder.clear(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            study_folder.note_settings(folder, settings_event("run", now, kept))
+            open_folder(folder, settings_event("run", now, kept), resume=asked.resume)
             _train(job, config, store, gang, check)
     except KeyboardInterrupt:
         raise InterruptedRun from None

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmx.data.store import Store
+from dmx.data.store import Manifest, Store
 from dmx.errors import ConfigError
-from dmx.format import short
+from dmx.format import settings_text
 from dmx.runs import layout
 from dmx.runs.study import SamplerKind, SchedulerKind, Study, Takeover
 from dmx.runs.trial import DEFAULT
@@ -39,13 +39,12 @@ class StudyConfig:
     """What a study searches, and with what means.
 
     Attributes:
-        name: folder below the run root. task: what is trained.
         space: what is searched, with overridden values already fixed.
         overrides: dotted values that hold for every trial.
         num_trials: trials in all. max_steps: optimizer steps of a full trial.
-        grace_steps: steps before ASHA may stop a trial. reduction_factor: of ASHA.
+        grace_steps: steps before ASHA may stop a trial, or between a population's comparisons.
         objectives: names, accuracy first (see objectives.OBJECTIVES).
-        cpus_per_trial, gpus_per_trial: resources of one trial; fractions of a GPU are allowed.
+        cpus_per_trial, gpus_per_trial: of one trial; fractions of a GPU are allowed.
         workers_per_trial: processes that share a trial's work; as many as it has whole GPUs.
         time_budget_seconds: stop then, continuable; None has no limit.
         max_failures: restarts of one trial after a dead worker or node, without getting further.
@@ -54,6 +53,7 @@ class StudyConfig:
         storage_timeout: how long to wait for a storage that is full, read-only or gone.
         reuse_actors: keep a worker process for the next trial (saves its start of seconds).
         places: object storage and local copies (see training.job.Job).
+        reason: one sentence of why it trains so much.
     """
 
     name: str
@@ -77,6 +77,7 @@ class StudyConfig:
     storage_timeout: float = STORAGE_TIMEOUT
     reuse_actors: bool = True
     places: StorageLayout = SHARED_FILESYSTEM
+    reason: str = ""
 
     @property
     def workers(self) -> Workers:
@@ -97,6 +98,22 @@ class StudyConfig:
             return Scheduler(self)
         return PopulationBasedTraining(self) if self.scheduler == "pbt" else SuccessiveHalving(self)
 
+    def settings(
+        self, data: Manifest, warm_start: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """All that decides a trial: what a later session must have equal to continue the study."""
+        names = ("task", "num_trials", "max_steps", "grace_steps", "reduction_factor")
+        return {
+            **{name: getattr(self, name) for name in (*names, "scheduler", "sampler", "seed")},
+            "attention": self.space.attention,
+            "overrides": dict(self.overrides),
+            **self.space.plain(self.overrides),
+            "data": data.label,
+            "data_checksum": data.checksum,
+            **({"objectives": list(self.objectives)} if len(self.objectives) > 1 else {}),
+            **({} if warm_start is None else {"warm_start": dict(warm_start)}),
+        }
+
 
 class SegmentQueue:
     """A study's segments as jobs: proposals are made, and comparisons carried out, on the way.
@@ -108,43 +125,45 @@ class SegmentQueue:
     def __init__(
         self, config: StudyConfig, log: StudyLog, scheduler: Scheduler, store: Store
     ) -> None:
-        self._config, self._log, self._scheduler, self._store = config, log, scheduler, store
+        self.config, self.log, self.scheduler, self._store = config, log, scheduler, store
 
     def next(self) -> tuple[int, dict[str, Any]] | Idle:
         """(trial, fields of its Job) of the next segment, which is in flight from now on."""
-        if self._scheduler.proposes_at_once:
-            for number in range(len(self._log.by_number), self._config.num_trials):
-                self._log.start(number)
-        while (comparison := self._scheduler.comparison(self._log)) is not None:
+        log = self.log
+        if self.scheduler.proposes_at_once:
+            for number in range(len(log.by_number), self.config.num_trials):
+                log.start(number)
+        while (comparison := self.scheduler.comparison(log)) is not None:
             self._carry_out(comparison)
-        while not isinstance(segment := self._scheduler.next_segment(self._log), Idle):
+        while not isinstance(segment := self.scheduler.next_segment(log), Idle):
             number = segment.trial
-            self._log.start(number)
-            params = self._log.by_number[number].params_at(segment.until)
+            log.start(number)
+            params = log.by_number[number].params_at(segment.until)
             try:
-                job = self._job(number, self._config.trial_config(params))
+                job = self._job(number, self.config.trial_config(params))
             except ConfigError as error:  # only corners were checked before
                 logger.warning("trial %d cannot be built: %s", number, error)
-                self._log.finish(number, "FAILED", str(error))
+                log.finish(number, "FAILED", str(error))
                 continue
-            if segment.until < self._config.max_steps:
+            if segment.until < self.config.max_steps:
                 job["stop_at"] = segment.until
             if segment.adopt is not None:
-                job["adopt"] = str(adopted(self._log.folder, number, segment.adopt))
-            self._log.journal.check()  # a driver that was taken over hands nothing out
-            self._log.in_flight.add(number)
+                job["adopt"] = str(adopted(log.folder, number, segment.adopt))
+            log.journal.check()  # a driver that was taken over hands nothing out
+            log.in_flight.add(number)
             return number, job
         return segment
 
     def _job(self, number: int, run_config: dict[str, Any]) -> dict[str, Any]:
+        folder = self.log.folder.absolute()
         return {
             "run_config": run_config,
             "data_folder": str(self._store.folder),
-            "folder": str(layout.trial_folder(self._log.folder, number).absolute()),
-            "places": self._config.places,
-            "storage_timeout": self._config.storage_timeout,
-            "workers": self._config.workers,
-            "within": str(self._log.folder.absolute()),
+            "folder": str(layout.trial_folder(folder, number)),
+            "places": self.config.places,
+            "storage_timeout": self.config.storage_timeout,
+            "workers": self.config.workers,
+            "within": str(folder),
             "slice_seconds": SLICE_SECONDS,
             # The study's journal is ours, so whoever still works on a trial was given up.
             "takes_over": True,
@@ -155,21 +174,16 @@ class SegmentQueue:
         for takeover in comparison.takeovers:
             persist(
                 functools.partial(self._copy, takeover),
-                self._log.folder,
-                seconds=self._config.storage_timeout,
+                self.log.folder,
+                seconds=self.config.storage_timeout,
             )
-        self._log.compare(comparison)
-        for e in comparison.takeovers:
-            logger.info(
-                "step %d: trial %d takes over trial %d: %s",
-                comparison.step,
-                e.trial,
-                e.source,
-                ", ".join(f"{k}={short(v)}" for k, v in e.params.items()),
-            )
+        self.log.compare(comparison)
+        for t in comparison.takeovers:
+            now = settings_text(t.params)
+            logger.info("step %d: trial %d takes over trial %d: %s", t.step, t.trial, t.source, now)
 
     def _copy(self, takeover: Takeover) -> None:
-        places, folder = self._config.places, self._log.folder
+        places, folder = self.config.places, self.log.folder
         source = layout.trial_folder(folder, takeover.source) / layout.LAST_DIR
         places.pull(source)
         put_back(source)
@@ -202,11 +216,7 @@ def train_trials(
     slots: int,
     observers: tuple[StudyObserver, ...] = (),
 ) -> Study:
-    """Run the trials that are still to run, in the Ray cluster that is connected.
-
-    Args:
-        config: the study. store: its data. folder: where all files go.
-        slots: trials at once. observers: see StudyObserver.
+    """Run the trials that are still to run, `slots` at once, in the connected Ray cluster.
 
     Raises:
         StageError: the study is damaged, or another process works on it.
@@ -223,7 +233,7 @@ def train_trials(
         if not log.complete:
             log.begin()
             segments = SegmentQueue(config, log, scheduler, store)
-            ray_tune.fit(config, log, scheduler, segments, observers, slots, deadline)
+            ray_tune.fit(segments, observers, slots=slots, deadline=deadline)
         best = log.best_trial
         if best is not None and best.folder is not None and config.places.run_url is not None:
             config.places.pull(best.folder / layout.BEST_DIR)  # it ran on any node

@@ -32,8 +32,8 @@ from dmx.data.store import open_store
 from dmx.runs.layout import PROCESS_SECONDS
 from dmx.runs.trial import Trial
 from dmx.search.space import load_space
-from dmx.study.results import tensorboard_view
 from dmx.study.study import StudyConfig, train_trials
+from dmx.study.views import TensorBoardView
 
 STEPS = 4
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -105,7 +105,7 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     )
     folder, clock = root / config.name, Clock(num_trials)
     folder.mkdir()
-    view = tensorboard_view(folder, config, store)
+    view = TensorBoardView(folder, {"data": store.manifest.label}, config.space.names())
     began = time.perf_counter()
     result = train_trials(config, store, folder, slots=slots, observers=(view, clock))
     assert result.complete and clock.first is not None and clock.last is not None

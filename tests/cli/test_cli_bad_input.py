@@ -23,7 +23,7 @@ from dmx.costs import estimate as costs
 from dmx.errors import ConfigError, DmxError
 from dmx.runs.run import Run
 from dmx.storage.journal import Journal
-from dmx.study.locations import run_folder
+from dmx.study.folder import run_folder
 from tests.tiny import SETTINGS, TASK, one_sentence, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,11 +85,11 @@ TUNE_BAD = {
     ),
     "factor": (
         [*TUNE, "--reduction-factor", "1"],
-        "--reduction-factor is 1; it must be at least 1.1",
+        "--reduction-factor is 1.0; it must be at least 1.1",
     ),
     "factor-near-1": (
         [*TUNE, "--reduction-factor", "1.0000001"],
-        "--reduction-factor is 1.0000001; it must be at least 1.1 and finite",
+        "--reduction-factor is 1.0000001; it must be at least 1.1",
     ),
     "factor-nan": ([*TUNE, "--reduction-factor", "nan"], "--reduction-factor is nan"),
     "factor-pbt": (

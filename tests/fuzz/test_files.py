@@ -26,7 +26,7 @@ from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
 from dmx.runs.curriculum import Curriculum
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, encode, read_journal
-from dmx.study.folder import open_folder
+from dmx.study.folder import check_same
 from dmx.training.checkpoint import open_checkpoint
 from scripts.convert_pickles import load_pickle
 from tests.fuzz.guard import held, share
@@ -201,7 +201,7 @@ def test_settings(room, event):
     folder.mkdir(exist_ok=True)
     (folder / "journal.jsonl").write_bytes(encode(event if isinstance(event, dict) else {}))
     with held(room):
-        open_folder(folder, SETTINGS, resume=True)
+        check_same(folder, SETTINGS)
 
 
 @pytest.fixture(scope="module")

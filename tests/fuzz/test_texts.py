@@ -15,7 +15,7 @@ from dmx.curriculum.config import load_curriculum
 from dmx.registry import find_yaml
 from dmx.schema import flatten, merge, parse_assignments, read_yaml, to_dict
 from dmx.search.space import load_space
-from dmx.study.locations import run_folder
+from dmx.study.folder import run_folder
 from tests.fuzz.guard import held, share
 from tests.fuzz.hostile import VALUES, WORDS, changed
 from tests.study.helpers import FIXED, SPACE_YAML

@@ -16,7 +16,6 @@ from dmx.reporting.tables import filled_rungs
 from dmx.runs.folders import kind_of, load, runs_below
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import encode, read_journal
-from dmx.study.results import seconds_so_far
 from tests.reporting.makers import (
     change_settings,
     config,
@@ -324,4 +323,3 @@ def test_a_studys_wall_time_counts_all_its_sessions(tmp_path: Path) -> None:
     write_journal(folder / "journal.jsonl", [sessions[0], *timed[:-1], sessions[1], timed[-1]])
     first = 100 + len(events) - 2 - 90
     assert load(folder).seconds == first + 30
-    assert seconds_so_far(folder) == first + 30

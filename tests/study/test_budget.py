@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dmx.cluster.capacity import Resources, check_request
 from dmx.errors import ConfigError
-from dmx.study.budget import fit_budget
+from dmx.search.space import Distribution
+from dmx.study import plan
+from dmx.study.plan import StudyOptions, make_plan
+from dmx.study.study import StudyConfig
 from dmx.tasks import Task, task_for
 from tests.tiny import one_sentence
 
 CPU, GPU = Resources(2, 0), Resources(32, 4)
-OPEN = dict.fromkeys(("num_trials", "max_steps", "trials_per_gpu", "cpus_per_trial"))
 
 
-def fit(task="text", resources=CPU, overrides=None, searched=(), **given):
-    wanted = {**OPEN, **given}
-    return fit_budget(task_for(task), resources, overrides or {}, searched=searched, **wanted)
+def fit(task="text", resources=CPU, overrides=None, searched=(), **given) -> StudyConfig:
+    """`task`: a name, or one of our own. `searched`: settings, instead of the attention's own."""
+    own = {"task": task} if isinstance(task, Task) else {}
+    name = "text" if own else task
+    asked = StudyOptions(attention="linear", task=name, overrides=overrides or {}, **given)
+    made = make_plan(asked, {})
+    if searched:
+        space = {name: Distribution("choice", (1,)) for name in searched}
+        own["space"] = dataclasses.replace(made.space, space=space, initial_points=())
+    return plan.fit(dataclasses.replace(made, **own), resources)
 
 
 def test_on_gpus_the_full_budget():
     budget = fit(resources=GPU)
-    assert budget.max_steps == 20000 and budget.settings == {"train.num_steps": 20000}
-    assert budget.gpus == 1.0 and budget.cpus == 8.0
-    shared = fit(resources=GPU, trials_per_gpu=2)
-    assert shared.gpus == 0.5 and shared.cpus == 4.0
-    assert check_request(GPU, cpus=shared.cpus, gpus=shared.gpus) == 8
+    assert budget.max_steps == 20000 and budget.overrides == {"train.num_steps": 20000}
+    assert budget.gpus_per_trial == 1.0 and budget.cpus_per_trial == 8.0
+    shared = fit(resources=GPU, trials_per_gpu="2")
+    assert shared.gpus_per_trial == 0.5 and shared.cpus_per_trial == 4.0
+    assert check_request(GPU, cpus=4.0, gpus=0.5) == 8
 
 
 @pytest.mark.parametrize("task", ["text", "listops", "retrieval", "image", "pathX-cl14_nogap"])
@@ -34,17 +45,17 @@ def test_on_cpus_a_short_schedule_of_the_same_shape(task):
     preset = task_for(task).preset
     share = preset["optim.warmup_steps"] / preset["train.num_steps"]
     steps = budget.max_steps
-    assert budget.settings["train.num_steps"] == steps < preset["train.num_steps"]
-    assert budget.settings["train.eval_every_steps"] == steps // 8
-    assert budget.settings["optim.warmup_steps"] == max(round(share * steps), 2)
-    assert budget.num_trials >= 8 and budget.gpus == 0 and budget.cpus == 1.0
-    assert budget.grace_steps >= budget.settings["train.eval_every_steps"]
+    assert budget.overrides["train.num_steps"] == steps < preset["train.num_steps"]
+    assert budget.overrides["train.eval_every_steps"] == steps // 8
+    assert budget.overrides["optim.warmup_steps"] == max(round(share * steps), 2)
+    assert budget.num_trials >= 8 and budget.gpus_per_trial == 0 and budget.cpus_per_trial == 1.0
+    assert budget.grace_steps >= budget.overrides["train.eval_every_steps"]
     assert str(preset["train.batch_size"]) in budget.reason, "it says what the full budget is"
 
 
 def test_what_each_task_gets_on_cpus():
     found = {
-        name: (fit(name).max_steps, fit(name).settings["train.batch_size"])
+        name: (fit(name).max_steps, fit(name).overrides["train.batch_size"])
         for name in ("text", "listops", "retrieval", "image", "pathX-cl14_nogap")
     }
     assert found == {
@@ -61,22 +72,22 @@ def test_a_task_of_ones_own_has_a_budget():
     sizes = {"max_length": 64, "vocab_size": 8, "num_classes": 2}
     bare = Task(name="mine", family="mine", **sizes)
     for resources, expected in ((CPU, (200, 32)), (GPU, (5000, None))):
-        budget = fit_budget(bare, resources, {}, **OPEN)
-        assert (budget.max_steps, budget.settings.get("train.batch_size")) == expected
+        budget = fit(bare, resources)
+        assert (budget.max_steps, budget.overrides.get("train.batch_size")) == expected
     assert budget.grace_steps == 5000 // 9
     small = Task(
         name="mine", family="mine", **sizes, preset={"train.batch_size": 4, "train.num_steps": 50}
     )
-    budget = fit_budget(small, CPU, {}, **OPEN)
-    assert (budget.max_steps, budget.settings["train.batch_size"]) == (50, 4)
+    budget = fit(small)
+    assert (budget.max_steps, budget.overrides["train.batch_size"]) == (50, 4)
 
 
 def test_what_is_fixed_or_searched_is_left_alone():
     fixed = fit(overrides={"train.batch_size": 3, "train.eval_every_steps": 7})
-    assert "train.batch_size" not in fixed.settings and "batch 3 " in fixed.reason
-    assert "train.eval_every_steps" not in fixed.settings and fixed.grace_steps >= 7
+    assert fixed.overrides["train.batch_size"] == 3 and "batch 3 " in fixed.reason
+    assert fixed.overrides["train.eval_every_steps"] == 7 and fixed.grace_steps >= 7
     searched = fit(searched={"train.batch_size", "optim.warmup_steps"})
-    assert not {"train.batch_size", "optim.warmup_steps"} & set(searched.settings)
+    assert not {"train.batch_size", "optim.warmup_steps"} & set(searched.overrides)
     assert fit(overrides={"train.num_steps": 40}).max_steps == 40
     assert fit(overrides={"train.num_steps": 40}, max_steps=40).max_steps == 40
 
@@ -86,9 +97,9 @@ def test_what_is_fixed_or_searched_is_left_alone():
     [
         ({"num_trials": 0}, "--num-trials is 0"),
         ({"max_steps": -1}, "--max-steps is -1"),
-        ({"trials_per_gpu": 0}, "--trials-per-gpu is 0"),
-        ({"trials_per_gpu": 2}, "--trials-per-gpu is given, but the cluster has no GPU"),
-        ({"cpus_per_trial": 0.0}, "--cpus-per-trial is 0.0"),
+        ({"trials_per_gpu": "0"}, "--trials-per-gpu is 0"),
+        ({"trials_per_gpu": "2"}, "--trials-per-gpu is given, but the cluster has no GPU"),
+        ({"cpus_per_trial": 0.0}, "--cpus-per-trial is 0.0; it must be positive"),
         ({"cpus_per_trial": float("nan")}, "--cpus-per-trial is nan"),
         ({"overrides": {"train.num_steps": "x"}}, "train.num_steps must be a whole number"),
         ({"overrides": {"train.num_steps": None}}, "train.num_steps must be a whole number"),
@@ -120,18 +131,22 @@ def test_more_than_the_cluster_has(request_):
     assert "but the cluster has" in one_sentence(caught.value)
 
 
+def means(config: StudyConfig) -> tuple[float, float, int]:
+    return config.gpus_per_trial, config.cpus_per_trial, config.workers_per_trial
+
+
 def test_gpus_and_workers_of_a_trial():
     two = fit(resources=GPU, gpus_per_trial=2)
-    assert (two.gpus, two.cpus, two.workers) == (2.0, 16.0, 2)
-    assert check_request(GPU, cpus=two.cpus, gpus=two.gpus) == 2
+    assert means(two) == (2.0, 16.0, 2)
+    assert check_request(GPU, cpus=16.0, gpus=2.0) == 2
     assert "each by 2 workers" in two.reason
     half = fit(resources=GPU, gpus_per_trial=0.5)
-    assert (half.gpus, half.cpus, half.workers) == (0.5, 4.0, 1)
+    assert means(half) == (0.5, 4.0, 1)
     pair = fit(workers_per_trial=2)
-    assert (pair.gpus, pair.cpus, pair.workers) == (0.0, 2.0, 2)
-    assert check_request(CPU, cpus=pair.cpus, gpus=pair.gpus) == 1
-    assert fit(workers_per_trial=2, cpus_per_trial=1).cpus == 1.0
-    assert fit().workers == fit(resources=GPU, trials_per_gpu=2).workers == 1
+    assert means(pair) == (0.0, 2.0, 2)
+    assert check_request(CPU, cpus=2.0, gpus=0.0) == 1
+    assert fit(workers_per_trial=2, cpus_per_trial=1).cpus_per_trial == 1.0
+    assert fit().workers.count == fit(resources=GPU, trials_per_gpu="2").workers.count == 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,7 @@ def test_gpus_and_workers_of_a_trial():
         (CPU, {"gpus_per_trial": 2}, "--gpus-per-trial is given, but the cluster has no GPU"),
         (GPU, {"gpus_per_trial": 0}, "--gpus-per-trial is 0"),
         (GPU, {"gpus_per_trial": 2.5}, "--gpus-per-trial is 2.5"),
-        (GPU, {"gpus_per_trial": 2, "trials_per_gpu": 2}, "contradict"),
+        (GPU, {"gpus_per_trial": 2, "trials_per_gpu": "2"}, "contradict"),
         (GPU, {"gpus_per_trial": 2, "workers_per_trial": 4}, "has 2 GPUs"),
         (CPU, {"workers_per_trial": 0}, "--workers-per-trial is 0"),
     ],
@@ -153,4 +168,4 @@ def test_impossible_gpus_and_workers(resources, changes, message):
 
 def test_more_gpus_than_there_are():
     with pytest.raises(ConfigError, match="asks for 8 GPUs, but the cluster has 4"):
-        check_request(GPU, cpus=1, gpus=fit(resources=GPU, gpus_per_trial=8).gpus)
+        check_request(GPU, cpus=1, gpus=fit(resources=GPU, gpus_per_trial=8).gpus_per_trial)

@@ -85,7 +85,8 @@ def test_the_study_file(whole):
     assert {k: str(v) for k, v in summary["best"]["params"].items()} == {
         name: best[name] for name in SEARCHED if best[name]
     }
-    assert summary["environment"]["argv"][1:3] == ["--attention", "butterfly"]
+    argv = ["python", "-m", "dmx.tune", "--attention", "butterfly"]
+    assert summary["environment"]["argv"][:5] == argv
 
 
 def test_the_best_checkpoint_is_what_it_is_said_to_be(whole):

@@ -26,20 +26,17 @@ from dmx.runs.trial import pareto_front
 from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_settings import settings_event
 from dmx.storage.journal import read_claim
-from dmx.storage.remote import SHARED_FILESYSTEM
 from dmx.study import ray_tune, study
 from dmx.study.folder import note_settings
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
-from dmx.study.results import evaluate_test, front_of
 from dmx.study.study import StudyConfig, train_trials
 from dmx.training.checkpoint import open_checkpoint
+from dmx.training.evaluation import EvaluationJob
 from dmx.training.job import Job, Workers
 from dmx.training.runner import Runner
 from tests.study import test_pbt
 from tests.study.helpers import FIXED, MAX_STEPS, SEARCHED, journal, space
 from tests.tiny import TASK
-
-from ray import tune  # isort: skip
 
 pytestmark = pytest.mark.slow
 
@@ -150,20 +147,21 @@ def test_sessions_shorter_than_an_evaluation_get_on(tiny_store, tmp_path, monkey
     undisturbed = train_trials(config, tiny_store, tmp_path / "a", slots=1)
     sessions = []
 
-    class AfterFive(tune.Stopper):
-        def __init__(self, deadline):
+    class AfterFive(ray_tune.Decisions):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self.left = 5
             sessions.append(self)
 
         def __call__(self, trial_id, result):
             self.left -= 1
-            return False
+            return super().__call__(trial_id, result)
 
         def stop_all(self):
             return self.left <= 0
 
     monkeypatch.setattr(study, "SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(ray_tune, "OutOfTime", AfterFive)
+    monkeypatch.setattr(ray_tune, "Decisions", AfterFive)
     result = None
     while result is None or not result.complete:
         assert len(sessions) < 30, "it gets no further"
@@ -292,9 +290,10 @@ def test_single_runs_survive_their_process(tiny_store, tmp_path):
 
     assert to_end("a", None) == to_end("b", 4)
     assert same_weights(tmp_path / "a" / "last", tmp_path / "b" / "last")
-    one = Workers(count=1, cpus=1, gpus=0)
-    found = evaluate_test(tmp_path / "a" / "best", tiny_store, one, SHARED_FILESYSTEM)
-    assert found == evaluate_test(tmp_path / "b" / "best", tiny_store, one, SHARED_FILESYSTEM)
+    data = str(tiny_store.folder)
+    wanted = [EvaluationJob(checkpoint=str(tmp_path / n / "best"), data_folder=data) for n in "ab"]
+    first, second = (gang.evaluate(job, Workers()) for job in wanted)
+    assert first == second
 
 
 def test_several_objectives_on_two_workers(tiny_store, tmp_path):
@@ -318,15 +317,16 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
             reports[0]["parameters"],
         ]
     assert {t.number: list(t.values.values()) for t in result.trials} == measured
-    assert front_of(result) == pareto_front(objectives, measured) != ()
+    front = tuple(t.number for t in result.best_trials)
+    assert front == pareto_front(objectives, measured) != ()
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
-    assert sorted(t.number for t in study.best_trials) == list(front_of(result))
-    assert result.best in front_of(result)
+    assert sorted(t.number for t in study.best_trials) == list(front)
+    assert result.best in front
     pids = {read_claim(trial_folder(folder, n))["pid"] for n in range(5)}
     assert len(pids) == 5, "a process whose memory was another trial's would not do"
     table = csv.DictReader(io.StringIO(to_csv(load(folder))))
-    assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(front_of(result))
+    assert {int(r["trial"]) for r in table if r["front"] == "yes"} == set(front)
 
 
 def test_a_population_on_two_workers_and_a_dead_one(tiny_store, tmp_path):

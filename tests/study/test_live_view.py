@@ -19,8 +19,8 @@ import pytest
 
 from dmx.runs.study import Study
 from dmx.runs.trial import Trial
-from dmx.study import results as study_results
-from dmx.study.views import JsonView, LiveView, PlainView, QuietView, choose_view
+from dmx.study import results
+from dmx.study.views import JsonView, LiveView, LogView, QuietView, choose_view
 from tests.study.helpers import ROOT, command, environment, run
 
 REPORT = {
@@ -53,8 +53,7 @@ def test_a_study_of_failures_says_what_failed_most(capsys: pytest.CaptureFixture
     found = Study(Path("s"))
     for n, error in enumerate(errors):
         found.by_number[n] = dataclasses.replace(result(n, "FAILED", math.nan), error=error)
-    about = {"name": "s", "attention": "none", "task": "text", "data": "tiny", "best": None}
-    study_results.show(about, found, None)  # type: ignore[arg-type]
+    results.show(found, None)  # type: ignore[arg-type]
     told = " ".join(capsys.readouterr().out.split())
     assert told.endswith(
         "All trials failed, 2 of them as trial 0: the loss is not finite at step 3; search smaller "
@@ -81,7 +80,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_auto_is_plain_where_there_is_no_terminal() -> None:
-    assert type(choose("auto")) is PlainView
+    assert type(choose("auto")) is LogView
     assert type(choose("live")) is LiveView
     assert type(choose("json")) is JsonView and type(choose("quiet")) is QuietView
 
@@ -102,7 +101,7 @@ def test_the_live_line_by_hand() -> None:
 def test_the_best_so_far_is_the_studys_and_early_stops_say_why(caplog) -> None:
     """An earlier session found 0.9; it is no new best that this one finds 0.5."""
     earlier = [result(0, best=0.9), result(1, "PRUNED", 0.3), result(2, "RUNNING", math.nan)]
-    plain = PlainView(4)
+    plain = LogView(4)
     with caplog.at_level(logging.INFO, logger="dmx.study"):
         plain.continues(earlier)
         plain.started(2, {}, {})
@@ -182,7 +181,7 @@ def test_a_pipe_gets_plain_lines() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout + done.stderr
-    assert b"PlainView" in done.stdout and b"dev accuracy 0.5000" in done.stderr
+    assert b"LogView" in done.stdout and b"dev accuracy 0.5000" in done.stderr
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from dmx.runs.study import Search
 from dmx.search.rungs import SuccessiveHalving
 from dmx.search.schedulers import DONE, WAIT, Idle, Scheduler, Segment
 from dmx.search.study_log import StudyLog
-from dmx.study.ray_tune import NUMBER_KEY, SchedulerAdapter
+from dmx.study.ray_tune import NUMBER_KEY, Decisions
 from dmx.study.study import catch_up
 from tests.study.helpers import next_trial, open_log
 
@@ -83,9 +82,9 @@ def rungs(scheduler: SuccessiveHalving) -> list[tuple[int, dict[int, float]]]:
     return [(int(r.steps), {e.trial: e.accuracy for e in r.entries}) for r in found]
 
 
-def fake_trial(number: int, session: str) -> Any:
-    """Ray's trial, whose id is another in each session."""
-    return SimpleNamespace(config={NUMBER_KEY: number}, trial_id=f"{session}_{number}")
+def stops(decisions: Decisions, number: int, **result: Any) -> bool:
+    """Whether a trial is stopped after a result, which Ray gives the trial's config."""
+    return decisions("an id", {**result, "config": {NUMBER_KEY: number}})
 
 
 def script(seed: int) -> list[tuple[int, int, float]]:
@@ -120,17 +119,11 @@ def play(folder: Path, reports: list[tuple[int, int, float]], restarts: set[int]
             assert rungs(scheduler) == before, "replayed rungs are the live ones"
         if number in stopped:
             continue
-        adapter = SchedulerAdapter(log, scheduler)
-        trial = fake_trial(number, f"session{place}")
-        adapter.on_trial_add(None, trial)
+        decider = Decisions(log, scheduler)
         result = {STEPS: step, DEV_ACCURACY: value, "best_dev_accuracy": value}
-        if step >= MAX_STEPS:
-            adapter.on_trial_complete(None, trial, result)
-            decisions[number, step] = False
-        else:
-            decisions[number, step] = adapter.on_trial_result(None, trial, result) == "STOP"
-            again = adapter.on_trial_result(None, trial, result) == "STOP"
-            assert again == decisions[number, step], "a repeated report decides the same"
+        decisions[number, step] = stops(decider, number, **result)
+        again = stops(decider, number, **result)
+        assert again == decisions[number, step], "a repeated report decides the same"
         if decisions[number, step]:
             stopped.add(number)
     assert scheduler.stopped(log).keys() == stopped
@@ -165,25 +158,22 @@ def test_a_failure_and_training_that_goes_on_are_no_results(tmp_path):
     log = open_study(tmp_path / "s")
     log.start(0)
     for scheduler in (asha(), Scheduler(SETTINGS)):
-        adapter, trial = SchedulerAdapter(log, scheduler), fake_trial(0, "x")
+        decisions = Decisions(log, scheduler)
         failed = {STEPS: 2, DEV_ACCURACY: 0.0, FAILURE: "it broke", "done": True}
         under_way = {STEPS: 2, DEV_ACCURACY: 0.0, UNDER_WAY: True, "done": False}
-        for result, answer in ((failed, "STOP"), (under_way, "CONTINUE")):
-            assert adapter.on_trial_result(None, trial, result) == answer
-            adapter.on_trial_complete(None, trial, result)
+        assert stops(decisions, 0, **failed) and not stops(decisions, 0, **under_way)
         assert not log.history and not scheduler.stopped(log)
     log.close()
 
 
 def test_without_a_scheduler_everything_is_recorded(tmp_path):
     log = open_study(tmp_path / "s")
-    adapter = SchedulerAdapter(log, Scheduler(SETTINGS))
+    decisions = Decisions(log, Scheduler(SETTINGS))
     for number in range(3):
         log.start(number)
-        for step in (2, 4):
+        for step in (2, 4, 6):
             result = {STEPS: step, DEV_ACCURACY: -number, "best_dev_accuracy": 0}
-            assert adapter.on_trial_result(None, fake_trial(number, "x"), result) == "CONTINUE"
-        adapter.on_trial_complete(None, fake_trial(number, "x"), {**result, STEPS: 6})
+            assert not stops(decisions, number, **result)
     assert [r[:2] for r in log.history] == [(n, s) for n in range(3) for s in (2, 4, 6)]
     log.close()
 
@@ -240,12 +230,11 @@ def test_what_a_crash_left_undone_is_carried_out_and_shown(tmp_path):
     log, scheduler, heard = open_study(tmp_path / "s"), asha(), Heard()
     catch_up(log, scheduler, (heard,))
     assert heard.calls == [], "a fresh study has nothing to catch up with"
-    adapter = SchedulerAdapter(log, scheduler)
+    decisions = Decisions(log, scheduler)
     for number, value in ((0, 0.9), (1, 0.1)):
         assert next_trial(log) is not None
         result = {STEPS: 2, DEV_ACCURACY: value, "best_dev_accuracy": value}
-        decision = adapter.on_trial_result(None, fake_trial(number, "x"), result)
-        assert decision == ("STOP" if number else "CONTINUE")
+        assert stops(decisions, number, **result) == bool(number)
     log.close()  # killed: the trial was not stopped yet
 
     log, heard = open_study(tmp_path / "s"), Heard()

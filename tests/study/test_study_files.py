@@ -13,8 +13,18 @@ from dmx.errors import ConfigError, StageError
 from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.runs.run import Run
+from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, read_journal
-from dmx.study.folder import open_folder
+from dmx.study.folder import check_same
+from dmx.study.folder import open_folder as open_run_folder
+
+
+def open_folder(folder: Path, settings, *, resume: bool, options=None) -> None:
+    """As a study's command does."""
+    if resume:
+        check_same(folder, settings)
+    open_run_folder(folder, settings_event("study", settings, options), resume=resume)
+
 
 SETTINGS = {"task": "text", "seed": 0, "num_trials": 4, "grace_steps": 10}
 

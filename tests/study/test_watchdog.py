@@ -93,10 +93,10 @@ def test_what_is_too_long():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trial-timeout", "0"], "--trial-timeout is 0; it must be positive."),
+        (["--trial-timeout", "0"], "--trial-timeout is 0.0; it must be positive."),
         (["--trial-timeout", "nan"], "--trial-timeout is nan; it must be positive."),
-        (["--storage-patience", "-1"], "--storage-patience is -1; it must not be negative."),
-        (["--max-concurrent-trials", "0"], "--max-concurrent-trials is 0; it must be 1 or more."),
+        (["--storage-patience", "-1"], "--storage-patience is -1.0; it must not be negative."),
+        (["--max-concurrent-trials", "0"], "--max-concurrent-trials is 0; it must be at least 1."),
     ],
 )
 def test_limits_that_make_no_sense(words, said):
