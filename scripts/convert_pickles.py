@@ -219,11 +219,12 @@ def main(argv: list[str]) -> int:
     try:
         source, out = open_source(Path(argv[0])), Path(argv[1])
         files = found(source, out)
-        for name, stream in source.open(files):
-            files[name].parent.mkdir(parents=True, exist_ok=True)
-            convert = convert_batch if files[name].suffix == ".bin" else convert_split
-            convert(stream, source.describe(name), files[name])
-            print(f"wrote {files[name]}")
+        with source.explained():
+            for name, stream in source.open(files):
+                files[name].parent.mkdir(parents=True, exist_ok=True)
+                convert = convert_batch if files[name].suffix == ".bin" else convert_split
+                convert(stream, source.describe(name), files[name])
+                print(f"wrote {files[name]}")
     except DmxError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -16,7 +15,7 @@ from dmx.data.sources import Source, open_source
 from dmx.data.store import Manifest, Store, open_store
 from dmx.data.store_writer import StoreWriter, write_store
 from dmx.errors import ConfigError, DataError, DmxError
-from dmx.format import duration, scaled
+from dmx.format import command_line, duration, scaled
 from dmx.process import num_cores
 from dmx.registry import Registry
 from dmx.schema import expand, local_path
@@ -112,11 +111,8 @@ def is_prepared(task_name: str, data_root: Path) -> bool:
 
 def prepare_command(task_name: str, data_root: Path) -> str:
     """The command that prepares `task_name` under `data_root`, to put into messages."""
-    source = "" if task_for(task_name).generated else " --source PATH"
-    return (
-        f"python -m dmx.data {shlex.quote(task_name)}{source} "
-        f"--data-root {shlex.quote(str(data_root))}"
-    )
+    source = [] if task_for(task_name).generated else ["--source", "PATH"]
+    return command_line("dmx.data", [task_name, *source, "--data-root", str(data_root)])
 
 
 def open_data(
@@ -231,11 +227,8 @@ def prepare_data(
             return open_store(root / task.name)
         from dmx.data.download import download  # requests takes a moment to import
 
-        archive = download(reader.address, root / DOWNLOADS_FOLDER, reader.checksum)
-        given = open_source(archive)
-        if (found := reader.found(task, given)) is None:
-            raise DataError(f"{archive} does not hold {reader.expects}.")
-        inner = found
+        given = open_source(download(reader.address, root / DOWNLOADS_FOLDER, reader.checksum))
+        reader, inner = _choose(task, given)
     for name in options or ():
         if name not in reader.options:
             option = f"--{name.replace('_', '-')}"
@@ -249,14 +242,10 @@ def prepare_data(
         options=dict(options or {}),
     )
     store = write(reader, request, force=force)
-    log.info(
-        "%s is ready in %s: %s, %s (%s)",
-        store.manifest.label,
-        store.folder,
-        ", ".join(f"{split} {count:,}" for split, count in store.manifest.splits.items()),
-        scaled(store.manifest.num_bytes, "B"),
-        duration(time.monotonic() - start),
-    )
+    manifest, took = store.manifest, duration(time.monotonic() - start)
+    sizes = [f"{split} {count:,}" for split, count in manifest.splits.items()]
+    sizes.append(f"{scaled(manifest.num_bytes, 'B')} ({took})")
+    log.info("%s is ready in %s: %s", manifest.label, store.folder, ", ".join(sizes))
     return store
 
 

@@ -74,6 +74,10 @@ class ShardPlan:
         """File of the shard; a last, shorter shard has its own name, so `total` may grow later."""
         return self.folder / f"{shard.start:08d}-{shard.stop:08d}.npz"
 
+    def job(self, shard: range) -> tuple[str, int, int, dict[str, Any]]:
+        """What makes the shard: the arguments of `_make`."""
+        return self.maker, shard.start, shard.stop, dict(self.arguments)
+
     def put(self, shard: range, content: bytes) -> None:
         """Write the shard's file."""
         with explained(self.path(shard), "write"):
@@ -143,7 +147,7 @@ def _make(maker: str, start: int, stop: int, arguments: dict[str, Any]) -> bytes
 
 def _in_order(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
     for shard in shards:
-        plan.put(shard, _make(plan.maker, shard.start, shard.stop, dict(plan.arguments)))
+        plan.put(shard, _make(*plan.job(shard)))
         yield shard
 
 
@@ -258,8 +262,7 @@ def _on_cluster(plan: ShardPlan, shards: list[range]) -> Iterator[range]:
     running: dict[Any, range] = {}
     while True:
         for shard in itertools.islice(todo, cpus * _TASKS_PER_CPU - len(running)):
-            task = make.remote(plan.maker, shard.start, shard.stop, dict(plan.arguments))
-            running[task] = shard
+            running[make.remote(*plan.job(shard))] = shard
         if not running:
             return
         (ready,), _ = ray.wait(list(running), num_returns=1)
