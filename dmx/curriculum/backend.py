@@ -22,11 +22,10 @@ from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import FAILURE, RESUMABLE, STEPS, TRAIN_SECONDS
 from dmx.runs.study import Study
 from dmx.schema import to_dict
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Claim, decode
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import results
-from dmx.study.folder import note_settings
+from dmx.study.folder import note_settings, settings_event
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint

@@ -36,11 +36,10 @@ from dmx.runs import layout
 from dmx.runs.curriculum import Curriculum
 from dmx.runs.folder_sync import FolderSync
 from dmx.schema import check_number, is_url
-from dmx.search.study_settings import settings_event
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout
-from dmx.study.folder import append_settings, find_places, stage_data_root
+from dmx.study.folder import append_settings, find_places, settings_event, stage_data_root
 from dmx.tasks import NUM_IMAGES
 from dmx.terminal import Column, FittingTable
 from dmx.training.transfer import TransferReport

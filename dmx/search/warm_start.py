@@ -113,7 +113,8 @@ def prepare(
     else:
         return None, {}, ()
     identity = {"runs": names, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return identity, {layout.WARM_START_FILE: text}, tuple(json.loads(text)["notes"])
+    files = {} if resume else {layout.WARM_START_FILE: text}
+    return identity, files, tuple(json.loads(text)["notes"])
 
 
 def _kept(path: Path, identity: Mapping[str, Any]) -> str:

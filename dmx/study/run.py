@@ -20,10 +20,9 @@ from dmx.runs.run import Run
 from dmx.runs.study import Study
 from dmx.schema import is_url
 from dmx.search.rungs import describe_rungs
-from dmx.search.study_settings import settings_event
 from dmx.storage.remote import StorageLayout, copy_store
 from dmx.study import results
-from dmx.study.folder import check_free, check_unused, find_places, open_folder
+from dmx.study.folder import check_free, check_unused, find_places, open_folder, settings_event
 from dmx.study.plan import Plan, StudyOptions, check_space, check_study, fit, make_plan
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import TensorBoardView, choose_view, write_json

@@ -25,9 +25,8 @@ from dmx.nn.device import pick_device
 from dmx.runs import layout
 from dmx.runs.run import Run
 from dmx.schema import check_number, flatten, is_url, local_path, read_yaml, to_dict
-from dmx.search.study_settings import changes, settings_event
 from dmx.storage.files import is_there, write_atomic
-from dmx.study.folder import check_free, open_folder, run_folder
+from dmx.study.folder import changes, check_free, open_folder, run_folder, settings_event
 from dmx.tensorboard import RunWriter
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import meant_checkpoint

@@ -24,9 +24,8 @@ from dmx.errors import DmxError, StageError
 from dmx.reporting.leaderboard import FORMATS as LEADERBOARD
 from dmx.reporting.leaderboard import gather, leaderboard_rows, leaderboards
 from dmx.runs.curriculum import Curriculum
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, encode, read_journal
-from dmx.study.folder import check_same
+from dmx.study.folder import check_same, settings_event
 from dmx.training.checkpoint import open_checkpoint
 from scripts.convert_pickles import load_pickle
 from tests.fuzz.guard import held, share

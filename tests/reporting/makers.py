@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dmx.config import parse_run_config
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import encode, read_journal
+from dmx.study.folder import settings_event
 
 SEARCHED = {
     "attention.block_size": ["choice", 32, 64],

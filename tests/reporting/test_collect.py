@@ -14,8 +14,8 @@ from dmx.reporting.report import to_html as render
 from dmx.reporting.report import train_command
 from dmx.reporting.tables import filled_rungs
 from dmx.runs.folders import kind_of, load, runs_below
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import encode, read_journal
+from dmx.study.folder import settings_event
 from tests.reporting.makers import (
     change_settings,
     config,

@@ -24,10 +24,9 @@ from dmx.runs.layout import DEV_ACCURACY, STEPS, trial_folder
 from dmx.runs.study import Study
 from dmx.runs.trial import pareto_front
 from dmx.search.space import SearchSpace, load_space
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import read_claim
 from dmx.study import ray_tune, study
-from dmx.study.folder import note_settings
+from dmx.study.folder import note_settings, settings_event
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
 from dmx.study.study import StudyConfig, train_trials
 from dmx.training.checkpoint import open_checkpoint

@@ -13,9 +13,8 @@ from dmx.errors import ConfigError, StageError
 from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.runs.run import Run
-from dmx.search.study_settings import settings_event
 from dmx.storage.journal import Journal, read_journal
-from dmx.study.folder import check_same
+from dmx.study.folder import check_same, settings_event
 from dmx.study.folder import open_folder as open_run_folder
 
 
