@@ -83,7 +83,7 @@ class Attempt(Trained):
 
     @property
     def search(self) -> Mapping[str, Any] | None:
-        """What a search found and cost (events.Found); None of a run, or before its end."""
+        """What a search found and cost (see events.CURRICULUM); None of a run, or before its end."""
         return self.decision.get("search")
 
     @property
@@ -154,7 +154,7 @@ class Stage:
 
     @property
     def promoted(self) -> Mapping[str, Any] | None:
-        """The promoted checkpoint (events.Promoted), which the next stage gets."""
+        """The promoted checkpoint (see events.CURRICULUM), which the next stage gets."""
         if self.current is None or self._next != "promote":
             return None
         checkpoint: Mapping[str, Any] = self.current.decision["checkpoint"]
