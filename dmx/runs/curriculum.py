@@ -58,7 +58,6 @@ class Attempt(Trained):
 
     @property
     def num_classes(self) -> int:
-        """Classes of its data; chance is 1 / num_classes."""
         return int(self.config["model"]["num_classes"])
 
     # -- what its gate said -----------------------------------------------------------------
@@ -70,7 +69,6 @@ class Attempt(Trained):
 
     @property
     def reason(self) -> str:
-        """Why its gate said so."""
         return str(self.decision.get("reason", ""))
 
     @property
@@ -83,7 +81,7 @@ class Attempt(Trained):
 
     @property
     def search(self) -> Mapping[str, Any] | None:
-        """What a search found and cost (see events.CURRICULUM); None of a run, or before its end."""
+        """What a search found and cost (see events); None of a run, or before its end."""
         return self.decision.get("search")
 
     @property
@@ -135,7 +133,6 @@ class Stage:
 
     @property
     def current(self) -> Attempt | None:
-        """The latest attempt."""
         return self.attempts[-1] if self.attempts else None
 
     @property
@@ -144,7 +141,6 @@ class Stage:
 
     @property
     def status(self) -> StageStatus:
-        """Where the stage stands."""
         return "waiting" if self.current is None else _STATUS.get(self._next, "running")
 
     @property
@@ -154,7 +150,7 @@ class Stage:
 
     @property
     def promoted(self) -> Mapping[str, Any] | None:
-        """The promoted checkpoint (see events.CURRICULUM), which the next stage gets."""
+        """The promoted checkpoint (see events), which the next stage gets."""
         if self.current is None or self._next != "promote":
             return None
         checkpoint: Mapping[str, Any] = self.current.decision["checkpoint"]
@@ -162,7 +158,6 @@ class Stage:
 
     @property
     def promoted_attempt(self) -> int | None:
-        """The number of the attempt whose checkpoint the next stage gets, or None."""
         return None if self.promoted is None else int(self.promoted["attempt"])
 
     @property
@@ -178,7 +173,6 @@ class Stage:
 
     @property
     def task(self) -> str:
-        """What it trains on."""
         planned = self.planned.get("task", self.name)
         return str(planned if self.shown is None else self.shown.config.get("task", planned))
 
@@ -210,12 +204,11 @@ class Stage:
 
     @property
     def data(self) -> str:
-        """The data's label, or ""."""
+        """Its label, or ""."""
         return self._of_data("label")
 
     @property
     def data_checksum(self) -> str:
-        """Of the data, or ""."""
         return self._of_data("checksum")
 
     @property
@@ -337,12 +330,13 @@ class Curriculum(Run):
         if name == "tested":
             stage.tests[event["on"]] = event["accuracy"]
         elif name == "started":
-            facts = {key: event[key] for key in ("retry", "config", "source", "spec", "data")}
-            label = event.get("attention", "")
-            folder = attempt_folder(self.folder, stage.name, event["attempt"])
-            stage.attempts.append(
-                Attempt(number=event["attempt"], folder=folder, attention=label, **facts)
+            attempt = Attempt(
+                number=event["attempt"],
+                folder=attempt_folder(self.folder, stage.name, event["attempt"]),
+                attention=event.get("attention", ""),
+                **{key: event[key] for key in ("retry", "config", "source", "spec", "data")},
             )
+            stage.attempts.append(attempt)
         for attempt in stage.attempts:
             if attempt.number != event.get("attempt"):
                 continue
@@ -395,12 +389,10 @@ class Curriculum(Run):
 
     @property
     def data(self) -> str:
-        """Of the shown stage."""
         return self._shown.data or UNKNOWN
 
     @property
     def data_checksum(self) -> str:
-        """Of the shown stage."""
         return self._shown.data_checksum
 
     @property
@@ -410,12 +402,10 @@ class Curriculum(Run):
 
     @property
     def complete(self) -> bool:
-        """Whether all stages have passed."""
         return bool(self.stages) and all(s.status == "passed" for s in self.stages)
 
     @property
     def config(self) -> Mapping[str, Any] | None:
-        """Of the shown stage's checkpoint."""
         return self._shown.config
 
     @property
@@ -442,12 +432,10 @@ class Curriculum(Run):
 
     @property
     def best_trial(self) -> Trial | None:
-        """The shown stage's."""
         return next((t for t in self.trials if self.stages[t.number] is self._shown), None)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the shown stage's promoted checkpoint, or None."""
         return (self._shown.promoted or {}).get("step")
 
     @property
@@ -467,8 +455,8 @@ class Curriculum(Run):
     @property
     def environment(self) -> Mapping[str, Any]:
         """The versions of dmx that trained its stages; `argv` of the latest session."""
-        shown = (s.shown for s in self.stages)
-        code = list(dict.fromkeys(str(c) for a in shown if a and (c := a.spec.get("code"))))
+        shown = [s.shown for s in self.stages if s.shown is not None]
+        code = list(dict.fromkeys(str(a.spec["code"]) for a in shown if a.spec.get("code")))
         found: dict[str, Any] = {"code": ", then ".join(code)} if code else {}
         if self._argv:
             found["argv"] = [f"python -m dmx.curriculum {shlex.join(self._argv)}"]
@@ -480,7 +468,7 @@ class Curriculum(Run):
         parts = []
         for stage in self.stages:
             first = stage.attempts[0] if stage.attempts else None
-            spec = {} if first is None else flatten(dict(first.spec))
-            spec = {k: v for k, v in spec.items() if k not in _SEEDS}
-            parts.append([stage.name, spec, None if first is None else first.data.get("checksum")])
+            spec = flatten(dict(first.spec)) if first else {}
+            kept = {k: v for k, v in spec.items() if k not in _SEEDS}
+            parts.append([stage.name, kept, first.data.get("checksum") if first else None])
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

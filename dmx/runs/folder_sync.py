@@ -13,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from dmx.errors import DmxError, StageError
@@ -32,7 +31,8 @@ EVERY_SECONDS = 15.0
 class FolderSync:
     """Keeps the driver's files of a run in object storage while it runs, and brings them back.
 
-    Within its block a thread uploads what has changed, now and then, and at the end.
+    Within its block a thread uploads what has changed, now and then, and at the end. A StorageError
+    says that object storage does not answer.
 
     Args:
         layout: the run's folder and its counterpart; without one nothing is done.
@@ -44,7 +44,6 @@ class FolderSync:
         self._storage = ObjectStorage(layout.run_url) if layout.run_url else None
         self._sent: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
-        self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def restore(self, *, checkpoints: bool = False) -> None:
@@ -55,7 +54,6 @@ class FolderSync:
 
         Raises:
             StageError: this node's journal and the stored one have gone different ways.
-            StorageError: object storage does not answer.
         """
         if self._storage is None:
             return
@@ -87,23 +85,18 @@ class FolderSync:
             f"once. Move {self._folder} away to continue what is stored."
         )
 
-    def sync(self) -> None:
-        """Upload what has changed since the last time.
-
-        Raises:
-            StorageError: object storage does not answer.
-        """
+    def _sync(self) -> None:
+        """Upload what has changed since the last time."""
         if self._storage is None or not self._folder.is_dir():
             return
-        with self._one_at_a_time:
-            journal = self._folder / JOURNAL_FILE
-            for path in _drivers_files(self._folder):
-                if path != journal and path.is_file():
-                    self._send(self._storage, path, path.relative_to(self._folder).as_posix())
-            if journal.is_file():
-                with tempfile.TemporaryDirectory() as temporary:
-                    shutil.copy(journal, temporary)
-                    self._storage.push(Path(temporary), STATE)
+        journal = self._folder / JOURNAL_FILE
+        for path in _drivers_files(self._folder):
+            if path != journal and path.is_file():
+                self._send(self._storage, path, path.relative_to(self._folder).as_posix())
+        if journal.is_file():
+            with tempfile.TemporaryDirectory() as temporary:
+                shutil.copy(journal, temporary)
+                self._storage.push(Path(temporary), STATE)
 
     def _send(self, storage: ObjectStorage, path: Path, name: str) -> None:
         try:
@@ -119,7 +112,7 @@ class FolderSync:
 
     def __enter__(self) -> Self:
         if self._storage is not None:
-            self.sync()  # said now, not in an hour, when the storage cannot be written
+            self._sync()  # said now, not in an hour, when the storage cannot be written
             self._thread = threading.Thread(target=self._run, name="dmx-sync", daemon=True)
             self._thread.start()
         return self
@@ -127,21 +120,16 @@ class FolderSync:
     def _run(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
             try:
-                self.sync()
+                self._sync()
             except (DmxError, OSError) as error:
                 logger.warning("%s; what is on this node's disk is complete", error)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         try:
-            self.sync()
+            self._sync()
         except (DmxError, OSError) as failed:
             if error is None:
                 raise

@@ -257,11 +257,7 @@ class Trial(Trained):
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The highest dev accuracy first, the earlier one on a tie; last those that have none."""
-
-    def order(trial: Trial) -> tuple[float, int]:
-        return (-trial.best if math.isfinite(trial.best) else math.inf, trial.number)
-
-    return sorted(trials, key=order)
+    return sorted(trials, key=lambda t: (-t.best if math.isfinite(t.best) else math.inf, t.number))
 
 
 def best_of(trials: Iterable[Trial]) -> Trial | None:

@@ -1,4 +1,4 @@
-"""Object storage: folders as one archive each, and nodes with disks of their own that meet there."""
+"""Object storage: folders as one archive each, and nodes that meet there and nowhere else."""
 
 from __future__ import annotations
 
