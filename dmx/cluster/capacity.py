@@ -116,10 +116,10 @@ def check_request(resources: Resources, *, cpus: float, gpus: float, workers: in
     )
 
 
-def check_room(workers: Workers, resources: Resources) -> None:
-    """check_request for one run of these workers."""
+def check_room(workers: Workers, resources: Resources) -> int:
+    """check_request for runs of these workers."""
     cpus, gpus = workers.cpus * workers.count, workers.gpus * workers.count
-    check_request(resources, cpus=cpus, gpus=gpus, workers=workers.count)
+    return check_request(resources, cpus=cpus, gpus=gpus, workers=workers.count)
 
 
 def hide_unreserved_gpus() -> None:

@@ -92,11 +92,9 @@ class RayBackend:
         """A worker process of its own, restarted when it dies."""
         self._runs[key] = gang.start(dataclasses.replace(job, places=self._places))
 
-    def search(
-        self, key: Key, launch: Launch, job: Job, *, cpus: float, gpus: float, slots: int
-    ) -> None:
+    def search(self, key: Key, launch: Launch, job: Job, *, slots: int) -> None:
         """A process without CPUs of its own that drives Tune; the trials have them."""
-        study = dataclasses.replace(stage_study(launch, job, cpus, gpus), places=self._places)
+        study = dataclasses.replace(stage_study(launch, job), places=self._places)
         self._views[key] = SearchView(Path(job.folder), study.num_trials)
         self._submit(key, _search, study, job.data_folder, job.folder, slots)
 
@@ -216,11 +214,11 @@ def _prepare(task: str, root: str, options: Mapping[str, Any], workers: int, nic
     open_data(task, Path(root), workers=workers, options=options, generate=True)
 
 
-def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConfig:
+def stage_study(launch: Launch, job: Job) -> StudyConfig:
     """The study of one attempt; a retry draws other points, a longer one trains them longer.
 
     Args:
-        job: of one trial, with the weights that each of them starts from. cpus, gpus: of a trial.
+        job: of one trial, with the weights that each of them starts from.
     """
     stage, config = launch.stage, launch.config
     assert stage.search is not None and stage.space is not None
@@ -242,9 +240,7 @@ def stage_study(launch: Launch, job: Job, cpus: float, gpus: float) -> StudyConf
         grace_steps=min(grace, steps),
         **{name: getattr(stage.search, name) for name in same},
         seed=stage.search.seed + launch.retry,
-        cpus_per_trial=cpus,
-        gpus_per_trial=gpus,
-        workers_per_trial=job.workers.count,
+        workers=job.workers,
     )
 
 

@@ -113,9 +113,7 @@ class Backend(Protocol):
     def train(self, key: Key, job: Job) -> None:
         """Start or continue a run."""
 
-    def search(
-        self, key: Key, launch: Launch, job: Job, *, cpus: float, gpus: float, slots: int
-    ) -> None:
+    def search(self, key: Key, launch: Launch, job: Job, *, slots: int) -> None:
         """Start or continue a study; its trials are runs as the job says, `slots` at once."""
 
     def prepare(
@@ -279,7 +277,7 @@ class Controller:
         if stage.search is None:
             self._backend.train(key, job)
         else:
-            self._backend.search(key, launch, job, cpus=cpus, gpus=gpus, slots=slots)
+            self._backend.search(key, launch, job, slots=slots)
 
     def _source(self, launch: Launch) -> dict[str, Any]:
         """Where the weights come from, found as they were when the attempt was begun."""

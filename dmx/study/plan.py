@@ -247,7 +247,7 @@ def fit(
     if on_gpu:
         part = resources.num_cpus * gpus // resources.num_gpus
         cpus = options.cpus_per_trial or max(1.0, part)
-    workers = share_out(cpus=cpus, gpus=gpus, workers=options.workers_per_trial).count
+    workers = share_out(cpus=cpus, gpus=gpus, workers=options.workers_per_trial)
     reason = f"{num_trials} trials of up to {steps:,} steps"
     if on_gpu:
         reason = f"{resources.num_gpus} GPUs: {reason}"
@@ -257,8 +257,8 @@ def fit(
             f"no GPU, {resources.num_cpus} CPU cores: {reason}, batch {of} (the task's full budget "
             f"is {full:,} steps, batch {batch})"
         )
-    if workers > 1:
-        reason += f", each by {workers} workers"
+    if workers.count > 1:
+        reason += f", each by {workers.count} workers"
     return StudyConfig(
         name=name,
         task=task.name,
@@ -272,9 +272,7 @@ def fit(
         sampler=options.sampler,
         objectives=plan.objectives,
         seed=options.seed,
-        cpus_per_trial=cpus,
-        gpus_per_trial=gpus,
-        workers_per_trial=workers,
+        workers=workers,
         time_budget_seconds=options.time_budget,
         trial_timeout_seconds=options.trial_timeout,
         storage_timeout=options.storage_patience,
@@ -316,11 +314,11 @@ def check_space(config: StudyConfig, *, here: bool) -> None:
     space.check(config.task, config.overrides)
     for corner in space.corners():
         run = space.run_config(config.task, config.overrides, corner)
-        check_batch(run.train.batch_size, config.workers_per_trial)
+        check_batch(run.train.batch_size, config.workers.count)
         at = ", ".join(f"{k}={v}" for k, v in corner.items()) or "its defaults"
         runs.append((f"search space {space.name} at {at}: ", run))
     if here:
-        check_memory(runs, torch.device("cuda" if config.gpus_per_trial else "cpu"))
+        check_memory(runs, torch.device("cuda" if config.workers.gpus else "cpu"))
 
 
 def check_study(

@@ -363,7 +363,7 @@ def fit(
         log, scheduler, observers, max_failures=config.max_failures, watchdog=watchdog
     )
     # A process's peak memory never falls: without a GPU, each trial needs one of its own.
-    measures_process = "memory" in config.objectives and not config.gpus_per_trial
+    measures_process = "memory" in config.objectives and not config.workers.gpus
     tuner = tune.Tuner(
         tune.with_resources(TrialTrainable, TrialRoom(_trial_resources(config), log.folder)),
         tune_config=tune.TuneConfig(
@@ -405,7 +405,7 @@ def _trial_resources(config: StudyConfig) -> dict[str, float]:
     """
     if config.workers.count > 1:
         return {"memory": 1}
-    return {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
+    return {"CPU": config.workers.cpus, "GPU": config.workers.gpus}
 
 
 def _reason(trial: Any) -> str:

@@ -123,12 +123,7 @@ def _fitted(
 
 def _slots(config: StudyConfig, resources: capacity.Resources, options: StudyOptions) -> int:
     """Trials at once."""
-    slots = capacity.check_request(
-        resources,
-        cpus=config.cpus_per_trial,
-        gpus=config.gpus_per_trial,
-        workers=config.workers_per_trial,
-    )
+    slots = capacity.check_room(config.workers, resources)
     return min(slots, options.max_concurrent_trials or slots)
 
 

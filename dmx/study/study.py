@@ -24,9 +24,9 @@ from dmx.search.space import SearchSpace
 from dmx.storage.files import STORAGE_TIMEOUT, copy_folder, persist, put_back
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study.views import StudyObserver
-from dmx.training.job import Workers, share_out
+from dmx.training.job import Workers
 
-if TYPE_CHECKING:  # it imports Optuna, which takes seconds
+if TYPE_CHECKING:
     from dmx.search.study_log import StudyLog
 
 logger = logging.getLogger("dmx.study")
@@ -44,8 +44,7 @@ class StudyConfig:
         num_trials: trials in all. max_steps: optimizer steps of a full trial.
         grace_steps: steps before ASHA may stop a trial, or between a population's comparisons.
         objectives: names, accuracy first (see objectives.OBJECTIVES).
-        cpus_per_trial, gpus_per_trial: of one trial; fractions of a GPU are allowed.
-        workers_per_trial: processes that share a trial's work; as many as it has whole GPUs.
+        workers: the processes of one trial, and what each has; part of a GPU is allowed.
         time_budget_seconds: stop then, continuable; None has no limit.
         max_failures: restarts of one trial after a dead worker or node, without getting further.
         trial_timeout_seconds: without a report for so long a trial's process is killed; None:
@@ -68,9 +67,7 @@ class StudyConfig:
     sampler: SamplerKind = "tpe"
     objectives: tuple[str, ...] = DEFAULT
     seed: int = 0
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
-    workers_per_trial: int = 1
+    workers: Workers = field(default_factory=Workers)
     time_budget_seconds: float | None = None
     max_failures: int = 3
     trial_timeout_seconds: float | None = None
@@ -78,13 +75,6 @@ class StudyConfig:
     reuse_actors: bool = True
     places: StorageLayout = SHARED_FILESYSTEM
     reason: str = ""
-
-    @property
-    def workers(self) -> Workers:
-        """The processes of one trial, and what each of them has."""
-        return share_out(
-            cpus=self.cpus_per_trial, gpus=self.gpus_per_trial, workers=self.workers_per_trial
-        )
 
     def trial_config(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The plain RunConfig of the trial at `point`."""
@@ -122,10 +112,9 @@ class SegmentQueue:
     again (no trial has trained on), or recorded, with the copies that it needs.
     """
 
-    def __init__(
-        self, config: StudyConfig, log: StudyLog, scheduler: Scheduler, store: Store
-    ) -> None:
-        self.config, self.log, self.scheduler, self._store = config, log, scheduler, store
+    def __init__(self, log: StudyLog, scheduler: Scheduler, store: Store) -> None:
+        self.config, self.log, self.scheduler = log.study_config, log, scheduler
+        self._store = store
 
     def next(self) -> tuple[int, dict[str, Any]] | Idle:
         """(trial, fields of its Job) of the next segment, which is in flight from now on."""
@@ -197,17 +186,6 @@ def adopted(folder: Path, trial: int, step: int) -> Path:
     return layout.trial_folder(folder, trial) / f"from-{step:08d}"
 
 
-def open_log(config: StudyConfig, folder: Path) -> StudyLog:
-    """The study's record, open for writing.
-
-    Raises:
-        StageError: the study is damaged, or another process works on it.
-    """
-    from dmx.search.study_log import StudyLog
-
-    return StudyLog(folder, config)
-
-
 def train_trials(
     config: StudyConfig,
     store: Store,
@@ -222,9 +200,10 @@ def train_trials(
         StageError: the study is damaged, or another process works on it.
         StorageError: its storage stayed full, read-only or away; it can be continued.
     """
+    from dmx.search.study_log import StudyLog  # Optuna and Ray Tune take seconds to import
     from dmx.study import ray_tune
 
-    log = open_log(config, folder)
+    log = StudyLog(folder, config)
     try:
         scheduler = config.make_scheduler()
         catch_up(log, scheduler, observers)
@@ -232,7 +211,7 @@ def train_trials(
         ray_tune.give_back_rooms(folder)
         if not log.complete:
             log.begin()
-            segments = SegmentQueue(config, log, scheduler, store)
+            segments = SegmentQueue(log, scheduler, store)
             ray_tune.fit(segments, observers, slots=slots, deadline=deadline)
         best = log.best_trial
         if best is not None and best.folder is not None and config.places.run_url is not None:

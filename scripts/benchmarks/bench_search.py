@@ -59,6 +59,7 @@ from dmx.schema import flatten, parse_assignments
 from dmx.search.space import load_space
 from dmx.study.study import StudyConfig, train_trials
 from dmx.tasks import task_for
+from dmx.training.job import Workers
 
 logger = logging.getLogger("dmx.bench_search")
 SPACE = Path(__file__).with_name("bench_search.yaml")
@@ -173,8 +174,7 @@ def study(args: argparse.Namespace, method: str, seed: int) -> StudyConfig:
         scheduler="asha" if asha else "none",
         sampler="tpe" if asha else "random",
         seed=seed,
-        cpus_per_trial=args.cpus_per_trial,
-        gpus_per_trial=args.gpus_per_trial,
+        workers=Workers(cpus=args.cpus_per_trial, gpus=args.gpus_per_trial),
     )
 
 

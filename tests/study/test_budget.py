@@ -33,9 +33,9 @@ def fit(task="text", resources=CPU, overrides=None, searched=(), **given) -> Stu
 def test_on_gpus_the_full_budget():
     budget = fit(resources=GPU)
     assert budget.max_steps == 20000 and budget.overrides == {"train.num_steps": 20000}
-    assert budget.gpus_per_trial == 1.0 and budget.cpus_per_trial == 8.0
+    assert means(budget) == (1.0, 8.0, 1)
     shared = fit(resources=GPU, trials_per_gpu="2")
-    assert shared.gpus_per_trial == 0.5 and shared.cpus_per_trial == 4.0
+    assert means(shared) == (0.5, 4.0, 1)
     assert check_request(GPU, cpus=4.0, gpus=0.5) == 8
 
 
@@ -48,7 +48,7 @@ def test_on_cpus_a_short_schedule_of_the_same_shape(task):
     assert budget.overrides["train.num_steps"] == steps < preset["train.num_steps"]
     assert budget.overrides["train.eval_every_steps"] == steps // 8
     assert budget.overrides["optim.warmup_steps"] == max(round(share * steps), 2)
-    assert budget.num_trials >= 8 and budget.gpus_per_trial == 0 and budget.cpus_per_trial == 1.0
+    assert budget.num_trials >= 8 and means(budget) == (0.0, 1.0, 1)
     assert budget.grace_steps >= budget.overrides["train.eval_every_steps"]
     assert str(preset["train.batch_size"]) in budget.reason, "it says what the full budget is"
 
@@ -132,7 +132,9 @@ def test_more_than_the_cluster_has(request_):
 
 
 def means(config: StudyConfig) -> tuple[float, float, int]:
-    return config.gpus_per_trial, config.cpus_per_trial, config.workers_per_trial
+    """GPUs, CPU cores and processes of a trial."""
+    workers = config.workers
+    return workers.gpus * workers.count, workers.cpus * workers.count, workers.count
 
 
 def test_gpus_and_workers_of_a_trial():
@@ -145,7 +147,7 @@ def test_gpus_and_workers_of_a_trial():
     pair = fit(workers_per_trial=2)
     assert means(pair) == (0.0, 2.0, 2)
     assert check_request(CPU, cpus=2.0, gpus=0.0) == 1
-    assert fit(workers_per_trial=2, cpus_per_trial=1).cpus_per_trial == 1.0
+    assert means(fit(workers_per_trial=2, cpus_per_trial=1)) == (0.0, 1.0, 2)
     assert fit().workers.count == fit(resources=GPU, trials_per_gpu="2").workers.count == 1
 
 
@@ -168,4 +170,4 @@ def test_impossible_gpus_and_workers(resources, changes, message):
 
 def test_more_gpus_than_there_are():
     with pytest.raises(ConfigError, match="asks for 8 GPUs, but the cluster has 4"):
-        check_request(GPU, cpus=1, gpus=fit(resources=GPU, gpus_per_trial=8).gpus_per_trial)
+        check_request(GPU, cpus=1, gpus=means(fit(resources=GPU, gpus_per_trial=8))[0])

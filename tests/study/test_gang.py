@@ -142,8 +142,8 @@ def test_a_study_whose_trials_have_two_workers(two_cpus, tiny_store, tmp_path):
     """Same trials, same decisions, same journal as with one worker, to float precision."""
     changes = {"num_trials": 3, "overrides": {"attention.dropout": 0.0, "model.dropout": 0.0}}
     settings = {
-        name: study_config(tmp_path, **changes, cpus_per_trial=cpus, workers_per_trial=count)
-        for name, cpus, count in (("one", 1.0, 1), ("two", 2.0, 2))
+        name: study_config(tmp_path, **changes, workers=Workers(count=count))
+        for name, count in (("one", 1), ("two", 2))
     }
     watcher = Watcher()
     one = train_trials(settings["one"], tiny_store, tmp_path / "one", slots=1)

@@ -29,7 +29,7 @@ from dmx.search.space import SearchSpace, load_space
 from dmx.search.study_log import StudyLog
 from dmx.storage.journal import Journal
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
-from dmx.study.study import SegmentQueue, StudyConfig, adopted, open_log
+from dmx.study.study import SegmentQueue, StudyConfig, adopted
 from dmx.training.checkpoint import open_checkpoint
 from dmx.training.job import Job
 from dmx.training.runner import Runner
@@ -193,8 +193,8 @@ def train(
 ) -> None:
     """What Ray does: `slots` segments are handed out, and end in another order than they began."""
     study = population(folder, places)
-    log = open_log(study, folder)
-    segments = SegmentQueue(study, log, study.make_scheduler(), store)
+    log = StudyLog(folder, study)
+    segments = SegmentQueue(log, study.make_scheduler(), store)
     try:
         while True:
             jobs: list[tuple[int, dict[str, Any]]] = []
@@ -249,7 +249,7 @@ def run_segment(log: StudyLog, number: int, fields: dict[str, Any], cut: Cut | N
 
 def picture(folder: Path) -> tuple[Any, ...]:
     """All that matters: generations, curves, and the weights and settings everybody ended with."""
-    log = open_log(population(folder), folder)
+    log = StudyLog(folder, population(folder))
     generations = [
         {k: v for k, v in e.items() if k != "time"}
         for e in log.journal.events
