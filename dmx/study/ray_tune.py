@@ -126,7 +126,14 @@ def _study_name(folder: Path) -> str:
     return f"dmx-trial-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-"
 
 
-class SegmentSearcher(Searcher):
+class _InDriver:
+    """Ray pickles all it is given into a snapshot that nothing reads: leave nothing there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+
+class SegmentSearcher(_InDriver, Searcher):
     """Hands out segments, each as a trial of Ray Tune."""
 
     def __init__(self, segments: SegmentQueue) -> None:
@@ -153,7 +160,7 @@ class SegmentSearcher(Searcher):
         pass
 
 
-class Decisions(tune.Stopper):
+class Decisions(_InDriver, tune.Stopper):
     """Records every report, and stops what the study's scheduler stops.
 
     Tune asks it before anything else hears of a result, the trial's last one included.
@@ -177,7 +184,7 @@ class Decisions(tune.Stopper):
         return time.monotonic() >= self._deadline
 
 
-class Recorder(tune.Callback):
+class Recorder(_InDriver, tune.Callback):
     """Records how segments and trials end, and shows observers what happens.
 
     Args:
@@ -239,9 +246,6 @@ class Recorder(tune.Callback):
         if max(trial.run_metadata.num_failures, self._lost[number]) > self._max_failures:
             self._finish(number, "FAILED", self._watchdog.hung.get(number) or _reason(trial))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (tune.Callback, ())  # see StudyLog.__reduce__
-
     def _finish(self, number: int, status: TrialStatus, error: str = "") -> None:
         self._log.finish(number, status, error)
         trial = self._log.by_number[number]
@@ -279,7 +283,7 @@ def hang_timeout(intervals: Collection[float], fixed: float | None) -> float:
     return max(LEAST_SECONDS, TIMES_MEDIAN * usual)
 
 
-class Watchdog(tune.Callback):
+class Watchdog(_InDriver, tune.Callback):
     """Kills the process of a trial that has not reported for too long; Tune then restarts it.
 
     Args:
@@ -347,9 +351,6 @@ class Watchdog(tune.Callback):
             )
             del self._since[trial]  # the kill is answered by on_trial_recover or on_trial_error
             self._kill(actor)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (tune.Callback, ())  # see StudyLog.__reduce__
 
 
 def fit(
