@@ -63,8 +63,8 @@ class Reader:
     find: Callable[[Task, Source], str | None] | None = None
     """The folder of the task's data in a source, or None; no function: it needs no source."""
     expects: str = ""  # what `find` looks for, in words, for the message when nothing fits
-    describe: Callable[[Request], dict[str, Any]]
-    """Fields of the manifest beside the task's own; it refuses what cannot be read."""
+    describe: Mapping[str, Any] | Callable[[Request], dict[str, Any]]
+    """Fields of the manifest beside the task's own; a function refuses what cannot be read."""
     fill: Callable[[Request, StoreWriter], Mapping[str, Any] | None]
     """Adds the examples; what it returns is added to the manifest's parameters."""
     options: tuple[str, ...] = ()  # the settings it understands; others are refused
@@ -252,7 +252,10 @@ def prepare_data(
 def write(reader: Reader, request: Request, *, force: bool = False) -> Store:
     """The store that the reader makes of what is requested, unless it is there already."""
     fields = {"data_name": reader.name, "is_sample": bool(reader.sample)}
-    manifest = Manifest.for_task(request.task, **fields | reader.describe(request))
+    fields |= reader.describe(request) if callable(reader.describe) else reader.describe
+    if request.given:
+        fields["origin"] += f", {request.given.path}"
+    manifest = Manifest.for_task(request.task, **fields)
 
     def fill(writer: StoreWriter) -> Mapping[str, Any] | None:
         with request.given.explained() if request.given else nullcontext():

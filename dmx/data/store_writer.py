@@ -144,7 +144,7 @@ class StoreWriter:
             at += f" to {first + len(labels) - 1}" if len(labels) > 1 else ""
             raise DataError(f"{at}: {wrong}.")
         dtype = DTYPES[self._manifest.dtype]
-        with explained(self._folder, "write"):
+        with explained(self._folder.parent, "write"):
             for file, rows in zip(self._files, sides, strict=True):
                 file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
         for lengths, rows in zip(self._lengths, sides, strict=True):

@@ -52,16 +52,6 @@ def _tfds_key(split: str, label: str, name: str) -> bytes:
     return hashlib.md5(f"{split}aclImdb/{split}/{label}/{name}".encode()).digest()
 
 
-def _describe_text(request: Request) -> dict[str, Any]:
-    return {
-        "origin": f"IMDB reviews (aclImdb_v1), {request.source.path}",
-        "class_names": _SENTIMENTS,
-        "dtype": "uint16",
-        "parameters": {"max_ids": MAX_TEXT_IDS, "order": "TFDS"},
-        "licence": "no licence stated; research use, cite Maas et al. 2011",
-    }
-
-
 def _fill_text(request: Request, writer: StoreWriter) -> None:
     """All reviews, each split in TFDS order; dev is test, as in LRA."""
     source = request.source
@@ -98,7 +88,13 @@ register(
         families=("text",),
         find=lambda _, source: source.locate(("aclImdb", ""), "train/neg"),
         expects="aclImdb/{train,test}/{neg,pos}/*.txt",
-        describe=_describe_text,
+        describe={
+            "origin": "IMDB reviews (aclImdb_v1)",
+            "class_names": _SENTIMENTS,
+            "dtype": "uint16",
+            "parameters": {"max_ids": MAX_TEXT_IDS, "order": "TFDS"},
+            "licence": "no licence stated; research use, cite Maas et al. 2011",
+        },
         fill=_fill_text,
         address="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
         checksum="md5:7c2ac02c03563afcf9b574c7e56c153a",
@@ -148,15 +144,6 @@ def _parse_pairs(stream: IO[bytes], where: str) -> Iterator[tuple[bytes, bytes, 
         yield columns[3], columns[4], label
 
 
-def _describe_pairs(request: Request) -> dict[str, Any]:
-    return {
-        "origin": f"ACL Anthology Network pairs of the LRA release, {request.source.path}",
-        "class_names": ("unrelated", "linked"),
-        "dtype": "uint16",
-        "licence": "ACL Anthology Network, research use; LRA release Apache 2.0",
-    }
-
-
 def _fill_pairs(request: Request, writer: StoreWriter) -> None:
     published = True
     with progress("retrieval", 0, "pairs") as advance:
@@ -175,7 +162,12 @@ register(
         families=("retrieval",),
         find=lambda _, source: source.locate(_PAIR_FOLDERS, _PAIR_FILES["train"]),
         expects="tsv_data/new_aan_pairs.{train,eval,test}.tsv",
-        describe=_describe_pairs,
+        describe={
+            "origin": "ACL Anthology Network pairs of the LRA release",
+            "class_names": ("unrelated", "linked"),
+            "dtype": "uint16",
+            "licence": "ACL Anthology Network, research use; LRA release Apache 2.0",
+        },
         fill=_fill_pairs,
         address="https://storage.googleapis.com/long-range-arena/lra_release.gz",
     )
@@ -240,7 +232,7 @@ def _describe_images(request: Request) -> dict[str, Any]:
             f"python scripts/convert_pickles.py {source.given} OUT"
         )
     return {
-        "origin": f"CIFAR-10 (binary version), {source.path}",
+        "origin": "CIFAR-10 (binary version)",
         "class_names": _OBJECTS,
         "dtype": "uint8",
         "parameters": {"grey": "tensorflow", "order": "TFDS"},

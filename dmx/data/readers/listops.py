@@ -146,16 +146,6 @@ def _parse(stream: IO[bytes], where: str) -> Iterator[tuple[npt.NDArray[np.uint8
         raise DataError(f"{where}, line {rows.line_num}: {error}.") from error
 
 
-def _describe(request: Request) -> dict[str, Any]:
-    return {
-        "origin": f"LRA release, {request.source.path}",
-        "class_names": tuple("0123456789"),
-        "dtype": "uint8",
-        "parameters": {"vocabulary": list(VOCABULARY)},
-        "licence": "Apache 2.0 (Long Range Arena)",
-    }
-
-
 def _fill(request: Request, writer: StoreWriter) -> None:
     with progress("listops", 0, "expressions") as advance:
         for split, stream, where in request.files(FILES):
@@ -279,7 +269,13 @@ register(
         families=("listops",),
         find=lambda _, source: source.locate(_FOLDERS, FILES["train"]),
         expects="listops-1000/basic_{train,val,test}.tsv",
-        describe=_describe,
+        describe={
+            "origin": "LRA release",
+            "class_names": tuple("0123456789"),
+            "dtype": "uint8",
+            "parameters": {"vocabulary": list(VOCABULARY)},
+            "licence": "Apache 2.0 (Long Range Arena)",
+        },
         fill=_fill,
     )
 )

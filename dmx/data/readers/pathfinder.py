@@ -171,7 +171,7 @@ def _describe(request: Request) -> dict[str, Any]:
     generated = request.task.name.startswith("pathX-")
     return {
         "data_name": "original-pathx" if generated else "lra-pathfinder",
-        "origin": f"{'generator output' if generated else 'LRA release'}, {request.source.path}",
+        "origin": "generator output" if generated else "LRA release",
         "class_names": CLASSES,
         "dtype": "uint8",
         "parameters": {"split_seed": SPLIT_SEED, "order": "metadata files by number"},

