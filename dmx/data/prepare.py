@@ -251,7 +251,7 @@ def prepare_data(
 
 def write(reader: Reader, request: Request, *, force: bool = False) -> Store:
     """The store that the reader makes of what is requested, unless it is there already."""
-    fields = {"data_name": reader.name, "is_sample": bool(reader.sample)}
+    fields: dict[str, Any] = {"data_name": reader.name, "is_sample": bool(reader.sample)}
     fields |= reader.describe(request) if callable(reader.describe) else reader.describe
     if request.given:
         fields["origin"] += f", {request.given.path}"
