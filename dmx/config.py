@@ -131,10 +131,6 @@ class RunConfig:
                 f"optim.warmup_steps is {self.optim.warmup_steps}; it must be below "
                 f"train.num_steps {self.train.num_steps}."
             )
-        if self.model.num_layers > _MAX_LAYERS:
-            raise ConfigError(
-                f"model.num_layers is {self.model.num_layers}; it must be at most {_MAX_LAYERS}."
-            )
         length = self.model.max_length or task.max_length
         if length < task.max_length:
             raise ConfigError(
@@ -277,7 +273,6 @@ def similar_settings(name: str, attention: str) -> str:
 
 
 _DEFAULTS = {"attention.name": "butterfly"}
-_MAX_LAYERS = 1024
 
 
 def _drop_replaced_attention(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:

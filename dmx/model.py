@@ -52,8 +52,9 @@ class ModelConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("num_layers", "num_heads", "head_dim", "embedding_dim", "hidden_dim")
-        check_range(self, *sizes, "max_length", least=1)
+        check_range(self, "num_layers", least=1, below=1025)
+        check_range(self, "num_heads", "head_dim", "embedding_dim", "hidden_dim", least=1)
+        check_range(self, "max_length", least=1)
         check_range(self, "vocab_size", "num_classes", least=2)
         check_range(self, "dropout", "embedding_dropout", "mlp_dropout", least=0, below=1)
 

@@ -234,7 +234,8 @@ def check_number(
     if value is None or (value >= least and above < value < below):
         return
     if below < math.inf:
-        wanted = f"lie in [{least}, {below})"
+        whole = isinstance(value, int) and below > 1
+        wanted = f"lie in {least}..{below - 1}" if whole else f"lie in [{least}, {below})"
     else:
         wanted = f"be above {above}" if above > least else f"be at least {least}"
     wanted = {"be above 0": "be positive", "be at least 0": "not be negative"}.get(wanted, wanted)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dmx.attention import AttentionConfig
 from dmx.errors import DataError
 from dmx.model import Classifier, ModelConfig
-from dmx.nn.optim import OptimConfig, build_optimizer
-from dmx.training.reference import load_model
-from tests.golden_files import golden
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -114,27 +110,6 @@ def test_the_initial_weights_are_the_reference_order():
     for name, layer in (("query", query), ("key", key), ("value", value), ("output", output)):
         assert torch.equal(state[f"encoder.layers.0.attention.{name}.weight"], layer.weight)
     assert torch.equal(state["encoder.layers.0.mlp.0.weight"], nn.Linear(8, 16).weight)
-
-
-def test_the_trajectory_of_the_reference_in_two_threads():
-    """Its losses over optimizer steps."""
-    content = golden("trajectory-butterfly")
-    net = load_model(content["config"], content["state"]).train()
-    assert net.encoder.packs
-    config = OptimConfig(learning_rate=1e-3, weight_decay=0.01, warmup_steps=4, anneal="cos")
-    optimizer, schedule = build_optimizer(net.parameters(), config, 12)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    for ids, labels, expected in zip(
-        content["input_ids"], content["labels"], content["losses"], strict=True
-    ):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(ids), labels.long())
-        assert loss.item() == pytest.approx(float(expected), abs=1e-4)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("execution", ["dense", "packed"])
