@@ -75,12 +75,15 @@ class Registry(Generic[T]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        self._scanned = True
-        if self._package is not None:
-            package = importlib.import_module(self._package)
-            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
-                importlib.import_module(f"{self._package}.{module.name}")
-        load_plugins()
+        self._scanned = True  # at once: what is imported may ask
+        try:
+            if self._package is not None:
+                for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+                    importlib.import_module(f"{self._package}.{module.name}")
+            load_plugins()
+        except BaseException:
+            self._scanned = False
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,7 @@ def task_families() -> set[str]:
 
 def find_task(name: str) -> Task | None:
     """The task, or None for a name that this version of dmx does not know."""
+    TASKS.names()  # a plug-in that cannot be loaded is an error, and no unknown name
     try:
         return task_for(name)
     except ConfigError:

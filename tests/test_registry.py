@@ -65,8 +65,10 @@ def test_a_plugin_that_does_not_import_is_named(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[dmx.plugins]\nmine = module_of_mine\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     load_plugins.cache_clear()
-    with pytest.raises(ConfigError, match=r"plug-in module_of_mine of mine: .*No module named"):
-        load_plugins()
+    registry: Registry[int] = Registry("number")
+    for ask in (load_plugins, registry.names, registry.names):
+        with pytest.raises(ConfigError, match=r"plug-in module_of_mine of mine: .*No module named"):
+            ask()
     (tmp_path / "module_of_mine.py").write_text("")
     load_plugins()
     assert "module_of_mine" in sys.modules
