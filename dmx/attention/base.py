@@ -249,16 +249,17 @@ class MultiHead(nn.Module):
             return F.linear(x, weight)
         return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, l, 3 * H * Dh] -> q, k, v [n, H, l, Dh], views."""
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+    def _heads(self, qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., 3 * H * Dh] of n * l tokens -> q, k, v [n, H, l, Dh], views."""
+        heads = qkv.view(count, length, 3, self.num_heads, self.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D], [B, L] bool -> [B, L, D]."""
         qkv = self._project(x)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.mixer(*self._heads(_widen(qkv)), mask)  # [B, H, L, Dh]
+            out = self.mixer(*self._heads(_widen(qkv), *mask.shape), mask)  # [B, H, L, Dh]
         return self.output(out.transpose(1, 2).flatten(2))
 
     def packed(self, x: Tensor, layout: Layout) -> Tensor:
@@ -277,10 +278,10 @@ class MultiHead(nn.Module):
         buckets: list[Heads] = []
         for bucket, rows, slot in parts:
             shape = (bucket.count, bucket.length)
-            buckets.append((*self._heads(rows.view(*shape, -1)), slot.view(shape)))
+            buckets.append((*self._heads(rows, *shape), slot.view(shape)))
         outs = self.mixer.mix_buckets(buckets, layout.grouping.size)
         mixed = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in outs]
-        return join_rows(mixed, qkv.new_zeros(0, self.output.in_features))
+        return join_rows(mixed, qkv, self.output.in_features)
 
     def extra_repr(self) -> str:
         """The attention's settings, for print(model)."""

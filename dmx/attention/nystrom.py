@@ -93,7 +93,7 @@ class NystromMixer(TokenMixer):
         """Landmarks are means of whole segments, in which masked tokens are zeros."""
         length = q.shape[2]
         keep = kept_keys(mask)
-        q, k = zero_masked(mask, q, k)
+        q, k, real_v = zero_masked(mask, q, k, v)
         if self.num_landmarks == length:
             out = fused_attention(q, k, v, keep)
         else:
@@ -102,7 +102,7 @@ class NystromMixer(TokenMixer):
             k_m = k.unflatten(2, segments).mean(dim=3)
             summary = fused_attention(q_m, k, v, keep)
             out = fused_attention(q, k_m, self._inverse(q_m, k_m) @ summary)
-        return out if self.conv is None else out + self.conv(*zero_masked(mask, v))
+        return out if self.conv is None else out + self.conv(real_v)
 
     def mix_buckets(self, buckets: Sequence[Heads], full_length: int) -> list[Tensor]:
         """Landmarks and inverses of all groups at once, the rest bucket by bucket.

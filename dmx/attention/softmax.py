@@ -69,7 +69,7 @@ class SoftmaxMixer(TokenMixer):
             keep = None if padded.keep is None else padded.keep[:, None, None, :]
             out = self._attend(q, k, v, keep).transpose(1, 2).flatten(2)
             outs.append(unpad_rows(out, padded))
-        return join_rows(outs, qkv.new_zeros(0, qkv.shape[1] // 3))
+        return join_rows(outs, qkv, qkv.shape[1] // 3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -235,9 +235,11 @@ def split_rows(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     return x.split(sizes) if len(sizes) > 1 else [x] * len(sizes)
 
 
-def join_rows(parts: Sequence[Tensor], nothing: Tensor) -> Tensor:
-    """The inverse of `split_rows`; `nothing` where there is no part."""
-    return torch.cat(list(parts)) if len(parts) > 1 else [*parts, nothing][0]
+def join_rows(parts: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
+    """The inverse of `split_rows`; [0, width] where there is no part."""
+    if not parts:
+        return like.new_zeros(0, width)
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 class _Gather(torch.autograd.Function):

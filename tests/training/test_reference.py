@@ -220,7 +220,9 @@ def test_attention_inside_butterfly_keeps_its_state():
     assert torch.equal(
         mixer.projection, state["model.transformer_1.mha.attn.attn_fn.projection_matrix"]
     )
-    assert mixer.kernel == "softmax", "which the reference runs, whatever its kernel_type says"
+    assert mixer.config.kernel == "softmax", (
+        "which the reference runs, whatever its kernel_type says"
+    )
 
 
 def test_renaming_leaves_unknown_names_alone():
