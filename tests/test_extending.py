@@ -156,7 +156,7 @@ def test_the_search_space_and_the_task_are_found(checkout: Path) -> None:
         from dmx.search.space import load_space
         from dmx.tasks import task_for
         task = task_for("parity")
-        space = load_space("window", "parity", task.family)
+        space = load_space("window", "parity")
         space.check("parity", {})
         print(task.max_length, sorted(space.distributions()))
         """,

@@ -30,7 +30,7 @@ from dmx.tasks import task_for, task_names
 from dmx.attention import ATTENTIONS
 for name in shipped_names("search_spaces"):
     assert find_yaml(name, "search_spaces").is_relative_to(sys.argv[1])
-    load_space(name, "text", "text").check("text", {})
+    load_space(name, "text").check("text", {})
 assert find_yaml("search_spaces/butterfly.yaml", "search_spaces").is_relative_to(sys.argv[1])
 print(" ".join(shipped_names("search_spaces")))
 print(" ".join(shipped_names("curricula")))

@@ -225,8 +225,7 @@ def _cost(
 
 def corner_runs(config: StudyConfig) -> list[RunConfig]:
     """The runs at the corners of a study's space, and at its initial points."""
-    points = [*config.space.initial_points, *config.space.corners()]
-    return [config.space.run_config(config.task, config.overrides, point) for point in points]
+    return [run for _, run in config.space.check(config.task, config.overrides)]
 
 
 def largest(runs: Iterable[RunConfig], store: Store) -> RunConfig:

@@ -424,7 +424,7 @@ def _space(
     """The space of a search stage without what `--set` fixed, and the values it does not search."""
     if keys.search is None:
         return None, {}
-    space = load_space(keys.search.space, keys.task, task_for(keys.task).family)
+    space = load_space(keys.search.space, keys.task)
     if space.attention != config.attention.name:
         raise ConfigError(
             f"search.space {keys.search.space} is for attention {space.attention}, but the stage "

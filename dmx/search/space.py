@@ -294,20 +294,26 @@ class SearchSpace:
             initial_points=tuple(map(free, self.initial_points)),
         )
 
-    def check(self, task: str, overrides: Mapping[str, Any]) -> None:
+    def check(self, task: str, overrides: Mapping[str, Any]) -> list[tuple[str, RunConfig]]:
         """Build the experiment at the initial points, at every corner, and at some points within.
+
+        Returns:
+            What to call it in a message, and the experiment, of initial points and corners.
 
         Raises:
             ConfigError: a point is impossible; names the point.
         """
-        sampled = map(self._sample, range(_NUM_SAMPLED))
-        for point in itertools.chain(self.initial_points, self.corners(), sampled):
+        runs = []
+        corners = [*self.initial_points, *self.corners()]
+        for point in (*corners, *map(self._sample, range(_NUM_SAMPLED))):
+            at = ", ".join(f"{k}={v}" for k, v in point.items()) or "its defaults"
+            where = f"search space {self.name} at {at}: "
             try:
-                self.run_config(task, overrides, point)
+                runs.append((where, self.run_config(task, overrides, point)))
             except ConfigError as error:
-                at = ", ".join(f"{k}={v}" for k, v in point.items()) or "its defaults"
                 why = str(error).removesuffix(".") + self._whole_numbers(str(error))
-                raise ConfigError(f"search space {self.name} at {at}: {why}.") from None
+                raise ConfigError(f"{where}{why}.") from None
+        return runs[: len(corners)]
 
     def _whole_numbers(self, error: str) -> str:
         """What a range of fractions for a whole number, the cause of an error, ought to be."""
@@ -379,7 +385,7 @@ class _File(_Part):
     tasks: Mapping[str, _Part | None] | None = None
 
 
-def load_space(name: str, task: str, family: str) -> SearchSpace:
+def load_space(name: str, task: str) -> SearchSpace:
     """The space called `name` (in search_spaces/) or at that path, with the task's part laid on.
 
     Raises:
@@ -388,18 +394,18 @@ def load_space(name: str, task: str, family: str) -> SearchSpace:
     path = find_yaml(name, "search_spaces")
     raw = read_yaml(path)
     try:
-        return _checked(_for_task(name, from_dict(_File, raw), task, family))
+        return _checked(_for_task(name, from_dict(_File, raw), task))
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None
 
 
-def _for_task(name: str, file: _File, task: str, family: str) -> SearchSpace:
+def _for_task(name: str, file: _File, task: str) -> SearchSpace:
     tasks = file.tasks or {}
     for key in tasks:
         if key not in task_families():
             task_for(key)
     own: dict[str, Any] = {}
-    for part in (tasks.get(family), tasks.get(task)):
+    for part in (tasks.get(task_for(task).family), tasks.get(task)):
         if part is not None:
             own |= {k: v for k, v in vars(part).items() if v is not None}
     space = {**(file.space or {}), **own.get("space", {})}

@@ -126,7 +126,7 @@ def make_plan(options: StudyOptions, known: Mapping[str, Any]) -> Plan:
     name = options.space or config_class.name
     if options.space is None and name not in shipped_names("search_spaces"):
         raise ConfigError(f"attention {name!r} has no search space of its own; give --space FILE.")
-    space = load_space(name, task.name, task.family)
+    space = load_space(name, task.name)
     if space.attention != config_class.name:
         raise ConfigError(
             f"search space {name} is for attention {space.attention!r}, not {config_class.name!r}."
@@ -310,13 +310,9 @@ def check_space(config: StudyConfig, *, here: bool) -> None:
         ConfigError: one is impossible, does not fit this machine, or its batch cannot be shared
             out.
     """
-    space, runs = config.space, []
-    space.check(config.task, config.overrides)
-    for corner in space.corners():
-        run = space.run_config(config.task, config.overrides, corner)
+    runs = config.space.check(config.task, config.overrides)
+    for _, run in runs:
         check_batch(run.train.batch_size, config.workers.count)
-        at = ", ".join(f"{k}={v}" for k, v in corner.items()) or "its defaults"
-        runs.append((f"search space {space.name} at {at}: ", run))
     if here:
         check_memory(runs, torch.device("cuda" if config.workers.gpus else "cpu"))
 

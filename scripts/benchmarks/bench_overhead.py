@@ -94,7 +94,7 @@ def run(root: Path, num_trials: int, slots: int, reuse: bool, sampler: str) -> l
     config = StudyConfig(
         name=f"n{num_trials}-{reuse}",
         task=TASK,
-        space=load_space(str(root / "space.yaml"), TASK, "pathfinder"),
+        space=load_space(str(root / "space.yaml"), TASK),
         overrides=settings,
         num_trials=num_trials,
         max_steps=STEPS,

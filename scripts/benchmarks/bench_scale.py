@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="dmx-scale-"))
     (root / "space.yaml").write_text(SPACE, encoding="utf-8")
-    space = load_space(str(root / "space.yaml"), TASK, "pathfinder")
+    space = load_space(str(root / "space.yaml"), TASK)
     columns = [row(root, space, trials) for trials in sorted(args.trials)]
     shutil.rmtree(root)
     head = ["", *(f"{trials:,} trials" for trials in sorted(args.trials))]

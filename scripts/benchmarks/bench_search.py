@@ -158,7 +158,7 @@ def study(args: argparse.Namespace, method: str, seed: int) -> StudyConfig:
         **(SMALL if args.small else {}),
         **flatten(parse_assignments(args.set)),
     }
-    space = load_space(args.space, task.name, task.family).without(fixed)
+    space = load_space(args.space, task.name).without(fixed)
     space = dataclasses.replace(space, start=())  # the paper's setting would help both alike
     space.check(task.name, fixed)
     asha = method == "tpe+asha"
@@ -193,7 +193,7 @@ def write_results(
     summary = summarise(curves, budget)
     summary |= {
         "task": args.task,
-        "attention": load_space(args.space, task.name, task.family).attention,
+        "attention": load_space(args.space, task.name).attention,
         "data": store.manifest.label,
     }
     write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -209,7 +209,7 @@ def retrained(study: Path, folder: Path, number: int) -> Iterator[str]:
     """In what a trial differs from the same trial in one process that nobody disturbs."""
     events = [e for e in journal(study) if e["event"] == "report" and e["trial"] == number]
     trial = next(row for row in rows(study) if int(row["trial"]) == number)
-    space = load_space(str(folder / "space.yaml"), TASK, "pathfinder")
+    space = load_space(str(folder / "space.yaml"), TASK)
     point = {k: _typed(trial[k]) for k in space.distributions()}
     overrides = {**FIXED, "train.num_steps": MAX_STEPS, "data.root": None}
     overrides.pop("data.root")

@@ -60,7 +60,7 @@ def test_search_spaces(room, text):
     file = room / "space.yaml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     with held(room):
-        load_space(str(file), TASK, "pathfinder").check(TASK, FIXED)
+        load_space(str(file), TASK).check(TASK, FIXED)
 
 
 @share(0.12)

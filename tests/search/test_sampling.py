@@ -232,7 +232,7 @@ def test_what_a_sampler_cannot_do(tmp_path, monkeypatch):
     one_sentence(caught.value)
     path = tmp_path / "none.yaml"
     path.write_text(NO_NUMBERS)
-    bare: SearchSpace = load_space(str(path), TASK, "pathfinder")
+    bare: SearchSpace = load_space(str(path), TASK)
     with pytest.raises(ConfigError, match="moves numbers") as caught:
         check_sampler("cmaes", bare)
     one_sentence(caught.value)
@@ -255,7 +255,7 @@ def test_every_sampler_searches_a_setting_with_several_distributions(tmp_path, k
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     path = tmp_path / "ways.yaml"
     path.write_text(WAYS)
-    chosen = load_space(str(path), TASK, "pathfinder")
+    chosen = load_space(str(path), TASK)
     count = 12
 
     def points(name: str, restarts: set[int]) -> list[dict[str, Any]]:

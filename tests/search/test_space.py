@@ -12,7 +12,7 @@ from dmx.attention import ATTENTIONS
 from dmx.errors import ConfigError
 from dmx.registry import find_yaml, shipped_names
 from dmx.search.space import SearchSpace, load_space
-from dmx.tasks import task_for, task_names
+from dmx.tasks import task_names
 from tests.tiny import one_sentence
 
 SHIPPED = shipped_names("search_spaces")
@@ -41,7 +41,7 @@ class Fixed:
 def load(tmp_path: Path, text: str, task: str = "text") -> SearchSpace:
     path = tmp_path / "space.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_space(str(path), task, task_for(task).family)
+    return load_space(str(path), task)
 
 
 def test_one_space_per_attention():
@@ -51,7 +51,7 @@ def test_one_space_per_attention():
 @pytest.mark.parametrize("task", task_names())
 def test_shipped_spaces_load_and_check_for_every_task(task):
     for name in SHIPPED:
-        space = load_space(name, task, task_for(task).family)
+        space = load_space(name, task)
         assert space.attention == name and space.initial_points
         space.check(task, {})
         drawn = space.suggest(Fixed())
@@ -61,7 +61,7 @@ def test_shipped_spaces_load_and_check_for_every_task(task):
 
 
 def test_the_papers_setting_is_tried_first_for_text():
-    first = load_space("butterfly", "text", "text").initial_points[0]
+    first = load_space("butterfly", "text").initial_points[0]
     assert first["attention.block_size"] == 256 and first["optim.learning_rate"] == 1e-4
     assert first["model.num_layers"] == 2 and first["attention.dropout"] == 0.1
 
@@ -447,7 +447,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
     assert find_yaml("search_spaces/butterfly.yaml", "search_spaces") == by_name
     assert find_yaml("butterfly.yaml", "search_spaces") == by_name
     (tmp_path / "mine.yaml").write_text("attention: softmax\n")
-    assert load_space("mine.yaml", "text", "text").attention == "softmax"
+    assert load_space("mine.yaml", "text").attention == "softmax"
     for wrong, part in (
         ("buterfly", "did you mean 'butterfly'?"),
         ("nothing.yaml", "nothing.yaml does not exist"),

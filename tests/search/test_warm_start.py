@@ -136,7 +136,7 @@ def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
     ledger = open_log(
         tmp_path / "old",
         space=dataclasses.replace(
-            load_space(str(old_file), TASK, "pathfinder"),
+            load_space(str(old_file), TASK),
             initial_points=({"attention.block_size": 16, "model.dropout": 0.05},),
         ),
         num_trials=1,
@@ -147,7 +147,7 @@ def test_a_setting_with_several_distributions_is_taken_by_its_name(tmp_path):
     ledger.finish(0, "COMPLETE")
     ledger.close()
     note(tmp_path / "old", **settings())
-    new = load_space(str(new_file), TASK, "pathfinder")
+    new = load_space(str(new_file), TASK)
     text = collect([tmp_path / "old"], here(new), "abc")
     assert json.loads(text)["trials"][0]["params"] == {
         "attention.block_size": 16,

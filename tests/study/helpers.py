@@ -51,7 +51,7 @@ def space(folder: Path) -> SearchSpace:
     """The space, loaded from a file."""
     path = folder / "tiny.yaml"
     path.write_text(SPACE_YAML, encoding="utf-8")
-    return load_space(str(path), TASK, "pathfinder")
+    return load_space(str(path), TASK)
 
 
 def open_log(folder: Path, **changes: Any) -> StudyLog:

@@ -251,7 +251,7 @@ initial_points:
 
 def test_points_that_cannot_be_built_or_trained_fail_alone(tiny_store, tmp_path):
     (tmp_path / "narrow.yaml").write_text(NARROW)
-    narrow = load_space(str(tmp_path / "narrow.yaml"), TASK, "pathfinder")
+    narrow = load_space(str(tmp_path / "narrow.yaml"), TASK)
     folder, watcher = tmp_path / "study", Watcher()
     config = study_config(tmp_path, space=narrow)
     result = train_trials(config, tiny_store, folder, slots=2, observers=(watcher,))

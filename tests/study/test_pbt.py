@@ -50,7 +50,7 @@ space:
 def rates(folder: Path) -> SearchSpace:
     path = folder / "rates.yaml"
     path.write_text(SPACE)
-    return load_space(str(path), TASK, "pathfinder")
+    return load_space(str(path), TASK)
 
 
 # -- decisions ----------------------------------------------------------------------------------
