@@ -126,8 +126,7 @@ class SuccessiveHalving(Scheduler):
             for number in range(num_brackets(settings))
         ]
         self.rungs = list(itertools.chain(*self._brackets))
-        self._deal = deal(len(self._brackets), self._factor)
-        self._dealt: list[int] = []
+        self._dealt: list[int] = []  # and no iterator: Ray pickles what it is given
         self._stopped: dict[int, str] = {}
         self._read = 0
 
@@ -145,8 +144,9 @@ class SuccessiveHalving(Scheduler):
         """Record a report; False when the trial is to stop."""
         if step >= self._max_steps:
             return True  # it ends by itself, as COMPLETE
-        while len(self._dealt) <= trial:
-            self._dealt.append(next(self._deal))
+        if trial >= len(self._dealt):
+            dealt = deal(len(self._brackets), self._factor)
+            self._dealt = list(itertools.islice(dealt, 2 * trial + 16))
         for rung in reversed(self._brackets[self._dealt[trial]]):
             if step >= rung.steps and trial not in rung:
                 entry = rung.enter(trial, accuracy, self._factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from collections import Counter
 from itertools import islice
@@ -84,6 +85,7 @@ def test_decisions_are_rays(seed, scheduler):
         reduction_factor=factor,
         brackets=count,
     )
+    ours = pickle.loads(pickle.dumps(ours))  # as Ray does
     stopped: set[int] = set()
     for trial, step, accuracy in reports_of(seed, max_steps, grace):
         if trial in stopped:
