@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     from dmx.cli import resuming
     from dmx.curriculum.controller import ClusterLost
     from dmx.curriculum.run import Session
-    from dmx.curriculum.views import log_failures, show_end, show_status
+    from dmx.curriculum.views import log_failures, show_end
 
     p = parser()
     given, _ = resuming.resumed(_given(p, argv), "curriculum", default_name=_default_name)
@@ -88,12 +88,8 @@ def main(argv: Sequence[str]) -> int:
     session = Session(
         overrides=_overrides(vars(args)), resume=bool(args.resume), **chosen(Session, args)
     )
-    session.check()
-    if args.status:
-        show_status(session.config, session.folder)
-        return EXIT_OK
-    if args.dry_run:
-        session.dry_run()
+    if args.status or args.dry_run:
+        session.show_status() if args.status else session.dry_run()
         return EXIT_OK
     try:
         outcome = session.run(resuming.recorded(given))

@@ -360,11 +360,7 @@ class Usage(NamedTuple):
 
 
 def wanted_per_gpu(option: str | None) -> int | None:
-    """The number that --trials-per-gpu gives; 1 for `auto`, until it is measured.
-
-    Raises:
-        ConfigError: it is neither a number nor `auto`.
-    """
+    """The number that --trials-per-gpu gives; 1 for `auto`, until it is measured."""
     if option is None or option == AUTO:
         return None if option is None else 1
     try:

@@ -43,34 +43,31 @@ def connect(address: str | None) -> Iterator[Resources]:
     Raises:
         ConfigError: no cluster answers at the address.
     """
-    if ray.is_initialized():  # a caller (tests, a notebook) brought its own cluster
-        with capacity.watched():
-            yield capacity.resources()
-        return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        if address is None:
-            here = capacity.local_resources()
-            # "local" and not the default: a stale file of an older cluster must not be joined.
-            _start_here(num_cpus=here.num_cpus, **options)
-        else:
-            _reach(_resolved(address))
-            with _ours():
-                ray.init(address=address, **options)
-            if not _has_token():
-                logger.warning(
-                    "the cluster at %s was started without a token: whoever reaches its ports may "
-                    "run code there (see %s)",
-                    address,
-                    page("security"),
-                )
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
-        raise ConfigError(_why_not(address, error)) from None
-    try:
-        with capacity.watched():
-            yield capacity.resources()
-    finally:
-        ray.shutdown()
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():  # else a caller (tests, a notebook) brought its own cluster
+            options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+            try:
+                if address is None:
+                    _start_here(num_cpus=capacity.local_resources().num_cpus, **options)
+                else:
+                    _join(address, **options)
+            except (ConnectionError, TimeoutError, ValueError, RuntimeError, RayError) as error:
+                raise ConfigError(_why_not(address, error)) from None
+            stack.callback(ray.shutdown)
+        stack.enter_context(capacity.watched())
+        yield capacity.resources()
+
+
+def _join(address: str, **options: Any) -> None:
+    _reach(_resolved(address))
+    with _ours():
+        ray.init(address=address, **options)
+    if not _has_token():
+        logger.warning(
+            "the cluster at %s was started without a token: whoever reaches its ports may run code "
+            "there (see %s)",
+            *(address, page("security")),
+        )
 
 
 @contextlib.contextmanager
@@ -95,8 +92,7 @@ def _ours() -> Iterator[None]:
 def _unfit(folder: Path, *, make: bool) -> str | None:
     """Why Ray cannot keep its sockets and logs in a folder, or None; the folder is made.
 
-    Args:
-        make: whether the folder that it lies in may be missing.
+    `make`: the folder that it lies in may be missing.
     """
     room = _SOCKET_BYTES - len(_LONGEST)
     if len(os.fsencode(folder)) > room:
@@ -117,9 +113,6 @@ def _unfit(folder: Path, *, make: bool) -> str | None:
 def ray_folder() -> str:
     """Where a private Ray keeps its sockets and logs: as Ray chooses, or where that is impossible,
     a short folder of this user.
-
-    Raises:
-        ConfigError: there is none.
     """
     wishes = [(name, os.environ.get(name)) for name in ("RAY_TMPDIR", "TMPDIR")]
     places = [(f"{name}={base}", name, base) for name, base in wishes if base]
@@ -159,9 +152,6 @@ def _start_here(**options: Any) -> None:
     """Start a private Ray, twice where the first is too slow.
 
     Ray gives its own processes 30 s to start, which a busy machine may need for them.
-
-    Raises:
-        RunFailedError: it does not start; nothing is lost by that.
     """
     folder = ray_folder()
     _give_token()
@@ -169,7 +159,7 @@ def _start_here(**options: Any) -> None:
         try:
             with _on_loopback(), _ours():
                 ray.init(
-                    address="local",
+                    address="local",  # not the default: an older cluster's file may be there
                     _temp_dir=folder,
                     include_dashboard=False,
                     dashboard_host="127.0.0.1",
@@ -264,11 +254,7 @@ def _reach(address: str) -> None:
 
 @contextlib.contextmanager
 def opened(job: Job, address: str | None) -> Iterator[Gang]:
-    """A gang in a cluster of this machine's own, or in the one at `address`.
-
-    Raises:
-        ConfigError: no cluster answers, or the run does not fit into it.
-    """
+    """A gang in a cluster of this machine's own, or in the one at `address`."""
     with connect(address) as resources:
         capacity.check_room(job.workers, resources)
         with contextlib.closing(Gang(job)) as gang:

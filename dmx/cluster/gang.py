@@ -46,8 +46,8 @@ FORM_SECONDS = 30.0
 _JOIN_SECONDS = 60.0
 _EXCHANGE_SECONDS = 1800.0
 _CLOSE_SECONDS = 10.0
-_MAX_RESTARTS = 3
-"""Gangs that may die one after another without a single further report."""
+_MAX_RESTARTS, _MAX_DEATHS = 3, 5
+"""Gangs, and processes of a run, that may die one after another without a further report."""
 
 
 def interface_of(address: str) -> str | None:
@@ -376,16 +376,12 @@ def _launch(running: Running) -> None:
 
 
 def wait_any(
-    runs: list[Running], *, timeout_seconds: float, max_restarts: int = 5
+    runs: list[Running], *, timeout_seconds: float
 ) -> list[tuple[Running, dict[str, Any]]]:
     """Reports that came in; empty after the timeout. A dead process is started again by itself.
 
     A run trains on at the next call: what it reported is written down before it gets ahead of
-    that, since after a crash only its last report is repeated.
-
-    A report with `done` is the run's last. When a run has lost more than `max_restarts` processes,
-    without getting any further, its last report carries `failure`, and `lost`: what it has done so
-    far can be continued elsewhere.
+    that, since after a crash only its last report is repeated. A report with `done` is the last.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -396,24 +392,20 @@ def wait_any(
         ready, _ = ray.wait([r.future for r in runs], num_returns=1, timeout=left)
         if not ready:
             return []
-        reports = [
-            (running, report)
-            for running in runs
-            if running.future in ready
-            and (report := _next_report(running, max_restarts)) is not None
-        ]
+        answers = [(run, _next_report(run)) for run in runs if run.future in ready]
+        reports = [(run, report) for run, report in answers if report is not None]
         if reports:  # else a slice has ended, or a process is started again
             return reports
 
 
-def _next_report(running: Running, max_restarts: int) -> dict[str, Any] | None:
+def _next_report(running: Running) -> dict[str, Any] | None:
     """What a run's process has answered; None for the end of a slice."""
     try:
         report: dict[str, Any] = ray.get(running.future)
     except (RayActorError, WorkerCrashedError, RayTaskError) as error:
         running.restarts += 1
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if running.restarts > max_restarts:
+        if running.restarts > _MAX_DEATHS:
             failure = f"its process died {running.restarts} times, last: {reason}"
             return {FAILURE: failure, RESUMABLE: True, "done": True}
         logger.warning(

@@ -89,11 +89,14 @@ class RayBackend:
         self._views: dict[Key, SearchView] = {}
 
     def train(self, key: Key, job: Job) -> None:
-        """A worker process of its own, restarted when it dies."""
+        """Start or continue a run: in a process of its own, restarted when it dies."""
         self._runs[key] = gang.start(dataclasses.replace(job, places=self._places))
 
     def search(self, key: Key, launch: Launch, job: Job, *, slots: int) -> None:
-        """A process without CPUs of its own that drives Tune; the trials have them."""
+        """Start or continue a study; its trials are runs as the job says, `slots` at once.
+
+        A process without CPUs of its own drives Tune; the trials have them.
+        """
         study = dataclasses.replace(stage_study(launch, job), places=self._places)
         self._views[key] = SearchView(Path(job.folder), study.num_trials)
         self._submit(key, _search, study, job.data_folder, job.folder, slots)
@@ -101,10 +104,14 @@ class RayBackend:
     def prepare(
         self, key: Key, root: Path, options: Mapping[str, Any], workers: int, nice: int
     ) -> None:
-        """Takes no CPU from Ray's count: it is `nice` and yields to whatever trains."""
+        """Prepare the data of the task that is the key's detail.
+
+        It takes no CPU from Ray's count: it is `nice` and yields to whatever trains.
+        """
         self._submit(key, _prepare, key.detail, str(root), dict(options), workers, nice)
 
     def test(self, key: Key, wanted: EvaluationJob, worker: Workers) -> None:
+        """Measure a test accuracy."""
         wanted = dataclasses.replace(wanted, places=self._places)
         self._submit(key, _measure, wanted, worker.threads, worker=worker)
 

@@ -102,11 +102,7 @@ def _variants(stage: StageConfig, store: Store | None) -> Iterator[Shapes]:
 def check_transfers(
     curriculum: CurriculumConfig, data: Mapping[str, Store | None]
 ) -> dict[str, TransferReport]:
-    """What every stage takes over from where it starts, by stage; stages from nothing are left out.
-
-    Raises:
-        CheckpointError: shapes that cannot transfer, or a damaged file to start from.
-    """
+    """What every stage takes over from where it starts, by stage; none of those from nothing."""
     known = {s.name: list(_variants(s, data[s.name])) for s in curriculum.stages}
     reports = {}
     for stage in curriculum.stages:
@@ -135,11 +131,7 @@ def check_transfers(
 
 
 def check_checkpoints(stages: Iterable[Stage], selected: Collection[str]) -> None:
-    """Every checkpoint that a session will need is there, whole, and the one of the journal.
-
-    Raises:
-        CheckpointError: names the folder and the remedy.
-    """
+    """Every checkpoint that a session will need is there, whole, and the one of the journal."""
     for stage in stages:
         current = stage.current
         if stage.promoted is not None:
@@ -154,11 +146,7 @@ def check_checkpoints(stages: Iterable[Stage], selected: Collection[str]) -> Non
 
 
 def check_promoted(stage: Stage, promoted: Mapping[str, Any]) -> Path:
-    """The folder of a checkpoint of the stage's, found unchanged.
-
-    Raises:
-        CheckpointError: it is missing, damaged or edited.
-    """
+    """The folder of a checkpoint of the stage's, found unchanged."""
     folder = stage.folder / promoted["path"]
     try:
         open_checkpoint(folder)
@@ -217,9 +205,6 @@ def check_unchanged(curriculum: CurriculumConfig, stages: Iterable[Stage]) -> No
     """Refuse to continue stages of which the file says something else than what was trained.
 
     A gate may change while its decision is still open, or was a refusal.
-
-    Raises:
-        StageError: with every difference, and the remedy.
     """
     by_name = {s.name: s for s in curriculum.stages}
     for state in stages:

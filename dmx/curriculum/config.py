@@ -174,11 +174,7 @@ class CurriculumConfig:
     stages: tuple[StageConfig, ...]
 
     def stage(self, name: str) -> StageConfig:
-        """The stage called `name`.
-
-        Raises:
-            ConfigError: no such stage; lists them.
-        """
+        """The stage called `name`."""
         by_name = {stage.name: stage for stage in self.stages}
         if name not in by_name:
             raise ConfigError(f"stage {choices_message(name, by_name)}.")
@@ -221,6 +217,13 @@ _SECTIONS = ("attention", "model", "optim", "data", "train")
 """Top-level keys of RunConfig; they may stand in `defaults` and in a stage, nested or dotted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    name: str | None = None
+    defaults: Mapping[str, Any] | None = None
+    stages: list[Mapping[str, Any]]
+
+
 def load_curriculum(
     source: str | Path | Mapping[str, Any],
     *,
@@ -254,29 +257,18 @@ def load_curriculum(
 def _parse(
     raw: Mapping[str, Any], name: str, attention: str | None, overrides: Mapping[str, Any]
 ) -> CurriculumConfig:
-    for key in raw:
-        if key not in ("name", "defaults", "stages"):
-            raise ConfigError(f"{key} is not a setting; allowed: name, defaults, stages.")
-    name = raw.get("name", name)
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name must be text, not {name!r}.")
-    defaults, stages = raw.get("defaults") or {}, raw.get("stages")
-    if not isinstance(defaults, Mapping):
-        raise ConfigError(f"defaults must be a mapping, not {defaults!r}.")
-    if not isinstance(stages, list) or not stages:
+    file = from_dict(_File, raw)
+    if not file.stages:
         raise ConfigError("stages must be a list of at least one stage.")
-    common, common_run = _split(defaults, "defaults")
+    common, common_run = _split(file.defaults or {}, "defaults")
     for key in ("name", "search"):
         if key in common:
             raise ConfigError(f"defaults.{key} is not allowed; it belongs to a stage.")
     read: list[StageSettings] = []
     runs: list[Mapping[str, Any]] = []
-    for number, stage in enumerate(stages):
-        where = f"stages[{number}]"
-        if not isinstance(stage, Mapping):
-            raise ConfigError(f"{where} must be a mapping, not {stage!r}.")
-        if isinstance(stage.get("name"), str):
-            where = f"stages.{stage['name']}"
+    for number, stage in enumerate(file.stages):
+        named = isinstance(stage.get("name"), str)
+        where = f"stages.{stage['name']}" if named else f"stages[{number}]"
         own, own_run = _split(stage, where)
         own.setdefault("name", own.get("task", common.get("task")))
         read.append(from_dict(StageSettings, {**common, **own}, where))
@@ -288,7 +280,8 @@ def _parse(
         keys.name: _build(dataclasses.replace(keys, size=size), run, start, attention, overrides)
         for keys, run, start, size in zip(read, runs, starts, sizes, strict=True)
     }
-    return CurriculumConfig(name=name, stages=tuple(built[name] for name in order))
+    stages = tuple(built[stage] for stage in order)
+    return CurriculumConfig(name=file.name or name, stages=stages)
 
 
 def _split(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:

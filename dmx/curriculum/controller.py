@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dmx.config import InitConfig
 from dmx.curriculum import checks, planner
@@ -21,6 +21,7 @@ from dmx.curriculum.planner import Launch, ResourcePlan
 from dmx.data.prepare import is_prepared
 from dmx.data.store import Store
 from dmx.errors import DmxError, RunFailedError, StageError
+from dmx.registry import code_version
 from dmx.runs.curriculum import Curriculum
 from dmx.runs.layout import JOURNAL_FILE, MODEL_FILE, REPORT_KEYS, STEPS, attempt_folder
 from dmx.schema import to_dict
@@ -28,8 +29,11 @@ from dmx.storage.files import sha256_file
 from dmx.storage.journal import Journal, read_claim
 from dmx.terminal import log_context
 from dmx.training.evaluation import EvaluationJob
-from dmx.training.job import Job, Workers
+from dmx.training.job import Job
 from dmx.training.transfer import weights_checksum
+
+if TYPE_CHECKING:  # tests have one without Ray
+    from dmx.curriculum.backend import RayBackend
 
 logger = logging.getLogger("dmx.curriculum")
 _POLL_SECONDS = 1.0
@@ -107,27 +111,6 @@ class Message:
     value: Any = None
 
 
-class Backend(Protocol):
-    """What the controller needs of a cluster; tests have one without Ray."""
-
-    def train(self, key: Key, job: Job) -> None:
-        """Start or continue a run."""
-
-    def search(self, key: Key, launch: Launch, job: Job, *, slots: int) -> None:
-        """Start or continue a study; its trials are runs as the job says, `slots` at once."""
-
-    def prepare(
-        self, key: Key, root: Path, options: Mapping[str, Any], workers: int, nice: int
-    ) -> None:
-        """Prepare the data of the task that is the key's detail."""
-
-    def test(self, key: Key, wanted: EvaluationJob, worker: Workers) -> None:
-        """Measure a test accuracy."""
-
-    def poll(self, timeout_seconds: float) -> list[Message]:
-        """News; empty after the timeout."""
-
-
 @dataclass
 class _Work:
     """Work under way, and what it occupies. `launch`: of a stage."""
@@ -145,7 +128,6 @@ class Controller:
         curriculum: all stages, checked. log: its record. backend: does the work.
         plan: how much fits at once. data_root: of prepared data.
         selected: names of the stages that this session may run.
-        code: the version of dmx, for the lineage.
 
     Attributes:
         broken: why a stage cannot run in this session: its data, or the checkpoint it starts from.
@@ -156,18 +138,17 @@ class Controller:
         self,
         curriculum: CurriculumConfig,
         log: CurriculumLog,
-        backend: Backend,
+        backend: RayBackend,
         *,
         plan: ResourcePlan,
         data_root: Path,
         selected: Collection[str],
-        code: str = "",
     ) -> None:
         self.broken: dict[str, str] = {}
         self.lost: set[str] = set()
         self._curriculum, self._log, self._backend, self._plan = curriculum, log, backend, plan
         self._data_root, self._stores = data_root, dict[str, Store]()
-        self._selected, self._code = tuple(selected), code
+        self._selected = tuple(selected)
         self._work: dict[Key, _Work] = {}
         self._untested: set[Key] = set()
         self._gate_times: dict[str, float] = {}
@@ -209,15 +190,15 @@ class Controller:
 
     def _slots(self, stage: StageConfig) -> int:
         """How many runs of the stage could start now."""
-        rooms = []
-        for asked, there, held in zip(
-            self._plan.request_for(stage),
-            (self._plan.num_cpus, self._plan.num_gpus),
-            (sum(w.cpus for w in self._work.values()), sum(w.gpus for w in self._work.values())),
-            strict=True,
-        ):
-            rooms += [int((there - held) / asked + 1e-9)] if asked else []
-        return min(rooms, default=1)
+        asked = self._plan.request_for(stage)
+        rooms = [free / size for free, size in zip(self._free(), asked, strict=True) if size]
+        return int(min(rooms, default=1.0) + 1e-9)
+
+    def _free(self) -> tuple[float, float]:
+        """(CPUs, GPUs) that nothing occupies."""
+        cluster, work = self._plan.cluster, self._work.values()
+        cpus = cluster.num_cpus - sum(w.cpus for w in work)
+        return cpus, cluster.num_gpus - sum(w.gpus for w in work)
 
     # -- stages -----------------------------------------------------------------------------
 
@@ -254,7 +235,7 @@ class Controller:
                 config=config,
                 attention=launch.config.attention.label,
                 source=source,
-                spec={**stage.plain(), "code": self._code},
+                spec={**stage.plain(), "code": code_version()},
                 data=checks.data_facts(store),
             )
         logger.info(
@@ -384,8 +365,7 @@ class Controller:
                 continue
             if stage.task in self._stores or is_prepared(stage.task, self._data_root):
                 continue
-            idle = self._plan.num_cpus - sum(work.cpus for work in self._work.values())
-            workers = max(int(idle), 1)
+            workers = max(int(self._free()[0]), 1)
             with log_context(stage.name):
                 logger.info("preparing data: %s (%d workers)", stage.task, workers)
             nice = _NICE if self._under_way("train") else 0

@@ -53,11 +53,7 @@ def next_launches(
     selected: Collection[str],
     busy: Collection[str] = (),
 ) -> list[Launch]:
-    """Every stage that could run now, in the file's order.
-
-    Args:
-        selected: stages that this session may run. busy: stages that are running.
-    """
+    """Every selected stage that could run now and is not `busy`, in the file's order."""
     found = []
     for stage in curriculum.stages:
         state = record.stage(stage.name)
@@ -224,10 +220,9 @@ def has_work(curriculum: CurriculumConfig, record: Curriculum, selected: Collect
 
 @dataclass(frozen=True, kw_only=True)
 class ResourcePlan:
-    """CPU cores and GPUs: of the whole cluster, and of one run, with its workers."""
+    """What the cluster has, and what one run gets of it where its stage does not say."""
 
-    num_cpus: float
-    num_gpus: float
+    cluster: Resources
     cpus: float
     gpus: float
     workers: int | None = None
@@ -238,11 +233,7 @@ class ResourcePlan:
         return cpus, self.gpus if stage.gpus is None else stage.gpus
 
     def workers_for(self, stage: StageConfig) -> Workers:
-        """The processes that share the work of one of the stage's runs, and what each has.
-
-        Raises:
-            ConfigError: the numbers do not go together.
-        """
+        """The processes that share the work of one of the stage's runs, and what each has."""
         cpus, gpus = self.request_for(stage)
         workers = self.workers if stage.workers is None and not stage.gpus else stage.workers
         return share_out(cpus=cpus, gpus=gpus, workers=workers)
@@ -267,30 +258,18 @@ def plan_resources(
         runs = int(resources.num_gpus / gpus) if gpus else len(curriculum.leaves)
         largest = max((int(node[0]) for node in resources.nodes), default=resources.num_cpus)
         cpus = float(max(min(resources.num_cpus, largest) // max(runs, 1), 1))
-    return ResourcePlan(
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        cpus=cpus,
-        gpus=gpus,
-        workers=workers,
-    )
+    return ResourcePlan(cluster=resources, cpus=cpus, gpus=gpus, workers=workers)
 
 
-def check_plan(
-    curriculum: CurriculumConfig, plan: ResourcePlan, resources: Resources, *, local: bool
-) -> None:
-    """See that each stage's runs have room, and on this machine the device that they insist on.
-
-    Raises:
-        ConfigError: a stage asks for more than there is; Ray would wait for ever.
-    """
+def check_plan(curriculum: CurriculumConfig, plan: ResourcePlan, *, local: bool) -> None:
+    """See that each stage's runs have room, and on this machine the device that they insist on."""
     for stage in curriculum.stages:
         cpus, gpus = plan.request_for(stage)
         try:
             if local:
                 pick_device(stage.config.train.device)
             shared = plan.workers_for(stage)
-            check_request(resources, cpus=cpus, gpus=gpus, workers=shared.count)
+            check_request(plan.cluster, cpus=cpus, gpus=gpus, workers=shared.count)
             check_batch(stage.config.train.batch_size, shared.count)
             check_device(stage.config.train.device, shared)
         except ConfigError as error:

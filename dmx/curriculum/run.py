@@ -26,12 +26,18 @@ from dmx.curriculum.backend import RayBackend
 from dmx.curriculum.config import CurriculumConfig, StageConfig, load_curriculum
 from dmx.curriculum.controller import ClusterLost, Controller, CurriculumLog
 from dmx.curriculum.planner import ResourcePlan
-from dmx.curriculum.views import TENSORBOARD_DIR, TensorBoardView, log_report, write_lineage
+from dmx.curriculum.views import (
+    TENSORBOARD_DIR,
+    TensorBoardView,
+    log_report,
+    show_status,
+    table,
+    write_lineage,
+)
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.format import duration
 from dmx.process import files_decide, terminate_like_interrupt
-from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.runs.curriculum import Curriculum
 from dmx.runs.folder_sync import FolderSync
@@ -41,7 +47,6 @@ from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout
 from dmx.study.folder import append_settings, find_places, settings_event, stage_data_root
 from dmx.tasks import NUM_IMAGES
-from dmx.terminal import Column, FittingTable
 from dmx.training.transfer import TransferReport
 
 logger = logging.getLogger("dmx.curriculum")
@@ -125,11 +130,7 @@ class Session:
         return stage_data_root(self.places, self.data_root, tasks)
 
     def check(self) -> None:
-        """See that the options make sense; nothing is created.
-
-        Raises:
-            ConfigError: they do not, or the curriculum does not.
-        """
+        """See that the options make sense; nothing is created."""
         for given, option in ((self.until, "--until"), (self.from_stage, "--from-stage")):
             if given is not None:
                 try:
@@ -152,7 +153,7 @@ class Session:
             workers=self.workers_per_trial,
         )
         if check:
-            planner.check_plan(self.config, plan, resources, local=self.address is None)
+            planner.check_plan(self.config, plan, local=self.address is None)
         return plan
 
     def _check_data(self) -> tuple[dict[str, Store | None], dict[str, TransferReport]]:
@@ -182,7 +183,8 @@ class Session:
             sync = FolderSync(self.places)
             sync.restore(checkpoints=True)
             _, transfers = self._check_data()
-            if self.fresh and not _unfinished(Curriculum.read(self.folder), "fresh", True):
+            # What one that was cut off began is continued: starting over would lose its work.
+            if self.fresh and not Curriculum.read(self.folder).cut_off(fresh=True):
                 _move_aside(self.folder)
             files_decide()
             log = stack.enter_context(contextlib.closing(_open(self.folder)))
@@ -190,7 +192,7 @@ class Session:
             if self.until is not None:
                 selected = list(self.config.until(self.until))
             self._begin(log, selected, recorded or {})
-            write_lineage(self.config, log, code_version())
+            write_lineage(self.config, log)
             if not planner.has_work(self.config, log, selected):
                 logger.info("nothing is left to do")
                 if not (self.folder / TENSORBOARD_DIR).is_dir():
@@ -207,12 +209,12 @@ class Session:
     def _begin(self, log: CurriculumLog, selected: list[str], recorded: Mapping[str, Any]) -> None:
         """Check the record, apply --from-stage, and write down that a session begins."""
         config = self.config
-        if not log.empty:
+        if log.created:
             begun = duration(time.time() - log.created)
             logger.info("continuing %s, begun %s ago", self.folder, begun)
         again: tuple[str, ...] = ()
         if self.from_stage is not None:
-            if _unfinished(log, "from_stage", self.from_stage):
+            if log.cut_off(from_stage=self.from_stage):
                 logger.info("continuing what --from-stage %s began", self.from_stage)
             else:
                 again = config.descendants(self.from_stage)
@@ -242,11 +244,9 @@ class Session:
         write_atomic(self.folder / layout.CURRICULUM_FILE, text)
 
     def _work(self, log: CurriculumLog, selected: list[str]) -> Outcome:
-        code = code_version()
-
         def keep_lineage(record: Curriculum, event: Mapping[str, Any]) -> None:
             if event["event"] in ("started", "decided", "tested"):
-                write_lineage(self.config, record, code)
+                write_lineage(self.config, record)
 
         with terminate_like_interrupt() as check:
             try:
@@ -265,7 +265,6 @@ class Session:
                         plan=self._plan(resources),
                         data_root=self._root,
                         selected=selected,
-                        code=code,
                     )
                     passed = controller.run(check)
                 if controller.lost:
@@ -277,38 +276,58 @@ class Session:
         log.record("closed", passed=passed)
         return Outcome(record=log, passed=passed, broken=controller.broken)
 
-    # -- a dry run --------------------------------------------------------------------------
+    # -- without one --------------------------------------------------------------------------
+
+    def show_status(self) -> None:
+        """Print where the run stands; see views.show_status."""
+        self.check()
+        show_status(self.config, self.folder)
 
     def dry_run(self) -> None:
-        """Check all that a session would, and print what every stage takes over, needs and costs.
-
-        Raises:
-            DmxError: what a session would be refused for.
-        """
+        """Check all that a session would; print what every stage takes over, needs and costs."""
         self.check()
-        resources = local_resources()
-        plan = self._plan(resources, check=self.address is None)
+        plan = self._plan(local_resources(), check=self.address is None)
         data, transfers = self._check_data()
         if self.from_stage is None:
             checks.check_unchanged(self.config, Curriculum.read(self.folder).stages)
-        stages = self.config.stages
-        threads = {s.name: max(int(plan.request_for(s)[0]), 1) for s in stages}
-        terminal.verbatim(
-            f"curriculum {self.config.name}: {len(stages)} stages; data in {self._root}"
-        )
-        out = terminal.console()
-        out.print(_chain(self.config, data, transfers))
-        costs = {}
+        name, stages, out = self.config.name, self.config.stages, terminal.console()
+        terminal.verbatim(f"curriculum {name}: {len(stages)} stages; data in {self._root}")
+        rows = [_chain_row(s, data[s.name], transfers.get(s.name)) for s in stages]
+        text = ("stage", "task", "attention", "starts from", "gate", "data")
+        out.print(table("what is trained, and from what", rows, text, {"seeds": 1, "warmup": 2}))
+        rows, total, threads, device = [], 0.0, 1, ""
         for stage in stages:
-            store = data[stage.name]
-            dev = round(_DEV_SHARE * _images(stage))
-            if store is not None:
-                dev = int(store.manifest.splits["dev"])
-            config = checks.resolve(stage.config, store)
-            costs[stage.name] = stage_cost(config, store, dev, threads=threads[stage.name])
-        out.print(_costs(self.config, costs, max(threads.values())))
-        for line in _remarks(self.config, data, costs):
-            out.print(line, highlight=False)
+            cores = max(int(plan.request_for(stage)[0]), 1)
+            cost, measured_on = _cost(stage, data[stage.name], cores)
+            seconds = cost.wall_seconds * (stage.search.num_trials if stage.search else 1)
+            rows.append(_cost_row(stage, cost, seconds, measured_on))
+            total, threads = total + seconds, max(threads, cores)
+            device = device or cost.probes[0].device
+        where = f"{device}, {threads} thread{'s' * (threads > 1)}"
+        if device == "cuda":
+            where = torch.cuda.get_device_name()
+        out.print(
+            table(
+                f"what it costs, measured on this device ({where})",
+                rows,
+                ("stage", "measured on"),
+                {"dev pass": 1, "GFLOPs a step": 2, "measured on": 3},
+                end={"stage": "all", "stage takes": duration(total)},
+            )
+        )
+        if device == "cpu":
+            out.print(
+                "memory: weights, AdamW and the tensors that one micro batch saves for the "
+                "backward pass, in float32; the process itself needs about 400 MiB more.",
+                highlight=False,
+            )
+        for task, stage in {s.task: s for s in stages if data[s.name] is None}.items():
+            images, rate = _images(stage), _images_per_second(task)
+            out.print(
+                f"data: {task} will be generated beside the training before it: {images:,} "
+                f"images, {duration(images / rate)} of one core ({rate:,.0f} images/s).",
+                highlight=False,
+            )
         out.print("All checks passed. Nothing was started (--dry-run).")
 
 
@@ -327,14 +346,6 @@ def _open(folder: Path) -> CurriculumLog:
         ) from None
 
 
-def _unfinished(record: Curriculum, option: str, value: object) -> bool:
-    """Whether a session was begun with the option, and none has come to its end since.
-
-    Then the same command must continue it: starting over once more would lose work.
-    """
-    return any(session.get(option) == value for session in record.sessions)
-
-
 def _move_aside(folder: Path) -> None:
     """Keep an old run beside the new one; a run that is in use is refused."""
     if not folder.exists():
@@ -347,124 +358,64 @@ def _move_aside(folder: Path) -> None:
     logger.info("the old run is now %s", target)
 
 
-# -- the tables of a dry run --------------------------------------------------------------------
+# -- what a dry run shows -----------------------------------------------------------------------
 
 _DEV_SHARE = 0.1
-_SPARE = {
-    **{"seeds": 1, "dev pass": 1, "warmup": 2, "GFLOPs a step": 2},
-    **{"measured on": 3},
-}
-"""Columns that a narrow terminal does without, the highest first."""
 
 
 def _images(stage: StageConfig) -> int:
     return stage.generate.num_images or NUM_IMAGES
 
 
-def _columns(names: str, *, right: bool = False, fold: str = "") -> list[Column]:
-    return [
-        Column(name, right=right, fold=name in fold.split("|"), spare=_SPARE.get(name, 0))
-        for name in names.split("|")
-    ]
-
-
-def _chain(
-    curriculum: CurriculumConfig,
-    data: Mapping[str, Store | None],
-    transfers: Mapping[str, TransferReport],
-) -> FittingTable:
-    names = "stage|task|attention|batch|steps|warmup|seeds|starts from|gate|data"
-    columns = _columns(names, fold="stage|task|starts from|gate|data")
-    table = FittingTable("what is trained, and from what", columns)
-    for stage in curriculum.stages:
-        config = stage.config
-        batch, micro = config.train.batch_size, config.train.micro_batch_size
-        table.add_row(
-            stage.name,
-            stage.task if stage.task != stage.name else "same",
-            config.attention.label,
-            f"{batch} by {micro}" if micro not in (None, batch) else str(batch),
-            f"{config.train.num_steps:,}",
-            str(config.optim.warmup_steps),
-            f"{config.train.seed}/{config.data.seed}",
-            _source(stage, transfers.get(stage.name)),
-            stage.gate.name + (f", search {stage.search.space}" if stage.search else ""),
-            "present" if data[stage.name] is not None else f"generate {_images(stage):,}",
+def _chain_row(
+    stage: StageConfig, store: Store | None, report: TransferReport | None
+) -> dict[str, str]:
+    train, source = stage.config.train, "nothing"
+    micro = train.micro_batch_size or train.batch_size
+    if report is not None:
+        parts = (
+            f"{len(report.moved)} equal",
+            report.positions,
+            f"{len(report.fresh)} afresh" if report.fresh else "",
+            f"{len(report.dropped)} left out" if report.dropped else "",
         )
-    return table
+        source = f"{stage.parent or stage.init_path} ({', '.join(filter(None, parts))})"
+    return {
+        "stage": stage.name,
+        "task": stage.task if stage.task != stage.name else "same",
+        "attention": stage.config.attention.label,
+        "batch": str(train.batch_size) + (f" by {micro}" if micro != train.batch_size else ""),
+        "steps": f"{train.num_steps:,}",
+        "warmup": str(stage.config.optim.warmup_steps),
+        "seeds": f"{train.seed}/{stage.config.data.seed}",
+        "starts from": source,
+        "gate": stage.gate.name + (f", search {stage.search.space}" if stage.search else ""),
+        "data": f"generate {_images(stage):,}" if store is None else "present",
+    }
 
 
-def _source(stage: StageConfig, report: TransferReport | None) -> str:
-    if report is None:
-        return "nothing"
-    parts = [f"{len(report.moved)} equal"]
-    parts += [report.positions] if report.positions else []
-    parts += [f"{len(report.fresh)} afresh"] if report.fresh else []
-    parts += [f"{len(report.dropped)} left out"] if report.dropped else []
-    return f"{stage.parent or stage.init_path} ({', '.join(parts)})"
+def _cost(stage: StageConfig, store: Store | None, threads: int) -> tuple[Cost, str]:
+    """What one of its runs costs, and on which data that was measured."""
+    dev = round(_DEV_SHARE * _images(stage))
+    if store is not None:
+        dev = int(store.manifest.splits["dev"])
+    return stage_cost(checks.resolve(stage.config, store), store, dev, threads=threads)
 
 
-def _costs(
-    curriculum: CurriculumConfig, costs: Mapping[str, tuple[Cost, str]], most_threads: int
-) -> FittingTable:
-    device = _device(costs)
-    where = f"{device}, {most_threads} thread{'s' * (most_threads > 1)}"
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    names = "parameters|real tokens|GFLOPs a step|memory|step|dev pass|stage takes"
-    table = FittingTable(
-        f"what it costs, measured on this device ({where})",
-        (
-            *_columns("stage", fold="stage"),
-            *_columns(names, right=True),
-            *_columns("measured on", fold="measured on"),
-        ),
-    )
-    total = 0.0
-    for stage in curriculum.stages:
-        cost, measured_on = costs[stage.name]
-        seconds = cost.wall_seconds * (stage.search.num_trials if stage.search else 1)
-        total += seconds
-        model, train = cost.models[0], stage.config.train
-        table.add_row(
-            stage.name,
-            f"{model.parameters:,}",
-            f"{model.tokens / train.batch_size:,.0f} of {stage.config.task_info.max_length:,}",
-            f"{model.flops / 1e9:,.1f}",
-            f"{cost.memory_bytes / 2**20:,.0f} MiB",
-            f"{cost.step_seconds:.3g} s",
-            duration(cost.eval_seconds),
-            duration(seconds),
-            measured_on,
-        )
-    table.add_section()
-    table.add_row("all", *[""] * 6, duration(total), "")
-    return table
-
-
-def _device(costs: Mapping[str, tuple[Cost, str]]) -> str:
-    return next(iter(costs.values()))[0].probes[0].device
-
-
-def _remarks(
-    curriculum: CurriculumConfig,
-    data: Mapping[str, Store | None],
-    costs: Mapping[str, tuple[Cost, str]],
-) -> list[str]:
-    lines = []
-    if _device(costs) == "cpu":
-        lines.append(
-            "memory: weights, AdamW and the tensors that one micro batch saves for the backward "
-            "pass, in float32; the process itself needs about 400 MiB more."
-        )
-    missing = {s.task: s for s in curriculum.stages if data[s.name] is None}
-    for task, stage in missing.items():
-        images, rate = _images(stage), _images_per_second(task)
-        lines.append(
-            f"data: {task} will be generated beside the training before it: {images:,} images, "
-            f"{duration(images / rate)} of one core ({rate:,.0f} images/s)."
-        )
-    return lines
+def _cost_row(stage: StageConfig, cost: Cost, seconds: float, measured_on: str) -> dict[str, str]:
+    model = cost.models[0]
+    tokens = f"{model.tokens / stage.config.train.batch_size:,.0f}"
+    return {
+        "stage": stage.name,
+        "parameters": f"{model.parameters:,}",
+        "real tokens": f"{tokens} of {stage.config.task_info.max_length:,}",
+        "GFLOPs a step": f"{model.flops / 1e9:,.1f}",
+        "memory": f"{cost.memory_bytes / 2**20:,.0f} MiB",
+        "step": f"{cost.step_seconds:.3g} s",
+        "dev pass": duration(cost.eval_seconds),
+        "stage takes": duration(seconds),
+        "measured on": measured_on,
+    }
 
 
 def _images_per_second(task: str, images: int = 12) -> float:

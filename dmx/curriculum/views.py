@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dmx.curriculum.config import CurriculumConfig
 from dmx.curriculum.planner import attempt_config
 from dmx.errors import StageError
 from dmx.format import duration
+from dmx.registry import code_version
 from dmx.runs import layout
 from dmx.runs.curriculum import Curriculum, Stage
 from dmx.runs.layout import (
@@ -36,7 +37,7 @@ from dmx.runs.layout import (
     TRAIN_SECONDS,
     attempt_folder,
 )
-from dmx.schema import finite
+from dmx.schema import to_dict
 from dmx.storage.files import write_atomic
 from dmx.tensorboard import RunWriter
 from dmx.terminal import Column, FittingTable
@@ -203,11 +204,7 @@ class TensorBoardView:
 
 
 def show_status(curriculum: CurriculumConfig, folder: Path) -> None:
-    """Print where a run stands; reads the journal only, so that it disturbs no session.
-
-    Raises:
-        StageError: there is no run, or its journal is damaged.
-    """
+    """Print where a run stands; reads the journal only, so that it disturbs no session."""
     record = Curriculum.read(folder)
     if record.empty:
         raise StageError(f"there is no run in {folder}; start it without --status.")
@@ -242,44 +239,58 @@ def show_end(curriculum: CurriculumConfig, record: Curriculum) -> None:
 
 def _stages_table(curriculum: CurriculumConfig, record: Curriculum, title: str) -> FittingTable:
     """Where every stage stands."""
-    spare = {"to go": 1, "try": 2, "trained for": 3}
-    names = ("try", "steps", "dev acc", "test acc", "on last", "trained for", "to go")
-    table = FittingTable(
-        title,
-        (
-            Column("stage", fold=True),
-            Column("task", fold=True, spare=4),
-            Column("state"),
-            *(Column(name, right=True, spare=spare.get(name, 0)) for name in names),
-        ),
-    )
-    last = curriculum.last.name
+    rows = []
     for stage in curriculum.stages:
         state = record.stage(stage.name)
         attempt = state.current
         total = attempt_config(stage, attempt.retry if attempt else 0).train.num_steps
-        steps, left, word = 0, math.nan, str(state.status)
-        if attempt is not None:
-            steps = attempt.steps
-            word += " (gate said no)" if attempt.passed is False else ""
-            if state.status == "running":
-                left = attempt.last(STEP_SECONDS) * (total - steps)
-        best = (attempt.last_report if attempt else {}).get(BEST_DEV_ACCURACY)
-        best = best if state.promoted is None else state.promoted[DEV_ACCURACY]
-        table.add_row(
-            stage.name,
-            stage.task if stage.task != stage.name else "same",
-            word,
-            str(attempt.retry + 1) if attempt else "",
-            f"{steps:,}/{total:,}",
-            *(
-                "" if value is None else f"{value:.4f}"
-                for value in (best, state.tests.get(stage.name), state.tests.get(last))
-            ),
-            duration(state.seconds) if attempt else "",
-            duration(left) if math.isfinite(left) else "",
+        steps = attempt.steps if attempt else 0
+        left = attempt.last(STEP_SECONDS) * (total - steps) if attempt else math.nan
+        best = attempt.last_report.get(BEST_DEV_ACCURACY) if attempt else None
+        best = state.promoted[DEV_ACCURACY] if state.promoted else best
+        refused = attempt is not None and attempt.passed is False
+        rows.append(
+            {
+                "stage": stage.name,
+                "task": stage.task if stage.task != stage.name else "same",
+                "state": state.status + (" (gate said no)" if refused else ""),
+                "try": str(attempt.retry + 1) if attempt else "",
+                "steps": f"{steps:,}/{total:,}",
+                "dev acc": _accuracy(best),
+                "test acc": _accuracy(state.tests.get(stage.name)),
+                "on last": _accuracy(state.tests.get(curriculum.last.name)),
+                "trained for": duration(state.seconds) if attempt else "",
+                "to go": duration(left) if state.status == "running" and left >= 0 else "",
+            }
         )
-    return table
+    spare = {"to go": 1, "try": 2, "trained for": 3, "task": 4}
+    return table(title, rows, ("stage", "task", "state"), spare)
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def table(
+    title: str,
+    rows: Sequence[Mapping[str, str]],
+    text: Collection[str],
+    spare: Mapping[str, int],
+    *,
+    end: Mapping[str, str] | None = None,
+) -> FittingTable:
+    """Rows by column; `text`: those without numbers, `spare`: see Column, `end`: the last row."""
+    columns = [
+        Column(name, right=name not in text, fold=name in text, spare=spare.get(name, 0))
+        for name in rows[0]
+    ]
+    found = FittingTable(title, columns)
+    for row in rows:
+        found.add_row(*row.values())
+    if end is not None:
+        found.add_section()
+        found.add_row(*(end.get(column.title, "") for column in columns))
+    return found
 
 
 # -- the lineage --------------------------------------------------------------------------------
@@ -288,26 +299,21 @@ PICTURE_FILE = "lineage.md"
 _COLOURS = {"passed": "#d5f5d5", "running": "#fff3c4", "failed": "#f8d0d0", "waiting": "#eeeeee"}
 
 
-def write_lineage(curriculum: CurriculumConfig, record: Curriculum, code: str) -> None:
-    """Write lineage.json and lineage.md, each at once. `code`: the version that runs now."""
-    lineage = describe(curriculum, record, code)
+def write_lineage(curriculum: CurriculumConfig, record: Curriculum) -> None:
+    """Write lineage.json and lineage.md, each at once."""
+    lineage = describe(curriculum, record)
     text = json.dumps(lineage, indent=1, ensure_ascii=False) + "\n"
     write_atomic(record.folder / layout.LINEAGE_FILE, text)
     write_atomic(record.folder / PICTURE_FILE, picture(lineage))
 
 
-def describe(curriculum: CurriculumConfig, record: Curriculum, code: str) -> dict[str, Any]:
+def describe(curriculum: CurriculumConfig, record: Curriculum) -> dict[str, Any]:
     """The lineage as plain data. Accuracies are 0..1 or null; paths are absolute."""
-    last = curriculum.last.name
-    shown: dict[str, Any] = {
-        "name": record.folder.name,
-        "curriculum": curriculum.name,
-        "last_stage": last,
-        "code": code,
-        "stages": [],
-    }
+    last, stages = curriculum.last.name, []
     for stage in curriculum.stages:
         state = record.stage(stage.name)
+        promoted, current = state.promoted or {}, state.current
+        folder = state.checkpoint if promoted else None
         fixed = {
             "name": stage.name,
             "task": stage.task,
@@ -315,11 +321,6 @@ def describe(curriculum: CurriculumConfig, record: Curriculum, code: str) -> dic
             "status": state.status,
             "parent": stage.parent,
             "init_from": None,
-        }
-        promoted = state.promoted or {}
-        folder = str(record.folder / promoted["path"]) if promoted else None
-        current = state.current
-        results = {
             DEV_ACCURACY: promoted.get(DEV_ACCURACY),
             TEST_ACCURACY: state.tests.get(stage.name),
             _TEST_ON_LAST: state.tests.get(last),
@@ -328,13 +329,13 @@ def describe(curriculum: CurriculumConfig, record: Curriculum, code: str) -> dic
             "config": folder and f"{folder}/{layout.CONFIG_FILE}",
             "step": promoted.get("step"),
             "attempts": len(state.attempts),
-            "gate": {
-                "passed": current.passed if current else None,
-                "reason": current.decision.get("reason") if current else None,
-            },
+            "gate": {key: current and current.decision.get(key) for key in ("passed", "reason")},
         }
-        shown["stages"].append({**fixed, **results, **_attempt(state)})
-    plain: dict[str, Any] = finite(shown)
+        stages.append(fixed | _attempt(state))
+    names = {"name": record.folder.name, "curriculum": curriculum.name, "last_stage": last}
+    plain: dict[str, Any] = to_dict(
+        {**names, "code": code_version(), "stages": stages}, finite=True
+    )
     return plain
 
 

@@ -43,11 +43,11 @@ class Attempt(Trained):
         decision: the event that ended it; {} while it runs.
     """
 
-    retry: int
-    config: Mapping[str, Any]
-    source: Mapping[str, Any]
-    spec: Mapping[str, Any]
-    data: Mapping[str, Any]
+    retry: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     attention: str = ""
     decision: Mapping[str, Any] = field(default_factory=dict)
 
@@ -167,19 +167,22 @@ class Stage:
         return promoted[0] if promoted else self.current
 
     @property
+    def _shown(self) -> Attempt:
+        return self.shown or Attempt(number=-1)
+
+    @property
     def config(self) -> Mapping[str, Any] | None:
         """The plain RunConfig of its checkpoint, or None."""
-        return None if self.shown is None else self.shown.trained or None
+        return self._shown.trained or None
 
     @property
     def task(self) -> str:
-        planned = self.planned.get("task", self.name)
-        return str(planned if self.shown is None else self.shown.config.get("task", planned))
+        return str(self._shown.config.get("task") or self.planned.get("task", self.name))
 
     @property
     def attention(self) -> str:
         """With its size; of a search, its best trial's."""
-        return (self.shown.label if self.shown else "") or str(self.planned.get("attention", ""))
+        return self._shown.label or str(self.planned.get("attention", ""))
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -196,31 +199,26 @@ class Stage:
     @property
     def reinit(self) -> tuple[str, ...]:
         """Weights that started afresh."""
-        spec = self.shown.spec if self.shown is not None and self.source else {}
-        return tuple(map(str, spec.get("reinit") or ()))
-
-    def _of_data(self, fact: str) -> str:
-        return "" if self.shown is None else str(self.shown.data.get(fact) or "")
+        return tuple(map(str, self._shown.spec.get("reinit") or ())) if self.source else ()
 
     @property
     def data(self) -> str:
-        """Its label, or ""."""
-        return self._of_data("label")
+        return str(self._shown.data.get("label") or "")
 
     @property
     def data_checksum(self) -> str:
-        return self._of_data("checksum")
+        return str(self._shown.data.get("checksum") or "")
 
     @property
     def data_root(self) -> str:
         """The folder of all data, or ""."""
-        found = self._of_data("folder")
+        found = self._shown.data.get("folder")
         return str(Path(found).parent) if found else ""
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the promoted attempt, else of the latest."""
-        return 0 if self.shown is None else self.shown.steps
+        return self._shown.steps
 
     @property
     def all_steps(self) -> int:
@@ -236,11 +234,10 @@ class Stage:
     def dev_accuracy(self) -> float:
         """Of the promoted checkpoint, else the best so far."""
         promoted = number(self.promoted or {}, DEV_ACCURACY)
-        return promoted if math.isfinite(promoted) or self.shown is None else self.shown.best
+        return promoted if math.isfinite(promoted) else self._shown.best
 
     @property
     def test_accuracy(self) -> float:
-        """On its own test split."""
         return number(self.tests, self.name)
 
     @property
@@ -251,13 +248,13 @@ class Stage:
     @property
     def checkpoint(self) -> str:
         """The folder of the promoted checkpoint, else of the one last judged, or ""."""
-        judged = {} if self.shown is None else self.shown.decision.get("checkpoint")
+        judged = self._shown.decision.get("checkpoint")
         return self._place((self.promoted or judged or {}).get("path"))
 
     @property
     def start(self) -> str:
         """The folder of the weights that its training started from, or ""."""
-        return "" if self.shown is None else self._place(self.shown.source.get("path"))
+        return self._place(self._shown.source.get("path"))
 
     def _place(self, path: object) -> str:
         """A path of the journal's, which names what lies in the run by what follows its folder."""
@@ -269,8 +266,7 @@ class Curriculum(Run):
 
     Attributes:
         created: time of the first session, or 0. goal: the last stage, which all are measured on.
-        sessions: those since one last came to its end. at_work: the one that has not said that it
-            stopped, or None.
+        at_work: the session that has not said that it stopped, or None.
     """
 
     kind = "curriculum"
@@ -279,10 +275,14 @@ class Curriculum(Run):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.created = 0.0
-        self.sessions: list[Mapping[str, Any]] = []
+        self._cut_off: list[Mapping[str, Any]] = []
         self.at_work: Mapping[str, Any] | None = None
         self._stages: dict[str, Stage] = {}
         self._argv: list[str] = []
+
+    def cut_off(self, **options: Any) -> bool:
+        """Whether a session was begun with the options, and none has come to its end since."""
+        return any(all(s.get(k) == v for k, v in options.items()) for s in self._cut_off)
 
     def stage(self, name: str) -> Stage:
         """A stage; a fresh one where it was never begun."""
@@ -296,13 +296,13 @@ class Curriculum(Run):
     def _fold(self, name: str, event: Mapping[str, Any]) -> None:
         if name == "session":
             self.created = self.created or event["time"]
-            self.sessions.append(event)
+            self._cut_off.append(event)
             self.at_work = event
             self._argv = event.get("argv", self._argv)
             self._plan(event.get("stages", []), event.get("last_stage", ""))
         elif name in ("closed", "interrupted"):
             self.at_work = None
-            self.sessions = [] if name == "closed" else self.sessions
+            self._cut_off = [] if name == "closed" else self._cut_off
         elif name == "reset":
             self._reset(event["stages"])
         elif name in ("started", "report", "decided", "tested"):
@@ -370,7 +370,6 @@ class Curriculum(Run):
 
     @property
     def shown(self) -> str:  # type: ignore[override]
-        """The name of that stage, or ""."""
         return self._shown.name
 
     @property
@@ -449,7 +448,6 @@ class Curriculum(Run):
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of the shown stage's checkpoint, or one that does not exist."""
         return Path(self._shown.checkpoint or super().checkpoint)
 
     @property

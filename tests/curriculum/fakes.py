@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dmx.cluster.capacity import Resources
 from dmx.config import parse_run_config
 from dmx.curriculum.config import CurriculumConfig, load_curriculum
 from dmx.curriculum.controller import Controller, CurriculumLog, Key, Message
@@ -186,7 +187,7 @@ def run(
     backend: FakeBackend,
     *,
     selected: Iterable[str] | None = None,
-    cpus: float = 2,
+    cpus: int = 2,
     crash_after: int | None = None,
     observers: tuple[Any, ...] = (),
 ) -> tuple[bool, Curriculum]:
@@ -194,14 +195,14 @@ def run(
     log = CurriculumLog(folder) if crash_after is None else CrashingLog(folder, crash_after)
     log.observers = observers
     with contextlib.closing(log):
-        if not log.sessions:
+        if not log.created:
             plan = [stage.brief() for stage in config.stages]
             log.record("session", pid=1, host="h", stages=plan, last_stage=config.last.name)
         controller = Controller(
             config,
             log,
             backend,
-            plan=ResourcePlan(num_cpus=cpus, num_gpus=0, cpus=1, gpus=0),
+            plan=ResourcePlan(cluster=Resources(cpus, 0), cpus=1, gpus=0),
             data_root=backend.root,
             selected=[s.name for s in config.stages] if selected is None else list(selected),
         )

@@ -338,7 +338,7 @@ def test_a_second_controller_is_refused(tmp_path: Path, root: Path) -> None:
 def test_lineage_tells_where_each_stage_came_from(tmp_path: Path, root: Path) -> None:
     folder = tmp_path / "run"
     _, history = run(chain(), folder, FakeBackend({n: [GOOD] for n in "abc"}, root))
-    lineage = json.loads(json.dumps(describe(chain(), history, "v1")))
+    lineage = json.loads(json.dumps(describe(chain(), history)))
     a, b, c = lineage["stages"]
     assert [s["name"] for s in (a, b, c)] == ["a", "b", "c"]
     assert b["dev_accuracy"] == 0.8 and b["test_accuracy"] == 0.25
