@@ -257,7 +257,7 @@ class Trial(Trained):
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The highest dev accuracy first, the earlier one on a tie; last those that have none."""
-    return sorted(trials, key=lambda t: (-t.best if math.isfinite(t.best) else math.inf, t.number))
+    return sorted(trials, key=lambda t: (-b if math.isfinite(b := t.best) else math.inf, t.number))
 
 
 def best_of(trials: Iterable[Trial]) -> Trial | None:
