@@ -39,63 +39,44 @@ class Evaluation:
     num_examples: int
 
 
-class Scored:
-    """How far an evaluation has come: [2] sums (losses, hits) over so many rounds, in each of which
-    every process takes one batch.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, device=device, dtype=sum_dtype(device))
-        self.rounds = 0
-
-
 class Interval:
-    """What one process counts from an evaluation to the next.
+    """What one process counts from an evaluation to the next, that evaluation included.
 
     Attributes:
-        first: the step it began at. sums: [3] of sum_dtype: losses, hits, tokens here.
-        scored: how far the evaluation at its end is. norm: of the latest gradient.
-        seconds: spent on training.
+        first: the step it began at. norm: of the latest gradient. seconds: spent on training.
+        sums: [5] of sum_dtype: losses, hits and tokens of the training; losses and hits of as many
+            `rounds` of the evaluation, in each of which every process takes one batch.
     """
 
     def __init__(self, first: int, device: torch.device) -> None:
-        self.first = first
-        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
-        self.scored = Scored(device)
-        self.norm = 0.0
-        self.seconds = 0.0
+        self.first, self.rounds = first, 0
+        self.sums = torch.zeros(5, device=device, dtype=sum_dtype(device))
+        self.norm = self.seconds = 0.0
         self._gathered = torch.zeros(0)
 
     def gather(self, group: ProcessGroup) -> None:
         """Note what every process has counted; all call it at the same moment."""
         table = self.sums.new_zeros(group.size, 5)
-        table[group.rank] = torch.cat((self.sums, self.scored.sums))
+        table[group.rank] = self.sums
         self._gathered = group.total(table).cpu()
 
     def state(self) -> dict[str, Any]:
         """Of all processes, as they last gathered it: plain values and a tensor."""
-        return {
-            "first": self.first,
-            "counted": self._gathered,
-            "rounds": self.scored.rounds,
-            "norm": self.norm,
-            "seconds": self.seconds,
-        }
+        names = ("first", "rounds", "norm", "seconds")
+        return {"counted": self._gathered, **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def restored(
         cls, state: Mapping[str, Any], device: torch.device, group: ProcessGroup
     ) -> Interval:
-        """What `state` gave; another number of processes keeps the sums, but scores anew."""
+        """What `state` gave; another number of processes keeps the sums, but evaluates anew."""
         made = cls(int(state["first"]), device)
         made._gathered = counted = state["counted"]
         made.norm, made.seconds = float(state["norm"]), float(state["seconds"])
         if len(counted) == group.size:
-            own = counted[group.rank].to(made.sums)
-            made.sums, made.scored.sums = own[:3].clone(), own[3:].clone()
-            made.scored.rounds = int(state["rounds"])
+            made.sums, made.rounds = counted[group.rank].to(made.sums).clone(), int(state["rounds"])
         elif group.is_main:
-            made.sums = counted[:, :3].sum(0).to(made.sums)
+            made.sums[:3] = counted[:, :3].sum(0)
         return made
 
 
@@ -155,18 +136,18 @@ class Passes:
 
     @torch.no_grad()
     def evaluate(
-        self, data: Split, length: int, done: Scored | None = None, until: float = math.inf
+        self, data: Split, length: int, done: Interval | None = None, until: float = math.inf
     ) -> Evaluation | None:
         """Loss and accuracy over the whole split, the ragged last batch included.
 
         The batches are the same for any number of processes, and their sums are of sum_dtype.
 
         Args:
-            done: what was scored before; it is brought further. until: as in Trainer.advance, which
+            done: how far it has come; it is brought further. until: as in Trainer.advance, which
                 makes this return None.
         """
         self._model.eval()
-        done = done or Scored(self._device)
+        done = done or Interval(0, self._device)
         size, group = self._eval_batch_size, self._group
         rounds = -(-len(data) // (size * group.size))
         batches = eval_batches(data, size, length, self._device, group.share, done.rounds)
@@ -174,11 +155,11 @@ class Passes:
             late = time.monotonic() >= until
             batch = next(batches, None)  # in the last round some processes have none
             if batch is not None:
-                done.sums += self.score(batch)
+                done.sums[3:] += self.score(batch)
             done.rounds += 1
             if until < math.inf and group.largest(float(late)) and done.rounds < rounds:
                 return None
-        loss, correct = group.total(done.sums).tolist()
+        loss, correct = group.total(done.sums[3:]).tolist()
         return Evaluation(loss / len(data), correct / len(data), len(data))
 
     @torch.no_grad()

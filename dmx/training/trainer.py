@@ -167,12 +167,12 @@ class Trainer:
         dev = None
         if self.step == target or self._train_to(target, interval, until):
             split = self.store.split("dev")
-            dev = self.passes.evaluate(split, self.length, interval.scored, until)
+            dev = self.passes.evaluate(split, self.length, interval, until)
         if dev is None:
             interval.gather(self.group)
             return None
-        loss, accuracy, tokens = self._means(interval)
-        seconds = interval.seconds
+        losses, hits, tokens = self.group.total(interval.sums[:3]).tolist()
+        steps, seconds = self.step - first, interval.seconds
         self.train_seconds += seconds
         self.interval = None
         if not math.isfinite(dev.loss):  # the last step of all can still break the weights
@@ -183,12 +183,12 @@ class Trainer:
         self.stale_evaluations = 0 if improved else self.stale_evaluations + 1
         self.passes.agree()
         batch_size = self.config.train.batch_size
-        speed = (self.step - first) * batch_size / seconds
+        speed = steps * batch_size / seconds
         self.metrics = {
             layout.STEPS: self.step,
             layout.SAMPLES: self.step * batch_size,
-            layout.TRAIN_LOSS: loss,
-            layout.TRAIN_ACCURACY: accuracy,
+            layout.TRAIN_LOSS: losses / steps,
+            layout.TRAIN_ACCURACY: hits / (steps * batch_size),
             layout.DEV_LOSS: dev.loss,
             layout.DEV_ACCURACY: dev.accuracy,
             layout.BEST_DEV_ACCURACY: self.best_accuracy,
@@ -196,10 +196,10 @@ class Trainer:
             layout.LEARNING_RATE: self.learning_rate,
             layout.GRADIENT_NORM: interval.norm,
             layout.TRAIN_SECONDS: self.train_seconds,
-            layout.STEP_SECONDS: seconds / (self.step - first),
+            layout.STEP_SECONDS: seconds / steps,
             layout.SAMPLES_PER_SECOND: speed,
             layout.SAMPLES_PER_SECOND_PER_WORKER: speed / self.group.size,
-            layout.TOKENS_PER_SECOND: tokens / seconds,
+            layout.TOKENS_PER_SECOND: int(tokens) / seconds,
             layout.PEAK_MEMORY_MB: self.group.largest(peak_memory_mb(self.device)),
             layout.MICRO_BATCH_SIZE: self.passes.micro.size,
             layout.NUM_WORKERS: self.group.size,
@@ -228,13 +228,6 @@ class Trainer:
         interval.norm = norm.item()
         interval.seconds += time.perf_counter() - started
         return not late
-
-    def _means(self, interval: Interval) -> tuple[float, float, int]:
-        """(mean loss, accuracy, real tokens) of an interval's training batches."""
-        count = self.step - interval.first
-        loss_sum, correct, tokens = self.group.total(interval.sums).tolist()
-        accuracy = correct / (count * self.config.train.batch_size)
-        return loss_sum / count, accuracy, int(tokens)
 
     def _optimizer_step(
         self, batch: Batch, late: bool = False
