@@ -134,7 +134,7 @@ def stage_data_root(places: StorageLayout, data_root: str | None, tasks: Collect
 
 # -- who may have it ----------------------------------------------------------------------------
 
-MAY_CHANGE = frozenset({"num_trials"})
+_MAY_CHANGE = frozenset({"num_trials", "config.data.root", "config.init.path"})
 """Settings that a later session may have otherwise."""
 _OF_A_START = (
     *(layout.JOURNAL_FILE, f".{layout.JOURNAL_FILE}.lock", layout.SETTINGS_FILE),
@@ -171,8 +171,8 @@ def check_unused(folder: Path) -> None:
     Journal(folder / layout.JOURNAL_FILE).close()
 
 
-def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """See that the folder holds the study with these settings; nothing is written.
+def check_same(folder: Path, settings: Mapping[str, Any], kind: Kind = "study") -> None:
+    """See that the folder holds the study or run with these settings; nothing is written.
 
     Raises:
         ConfigError: it holds none, or another one.
@@ -180,13 +180,18 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     old = Run.read(folder).settings
     if not old:
-        raise ConfigError(f"there is no study to resume in {folder}; leave --resume out.")
-    if changed := changes(old, settings, MAY_CHANGE):
+        raise ConfigError(f"there is no {kind} to resume in {folder}; leave --resume out.")
+    if changed := changes(old, settings, _MAY_CHANGE):
         why = ""
         if any(text.startswith("--max-steps") for text in changed):
             why = "the learning rate's schedule and the rungs span all steps of a trial; "
+        if any(text.startswith("train.num_steps") for text in changed):
+            why = (
+                "the learning rate's schedule spans all steps, so train on in another run, with "
+                f"--init-from {folder / layout.BEST_DIR}; "
+            )
         raise ConfigError(
-            f"{folder} holds another study ({'; '.join(changed[:3])}); {why}repeat its settings "
+            f"{folder} holds another {kind} ({'; '.join(changed[:3])}); {why}repeat its settings "
             "or give --name."
         )
 

@@ -25,8 +25,8 @@ from dmx.nn.device import pick_device
 from dmx.runs import layout
 from dmx.runs.run import Run
 from dmx.schema import check_number, flatten, is_url, local_path, read_yaml, to_dict
-from dmx.storage.files import is_there, write_atomic
-from dmx.study.folder import changes, check_free, open_folder, run_folder, settings_event
+from dmx.storage.files import write_atomic
+from dmx.study.folder import check_free, check_same, open_folder, run_folder, settings_event
 from dmx.tensorboard import RunWriter
 from dmx.terminal import console, verbatim
 from dmx.training.checkpoint import meant_checkpoint
@@ -185,8 +185,6 @@ def run_training(
     folder = asked.folder(f"{called}-{config.task}")
     if not asked.resume:
         check_free(folder)
-    elif not folder.exists():
-        raise ConfigError(f"there is no run to resume in {folder}; leave --resume out.")
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < _LEAST_FREE:
         raise ConfigError(f"{folder} has {free >> 20} MB free; give a --storage with room.")
@@ -198,7 +196,8 @@ def run_training(
     _tell_transfer(start, resolved)
     data = {"data": store.manifest.label, "data_checksum": store.manifest.checksum}
     now = {"config": to_dict(resolved), **data}
-    _check_same(folder, before, now)
+    if asked.resume:
+        check_same(folder, now, "run")
     kept = dict(recorded or {})
     if not store.manifest.is_sample:
         kept.setdefault("data_root", str(store.folder.parent))
@@ -275,22 +274,6 @@ def _tell_transfer(start: Weights | None, resolved: RunConfig) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"--init-from {init.path}: {error}") from None
     verbatim(f"from {init.path}: {report}")
-
-
-def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """See that the run in the folder is the one that `now` says, as far as it was begun."""
-    if not before or not is_there(folder / layout.LAST_DIR):
-        return  # it was stopped before its first evaluation: it starts again
-    changed = changes(before, now, free=("config.data.root", "config.init.path"))
-    if not changed:
-        return
-    remedy = "repeat its settings or give --name."
-    if any(text.startswith("train.num_steps") for text in changed):
-        remedy = (
-            "the learning rate's schedule spans all steps, so train on in another run: "
-            f"--init-from {folder / layout.BEST_DIR}."
-        )
-    raise ConfigError(f"{folder} holds another run ({'; '.join(changed[:3])}); {remedy}")
 
 
 def _train(job: Job, config: RunConfig, store: Store, gang: Any, check: Callable[[], None]) -> None:
