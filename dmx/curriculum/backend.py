@@ -25,7 +25,7 @@ from dmx.schema import to_dict
 from dmx.storage.journal import Claim, decode
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
 from dmx.study import results
-from dmx.study.folder import note_settings, settings_event
+from dmx.study.folder import open_folder, settings_event
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import LogView, TensorBoardView
 from dmx.training.checkpoint import open_checkpoint
@@ -267,7 +267,8 @@ def _search(
     view = TensorBoardView(path, {"task": study.task}, study.space.names())
     try:
         store = open_store(study.places.data(data_folder))
-        note_settings(path, settings_event("study", study.settings(store.manifest)))
+        event = settings_event("study", study.settings(store.manifest))
+        open_folder(path, event, resume=True)  # by a former process, perhaps
         with sync:
             done = train_trials(study, store, path, slots=slots, observers=(view,))
         results.copy_best(done)

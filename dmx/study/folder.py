@@ -163,21 +163,12 @@ def check_free(folder: Path) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """See that the study's journal is sound and that no other process works on it.
-
-    Raises:
-        StageError: it is not.
-    """
+    """See that the study's journal is sound and that no other process works on it."""
     Journal(folder / layout.JOURNAL_FILE).close()
 
 
 def check_same(folder: Path, settings: Mapping[str, Any], kind: Kind = "study") -> None:
-    """See that the folder holds the study or run with these settings; nothing is written.
-
-    Raises:
-        ConfigError: it holds none, or another one.
-        StageError: its settings are damaged.
-    """
+    """See that the folder holds the study or run with these settings; nothing is written."""
     old = Run.read(folder).settings
     if not old:
         raise ConfigError(f"there is no {kind} to resume in {folder}; leave --resume out.")
@@ -250,25 +241,15 @@ def open_folder(
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (files or {}).items():
             write_atomic(folder / name, content)
-        note_settings(folder, event)
+        with Journal(folder / layout.JOURNAL_FILE) as journal:
+            append_settings(journal, event)
         fsync_path(folder.parent)
     except (OSError, StorageError) as error:
         raise _unwritable(folder, error) from None
 
 
-def note_settings(folder: Path, event: Mapping[str, Any]) -> None:
-    """Write a session's settings down where they, its options or its environment are new.
-
-    Raises:
-        StageError: the journal is damaged, or another process works on the run.
-        OSError, StorageError: it cannot be written.
-    """
-    with Journal(folder / layout.JOURNAL_FILE) as journal:
-        append_settings(journal, event)
-
-
 def append_settings(journal: Journal, event: Mapping[str, Any]) -> None:
-    """note_settings, in a journal that is open."""
+    """Write a session's settings down where they, its options or its environment are new."""
     known = [e for e in journal.events if e.get("event") == event["event"]]
     same = ("settings", "options", "environment")
     if not known or any(known[-1].get(key) != event[key] for key in same):

@@ -112,9 +112,6 @@ def make_plan(options: StudyOptions, known: Mapping[str, Any]) -> Plan:
 
     Args:
         known: the settings of the study that is continued: another machine would choose others.
-
-    Raises:
-        ConfigError: what is asked for does not exist, or contradicts itself.
     """
     task = task_for(options.task)
     config_class, given = AttentionConfig.find(options.attention)
@@ -213,9 +210,6 @@ def fit(
 
     Args:
         name, places: of the study. trials_per_gpu: as measured, instead of the options'.
-
-    Raises:
-        ConfigError: the numbers contradict, or GPUs are asked for where there are none.
     """
     options, task = plan.options, plan.task
     searched = plan.space.names()
@@ -301,15 +295,7 @@ def _check_gpus(
 
 
 def check_space(config: StudyConfig, *, here: bool) -> None:
-    """Build the experiment at every corner of the space.
-
-    Args:
-        here: the trials run on this machine.
-
-    Raises:
-        ConfigError: one is impossible, does not fit this machine, or its batch cannot be shared
-            out.
-    """
+    """Build the experiment at every corner of the space; `here`: it is to fit this machine."""
     runs = config.space.check(config.task, config.overrides)
     for _, run in runs:
         check_batch(run.train.batch_size, config.workers.count)
@@ -328,9 +314,6 @@ def check_study(
 
     Args:
         record: what the journal of a study that is continued says of its latest session.
-
-    Raises:
-        ConfigError, StageError: the search is impossible, or an earlier study cannot be used.
     """
     if config.scheduler == "pbt":
         check_population(config.space, config.num_trials)

@@ -23,7 +23,7 @@ from dmx.search.warm_start import (
     rescaled,
 )
 from dmx.storage.journal import encode
-from dmx.study.folder import note_settings, settings_event
+from dmx.study.folder import open_folder, settings_event
 from dmx.study.study import StudyConfig
 from tests.search.test_sampling import finish
 from tests.study.helpers import FIXED, next_trial, open_log, remaining, space
@@ -55,7 +55,7 @@ def earlier(folder: Path, count: int = COUNT, **changes: object) -> Path:
 
 def note(folder: Path, **found: object) -> None:
     """The settings of a session, in the study's journal."""
-    note_settings(folder, settings_event("study", found))
+    open_folder(folder, settings_event("study", found), resume=True)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dmx.runs.trial import pareto_front
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.journal import read_claim
 from dmx.study import ray_tune, study
-from dmx.study.folder import note_settings, settings_event
+from dmx.study.folder import open_folder, settings_event
 from dmx.study.ray_tune import TrialRoom, give_back_rooms
 from dmx.study.study import StudyConfig, train_trials
 from dmx.training.checkpoint import open_checkpoint
@@ -304,7 +304,7 @@ def test_several_objectives_on_two_workers(tiny_store, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
     found = {"objectives": list(objectives), "task": "x", "num_trials": 5}
-    note_settings(folder, settings_event("study", found))
+    open_folder(folder, settings_event("study", found), resume=True)
     result = train_trials(config, tiny_store, folder, slots=2)
     assert result.complete and [t.status for t in result.trials] == ["COMPLETE"] * 5
     measured: dict[int, list[float]] = {}
