@@ -41,12 +41,14 @@ _MEANINGS = {
 }
 
 
-def _style(run: Run, trial: Trial) -> str:
-    return "best" if trial.number == run.best else trial.status.lower()
+def _styles(run: Run) -> dict[int, str]:
+    """Trial -> how it is drawn."""
+    best = run.best
+    return {t.number: "best" if t.number == best else t.status.lower() for t in run.trials}
 
 
-def _key(run: Run, trials: Iterable[Trial], kind: str = "point") -> tuple[tuple[str, str], ...]:
-    used = {_style(run, t) for t in trials}
+def _key(styles: Iterable[str], kind: str = "point") -> tuple[tuple[str, str], ...]:
+    used = set(styles)
     return tuple((f"{kind} {s}", words) for s, words in _MEANINGS.items() if s in used)
 
 
@@ -67,7 +69,7 @@ def curves(run: Run) -> list[Figure]:
 @drawing()
 def optimisation_history(run: Run) -> Figure:
     """Accuracy by trial number, and the best so far."""
-    scored = [t for t in run.trials if math.isfinite(t.best)]
+    styles, scored = _styles(run), _scored(run)
     last = max((t.number for t in run.trials), default=0)
     chart = Chart("Optimisation history", "trial, in the order of proposal", "best dev accuracy, %")
     chart.whole_x(-0.5, last + 0.5)
@@ -76,12 +78,12 @@ def optimisation_history(run: Run) -> Figure:
         best = max(best, 100 * trial.best)
         so_far.append((trial.number, best))
     chart.line([*so_far, (last, best)], "best", steps=True, alpha=0.5, linewidth=1.3)
-    chart.points((t.number, 100 * t.best, _style(run, t), describe_trial(t)) for t in scored)
+    chart.points((t.number, 100 * t.best, styles[t.number], describe_trial(t)) for t in scored)
     caption = (
         "Each point is a trial; the line is the best so far. It goes flat when further trials stop "
         "helping."
     )
-    return Figure(chart.svg(), caption, _key(run, scored))
+    return Figure(chart.svg(), caption, _key(styles[t.number] for t in scored))
 
 
 @drawing()
@@ -91,11 +93,12 @@ def learning_curves(run: Run, metric: str, label: str, scale: float = 1.0) -> Fi
         (t, [(number(r, STEPS), scale * number(r, metric)) for r in t.reports]) for t in run.trials
     ]
     drawn = [(t, c) for t, c in curves if any(math.isfinite(y) for _, y in c)]
+    styles = _styles(run)
     chart = Chart(f"{label} against steps", "optimizer steps", label)
     chart.whole_x(0, max((x for _, c in drawn for x, _ in c), default=1) or 1)
     single = len(run.trials) == 1
     for trial, curve in drawn:
-        style = _style(run, trial)
+        style = styles[trial.number]
         faint = style != "best" and len(drawn) > 6
         chart.line(curve, style, describe_trial(trial), alpha=0.5 if faint else 1)
         if len(curve) == 1 or single:
@@ -103,7 +106,7 @@ def learning_curves(run: Run, metric: str, label: str, scale: float = 1.0) -> Fi
     classes = flatten(run.config or {}).get("model.num_classes")
     if metric == DEV_ACCURACY and isinstance(classes, int) and classes:
         chart.level(scale / classes, "chance")
-    key = () if single else _key(run, [t for t, _ in drawn], "line")
+    key = () if single else _key((styles[t.number] for t, _ in drawn), "line")
     return Figure(chart.svg(), f"{label[0].upper()}{label[1:]}, at every evaluation.", key)
 
 
@@ -188,7 +191,7 @@ def slices(run: Run) -> list[Figure]:
     return [_slice(run, name, s, t) for name, s in searched.items() if (t := _scored(run, [name]))]
 
 
-def _scored(run: Run, names: Iterable[str]) -> list[Trial]:
+def _scored(run: Run, names: Iterable[str] = ()) -> list[Trial]:
     """The trials that have an accuracy, and all of the named values."""
     return [t for t in run.trials if math.isfinite(t.best) and set(names) <= set(t.drawn)]
 
@@ -205,8 +208,9 @@ def _slice(run: Run, name: str, spec: Sequence[Any], trials: Sequence[Trial]) ->
     else:
         log, whole = kind.startswith("log"), kind.endswith("int")
         chart.range_x([*at, *map(float, values)], log=log, whole=whole, count=4)
+    styles = _styles(run)
     chart.points(
-        (x, 100 * t.best, _style(run, t), describe_trial(t))
+        (x, 100 * t.best, styles[t.number], describe_trial(t))
         for t, x in zip(trials, at, strict=True)
     )
     return Figure(chart.svg())
@@ -233,9 +237,9 @@ def parallel_view(run: Run) -> Figure | None:
     low, span = min(scores), max(scores) - min(scores) or 1
     columns.append(([(s - low) / span for s in scores], percent(low), percent(max(scores))))
     chart = Chart("Parallel view of all trials", width=960, height=300, left=40)
-    axes = chart.axes
+    axes, styles = chart.axes, _styles(run)
     for i, trial in enumerate(trials):
-        style = _style(run, trial)
+        style = styles[trial.number]
         points = [(float(x), heights[i]) for x, (heights, _, _) in enumerate(columns)]
         chart.line(points, style, describe_trial(trial), alpha=1 if style == "best" else 0.5)
     for x, (_, bottom, top) in enumerate(columns):
@@ -252,7 +256,7 @@ def parallel_view(run: Run) -> Figure | None:
         "Each line is a trial, through its value of every setting to its best dev accuracy: where "
         "the good ones run together, the setting matters."
     )
-    return Figure(chart.svg(), caption, _key(run, trials, "line"))
+    return Figure(chart.svg(), caption, _key((styles[t.number] for t in trials), "line"))
 
 
 def fronts(run: Run) -> list[Figure]:
@@ -279,18 +283,19 @@ def _front(run: Run, cost: str, label: str, scale: float) -> Figure | None:
     end = chart.range_x(costs, log=max(costs) > 8 * min(costs) > 0)
     corners = [(scale * p.cost, 100 * p.accuracy) for p in best]
     chart.line([*corners, (end, corners[-1][1])], "other", "Pareto front", steps=True)
-    trials = {t.number: t for t in run.trials}
+    trials, styles = {t.number: t for t in run.trials}, _styles(run)
     chart.points(
         (
             scale * p.cost,
             100 * p.accuracy,
-            _style(run, trials[p.trial]),
+            styles[p.trial],
             f"{describe_trial(trials[p.trial])}; {label} {short(scale * p.cost)}",
         )
         for p in points
     )
+    shown = run.best
     on_front = [t.number for t in run.best_trials] if run.several else [p.trial for p in best]
-    for p in sorted(points, key=lambda p: (p.trial != run.best, p.cost)):
+    for p in sorted(points, key=lambda p: (p.trial != shown, p.cost)):
         if p.trial in on_front:  # the caption names all, those without room for it as well
             chart.name((scale * p.cost, 100 * p.accuracy), f"#{p.trial}", color=COLOURS["ink"])
     names = ", ".join(f"trial {n}" for n in on_front)
@@ -298,7 +303,7 @@ def _front(run: Run, cost: str, label: str, scale: float) -> Figure | None:
     left = run.count("PRUNED")
     less = f" Stopped early and left out: {left}." if left else ""
     caption = f"To the upper left is better. On the front, beaten by no other: {names}{more}.{less}"
-    key = _key(run, [trials[p.trial] for p in points])
+    key = _key(styles[p.trial] for p in points)
     return Figure(chart.svg(), caption, (*key, ("line other", "Pareto front")))
 
 

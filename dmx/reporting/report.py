@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +130,12 @@ def render(format: str, title: str, **values: Any) -> str:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else escape(value),
-        loader=jinja2.FunctionLoader(_shipped),
+        loader=jinja2.PackageLoader("dmx", "reporting"),
         trim_blocks=format != "html",
     )
     values = {"run": None, "boards": (), "version": __version__, "title": title, **values}
     page = environment.get_template(f"page.{format}.j2")
-    return page.render(css=Markup(_shipped("page.css")), **values).strip() + "\n"
-
-
-def _shipped(name: str) -> str:
-    return resources.files("dmx.reporting").joinpath(name).read_text("utf-8")
+    return page.render(**values).strip() + "\n"
 
 
 def markdown_escape(text: object) -> Markup:

@@ -61,7 +61,7 @@ def trials_table(run: Run) -> Table:
     varied = [n for n in names if len({repr(t.params.get(n)) for t in run.trials}) > 1]
     titles = dict(zip(short_names(varied), varied, strict=True))
     failed = any(t.error for t in run.trials)
-    trials = ranked(run.trials)
+    trials, best = ranked(run.trials), run.best
     rows = [
         {
             "trial": str(t.number),
@@ -77,7 +77,7 @@ def trials_table(run: Run) -> Table:
         }
         for t in trials
     ]
-    return Table(rows, ["best" if t.number == run.best else "" for t in trials])
+    return Table(rows, ["best" if t.number == best else "" for t in trials])
 
 
 def front_table(run: Run) -> Table:
