@@ -228,7 +228,8 @@ class Chart:
         title = ElementTree.Element("title")
         title.text = self._title
         root.insert(0, title)
-        size = f"min-width:{min(self._width, 330)}px;max-width:{self._width * 1.25:.0f}px"
+        least = 600 if self._width > 600 else min(self._width, 330)  # a phone scrolls the widest
+        size = f"min-width:{least}px;max-width:{self._width * 1.25:.0f}px"
         root.attrib = {
             **{"xmlns": _SVG, "viewBox": root.attrib["viewBox"]},
             **{"class": "chart", "role": "img", "style": size},
