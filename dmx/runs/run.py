@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"
 _SAMPLE = ", not LRA"
-"""How the label of data ends that stand in for the published ones (see data.manifest)."""
+"""How the label of data ends that stand in for the published ones (see data.store.Manifest)."""
 _RESULT = {
     **{"data?": str, "best_step?": (int, None)},
     **{"test_accuracy?": (float, None), "test_loss?": (float, None)},
