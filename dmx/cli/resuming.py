@@ -12,7 +12,7 @@ from dmx.runs.folder_sync import FolderSync
 from dmx.runs.layout import Kind
 from dmx.runs.run import Run
 from dmx.schema import is_url
-from dmx.study.folder import find_places
+from dmx.study.folder import RunLocation
 
 COMMANDS: dict[Kind, str] = {
     "study": "dmx.tune",
@@ -102,14 +102,8 @@ def _folder(storage: str, name: str, given: Mapping[str, Any]) -> Path:
     """The run's folder on this machine, brought here where object storage has it."""
     if not is_url(storage):
         return Path(storage).absolute() / name
-    folder, places = find_places(
-        storage=storage,
-        name=name,
-        default=name,
-        scratch=given.get("scratch"),
-        data_root=None,
-        node_data=None,
-    )
+    location = RunLocation(name=name, storage=storage, scratch=given.get("scratch"))
+    folder, places = location.find(name)
     FolderSync(places).restore()
     return folder
 

@@ -45,7 +45,7 @@ from dmx.schema import check_number, is_url
 from dmx.storage.files import fsync_path, write_atomic
 from dmx.storage.journal import Journal
 from dmx.storage.remote import StorageLayout
-from dmx.study.folder import append_settings, find_places, settings_event, stage_data_root
+from dmx.study.folder import RunLocation, append_settings, settings_event, stage_data_root
 from dmx.tasks import NUM_IMAGES
 from dmx.training.transfer import TransferReport
 
@@ -67,13 +67,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Session:
+class Session(RunLocation):
     """What a caller asks of a curriculum; the options of `dmx.curriculum`, by their names.
 
     Attributes:
         curriculum: a shipped name, a YAML path, or what such a file holds.
         attention, overrides: see load_curriculum.
-        name: the run's folder below the storage; None is the curriculum's own name.
         until: the last stage of this session. from_stage: train it and its descendants again.
         resume: continue a run. fresh: move an existing run aside.
     """
@@ -82,11 +81,6 @@ class Session:
     _: KW_ONLY
     attention: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    storage: str = "runs"
-    scratch: str | None = None
-    data_root: str | None = None
-    node_data: str | None = None
     until: str | None = None
     from_stage: str | None = None
     resume: bool = False
@@ -105,14 +99,7 @@ class Session:
 
     @functools.cached_property
     def _places(self) -> tuple[Path, StorageLayout]:
-        return find_places(
-            storage=self.storage,
-            name=self.name,
-            default=self.config.name,
-            scratch=self.scratch,
-            data_root=self.data_root,
-            node_data=self.node_data,
-        )
+        return self.find(self.config.name)
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ import traceback
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,8 @@ def _start_worker(plan: ShardPlan, shards: list[range]) -> subprocess.Popen[byte
     )
     assert worker.stdin is not None
     with suppress(BrokenPipeError):  # it is dead, which `_check` says
-        pickle.dump((plan, shards), worker.stdin)
+        job = [asdict(plan) | {"store": str(plan.store)}, [[s.start, s.stop] for s in shards]]
+        worker.stdin.write(json.dumps(job).encode() + b"\n")
         worker.stdin.flush()
     return worker
 
@@ -221,11 +221,12 @@ def _work() -> None:
     # The answer has the real stdout for itself; whatever a library writes goes to stderr.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    plan, shards = pickle.load(sys.stdin.buffer)  # by _start_worker
+    job, ranges = json.loads(sys.stdin.buffer.readline())  # see _start_worker
+    plan = ShardPlan(**job | {"store": Path(job["store"])})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = 0
     try:
-        for _ in _in_order(plan, shards):
+        for _ in _in_order(plan, [range(*ends) for ends in ranges]):
             pass
     except Exception as error:
         code = _REFUSED if isinstance(error, DmxError) else _BROKEN

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,54 +60,63 @@ def _unwritable(folder: Path, error: OSError | StorageError) -> ConfigError:
     return ConfigError(f"{folder} cannot be written ({reason}); give another --storage.")
 
 
-def find_places(
-    *,
-    storage: str,
-    name: str | None,
-    default: str,
-    scratch: str | None,
-    data_root: str | None,
-    node_data: str | None,
-) -> tuple[Path, StorageLayout]:
-    """The run's folder on this node, and where its nodes meet; nothing is created.
+@dataclass(frozen=True, kw_only=True)
+class RunLocation:
+    """Where a run and its data lie; the options of these names.
 
-    Raises:
-        ConfigError: the name is no plain folder name, a folder cannot be written, a URL is none.
+    Attributes:
+        name: its folder below `storage`, a path or a URL; None leaves it to the run.
+        scratch: with a URL, each node's own folder for it. data_root: prepared data, a path or URL.
+        node_data: where each node copies the data that it uses.
     """
-    home = os.path.expanduser("~")  # noqa: PTH111  pathlib raises where there is none
-    own = Path(home) / ".cache" / "dmx"
-    if home == "~":
-        own = Path(tempfile.gettempdir()) / f"dmx-{os.getuid()}"
-    base = Path(scratch or own).absolute()
-    run_url = None
-    if is_url(storage):
-        ObjectStorage(storage)  # a malformed one is said now
-        own = base / "runs" / hashlib.sha256(storage.encode()).hexdigest()[:12]
-        folder = run_folder(str(own), name, default)
-        run_url = join(storage, folder.name)
-    else:
-        folder = run_folder(storage, name, default)
-    for option, value in (("--scratch", scratch), ("--node-data", node_data)):
-        _check_folder(option, value)
-    source = None
-    if data_root is not None and is_url(data_root):
-        ObjectStorage(data_root)
-        source, node_data = data_root, node_data or str(base / "data")
-    elif node_data is not None:
-        shared = Path(data_root).absolute() if data_root else default_data_root()
-        if shared.is_relative_to(Path(node_data).absolute()):
-            raise ConfigError(
-                f"--node-data {node_data} is or holds the data themselves, {shared}; give another "
-                "folder, on each node's own disk."
-            )
-        source = str(shared)
-    places = StorageLayout(
-        run=str(folder) if run_url else None,
-        run_url=run_url,
-        data_source=source,
-        node_data=str(Path(node_data).absolute()) if node_data is not None else None,
-    )
-    return folder, places
+
+    name: str | None = None
+    storage: str = "runs"
+    scratch: str | None = None
+    data_root: str | None = None
+    node_data: str | None = None
+
+    def find(self, default: str) -> tuple[Path, StorageLayout]:
+        """The run's folder on this node, and where its nodes meet; nothing is created.
+
+        Raises:
+            ConfigError: the name is no plain folder name, a folder cannot be written, a URL is
+                none.
+        """
+        home = os.path.expanduser("~")  # noqa: PTH111  pathlib raises where there is none
+        own = Path(home) / ".cache" / "dmx"
+        if home == "~":
+            own = Path(tempfile.gettempdir()) / f"dmx-{os.getuid()}"
+        base = Path(self.scratch or own).absolute()
+        run_url = None
+        if is_url(self.storage):
+            ObjectStorage(self.storage)  # a malformed one is said now
+            own = base / "runs" / hashlib.sha256(self.storage.encode()).hexdigest()[:12]
+            folder = run_folder(str(own), self.name, default)
+            run_url = join(self.storage, folder.name)
+        else:
+            folder = run_folder(self.storage, self.name, default)
+        for option, value in (("--scratch", self.scratch), ("--node-data", self.node_data)):
+            _check_folder(option, value)
+        source, node_data = None, self.node_data
+        if self.data_root is not None and is_url(self.data_root):
+            ObjectStorage(self.data_root)
+            source, node_data = self.data_root, node_data or str(base / "data")
+        elif node_data is not None:
+            shared = Path(self.data_root).absolute() if self.data_root else default_data_root()
+            if shared.is_relative_to(Path(node_data).absolute()):
+                raise ConfigError(
+                    f"--node-data {node_data} is or holds the data themselves, {shared}; give "
+                    "another folder, on each node's own disk."
+                )
+            source = str(shared)
+        places = StorageLayout(
+            run=str(folder) if run_url else None,
+            run_url=run_url,
+            data_source=source,
+            node_data=str(Path(node_data).absolute()) if node_data is not None else None,
+        )
+        return folder, places
 
 
 def _check_folder(option: str, value: str | None) -> None:

@@ -29,7 +29,7 @@ from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
 from dmx.storage.files import STORAGE_TIMEOUT
 from dmx.storage.remote import SHARED_FILESYSTEM, StorageLayout
-from dmx.study.folder import check_same
+from dmx.study.folder import RunLocation, check_same
 from dmx.study.study import StudyConfig
 from dmx.study.views import Output
 from dmx.tasks import Task, task_for
@@ -41,7 +41,7 @@ _GPU_TRIALS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class StudyOptions(RunLocation):
     """What a caller asks of a study; the options of `dmx.tune`, by their names.
 
     Attributes:
@@ -53,11 +53,6 @@ class StudyOptions:
     task: str
     space: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    storage: str = "runs"
-    scratch: str | None = None
-    data_root: str | None = None
-    node_data: str | None = None
     prepare: bool = True
     num_trials: int | None = None
     max_steps: int | None = None

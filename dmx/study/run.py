@@ -22,7 +22,7 @@ from dmx.schema import is_url
 from dmx.search.rungs import describe_rungs
 from dmx.storage.remote import StorageLayout, copy_store
 from dmx.study import results
-from dmx.study.folder import check_free, check_unused, find_places, open_folder, settings_event
+from dmx.study.folder import check_free, check_unused, open_folder, settings_event
 from dmx.study.plan import Plan, StudyOptions, check_space, check_study, fit, make_plan
 from dmx.study.study import StudyConfig, train_trials
 from dmx.study.views import TensorBoardView, choose_view, write_json
@@ -51,7 +51,7 @@ def run_study(
             study was under way. StorageError: its storage stayed away.
     """
     options = StudyOptions(attention=attention, task=task, **asked)
-    folder, places = _located(options)
+    folder, places = options.find(options.default_name)
     sync = FolderSync(places)
     sync.restore()
     record = Run.read(folder).session if options.resume else {}
@@ -91,17 +91,6 @@ def run_study(
         if not begun:
             raise
         raise InterruptedRun from None
-
-
-def _located(options: StudyOptions) -> tuple[Path, StorageLayout]:
-    return find_places(
-        storage=options.storage,
-        name=options.name,
-        default=options.default_name,
-        scratch=options.scratch,
-        data_root=options.data_root,
-        node_data=options.node_data,
-    )
 
 
 def _resources(options: StudyOptions, stack: contextlib.ExitStack) -> capacity.Resources:
@@ -192,7 +181,7 @@ def dry_run(
     """Check all that run_study would check, print the plan and its cost, and start nothing."""
     options = StudyOptions(attention=attention, task=task, **asked)
     check_price(price_per_gpu_hour, dry_run=True)
-    folder, places = _located(options)
+    folder, places = options.find(options.default_name)
     record = Run.read(folder).session if options.resume else {}
     plan = make_plan(options, record.get("settings", {}))
     root = None if options.data_root is None else Path(options.data_root)

@@ -40,6 +40,10 @@ def hurt(
     kind = draw.choice([k for k in kinds if nodes or k != "node"] or ["driver"])
     time.sleep(draw.uniform(0.0, 0.4))
     running = study.workers()
+    until = time.monotonic() + 10  # between two trials there is none for a moment
+    while kind != "driver" and not running and not study.ended() and time.monotonic() < until:
+        time.sleep(0.05)
+        running = study.workers()
     began = time.monotonic()
     if kind == "driver" or not running:
         assert study.process is not None
