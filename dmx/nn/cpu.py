@@ -3,8 +3,8 @@
 Torch would draw a mask with its serial Bernoulli generator and keep all weights for the gradient.
 Here 16 random bits serve a weight, pieces of the weights stay in cache, and long rows are computed
 again for the gradient (Vaswani et al. 2017, written out), so that memory is linear in the length.
-Each thread takes some of the groups through all operations: torch would split every single one over
-its threads and wait for all of them, and draw on one of them while the others wait.
+There each thread takes some of the groups through all operations: torch would split every single
+one over its threads and wait for all of them, and draw on one of them while the others wait.
 
 Legend: n groups, H heads, l rows of a group, Dh head dimension, c groups of a piece.
 """
@@ -69,10 +69,14 @@ def _pieces(shape: torch.Size) -> list[_Piece]:
     return [_Piece(number, *place) for number, place in enumerate(places)]
 
 
-def _for_each(pieces: list[_Piece], work: Callable[[_Piece], None]) -> None:
-    """Call `work` with all of them; those of the same groups in order, by one thread."""
+def _for_each(pieces: list[_Piece], work: Callable[[_Piece], None], *, long: bool) -> None:
+    """Call `work` with all of them; those of the same groups in order, by one thread.
+
+    Groups of long rows are shared out among threads. With short ones torch's own threads, which
+    wait busily for its next operation, would stand in the way of ours (a tenth of a step).
+    """
     by_groups = [list(g) for _, g in itertools.groupby(pieces, lambda piece: piece.groups.start)]
-    threads = min(torch.get_num_threads(), len(by_groups))
+    threads = min(torch.get_num_threads(), len(by_groups)) if long else 1
     each = -(-len(by_groups) // max(threads, 1))
     shares = [by_groups[i : i + each] for i in range(0, len(by_groups), max(each, 1))]
 
@@ -122,7 +126,7 @@ class _Attention(torch.autograd.Function):
             if q.shape[2] <= LONGEST_KEPT:
                 kept[piece.number] = weights
 
-        _for_each(pieces, work)
+        _for_each(pieces, work, long=q.shape[2] > LONGEST_KEPT)
         ctx.save_for_backward(q, k, v, keep, *(kept[n] for n in sorted(kept)))
         ctx.dropout, ctx.seed = dropout, seed
         return out
@@ -150,7 +154,7 @@ class _Attention(torch.autograd.Function):
             dq[:, piece.queries].baddbmm_(scores, piece.of(k), alpha=scale)
             dk.baddbmm_(scores.transpose(1, 2), piece.of(q)[:, piece.queries], alpha=scale)
 
-        _for_each(_pieces(q.shape), work)
+        _for_each(_pieces(q.shape), work, long=not kept)
         return *grads, None, None, None
 
 

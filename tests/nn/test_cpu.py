@@ -100,7 +100,9 @@ def test_dropout_keeps_the_mean():
     assert ((out.mean(0) - plain(q, k, v, None)).abs() < 5 * error).all()
 
 
-def test_draws_repeat_under_a_seed_with_any_number_of_threads():
+@pytest.mark.parametrize("longest", [256, 8], ids=["torch's threads", "own threads"])
+def test_draws_repeat_under_a_seed_with_any_number_of_threads(monkeypatch, longest):
+    monkeypatch.setattr("dmx.nn.cpu.LONGEST_KEPT", longest)
     results = []
     before = torch.get_num_threads()
     for number in (1, 2, 1):
