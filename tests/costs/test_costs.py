@@ -120,7 +120,8 @@ def test_twice_the_batch_is_twice_the_work(tiny_store: Store) -> None:
 def test_counts_do_not_depend_on_the_threads(
     tiny_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmx.nn.cpu.LONGEST_KEPT", 1)  # longer rows have threads of their own
+    monkeypatch.setattr("dmx.nn.cpu.LONGEST_KEPT", 1)  # longer rows have threads of their own,
+    monkeypatch.setattr("dmx.nn.cpu.SCORES_AT_ONCE", 1)  # one for each group
     config = _config("softmax", attention__dropout=0.1)
     with threads(1):
         alone = count_step(config, tiny_store)
