@@ -13,9 +13,8 @@ from dmx.config import RunConfig, parse_run_config
 from dmx.curriculum.gates.base import AlwaysGate, Gate
 from dmx.errors import ConfigError
 from dmx.registry import choices_message, find_yaml
-from dmx.runs.study import SamplerKind, SchedulerKind
+from dmx.runs.study import LEAST_FACTOR, SamplerKind, SchedulerKind
 from dmx.schema import check_range, expand, flatten, from_dict, join, merge, read_yaml, to_dict
-from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space
 from dmx.tasks import task_for

@@ -114,7 +114,7 @@ class Run:
                 self.latest = float(time)
                 if name == "session":
                     self._spans.append([self.latest, self.latest])
-                elif self._spans:
+                elif self._spans and name != "settings":  # which comes before its session
                     self._spans[-1][1] = self.latest
             if name == "settings":
                 self.session = event

@@ -27,6 +27,10 @@ SCHEDULERS = get_args(SchedulerKind)
 """What happens to trials that do worse than others; see dmx.search.schedulers."""
 
 
+LEAST_FACTOR = 1.1
+"""Nearer to 1 there are thousands of rungs, and none of them decides much."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """How a study searched.
@@ -145,6 +149,8 @@ class Study(Run):
             plain = all(isinstance(v, str | int | float) for v in values)
             if not isinstance(kind, str) or not values or not plain or not numbers:
                 wrong = f"searched.{name}"
+        if not self.settings.get("reduction_factor", LEAST_FACTOR) >= LEAST_FACTOR:
+            wrong = wrong or "reduction_factor"
         if wrong or any(o not in OBJECTIVES for o in self.objectives):
             raise StageError(
                 f"its settings have no sound {wrong or 'objectives'}; restore it from a backup, or "

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from dmx.runs.study import Report
 from dmx.search.schedulers import Record, Scheduler, Settings
 
-LEAST_FACTOR = 1.1
-"""Nearer to 1 there are thousands of rungs, and none of them decides much."""
-
 
 def rung_steps(settings: Settings) -> list[float]:
     """Where the rungs lie: at grace * factor^k below the full budget."""

@@ -19,11 +19,10 @@ from dmx.costs.measure import check_memory
 from dmx.data.store import Store
 from dmx.errors import ConfigError
 from dmx.registry import code_version, shipped_names
-from dmx.runs.study import SamplerKind, SchedulerKind
+from dmx.runs.study import LEAST_FACTOR, SamplerKind, SchedulerKind
 from dmx.runs.trial import parse_objectives
 from dmx.schema import check_number, convert
 from dmx.search import warm_start
-from dmx.search.rungs import LEAST_FACTOR
 from dmx.search.samplers import check_sampler, independent
 from dmx.search.schedulers import check_population
 from dmx.search.space import SearchSpace, load_space

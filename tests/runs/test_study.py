@@ -116,12 +116,20 @@ def test_several_objectives_have_a_front(tmp_path):
         {**SETTINGS, "settings": {"searched": {"x": [3]}}},
         {**SETTINGS, "settings": {"searched": {"x": ["uniform", "a", 1]}}},
         {**SETTINGS, "settings": {"objectives": ["fame"]}},
+        {**SETTINGS, "settings": {"reduction_factor": 1.0}},
     ],
 )
 def test_a_foreign_event_is_refused_in_a_sentence(tmp_path, event):
     with pytest.raises(StageError, match=r"no sound .*\.$") as caught:
         fold(tmp_path, event)
     assert str(caught.value).startswith(f"{tmp_path / 's' / 'journal.jsonl'} is damaged: ")
+
+
+def test_the_pause_before_changed_settings_is_no_work(tmp_path):
+    first = [{"event": "session", "time": 100.0}, {**report(0, 2, 0.5), "time": 130.0}]
+    later = [{**SETTINGS, "time": 1000.0}, {"event": "session", "time": 1001.0}]
+    study = fold(tmp_path, *first, *later, {**report(0, 4, 0.5), "time": 1011.0})
+    assert study.seconds == 30.0 + 10.0
 
 
 def test_values_follow_the_objectives_whenever_they_become_known(tmp_path):
