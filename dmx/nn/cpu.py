@@ -75,20 +75,18 @@ def _for_each(pieces: list[_Piece], work: Callable[[_Piece], None], *, long: boo
     Groups of long rows are shared out among threads. With short ones torch's own threads, which
     wait busily for its next operation, would stand in the way of ours (a tenth of a step).
     """
-    by_groups = [list(g) for _, g in itertools.groupby(pieces, lambda piece: piece.groups.start)]
-    threads = min(torch.get_num_threads(), len(by_groups)) if long else 1
-    each = -(-len(by_groups) // max(threads, 1))
-    shares = [by_groups[i : i + each] for i in range(0, len(by_groups), max(each, 1))]
+    threads = torch.get_num_threads() if long else 1
+    groups = [list(g) for _, g in itertools.groupby(pieces, lambda piece: piece.groups.start)]
+    each = -(-len(groups) // threads) or 1
+    shares = [groups[i : i + each] for i in range(0, len(groups), each)]
 
     @torch.no_grad()  # autograd's mode belongs to the thread
     def work_through(share: list[list[_Piece]]) -> None:
         for piece in itertools.chain.from_iterable(share):
             work(piece)
 
-    if threads > 1:
-        list(_pool(torch.get_num_threads()).map(work_through, shares))
-    else:
-        work_through(by_groups)
+    run = _pool(threads).map if len(shares) > 1 else map
+    list(run(work_through, shares))
 
 
 @functools.cache
